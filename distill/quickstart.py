@@ -1,0 +1,162 @@
+"""The whole path on sample images: a teacher, a student distilled from it, one trained alone, and what they know."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mvmr import bundle as bundles
+from mvmr.bundle import Bundle
+from mvmr.classifiers import nearest
+from mvmr.data import ImageSet, open_images
+from mvmr.distillation.picture import draw_neighbours
+from mvmr.distillation.teacher import Teacher
+from mvmr.distillation.tiny_clip import TEMPLATES, train_tiny_clip
+from mvmr.encoder import build_encoder, feature_dim
+from mvmr.evaluation import Measured, classes_of
+from mvmr.files import write_json
+from mvmr.preprocess import Preprocess
+from mvmr.pretraining import fit, recalibrate
+from mvmr.recipe import Recipe, load_recipe
+from mvmr.representations import Representation, hand_crafted
+from mvmr.student import Student
+
+DATA = "sample:patches"
+ROWS = ("pixels", "scattering", "random", "ssl", "student", "teacher")
+_QUERIES, _NEIGHBOURS = 8, 5
+
+logger = logging.getLogger(__name__)
+
+
+def quickstart(
+    out: str | os.PathLike[str] = "runs/quickstart",
+    *,
+    teacher: str | None = None,
+    pretrained: str | None = None,
+    seeds: int = 1,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Run the whole path on ``sample:patches`` and compare what each representation knows.
+
+    Trains a tiny CLIP on captions made of the class names (a stand-in for real CLIP weights), distils a ResNet18 from
+    it without labels, trains another without any teacher, and measures both beside raw pixels, scattering features, a
+    random encoder and the teacher. What an interrupted run has finished is not done again.
+
+    Args:
+        out: folder for ``teacher/``, the bundles ``student/`` and ``ssl/``, ``neighbours.png`` and ``results.json``.
+        teacher, pretrained: a real teacher in place of the tiny one, as ``mvmr distill`` takes it.
+        seeds: repeat with seeds 0 to ``seeds`` - 1; further ones go to ``out``/seed-N.
+
+    Returns:
+        The content of ``results.json``: mean over seeds and per seed, accuracies in percent.
+    """
+    folder = Path(out)
+    train, test = open_images(DATA, "train"), open_images(DATA, "test")
+    runs = []
+    for seed in range(seeds):
+        place = folder if seed == 0 else folder / f"seed-{seed}"
+        runs.append(_run(place, train, test, seed, teacher, pretrained, progress))
+    names = list(runs[0]["rows"])
+    results = {
+        "data": DATA,
+        "teacher": runs[0]["teacher"],
+        "seeds": seeds,
+        "rows": {name: _spread([run["rows"][name] for run in runs]) for name in names},
+        "runs": runs,
+    }
+    write_json(folder / "results.json", results)
+    return results
+
+
+def _run(
+    folder: Path,
+    train: ImageSet,
+    test: ImageSet,
+    seed: int,
+    teacher: str | None,
+    pretrained: str | None,
+    progress: bool,
+) -> dict[str, Any]:
+    seconds: dict[str, float] = {}
+    with _timed("teacher", seconds):
+        source = teacher or train_tiny_clip(train, folder / "teacher", seed=seed, progress=progress)
+        teaching = Teacher.load(source, pretrained, text=True)
+    unlabelled = open_images(DATA, "unlabelled")
+    with _timed("ssl", seconds):
+        ssl = _train(
+            folder / "ssl", unlabelled, load_recipe("quickstart", "mvmr", [f"train.seed={seed}"]), {}, progress
+        )
+    with _timed("student", seconds):
+        recipe = load_recipe("quickstart", "mvmr.distillation", [f"train.seed={seed}"])
+        student = _train(folder / "student", unlabelled, recipe, {"teacher": teaching}, progress)
+    with _timed("evaluation", seconds):
+        preprocess = student.manifest.preprocessing
+        described: dict[str, Representation] = {
+            "pixels": hand_crafted("pixels", preprocess),
+            "scattering": hand_crafted("scattering", Preprocess.for_size(32)),
+            "random": _random_encoder(recipe, preprocess, train, seed),
+            "ssl": ssl.student(),
+            "student": student.student(),
+            "teacher": teaching,
+        }
+        measured = {name: Measured(each, train, test, progress=progress) for name, each in described.items()}
+        rows = {name: {"linear": each.linear()[0], "knn": each.knn()} for name, each in measured.items()}
+    rows["teacher"]["zero_shot"] = _zero_shot(teaching, measured["teacher"])
+    _picture(folder / "neighbours.png", train, test, measured)
+    return {"seed": seed, "teacher": f"{teaching.name} ({teaching.weights})", "rows": rows, "seconds": seconds}
+
+
+def _train(out: Path, images: ImageSet, recipe: Recipe, teachers: dict[str, Representation], progress: bool) -> Bundle:
+    if (out / "bundle.json").exists():
+        return bundles.load(out)
+    return fit(images, out, recipe, teachers=teachers, resume=True, device="cpu", progress=progress)
+
+
+def _random_encoder(recipe: Recipe, preprocess: Preprocess, images: ImageSet, seed: int) -> Student:
+    """The student before its first step, its batch-norm statistics set as those of a trained one are."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = build_encoder(recipe.model)
+    recalibrate(encoder, images, preprocess, batch_size=recipe.train.batch_size, workers=0, device=torch.device("cpu"))
+    identity = hashlib.sha256(repr((recipe.model, preprocess, seed, images.fingerprint)).encode()).hexdigest()
+    return Student(encoder, preprocess, dim=feature_dim(recipe.model), name="random-encoder", identity=identity)
+
+
+def _zero_shot(teacher: Teacher, measured: Measured) -> float:
+    columns = teacher.zero_shot_classifier(measured.classes, TEMPLATES).cpu().numpy()
+    return 100 * float(((measured.test_features @ columns).argmax(1) == measured.test_labels).mean())
+
+
+def _picture(path: Path, train: ImageSet, test: ImageSet, measured: dict[str, Measured]) -> None:
+    classes, labels = classes_of(test)
+    # the first test image of every second class: chosen by number, not by how well it does
+    queries = [int(np.flatnonzero(labels == c)[0]) for c in range(0, len(classes), 2)][:_QUERIES]
+    columns = {}
+    for title in ("teacher", "student"):
+        each = measured[title]
+        columns[f"nearest under the {title}"] = nearest(each.features, each.test_features[queries], _NEIGHBOURS)[1]
+    draw_neighbours(path, test, train, queries, columns)
+
+
+def _spread(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Mean over seeds of each figure, and its sample standard deviation where there are several."""
+    result = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+    if len(rows) > 1:
+        result |= {f"{key}_std": float(np.std([row[key] for row in rows], ddof=1)) for key in rows[0]}
+    return result
+
+
+@contextmanager
+def _timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - began, 1)

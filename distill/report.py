@@ -1,0 +1,49 @@
+"""The quickstart's results as a table, and what to type next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_TITLES = {
+    "pixels": "raw pixels",
+    "scattering": "scattering features",
+    "random": "random ResNet18",
+    "ssl": "ResNet18, self-supervised MV-MR",
+    "student": "ResNet18, distilled (the student)",
+    "teacher": "its teacher",
+}
+
+
+def print_results(results: dict[str, Any], out: str) -> None:
+    """Print the comparison that :func:`mvmr.distillation.quickstart.quickstart` returned, and the next commands."""
+    console = Console()
+    table = Table(
+        title=f"{results['data']}, test split, top-1 in %"
+        + (f", mean of {results['seeds']} seeds" if results["seeds"] > 1 else "")
+    )
+    table.add_column("representation")
+    for column in ("linear probe", "kNN"):
+        table.add_column(column, justify="right")
+    for name, row in results["rows"].items():
+        table.add_row(_TITLES[name], _figure(row, "linear"), _figure(row, "knn"))
+    console.print(table)
+    teacher = results["rows"]["teacher"]
+    console.print(f"teacher: {results['teacher']}; zero-shot {_figure(teacher, 'zero_shot')} %")
+    if any("tiny_clip" in str(run["teacher"]) or "teacher (" in str(run["teacher"]) for run in results["runs"]):
+        console.print(
+            "This teacher is a stand-in, trained here on the class names; --teacher ViT-B-16 takes a real CLIP."
+        )
+    folder = Path(out)
+    console.print(f"picture: {folder / 'neighbours.png'}   figures: {folder / 'results.json'}")
+    console.print("\nwith your own images:", highlight=False)
+    console.print("  mvmr distill --teacher ViT-B-16 --data FOLDER --out runs/mine", highlight=False)
+    console.print("  mvmr evaluate runs/mine --data FOLDER_WITH_A_FOLDER_TO_A_CLASS", highlight=False)
+
+
+def _figure(row: dict[str, float], key: str) -> str:
+    spread = row.get(f"{key}_std")
+    return f"{row[key]:.1f}" + (f" ± {spread:.1f}" if spread is not None else "")

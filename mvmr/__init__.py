@@ -1,0 +1,59 @@
+"""mvmr: distil a large vision teacher into a small student, from unlabelled images.
+
+The public names below are imported when first used, so `import mvmr` is instant and needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mvmr.bundle import load as load
+    from mvmr.data import open_images as open_images
+    from mvmr.dependence import distance_correlation as distance_correlation
+    from mvmr.distillation.run import distill as distill
+    from mvmr.errors import MvmrError as MvmrError
+    from mvmr.evaluation import evaluate as evaluate
+    from mvmr.evaluation import probe as probe
+    from mvmr.pretraining import pretrain as pretrain
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "MvmrError": "mvmr.errors",
+    "distance_correlation": "mvmr.dependence",
+    "distill": "mvmr.distillation.run",
+    "evaluate": "mvmr.evaluation",
+    "load": "mvmr.bundle",
+    "open_images": "mvmr.data",
+    "pretrain": "mvmr.pretraining",
+    "probe": "mvmr.evaluation",
+}
+
+__all__ = [
+    "MvmrError",
+    "__version__",
+    "distance_correlation",
+    "distill",
+    "evaluate",
+    "load",
+    "open_images",
+    "pretrain",
+    "probe",
+]
+
+
+def __getattr__(name: str) -> Any:  # Any: mypy reads the types from the TYPE_CHECKING block
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mvmr' has no attribute {name!r}")
+    try:
+        value = getattr(import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        from mvmr.errors import missing_extra
+
+        raise missing_extra(error) or error from error.__cause__
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_HOMES))

@@ -1,0 +1,71 @@
+"""One image file: which formats are read, and what is wrong with a file that cannot be."""
+
+import os
+from functools import lru_cache
+from typing import BinaryIO
+
+from PIL import Image, UnidentifiedImageError
+
+from mvmr.preprocess import to_rgb
+
+# EPS would run Ghostscript on strangers' files; the others are recognised by Pillow but need a reader it lacks
+_LEFT_OUT = frozenset({"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"})
+_REASON_LENGTH = 120
+
+
+@lru_cache(maxsize=1)
+def formats() -> tuple[str, ...]:
+    """Return the formats Pillow opens here, without those that need a program or reader from outside."""
+    Image.init()
+    return tuple(sorted(set(Image.OPEN) - _LEFT_OUT))
+
+
+@lru_cache(maxsize=1)
+def extensions() -> frozenset[bytes]:
+    """Return the endings of image files, lower case with the dot."""
+    known = set(formats())
+    return frozenset(os.fsencode(ext.lower()) for ext, name in Image.registered_extensions().items() if name in known)
+
+
+def read(path: bytes) -> Image.Image:
+    """Return the image (the first frame of an animation) upright, in mode RGB.
+
+    Raises: what the operating system or Pillow raises; `reason` turns it into words.
+    """
+    with open(path, "rb") as file, _open(file) as image:
+        image.load()
+        return to_rgb(image)
+
+
+def check(path: bytes) -> int:
+    """Decode the whole file, as cheaply as its format allows, and return its short side in pixels.
+
+    Raises: as `read` would.
+    """
+    with open(path, "rb") as file, _open(file) as image:
+        short = min(image.size)
+        # a JPEG is decoded at an eighth of its size: every byte is still read, so a cut file is still found
+        image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
+        image.load()
+        to_rgb(image)
+        return short
+
+
+def reason(error: Exception) -> str:
+    """Say in a few words, on one line, why a file could not be read."""
+    if isinstance(error, PermissionError):
+        return "permission denied"
+    if isinstance(error, FileNotFoundError):
+        return "missing (a link to nowhere, or removed meanwhile)"
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image, or damaged in its header"
+    if isinstance(error, Image.DecompressionBombError):
+        return "far too many pixels (a decompression bomb?)"
+    words = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
+    return words if len(words) <= _REASON_LENGTH else words[: _REASON_LENGTH - 3] + "..."
+
+
+def _open(file: BinaryIO) -> Image.Image:
+    if os.fstat(file.fileno()).st_size == 0:
+        raise ValueError("empty file (0 bytes)")
+    return Image.open(file, formats=formats())

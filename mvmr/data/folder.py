@@ -1,0 +1,176 @@
+"""A folder of images as an `ImageSet`: its layout, its classes, its splits."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from mvmr.data.checking import Verdicts, check_files
+from mvmr.data.images import ImageSet, Labels, Skipped, Split, digest
+from mvmr.data.scan import Files, Keys, Scan, printable, scan
+from mvmr.errors import MvmrError
+
+TEST_SHARE = 0.2
+_NAMED = 3  # unreadable files named in an error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """How to open: the name as typed, the split, the share of unreadable files allowed, a progress bar or not."""
+
+    name: str
+    split: Split
+    max_unreadable: float
+    progress: bool
+
+
+def open_folder(path: str, opening: Opening) -> ImageSet:
+    """Open a folder of images of any depth.
+
+    A folder that holds `train/` and `test/` (or `val/`) has its splits there. Any other is one piece: "unlabelled" is
+    all of it, "train" and "test" a fixed 80 : 20 split by the hash of each file's path, class by class. The folders on
+    the first level are the classes when every image lies in one and there are at least two.
+
+    Raises: MvmrError when the folder is missing or holds no images, or too many cannot be read.
+    """
+    root = os.fsencode(os.path.abspath(os.path.expanduser(path)))
+    if not os.path.isdir(root):
+        what = "is a file, not a folder" if os.path.exists(root) else "does not exist"
+        raise MvmrError(f"data {opening.name!r}: {printable(root)} {what}; give a folder of images")
+    held = next((part for part in (b"test", b"val") if os.path.isdir(os.path.join(root, part))), None)
+    if held is not None and os.path.isdir(os.path.join(root, b"train")):
+        return open_parts(root, b"train", held, opening)
+    found = scan(root)
+    verdicts = _readable(found, opening)
+    good = np.flatnonzero(verdicts.short_sides > 0)
+    if opening.split == "unlabelled":
+        return _image_set(found, verdicts, good, opening, None)
+    classes = _first_level(found.files.names)
+    labels = np.zeros(len(found.files.names), np.int64) if classes is None else folder_labels(found.files, b"", classes)
+    in_test = _held_out(found.files, good, labels)
+    chosen = good[in_test if opening.split == "test" else ~in_test]
+    return _image_set(found, verdicts, chosen, opening, classes)
+
+
+def open_parts(root: bytes, train: bytes, test: bytes, opening: Opening) -> ImageSet:
+    """Open one of two sub-folders of `root` as the split asked for; both have the same classes in the same order."""
+    part = test if opening.split == "test" else train
+    found = scan(root, part)
+    verdicts = _readable(found, opening)
+    good = np.flatnonzero(verdicts.short_sides > 0)
+    classes: tuple[bytes, ...] | None = None
+    if opening.split != "unlabelled" and _first_level(found.files.names, len(part) + 1, fewest=1) is not None:
+        # a class without images in one part must not shift the numbers of the others
+        both = sorted({*_folders(os.path.join(root, train)), *_folders(os.path.join(root, test))})
+        classes = tuple(both) if len(both) > 1 else None
+    return _image_set(found, verdicts, good, opening, classes, part + b"/")
+
+
+def open_listed(files: Files, opening: Opening) -> ImageSet:
+    """Open files whose names are known, without labels."""
+    found = Scan(files)
+    verdicts = _readable(found, opening)
+    return _image_set(found, verdicts, np.flatnonzero(verdicts.short_sides > 0), opening, None)
+
+
+def folder_labels(files: Files, below: bytes, classes: Sequence[bytes]) -> Labels:
+    """Return int64 [N], the number of the first folder under `below` in each file's path."""
+    numbers = {name: number for number, name in enumerate(classes)}
+    cut = len(below)
+    return np.fromiter((numbers[name[cut:].split(b"/", 1)[0]] for name in files.names), np.int64, len(files.names))
+
+
+def _image_set(
+    found: Scan,
+    verdicts: Verdicts,
+    chosen: npt.NDArray[np.intp],
+    opening: Opening,
+    classes: tuple[bytes, ...] | None,
+    below: bytes = b"",
+) -> ImageSet:
+    files = found.files
+    keys = files.keys
+    if len(chosen) == 0:
+        raise MvmrError(
+            f"data {opening.name!r}: no images in the {opening.split!r} split of {printable(files.root)}; add some"
+        )
+    stamps = np.stack([files.sizes[chosen], files.times[chosen]]).astype("<i8").tobytes()
+    return ImageSet(
+        name=opening.name,
+        split=opening.split,
+        source=files,
+        fingerprint=digest([stamps, *(files.names[int(index)] for index in chosen)]),
+        read_labels=None if classes is None else partial(folder_labels, files, below, classes),
+        classes=None if classes is None else tuple(Keys(classes)),
+        short_sides=verdicts.short_sides[chosen],
+        skipped=(*found.unlisted, *(Skipped(keys[index], text) for index, text in sorted(verdicts.reasons.items()))),
+        chosen=chosen.astype(np.int64),
+    )
+
+
+def _readable(found: Scan, opening: Opening) -> Verdicts:
+    """Check all files. Raises: MvmrError when there are none, or too many are bad."""
+    files = found.files
+    total, place = len(files.names), printable(files.root)
+    if total == 0 and not found.unlisted:
+        seen = f"{found.others:,} other files, but no images" if found.others else "nothing"
+        raise MvmrError(
+            f"data {opening.name!r}: {place} holds {seen}; give a folder with images (jpg, png, webp, tiff, ...)"
+        )
+    verdicts = check_files(files, progress=opening.progress)
+    bad = [f"{item.key} ({item.reason})" for item in found.unlisted]
+    keys = files.keys
+    bad += [f"{keys[index]} ({text})" for index, text in sorted(verdicts.reasons.items())[:_NAMED]]
+    count = len(found.unlisted) + len(verdicts.reasons)
+    everything = total + len(found.unlisted)
+    if count > opening.max_unreadable * everything:
+        more = f" and {count - _NAMED:,} more" if count > _NAMED else ""
+        share, allowed = _percent(count / everything), _percent(opening.max_unreadable)
+        raise MvmrError(
+            f"data {opening.name!r}: {count:,} of {everything:,} image files in {place} ({share}) cannot be read, more "
+            f"than the {allowed} allowed: {', '.join(bad[:_NAMED])}{more}; mend or remove them, or allow a larger "
+            "share with max_unreadable (--max-unreadable)"
+        )
+    return verdicts
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def _first_level(names: Sequence[bytes], cut: int = 0, fewest: int = 2) -> tuple[bytes, ...] | None:
+    """Return the sorted folders the files lie in, after `cut` letters; None when one lies outside, or too few."""
+    folders: set[bytes] = set()
+    for name in names:
+        folder, slash, _ = name[cut:].partition(b"/")
+        if not slash:
+            return None
+        folders.add(folder)
+    return tuple(sorted(folders)) if len(folders) >= fewest else None
+
+
+def _folders(path: bytes) -> list[bytes]:
+    with os.scandir(path) as entries:
+        return [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(b".")]
+
+
+def _held_out(files: Files, good: npt.NDArray[np.intp], labels: Labels) -> npt.NDArray[np.bool_]:
+    """Return bool [len(good)], True for the test images: in each class the 20 % whose paths have the lowest hashes.
+
+    A class of one image has none in the test split. Adding images moves few of the others across.
+    """
+    hashes = np.fromiter(
+        (int.from_bytes(hashlib.blake2b(files.names[int(i)], digest_size=8).digest(), "little") for i in good),
+        np.uint64,
+        len(good),
+    )
+    in_test = np.zeros(len(good), bool)
+    for label in np.unique(labels[good]):
+        rows = np.flatnonzero(labels[good] == label)
+        count = 0 if len(rows) < 2 else max(1, round(TEST_SHARE * len(rows)))
+        in_test[rows[np.argsort(hashes[rows], kind="stable")[:count]]] = True
+    return in_test

@@ -1,0 +1,60 @@
+"""The one exception for what a user can mend, and its most frequent text."""
+
+import difflib
+from collections.abc import Iterable
+
+_NAMES_SHOWN = 12
+
+
+class MvmrError(Exception):
+    """Something the user can mend: a wrong name, file, value or machine.
+
+    The message stands on one line and says what is wrong, the value seen, where, and what to do.
+    The command line prints it after `error: ` and exits 1; programming errors keep their traceback.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the one of `known` that `name` was most likely meant to be, or None if none is close."""
+    by_folded = {candidate.casefold(): candidate for candidate in known}
+    close = difflib.get_close_matches(name.casefold(), by_folded, n=1, cutoff=0.6)
+    return by_folded[close[0]] if close else None
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> MvmrError:
+    """Return (not raise) the error for a name that is not in `known`, with the nearest valid name.
+
+    `unknown("recipe", "papr", RECIPES)` reads: unknown recipe 'papr'; did you mean 'paper'? Known: default, paper
+    """
+    names = list(known)
+    meant = nearest(name, names)
+    listed = ", ".join(names[:_NAMES_SHOWN])
+    if len(names) > _NAMES_SHOWN:
+        listed += f" and {len(names) - _NAMES_SHOWN} more"
+    hint = f"did you mean {meant!r}? " if meant else ""
+    return MvmrError(f"unknown {kind} {name!r}; {hint}Known: {listed or 'none'}")
+
+
+# Import names of the optional packages, by the extra that installs them. A test holds it to pyproject.toml.
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "train": (
+        "torch",
+        "torchvision",
+        "lightning_fabric",
+        "open_clip",
+        "kymatio",
+        "scipy",
+        "sklearn",
+        "skimage",
+        "faiss",
+    ),
+}
+
+
+def missing_extra(error: ModuleNotFoundError) -> MvmrError | None:
+    """Return the one-line error when `error` is about a package of an extra, else None (a real fault)."""
+    package = (error.name or "").partition(".")[0]
+    for extra, packages in EXTRAS.items():
+        if package in packages:
+            return MvmrError(f"this needs the package {package!r}, not installed here: pip install 'mvmr[{extra}]'")
+    return None

@@ -1,0 +1,53 @@
+"""The part that is trained, in one module: encoder, projector and the maps inside the objective."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
+
+from mvmr.objective import Embeddings, Objective
+from mvmr.preprocess import Preprocess
+
+
+class Learner(nn.Module):
+    """What is trained: encoder, projector and the maps inside the objective; one forward pass, from images to loss."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, encoder: nn.Module, projector: nn.Module, objective: Objective, preprocess: Preprocess):
+        super().__init__()
+        self.encoder, self.projector, self.objective = encoder, projector, objective
+        self.register_buffer("mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocess.std).view(1, 3, 1, 1), persistent=False)
+
+    def features(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] uint8 -> h [B, D]."""
+        normalised = (images.float() / 255 - self.mean) / self.std
+        h: Tensor = self.encoder(normalised)
+        return h
+
+    def forward(
+        self, original: Tensor, augmented: Tensor, targets: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], Embeddings, Mapping[str, Tensor]]:
+        """Both views, uint8, and the targets of this rank -> the loss by term; embeddings and targets of all ranks."""
+        h, ha = self.features(original), self.features(augmented)
+        z, za = self.projector(h), self.projector(ha)
+        with torch.autocast(original.device.type, enabled=False):
+            views = Embeddings(*(gather(t.float()) for t in (h, ha, z, za)))
+            everyone = {name: gather(t.float()) for name, t in targets.items()}
+            return self.objective(views, everyone), views, everyone
+
+
+def gather(x: Tensor) -> Tensor:
+    """Rows of all ranks, keeping gradients, so that N ranks of B compute the loss of one rank of N * B.
+
+    The backward pass sums over ranks and DDP averages over them: together exactly the gradient of the global batch.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return x
+    return torch.cat(all_gather(x.contiguous()))

@@ -1,0 +1,167 @@
+"""What happens to an image before an encoder sees it: colours, resize, centre crop, normalisation (torch-free).
+
+Training, evaluation, export and the service all use this one description; it is stored in the bundle.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from mvmr.errors import MvmrError, unknown
+
+Interpolation = Literal["bilinear", "bicubic"]
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_EXIF_ORIENTATION = 0x0112
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """Resize the short side to `resize` pixels (antialiased), crop the centre `crop` x `crop`, normalise.
+
+    `image` equals torchvision's `Resize(resize)` and `CenterCrop(crop)` on a PIL image, byte for byte.
+    Images smaller than `resize` are enlarged. `mean` and `std` are in units of [0, 1].
+
+    Raises: MvmrError for sizes below 1, a crop larger than the resized image, unknown interpolation, std <= 0.
+    """
+
+    resize: int
+    crop: int
+    interpolation: Interpolation = "bilinear"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.crop <= self.resize:
+            raise MvmrError(f"preprocessing: crop = {self.crop} must lie between 1 and resize = {self.resize}")
+        if self.interpolation not in get_args(Interpolation):
+            raise unknown("interpolation", str(self.interpolation), get_args(Interpolation))
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise MvmrError(f"preprocessing: mean = {self.mean} and std = {self.std} must be 3 numbers each, std > 0")
+
+    @classmethod
+    def for_size(cls, size: int) -> "Preprocess":
+        """The usual preprocessing at `size`: no margin below 128 px, else ImageNet's 256/224 before the crop."""
+        return cls(resize=size if size < 128 else round(size * 256 / 224), crop=size)
+
+    def image(self, image: Image.Image) -> npt.NDArray[np.uint8]:
+        """Resize and crop one image of any mode.
+
+        Shapes: PIL image -> uint8 [crop, crop, 3], sRGB in [0, 255], not normalised.
+        """
+        picture = to_rgb(image)
+        width, height = picture.size
+        short = min(width, height)
+        if short != self.resize:
+            # torchvision cuts the fraction off the long side; rounding would move the crop by a pixel
+            size = (max(1, self.resize * width // short), max(1, self.resize * height // short))
+            picture = picture.resize(size, _RESAMPLING[self.interpolation])
+            width, height = size
+        left, top = round((width - self.crop) / 2), round((height - self.crop) / 2)
+        if (width, height) != (self.crop, self.crop):
+            picture = picture.crop((left, top, left + self.crop, top + self.crop))
+        return np.array(picture)
+
+    def batch(self, images: Iterable[Image.Image]) -> npt.NDArray[np.uint8]:
+        """Resize and crop several images.
+
+        Shapes: N PIL images -> uint8 [N, crop, crop, 3], sRGB in [0, 255], not normalised; N may be 0.
+        """
+        rows = [self.image(image) for image in images]
+        return np.stack(rows) if rows else np.empty((0, self.crop, self.crop, 3), np.uint8)
+
+    def normalise(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Turn pixels into what the encoder takes: (x / 255 - mean) / std.
+
+        Shapes: uint8 [N, H, W, 3] in [0, 255] -> float32 [N, 3, H, W], contiguous.
+        """
+        scaled = images.transpose(0, 3, 1, 2).astype(np.float32, order="C")
+        scaled /= np.float32(255)
+        scaled -= np.array(self.mean, np.float32)[:, None, None]
+        scaled /= np.array(self.std, np.float32)[:, None, None]
+        return scaled
+
+    def to_dict(self) -> dict[str, object]:
+        """Return plain values for JSON; `from_dict` takes them back."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> "Preprocess":
+        """Read what `to_dict` wrote.
+
+        Raises: MvmrError for a missing or unknown key, or a value of the wrong type.
+        """
+        fields = tuple(cls.__dataclass_fields__)
+        for key in values:
+            if key not in fields:
+                raise unknown("key in preprocessing", key, fields)
+        missing = [key for key in fields if key not in values]
+        if missing:
+            raise MvmrError(f"preprocessing lacks {', '.join(missing)}; has {', '.join(values) or 'nothing'}")
+        interpolation = str(values["interpolation"])
+        if interpolation not in get_args(Interpolation):
+            raise unknown("interpolation", interpolation, get_args(Interpolation))
+        return cls(
+            resize=_whole("resize", values["resize"]),
+            crop=_whole("crop", values["crop"]),
+            interpolation="bicubic" if interpolation == "bicubic" else "bilinear",
+            mean=_triple("mean", values["mean"]),
+            std=_triple("std", values["std"]),
+        )
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return the image upright and in mode RGB, 8 bits a channel; an RGB image without EXIF comes back as it is.
+
+    The EXIF orientation is applied. 16-bit values are divided by 257, so that 65535 becomes 255. 32-bit integers
+    are taken as 16-bit ones when they fit, else scaled by their largest value. Floats are taken as [0, 1] when they
+    fit, as [0, 255] when they fit, else scaled by their largest value; what is negative or not finite becomes 0.
+    CMYK, Lab, palette, grey and black-and-white are converted by Pillow; an alpha channel is dropped.
+
+    Raises: ValueError where Pillow has no conversion.
+    """
+    upright = image
+    if _orientation(image) != 1:
+        upright = ImageOps.exif_transpose(image)
+    if upright.mode == "RGB":
+        return upright
+    if upright.mode == "F" or upright.mode.startswith("I"):
+        return Image.fromarray(_eight_bits(np.asarray(upright))).convert("RGB")
+    if upright.mode == "P" and "transparency" in upright.info:
+        upright = upright.convert("RGBA")  # the straight way makes Pillow warn
+    return upright.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # a broken EXIF block raises a dozen kinds of error; the pixels are still good
+        return 1
+
+
+def _eight_bits(values: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
+    known = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0).clip(min=0)
+    highest = float(known.max(initial=0.0))
+    lowest_white = 65535.0 if values.dtype.kind != "f" else 255.0 if highest > 1 else 1.0
+    white = max(lowest_white, highest)
+    return np.rint(known * (255.0 / white)).astype(np.uint8)
+
+
+def _whole(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise MvmrError(f"preprocessing: {name} = {value!r} must be a whole number")
+    return value
+
+
+def _triple(name: str, value: object) -> tuple[float, float, float]:
+    items = list(value) if isinstance(value, list | tuple) else []
+    numbers = [float(item) for item in items if isinstance(item, int | float)]
+    if not len(numbers) == len(items) == 3:
+        raise MvmrError(f"preprocessing: {name} = {value!r} must be 3 numbers")
+    return (numbers[0], numbers[1], numbers[2])

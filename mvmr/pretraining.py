@@ -1,0 +1,196 @@
+"""From images to a student bundle: what `mvmr pretrain` does, and `mvmr distill` with a teacher beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+from torch.utils.data import DataLoader, Dataset
+
+from mvmr import bundle, checkpoint, manifest
+from mvmr.bundle import Bundle
+from mvmr.config import to_mapping
+from mvmr.cores import usable_cores
+from mvmr.data import ImageSet, open_images
+from mvmr.encoder import build_encoder, build_projector, feature_dim, load_init
+from mvmr.files import write_text
+from mvmr.learner import Learner
+from mvmr.objective import Objective
+from mvmr.precision import native_precision
+from mvmr.preprocess import Preprocess
+from mvmr.recipe import Recipe, load_recipe
+from mvmr.representations import Representation
+from mvmr.run_folder import open_run
+from mvmr.targets import Batch, Targets, WithRows
+from mvmr.trainer import train
+from mvmr.views import Views
+
+_RECALIBRATION_IMAGES = 16384
+
+
+def pretrain(
+    data: str,
+    out: str | Path,
+    *,
+    recipe: str | Path = "default",
+    assign: Sequence[str] = (),
+    init: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str = "auto",
+    devices: int = 1,
+    max_unreadable: float = 0.01,
+    progress: bool = False,
+) -> Bundle:
+    """Train a student without labels and without a teacher (self-supervised MV-MR), and write its bundle.
+
+    Args:
+        data: a folder of images, or a name such as ``stl10:ROOT`` or ``sample:patches`` (docs/data.md).
+        out: folder of the bundle; while the run goes on its files are in ``out`` + ``.partial``.
+        recipe: name of a shipped recipe, or a TOML file.
+        assign: changes to the recipe, such as ``"train.lr=3e-4"``.
+        init: bundle or state-dict file the encoder starts from.
+        resume: go on with the interrupted run of ``out``.
+        overwrite: replace the bundle in ``out``, and forget an interrupted run there.
+        device, devices: Lightning Fabric's accelerator name and number of devices (under torchrun: per node).
+        max_unreadable: the run stops when a larger share of the images can't be read.
+        progress: show progress on standard error.
+
+    Raises:
+        MvmrError: anything a user can mend, from an unknown recipe to a loss that is not finite.
+        KeyboardInterrupt: stopped by Ctrl-C or SIGTERM; ``resume`` goes on.
+    """
+    images = open_images(data, "unlabelled", max_unreadable=max_unreadable, progress=progress)
+    resolved = load_recipe(recipe, "mvmr", assign)
+    return fit(
+        images, out, resolved, init=init, resume=resume, overwrite=overwrite, device=device, devices=devices,
+        progress=progress,
+    )  # fmt: skip
+
+
+def fit(
+    images: ImageSet,
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    teachers: Mapping[str, Representation] | None = None,
+    init: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str = "auto",
+    devices: int = 1,
+    progress: bool = False,
+) -> Bundle:
+    """Train a student of ``images`` by ``recipe``; never reads a label. Arguments as in :func:`pretrain`.
+
+    Args:
+        teachers: further representations by the name the recipe calls them.
+    """
+    teachers = teachers or {}
+    precision = native_precision(recipe.train.precision, device)
+    fabric = Fabric(accelerator=device, devices=devices, precision=precision)
+    fabric.launch()
+    size = recipe.views.size or images.native_size or 224
+    recipe = replace(
+        recipe,
+        views=replace(recipe.views, size=size),
+        train=replace(recipe.train, precision=precision),
+    )
+    recipe.train.steps(len(images))  # refuses a batch larger than the data before anything is computed
+    run = _describe(images, recipe, teachers, init)
+    result = Path(out)
+    folder = open_run(result, run, resume=resume, overwrite=overwrite)
+    if (folder / manifest.NAME).exists():  # killed between the last step and the end
+        bundle.publish(folder, result)
+        return bundle.load(result)
+    write_text(folder / "skipped.txt", "".join(f"{s.key}\t{s.reason}\n" for s in images.skipped))
+
+    preprocess = Preprocess.for_size(size)
+    workers = usable_cores() if recipe.train.workers is None else recipe.train.workers
+    targets = Targets(
+        recipe.objective.targets, images, preprocess, teachers=teachers, cache_gb=recipe.train.cache_gb,
+        device=fabric.device, workers=workers, progress=progress,
+    )  # fmt: skip
+    views: Dataset[Batch] = WithRows(
+        Views(images, preprocess, recipe.views.policy, seed=recipe.train.seed, second=targets.second), targets.rows
+    )
+    learner = build_learner(recipe, preprocess, targets, init)
+    steps = train(learner, views, targets.of, recipe.train, fabric=fabric, folder=folder, progress=progress)
+    recalibrate(
+        learner.encoder, images, preprocess, batch_size=recipe.train.batch_size, workers=workers, device=fabric.device
+    )
+    if fabric.is_global_zero:
+        bundle.write(
+            folder, architecture=recipe.model.architecture, small_kernel=recipe.model.small_kernel,
+            embedding_dim=feature_dim(recipe.model), preprocessing=preprocess, training=run | {"steps": steps},
+            encoder_state=learner.encoder.state_dict(),
+            projector_state=learner.projector.state_dict() if recipe.projector else None,
+        )  # fmt: skip
+        (folder / checkpoint.NAME).unlink(missing_ok=True)
+        bundle.publish(folder, result)
+    fabric.barrier()
+    return bundle.load(result)
+
+
+def build_learner(recipe: Recipe, preprocess: Preprocess, targets: Targets, init: str | Path | None = None) -> Learner:
+    """Encoder, projector and objective of ``recipe``, drawn from its seed; the global random state is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.train.seed)
+        encoder = build_encoder(recipe.model)
+        width = feature_dim(recipe.model)
+        projector = build_projector(width, recipe.projector)
+        regressed = {name: targets.statistics(name) for name, weight in recipe.objective.regression.items() if weight}
+        objective = Objective(recipe.objective, width, regressed)
+    if init is not None:
+        load_init(encoder, Path(init))
+    return Learner(encoder, projector, objective, preprocess)
+
+
+def recalibrate(
+    encoder: nn.Module, images: ImageSet, preprocess: Preprocess, *, batch_size: int, workers: int, device: torch.device
+) -> None:
+    """Set the encoder's batch-norm statistics to those of original views, the only kind it is served.
+
+    In training they are running averages over both views, and lag behind the weights.
+    """
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:_RECALIBRATION_IMAGES].tolist()
+    batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+    if len(batches) > 1:
+        batches = [batch for batch in batches if len(batch) == batch_size]  # a short last one would count too much
+    originals = Originals(images, preprocess)
+    loader = DataLoader(originals, batch_sampler=batches, num_workers=workers, generator=torch.Generator())
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocess.mean, preprocess.std))
+    update_bn(((batch.float() / 255 - mean) / std for batch in loader), encoder, device=device)
+    encoder.eval()
+
+
+class Originals(Dataset[Tensor]):
+    """The original view of each image alone, uint8 [3, S, S]."""
+
+    def __init__(self, images: ImageSet, preprocess: Preprocess):
+        self.images, self.preprocess = images, preprocess
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.from_numpy(self.preprocess.image(self.images.load(index)).transpose(2, 0, 1).copy())
+
+
+def _describe(
+    images: ImageSet, recipe: Recipe, teachers: Mapping[str, Representation], init: str | Path | None
+) -> dict[str, Any]:
+    return {
+        "method": "distillation" if teachers else "self-supervised MV-MR",
+        "teachers": {name: {"name": teacher.name, "identity": teacher.identity} for name, teacher in teachers.items()},
+        "data": {"name": images.name, "split": images.split, "images": len(images), "fingerprint": images.fingerprint},
+        "init": None if init is None else str(init),
+        "seed": recipe.train.seed,
+        "recipe": to_mapping(recipe),
+    }

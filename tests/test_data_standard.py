@@ -1,0 +1,323 @@
+"""The standard data sets, read from small files in their true formats."""
+
+import hashlib
+import io
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision import datasets
+
+from mvmr.data import ImageSet, Split, open_images
+from mvmr.data.standard import VOC_CLASSES
+from mvmr.errors import MvmrError
+
+STL10_NAMES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
+
+
+def md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+
+
+def arrays(images: ImageSet) -> np.ndarray:
+    return np.stack([np.asarray(images.load(i)) for i in range(len(images))])
+
+
+@pytest.fixture
+def stl10(tmp_path: Path) -> Path:
+    """STL10 as it is published, with few images."""
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for part, count in (("train", 7), ("test", 5), ("unlabeled", 4)):
+        random.integers(0, 256, (count, 3, 96, 96), np.uint8).tofile(folder / f"{part}_X.bin")
+        if part != "unlabeled":
+            (np.arange(count) * 3 % 10 + 1).astype(np.uint8).tofile(folder / f"{part}_y.bin")
+    (folder / "class_names.txt").write_text("\n".join(STL10_NAMES) + "\n")
+    (folder / "fold_indices.txt").write_text("0 1 2 \n3 4 5 \n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("split", "theirs"), [("train", "train"), ("test", "test"), ("unlabelled", "train+unlabeled")])
+def test_stl10_equals_torchvisions_reader(
+    stl10: Path, monkeypatch: pytest.MonkeyPatch, split: Split, theirs: str
+) -> None:
+    for listed in ("train_list", "test_list"):
+        names = [name for name, _ in getattr(datasets.STL10, listed)]
+        sums = [[name, md5(stl10 / "stl10_binary" / name)] for name in names]
+        monkeypatch.setattr(datasets.STL10, listed, sums)
+    reference = datasets.STL10(str(stl10), split=theirs)
+    images = open_images(f"stl10:{stl10}", split)
+    assert len(images) == len(reference)
+    assert images.native_size == 96
+    for index in range(len(reference)):
+        assert np.array_equal(np.asarray(images.load(index)), np.asarray(reference[index][0]))
+    if split == "unlabelled":
+        assert images.labels is None
+        assert images.classes is None
+    else:
+        assert images.labels is not None
+        assert images.labels.dtype == np.int64
+        assert images.labels.tolist() == [int(label) for label in reference.labels]
+        assert images.classes == tuple(STL10_NAMES)
+
+
+def test_stl10_is_sent_to_workers_by_name_not_by_content(stl10: Path) -> None:
+    images = open_images(f"stl10:{stl10}", "unlabelled")
+    last = images.load(10).tobytes()
+    sent = pickle.dumps(images)
+    assert len(sent) < 2000
+    assert pickle.loads(sent).load(10).tobytes() == last
+
+
+def test_stl10_without_its_unlabelled_part_can_still_be_evaluated(stl10: Path) -> None:
+    (stl10 / "stl10_binary" / "unlabeled_X.bin").unlink()
+    (stl10 / "stl10_binary" / "class_names.txt").unlink()
+    images = open_images(f"stl10:{stl10}", "test")
+    assert images.classes == tuple(STL10_NAMES)
+    with pytest.raises(MvmrError, match=r"unlabeled_X\.bin is missing; unpack stl10_binary\.tar\.gz"):
+        open_images(f"stl10:{stl10}", "unlabelled")
+
+
+def test_damaged_stl10_files_are_named(stl10: Path) -> None:
+    folder = stl10 / "stl10_binary"
+    (folder / "train_y.bin").write_bytes(b"\x01" * 6)
+    images = open_images(f"stl10:{stl10}")
+    with pytest.raises(MvmrError, match=r"train_y\.bin is damaged"):
+        _ = images.labels
+    (folder / "train_y.bin").write_bytes(b"\x00" * 7)
+    with pytest.raises(MvmrError, match=r"train_y\.bin is damaged"):
+        _ = open_images(f"stl10:{stl10}").labels
+    (folder / "train_X.bin").write_bytes(b"\x00" * 27647)
+    with pytest.raises(MvmrError, match="27647 bytes are not a whole number"):
+        open_images(f"stl10:{stl10}")
+
+
+def test_the_fingerprint_of_stl10_follows_its_files(stl10: Path) -> None:
+    prints = {open_images(f"stl10:{stl10}", split).fingerprint for split in ("train", "test", "unlabelled")}
+    (stl10 / "stl10_binary" / "train_X.bin").write_bytes(b"\x07" * 27648 * 2)
+    prints.add(open_images(f"stl10:{stl10}").fingerprint)
+    assert len(prints) == 4
+
+
+class OldPickler(pickle.Pickler):
+    """Writes arrays as the numpy that made the published files did: `dtype('u1', 0, 1)`."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, np.dtype):
+            return np.dtype, ("u1", 0, 1), (3, "|", None, None, None, -1, -1, 0)
+        return NotImplemented
+
+
+def dump(path: Path, value: object) -> None:
+    data = io.BytesIO()
+    OldPickler(data, protocol=2).dump(value)
+    path.write_bytes(data.getvalue())
+
+
+@pytest.fixture
+def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """CIFAR-10 and CIFAR-100 as they are published, with few images; torchvision is told their md5."""
+    random = np.random.default_rng(1)
+    ten, hundred = tmp_path / "cifar-10-batches-py", tmp_path / "cifar-100-python"
+    ten.mkdir()
+    hundred.mkdir()
+
+    def rows(count: int) -> np.ndarray:
+        return random.integers(0, 256, (count, 3072), np.uint8)
+
+    for number, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        files = [f"{number}_{i}.png" for i in range(3)]
+        labels = [number, 9, (number * 7) % 10]
+        dump(ten / name, {"batch_label": name, "labels": labels, "data": rows(3), "filenames": files})
+    dump(ten / "batches.meta", {"num_cases_per_batch": 3, "label_names": STL10_NAMES, "num_vis": 3072})
+    for name, count in (("train", 8), ("test", 4)):
+        fine = [(i * 37 + count) % 100 for i in range(count)]
+        entry = {"filenames": [f"{i}.png" for i in range(count)], "batch_label": name, "fine_labels": fine}
+        dump(hundred / name, entry | {"coarse_labels": [label // 5 for label in fine], "data": rows(count)})
+    names = {"fine_label_names": [f"fine{i}" for i in range(100)]}
+    dump(hundred / "meta", names | {"coarse_label_names": [f"coarse{i}" for i in range(20)]})
+    for reader in (datasets.CIFAR10, datasets.CIFAR100):
+        folder = tmp_path / reader.base_folder
+        for listed in ("train_list", "test_list"):
+            sums = [[name, md5(folder / name)] for name, _ in getattr(reader, listed)]
+            monkeypatch.setattr(reader, listed, sums)
+        monkeypatch.setattr(reader, "meta", reader.meta | {"md5": md5(folder / reader.meta["filename"])})
+    return tmp_path
+
+
+@pytest.mark.parametrize("split", ["train", "test", "unlabelled"])
+@pytest.mark.parametrize("kind", ["cifar10", "cifar100"])
+def test_cifar_equals_torchvisions_reader(cifar: Path, kind: str, split: Split) -> None:
+    reader = datasets.CIFAR10 if kind == "cifar10" else datasets.CIFAR100
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reference = reader(str(cifar), train=split != "test")
+    images = open_images(f"{kind}:{cifar}", split)
+    assert np.array_equal(arrays(images), np.stack([np.asarray(image) for image, _ in reference]))
+    assert images.native_size == 32
+    if split == "unlabelled":
+        assert images.labels is None
+    else:
+        assert images.labels is not None
+        assert images.labels.dtype == np.int64
+        assert images.labels.tolist() == reference.targets
+        assert images.classes == tuple(reference.classes)
+    assert pickle.loads(pickle.dumps(images)).load(1).tobytes() == images.load(1).tobytes()
+
+
+def test_cifar20_has_the_coarse_labels_of_cifar100(cifar: Path) -> None:
+    for split in ("train", "test"):
+        fine = open_images(f"cifar100:{cifar}", "test" if split == "test" else "train")
+        coarse = open_images(f"cifar20:{cifar}", "test" if split == "test" else "train")
+        assert np.array_equal(arrays(fine), arrays(coarse))
+        assert coarse.classes == tuple(f"coarse{i}" for i in range(20))
+        assert fine.labels is not None
+        assert coarse.labels is not None
+        assert coarse.labels.tolist() == (fine.labels // 5).tolist()
+        assert fine.fingerprint == coarse.fingerprint
+
+
+def test_a_cifar_file_that_is_not_the_published_one_is_not_unpickled(cifar: Path) -> None:
+    class Sly:
+        def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
+            return pytest.fail, ("a stranger's pickle was run",)
+
+    dump(cifar / "cifar-100-python" / "train", Sly())
+    for kind in ("cifar100", "cifar20"):
+        with pytest.raises(MvmrError, match="md5"):
+            open_images(f"{kind}:{cifar}")
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("stl10", "stl10_binary/train_X.bin is missing; unpack stl10_binary.tar.gz into data"),
+        ("cifar10", "cifar-10-batches-py/data_batch_1 is missing; unpack cifar-10-python.tar.gz into data"),
+        ("cifar20:/d", "/d/cifar-100-python/train is missing; unpack cifar-100-python.tar.gz into /d"),
+        ("imagenet:/d", "/d/train is missing; put the class folders"),
+        ("voc07:/d", "/d/VOCdevkit/VOC2007/ImageSets/Main/trainval.txt is missing; unpack VOCtrainval_06-Nov-2007.tar"),
+    ],
+)
+def test_missing_files_are_named_with_their_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MvmrError) as raised:
+        open_images(spec)
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def photo(path: Path, value: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (40, 30), (value, 2, 3)).save(path)
+
+
+def test_imagenet_class_folders(tmp_path: Path) -> None:
+    for number, wnid in enumerate(("n01440764", "n01443537", "n02102040")):
+        photo(tmp_path / "train" / wnid / f"{wnid}_{number}.JPEG")
+        photo(tmp_path / "val" / wnid / f"ILSVRC2012_val_{number:08d}.JPEG")
+    train, test = open_images(f"imagenet:{tmp_path}"), open_images(f"imagenet:{tmp_path}", "test")
+    assert train.classes == test.classes == ("n01440764", "n01443537", "n02102040")
+    assert train.labels is not None
+    assert test.labels is not None
+    assert train.labels.tolist() == test.labels.tolist() == [0, 1, 2]
+    assert test.keys[0] == "val/n01440764/ILSVRC2012_val_00000000.JPEG"
+    unlabelled = open_images(f"imagenet:{tmp_path}", "unlabelled")
+    assert unlabelled.labels is None
+    assert unlabelled.fingerprint == train.fingerprint
+
+
+@pytest.mark.parametrize(("part", "split"), [("train", "train"), ("val", "test")])
+def test_one_part_of_imagenet_is_enough(tmp_path: Path, part: str, split: Split) -> None:
+    for wnid in ("n01440764", "n01443537"):
+        photo(tmp_path / part / wnid / "1.JPEG")
+    images = open_images(f"imagenet:{tmp_path}", split)
+    assert images.labels is not None
+    assert images.labels.tolist() == [0, 1]
+
+
+def test_flat_validation_images_of_imagenet_are_explained(tmp_path: Path) -> None:
+    for wnid in ("n01440764", "n01443537"):
+        photo(tmp_path / "train" / wnid / "1.JPEG")
+    photo(tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG")
+    with pytest.raises(MvmrError, match="sort them into one folder a class"):
+        open_images(f"imagenet:{tmp_path}", "test")
+
+
+def annotation(name: str, objects: list[tuple[str, int]]) -> str:
+    items = "".join(
+        f"<object><name>{kind}</name><pose>Left</pose><truncated>0</truncated><difficult>{difficult}</difficult>"
+        "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></object>"
+        for kind, difficult in objects
+    )
+    return (
+        f"<annotation><folder>VOC2007</folder><filename>{name}.jpg</filename><size><width>40</width><height>30</height>"
+        f"<depth>3</depth></size><segmented>0</segmented>{items}</annotation>"
+    )
+
+
+@pytest.fixture
+def voc(tmp_path: Path) -> Path:
+    home = tmp_path / "VOCdevkit" / "VOC2007"
+    for folder in ("Annotations", "ImageSets/Main"):
+        (home / folder).mkdir(parents=True)
+    shown: dict[str, list[tuple[str, int]]] = {
+        "000005": [("chair", 0), ("chair", 1), ("person", 1)],
+        "000007": [("car", 0)],
+        "000009": [("horse", 1), ("horse", 0), ("person", 0), ("tvmonitor", 1)],
+        "000001": [("dog", 0), ("person", 0)],
+    }
+    for number, (name, objects) in enumerate(shown.items()):
+        photo(home / "JPEGImages" / f"{name}.jpg", number)
+        (home / "Annotations" / f"{name}.xml").write_text(annotation(name, objects))
+    (home / "ImageSets" / "Main" / "trainval.txt").write_text("000005\n000007\n000009\n")
+    (home / "ImageSets" / "Main" / "test.txt").write_text("000001\n")
+    return tmp_path
+
+
+def test_voc07_labels_say_present_absent_or_difficult(voc: Path) -> None:
+    train, test = open_images(f"voc07:{voc}"), open_images(f"voc07:{voc}", "test")
+    assert list(train.keys) == [f"JPEGImages/{name}.jpg" for name in ("000005", "000007", "000009")]
+    assert list(test.keys) == ["JPEGImages/000001.jpg"]
+    assert train.classes == VOC_CLASSES
+    assert len(VOC_CLASSES) == 20
+    assert train.labels is not None
+    assert train.labels.dtype == np.int64
+    named = [{VOC_CLASSES[c]: int(row[c]) for c in np.flatnonzero(row > -1)} for row in train.labels]
+    assert named == [{"chair": 1, "person": 0}, {"car": 1}, {"horse": 1, "person": 1, "tvmonitor": 0}]
+    assert train.load(1).size == (40, 30)
+
+
+def test_voc07_pretrains_without_annotations(voc: Path) -> None:
+    for path in (voc / "VOCdevkit" / "VOC2007" / "Annotations").iterdir():
+        path.write_text("not XML")
+    images = open_images(f"voc07:{voc}", "unlabelled")
+    assert len(images) == 3
+    assert images.labels is None
+    with pytest.raises(MvmrError, match=r"000005\.xml is not a VOC annotation"):
+        _ = open_images(f"voc07:{voc}").labels
+
+
+def test_an_unreadable_voc07_image_takes_its_label_with_it(voc: Path) -> None:
+    (voc / "VOCdevkit" / "VOC2007" / "JPEGImages" / "000005.jpg").unlink()
+    images = open_images(f"voc07:{voc}", max_unreadable=0.5)
+    assert [skipped.key for skipped in images.skipped] == ["JPEGImages/000005.jpg"]
+    assert images.labels is not None
+    assert images.labels.shape == (2, 20)
+    assert images.labels[0, VOC_CLASSES.index("car")] == 1
+    with pytest.raises(MvmrError, match="1 of 3 image files"):
+        open_images(f"voc07:{voc}")
+
+
+def test_an_unknown_voc07_class_is_refused(voc: Path) -> None:
+    path = voc / "VOCdevkit" / "VOC2007" / "Annotations" / "000007.xml"
+    path.write_text(annotation("000007", [("unicorn", 0)]))
+    with pytest.raises(MvmrError, match=r"000007\.xml"):
+        _ = open_images(f"voc07:{voc}").labels

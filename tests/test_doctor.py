@@ -1,0 +1,59 @@
+import json
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from click.testing import CliRunner
+
+from mvmr.cli import COMMANDS, main
+from mvmr.doctor import NEEDS, examine
+from mvmr.errors import EXTRAS
+
+
+def test_every_command_is_examined() -> None:
+    assert list(NEEDS) == list(COMMANDS)
+
+
+def test_a_complete_machine_is_ready(cache: Path) -> None:
+    report = examine()
+    assert set(report.commands.values()) == {None}
+    assert report.machine.cores >= 1
+    assert report.cache.path == str(cache)
+    assert report.cache.writable
+    assert report.cache.free > 0
+    assert None not in report.extras["train"].values()
+
+
+def test_an_install_without_torch_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in EXTRAS["train"]:
+        monkeypatch.setitem(sys.modules, package, None)
+    result = CliRunner().invoke(main, ["doctor", "--json"])
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert found["devices"] == []
+    assert found["commands"]["info"] is None
+    assert found["commands"]["distill"].endswith("pip install 'mvmr[train]'")
+    shown = CliRunner().invoke(main, ["doctor"])
+    assert shown.exit_code == 0
+    assert "mvmr[train]" in shown.stdout
+
+
+def test_broken_packages_are_reported_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("torch", "onnxruntime"):
+        broken = ModuleType(name)
+        broken.__spec__ = ModuleSpec(name, loader=None)
+        monkeypatch.setitem(sys.modules, name, broken)
+    report = examine()
+    assert report.devices == ()
+    assert report.onnxruntime is None
+    assert [problem.split()[0] for problem in report.problems] == ["torch", "onnxruntime"]
+    assert CliRunner().invoke(main, ["doctor"]).exit_code == 0
+
+
+def test_a_cache_that_cannot_be_a_folder_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MVMR_CACHE", str(tmp_path / "file"))
+    assert not examine().cache.writable
+    assert "NOT WRITABLE" in CliRunner().invoke(main, ["doctor"]).stdout
