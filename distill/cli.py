@@ -28,9 +28,11 @@ def distill(
 ) -> None:
     """Distil a teacher into a small student, from unlabelled images."""
     from mvmr.distillation.run import distill as run
+    from mvmr.distillation.source import default_weights
 
     target = out or f"runs/{slug(teacher)}-{slug(data)}"
-    say_plan(teacher=teacher, data=data, recipe=options["recipe"], out=target)
+    weights = pretrained or default_weights(teacher)
+    say_plan(teacher=teacher, weights=weights, data=data, recipe=options["recipe"], out=target)
     finished(run(teacher, data, target, pretrained=pretrained, assign=assign, progress=True, **options).path, data)
 
 

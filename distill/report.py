@@ -33,7 +33,7 @@ def print_results(results: dict[str, Any], out: str) -> None:
     console.print(table)
     teacher = results["rows"]["teacher"]
     console.print(f"teacher: {results['teacher']}; zero-shot {_figure(teacher, 'zero_shot')} %")
-    if any("tiny_clip" in str(run["teacher"]) or "teacher (" in str(run["teacher"]) for run in results["runs"]):
+    if results["stand_in"]:
         console.print(
             "This teacher is a stand-in, trained here on the class names; --teacher ViT-B-16 takes a real CLIP."
         )

@@ -58,6 +58,16 @@ def default_tag(name: str) -> str:
     return str(known[0])
 
 
+def default_weights(name: str | Path) -> str:
+    """Say which weights `find_source` takes when none are named: a folder's own, or those of `default_tag`.
+
+    Raises: MvmrError for an unknown model, or one without published weights.
+    """
+    if str(name).startswith(HF_HUB_PREFIX) or Path(name).is_dir():
+        return "its own"
+    return f"{default_tag(str(name))} (the default; another by --pretrained TAG or FILE)"
+
+
 def find_source(name: str | Path, pretrained: str | Path | None) -> Source:
     """Resolve what a user typed; see `Teacher.load` for the forms. Downloads weights not yet in the cache.
 

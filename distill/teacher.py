@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import open_clip
 import torch
@@ -20,6 +20,12 @@ from torch import Tensor, nn
 from mvmr import weights
 from mvmr.distillation.source import Source, find_source
 from mvmr.errors import MvmrError
+
+
+class Prepare(Protocol):
+    """An image of any mode -> the tensor a teacher takes. Carries no weights, so workers are sent little."""
+
+    def __call__(self, image: Image.Image) -> Tensor: ...
 
 
 class Teacher:
@@ -41,7 +47,7 @@ class Teacher:
     identity: str
     dim: int
     preprocess_cfg: PreprocessCfg
-    prepare: Callable[[Image.Image], Tensor]
+    prepare: Prepare
 
     def __init__(self, source: Source, visual: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         """Take a tower whose weights are loaded; `Teacher.load` is the way to get one."""
@@ -86,7 +92,7 @@ class Teacher:
         return teacher
 
     @torch.no_grad()
-    def __call__(self, batch: Tensor, /) -> Tensor:
+    def __call__(self, batch: Tensor) -> Tensor:
         """Return the raw image embeddings, not normalised.
 
         Shapes: batch [B, 3, S, S] as `prepare` makes them, on any device -> [B, dim] float32 on the teacher's.

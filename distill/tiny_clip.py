@@ -52,7 +52,7 @@ class TinyClip:
     jitter: brightness, contrast and saturation vary by up to this share
     """
 
-    image_size: int = 64
+    image_size: int = 32
     layers: tuple[int, ...] = (1, 1, 1, 1)
     width: int = 32
     patch_size: int = 8

@@ -15,6 +15,7 @@ from mvmr.errors import MvmrError
 from mvmr.files import atomic, write_text
 
 NAME = "checkpoint.pt"
+METRICS = "metrics.jsonl"
 
 
 def save(folder: Path, step: int, learner: nn.Module, optimizer: Optimizer, fabric: Fabric) -> None:
@@ -27,10 +28,7 @@ def save(folder: Path, step: int, learner: nn.Module, optimizer: Optimizer, fabr
         return
     weights = learner.state_dict()
     if bad := [name for name, value in weights.items() if not torch.isfinite(value).all()]:
-        raise MvmrError(
-            f"{bad[0]} is not finite after step {step}; the last good checkpoint is kept in {folder}: "
-            "go on from it with a lower learning rate (--set train.lr=...) or --clip-grad 1"
-        )
+        raise MvmrError(f"{bad[0]} is not finite after step {step}; {cure(folder)}")
     state = {
         "step": step,
         "learner": weights,
@@ -48,13 +46,21 @@ def restore(folder: Path, learner: nn.Module, optimizer: Optimizer, fabric: Fabr
     state = _read(folder)
     learner.load_state_dict(state["learner"])
     optimizer.load_state_dict(state["optimizer"])
-    fabric.strategy.precision.load_state_dict(state["precision"])
+    if state["precision"]:  # empty when it was saved in another precision than 16-mixed
+        fabric.strategy.precision.load_state_dict(state["precision"])
     return int(state["step"])
 
 
 def saved_step(folder: Path) -> int | None:
     """The step of the checkpoint in ``folder``, or None."""
     return int(_read(folder)["step"]) if (folder / NAME).exists() else None
+
+
+def cure(folder: Path) -> str:
+    """What to do where training has gone astray."""
+    kept = saved_step(folder)
+    saved = f"the checkpoint of step {kept} in {folder} is kept: --resume" if kept else "nothing was saved: --overwrite"
+    return f"{saved} with a lower learning rate (--lr), --clip-grad 1 or --precision 32-true"
 
 
 def truncate_metrics(path: Path, step: int) -> None:

@@ -12,8 +12,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 
+from mvmr.errors import MvmrError
+
 _STRENGTHS = (1.0, 10.0, 100.0)  # of C, the inverse regularisation, for features of a mean square norm of 1
 _ITERATIONS = 200  # a fit that has not converged by then is as good a classifier, and is taken as it is
+_FEWEST = 5  # images of a class of which a fifth can be held out
 _NEVER = -1e9
 
 
@@ -36,18 +39,68 @@ class LinearHead:
 def linear_probe(features: np.ndarray, labels: np.ndarray, classes: int, *, seed: int = 0) -> LinearHead:
     """Fit logistic regression on frozen features of the training split.
 
-    The regularisation is chosen on a fifth of them, held out by class, then the probe is fitted on all.
+    The regularisation is chosen on a fifth of them, held out by class (of a class with fewer than 5 images, none is),
+    then the probe is fitted on all. Where nothing can be held out it is the strongest.
 
     Shapes:
         features: [N, D] float32, labels: [N] integers below ``classes``.
+
+    Raises:
+        MvmrError: all labels are the same.
     """
-    fit, held = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=seed, stratify=labels)
-    accuracy = {
-        c: float((_fit(features[fit], labels[fit], classes, c).predict(features[held]) == labels[held]).mean())
-        for c in _STRENGTHS
-    }
-    best = max(_STRENGTHS, key=lambda c: accuracy[c])  # of equals the most regularised
-    return _fit(features, labels, classes, best)
+    counts = np.bincount(labels, minlength=classes)
+    if np.count_nonzero(counts) < 2:
+        raise MvmrError("all training images are of one class: a linear probe needs images of two or more")
+    scaler = StandardScaler().fit(features)
+    space = _RowSpace((scaler.transform(features) / np.sqrt(features.shape[1])).astype(np.float32))
+    strength = _choose_strength(space.rows, labels, counts, seed)
+    solver = _solve(space.rows, labels, strength)
+    coefficients, intercept = space.back(solver.coef_), solver.intercept_
+    if len(solver.classes_) == 2:  # scikit-learn keeps one row for two classes
+        coefficients, intercept = np.vstack([-coefficients, coefficients]) / 2, np.hstack([-intercept, intercept]) / 2
+    weight, bias = np.zeros((classes, features.shape[1])), np.full(classes, _NEVER)  # of a class that was never seen
+    weight[solver.classes_] = coefficients / (scaler.scale_ * np.sqrt(features.shape[1]))
+    bias[solver.classes_] = intercept - weight[solver.classes_] @ scaler.mean_
+    return LinearHead(weight.astype(np.float32), bias.astype(np.float32), strength)
+
+
+def _choose_strength(x: np.ndarray, labels: np.ndarray, counts: np.ndarray, seed: int) -> float:
+    splittable = np.flatnonzero(counts[labels] >= _FEWEST)
+    if len(splittable) == 0:
+        return _STRENGTHS[0]
+    fit, held = train_test_split(splittable, test_size=0.2, random_state=seed, stratify=labels[splittable])
+    fit = np.concatenate([fit, np.flatnonzero(counts[labels] < _FEWEST)])
+    right = {c: (_solve(x[fit], labels[fit], c).predict(x[held]) == labels[held]).sum() for c in _STRENGTHS}
+    return max(_STRENGTHS, key=lambda c: right[c])  # of equals the most regularised
+
+
+def _solve(x: np.ndarray, labels: np.ndarray, strength: float) -> LogisticRegression:
+    solver = LogisticRegression(C=strength, max_iter=_ITERATIONS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return solver.fit(x, labels)
+
+
+class _RowSpace:
+    """Coordinates of rows in the space they span: with more columns than rows an exact rotation, and far less work.
+
+    The solution of a regularised linear classifier lies in that space.
+
+    rows: [N, min(N, D)] float32.
+    """
+
+    def __init__(self, x: np.ndarray):
+        self.basis: np.ndarray | None = None  # [D, N]
+        self.rows = x
+        if x.shape[1] > x.shape[0]:
+            values, vectors = np.linalg.eigh((x @ x.T).astype(np.float64))
+            kept = values > values[-1] * 1e-6
+            self.rows = (vectors[:, kept] * np.sqrt(values[kept])).astype(np.float32)
+            self.basis = x.T @ (vectors[:, kept] / np.sqrt(values[kept])).astype(np.float32)
+
+    def back(self, coefficients: np.ndarray) -> np.ndarray:
+        """[C, K] on ``rows`` -> [C, D] on the rows as they were given."""
+        return coefficients if self.basis is None else coefficients @ self.basis.T
 
 
 def knn_predict(
@@ -83,26 +136,3 @@ def _normalised(features: np.ndarray) -> np.ndarray:
     rows = np.ascontiguousarray(features, dtype=np.float32).copy()
     faiss.normalize_L2(rows)
     return rows
-
-
-def _fit(features: np.ndarray, labels: np.ndarray, classes: int, strength: float) -> LinearHead:
-    scaler = StandardScaler().fit(features)
-    width = np.sqrt(features.shape[1])
-    x = (scaler.transform(features) / width).astype(np.float32)
-    # The solution lies in the span of the rows: with more columns than rows a rotation onto it is exact, and faster.
-    basis = np.linalg.qr(x.T)[0] if x.shape[1] > x.shape[0] else None
-    solver = LogisticRegression(C=strength, max_iter=_ITERATIONS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        solver.fit(x if basis is None else x @ basis, labels)
-    coefficients = solver.coef_ if basis is None else solver.coef_ @ basis.T
-    intercept = solver.intercept_
-    if len(solver.classes_) == 2:  # scikit-learn keeps one row for two classes
-        coefficients, intercept = (
-            np.vstack([-coefficients, coefficients]) / 2,
-            np.array([-intercept[0], intercept[0]]) / 2,
-        )
-    weight, bias = np.zeros((classes, features.shape[1])), np.full(classes, _NEVER)  # of a class that was never seen
-    weight[solver.classes_] = coefficients / (scaler.scale_ * width)
-    bias[solver.classes_] = intercept - weight[solver.classes_] @ scaler.mean_
-    return LinearHead(weight.astype(np.float32), bias.astype(np.float32), strength)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
@@ -40,7 +40,12 @@ def training_options(command: Callable[..., None]) -> Callable[..., None]:
     return decorated
 
 
-_RUN_OPTIONS = (
+Decorator = Callable[[Callable[..., None]], Callable[..., None]]
+
+_MAX_UNREADABLE: Decorator = click.option(
+    "--max-unreadable", default=0.01, show_default=True, help="Share of unreadable images that stops it."
+)
+_RUN_OPTIONS: tuple[Decorator, ...] = (
     click.option("--out", metavar="FOLDER", help="Folder of the bundle; made from the data's name when left out."),
     click.option("--recipe", default="default", show_default=True, help="Name of a recipe, or a TOML file."),
     click.option(
@@ -51,11 +56,11 @@ _RUN_OPTIONS = (
     click.option("--overwrite", is_flag=True, help="Replace what --out holds."),
     click.option("--device", default="auto", show_default=True, help="cpu, cuda or auto."),
     click.option("--devices", default=1, show_default=True, help="Number of devices."),
-    click.option("--max-unreadable", default=0.01, show_default=True, help="Share of unreadable images that stops it."),
+    _MAX_UNREADABLE,
 )
 
 
-def _shorthand_options() -> list[Callable[[Callable[..., None]], Callable[..., None]]]:
+def _shorthand_options() -> list[Decorator]:
     switch = {"small-kernel"}
     return [click.option(f"--{flag}", is_flag=flag in switch, help=text) for flag, (_, text) in SHORTHANDS.items()]
 
@@ -79,12 +84,15 @@ def pretrain(data: str, out: str | None, assign: tuple[str, ...], **options: Any
 )
 @click.option("--head", help="Name of the head; made from the data's name when left out.")
 @click.option("--device", default="cpu", show_default=True)
-def probe(bundle: str | None, data: str, head: str | None, device: str) -> None:
+@_MAX_UNREADABLE
+def probe(bundle: str | None, data: str, head: str | None, device: str, max_unreadable: float) -> None:
     """Fit a linear head on frozen features and store it in BUNDLE (the newest below runs/ when left out)."""
     from mvmr.evaluation import newest_or
     from mvmr.evaluation import probe as run
 
-    stored, accuracy = run(newest_or(bundle), data, head=head, device=device, progress=True)
+    stored, accuracy = run(
+        newest_or(bundle), data, head=head, device=device, max_unreadable=max_unreadable, progress=True
+    )
     click.echo(f"{stored.path}: heads {', '.join(stored.heads)}; top-1 on the test split {accuracy:.1f} %")
 
 
@@ -95,13 +103,15 @@ def probe(bundle: str | None, data: str, head: str | None, device: str) -> None:
 )
 @click.option("--protocol", default="linear,knn", show_default=True, help="Protocols, separated by commas.")
 @click.option("--device", default="cpu", show_default=True)
-def evaluate(bundle: str | None, data: str, protocol: str, device: str) -> None:
+@_MAX_UNREADABLE
+def evaluate(bundle: str | None, data: str, protocol: str, device: str, max_unreadable: float) -> None:
     """Measure the frozen features of BUNDLE (the newest below runs/ when left out)."""
     from mvmr.evaluation import evaluate as run
     from mvmr.evaluation import newest_or
 
-    path = newest_or(bundle)
-    for name, accuracy in run(path, data, protocols=protocol.split(","), device=device, progress=True).items():
+    path, protocols = newest_or(bundle), protocol.split(",")
+    results = run(path, data, protocols=protocols, device=device, max_unreadable=max_unreadable, progress=True)
+    for name, accuracy in results.items():
         click.echo(f"{path} on {data}: {name} top-1 {accuracy:.1f} %")
 
 
@@ -120,15 +130,17 @@ def info(bundle: str | None, as_json: bool) -> None:
         click.echo(json.dumps(says.to_json(), indent=2))
         return
     training, image = says.training, says.preprocessing
-    teachers = ", ".join(f"{teacher['name']} ({teacher['identity'][:12]})" for teacher in training["teachers"].values())
+    teachers = training.get("teachers")
+    named = teachers.values() if isinstance(teachers, Mapping) else ()
     lines = {
         "bundle": opened.path,
         "encoder": says.architecture + (", small kernel" if says.small_kernel else ""),
         "features": says.embedding_dim,
         "images": f"{image.crop} px, resized to {image.resize} px first ({image.interpolation})",
-        "trained": f"{training['method']}, recipe {training['recipe']['name']}, {training['steps']} steps",
-        "teacher": teachers or "none",
-        "data": f"{training['data']['name']}, {training['data']['images']} images",
+        "trained": f"{_said(training, 'method')}, recipe {_said(training, 'recipe', 'name')}, "
+        f"{_said(training, 'steps')} steps",
+        "teacher": ", ".join(f"{_said(each, 'name')} ({_said(each, 'identity')[:12]})" for each in named) or "none",
+        "data": f"{_said(training, 'data', 'name')}, {_said(training, 'data', 'images')} images",
         "space": opened.space_id,
         "heads": ", ".join(opened.heads) or "none; make one with `mvmr probe`",
         "files": f"{len(says.files)}, all as they were written",
@@ -138,6 +150,15 @@ def info(bundle: str | None, as_json: bool) -> None:
     for record in says.metrics:
         values = ", ".join(f"{name} {value:.4g}" for name, value in record["values"].items())
         click.echo(f"measured  {record['protocol']} on {record['data']}: {values}")
+
+
+def _said(record: object, *keys: str) -> str:
+    """A value out of nested tables that a stranger may have written."""
+    for key in keys:
+        if not isinstance(record, Mapping) or key not in record:
+            return "not recorded"
+        record = record[key]
+    return str(record)
 
 
 def say_plan(**named: object) -> None:

@@ -19,6 +19,7 @@ class Stop:
 def stop_on_signal() -> Iterator[Stop]:
     """Turn the first SIGINT or SIGTERM inside the block into ``stop.requested``; a second one acts at once.
 
+    Where the same signal has killed a worker process first, the error this makes is a KeyboardInterrupt.
     Outside the main thread signals can't be caught, and nothing is changed.
     """
     stop = Stop()
@@ -36,6 +37,10 @@ def stop_on_signal() -> Iterator[Stop]:
         signal.signal(number, request)
     try:
         yield stop
+    except RuntimeError as error:  # as torch's loader raises it
+        if stop.requested:
+            raise KeyboardInterrupt from error
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

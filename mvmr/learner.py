@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-import torch.distributed
-from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
+from torch import Tensor, distributed, nn
 
 from mvmr.objective import Embeddings, Objective
 from mvmr.preprocess import Preprocess
@@ -48,6 +47,23 @@ def gather(x: Tensor) -> Tensor:
 
     The backward pass sums over ranks and DDP averages over them: together exactly the gradient of the global batch.
     """
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return x
-    return torch.cat(all_gather(x.contiguous()))
+    gathered: Tensor = _Gather.apply(x)
+    return gathered
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [
+            torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(distributed.get_world_size())
+        ]
+        distributed.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total)
+        return total.chunk(distributed.get_world_size())[distributed.get_rank()]

@@ -13,23 +13,25 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, Dataset
 
-from mvmr import bundle, checkpoint, manifest
+from mvmr import bundle, checkpoint
 from mvmr.bundle import Bundle
 from mvmr.config import to_mapping
 from mvmr.cores import usable_cores
 from mvmr.data import ImageSet, open_images
 from mvmr.encoder import build_encoder, build_projector, feature_dim, load_init
+from mvmr.errors import MvmrError
 from mvmr.files import write_text
 from mvmr.learner import Learner
 from mvmr.objective import Objective
 from mvmr.precision import native_precision
 from mvmr.preprocess import Preprocess
+from mvmr.progress import say
 from mvmr.recipe import Recipe, load_recipe
 from mvmr.representations import Representation
-from mvmr.run_folder import open_run
+from mvmr.run_folder import RunFolder, claim, find_run, give_up
 from mvmr.targets import Batch, Targets, WithRows
-from mvmr.trainer import train
-from mvmr.views import Views
+from mvmr.trainer import Precision, read, train
+from mvmr.views import Views, make_policy
 
 _RECALIBRATION_IMAGES = 16384
 
@@ -94,24 +96,53 @@ def fit(
     """
     teachers = teachers or {}
     precision = native_precision(recipe.train.precision, device)
-    fabric = Fabric(accelerator=device, devices=devices, precision=precision)
-    fabric.launch()
+    fabric = _fabric(device, devices, precision)
     size = recipe.views.size or images.native_size or 224
     recipe = replace(
         recipe,
         views=replace(recipe.views, size=size),
         train=replace(recipe.train, precision=precision),
     )
-    recipe.train.steps(len(images))  # refuses a batch larger than the data before anything is computed
-    run = _describe(images, recipe, teachers, init)
-    result = Path(out)
-    folder = open_run(result, run, resume=resume, overwrite=overwrite)
-    if (folder / manifest.NAME).exists():  # killed between the last step and the end
-        bundle.publish(folder, result)
-        return bundle.load(result)
-    write_text(folder / "skipped.txt", "".join(f"{s.key}\t{s.reason}\n" for s in images.skipped))
+    result, preprocess = Path(out), Preprocess.for_size(size)
+    # Refuse what can't be before anything is computed.
+    if unused := sorted(set(teachers) - set(recipe.objective.targets)):
+        raise MvmrError(f"recipe {recipe.name} has no use for a {unused[0]}: take another, or run `mvmr pretrain`")
+    recipe.train.steps(len(images), fabric.world_size)
+    make_policy(recipe.views.policy, size, preprocess)
+    run = find_run(result, _describe(images, recipe, teachers, init), resume=resume, overwrite=overwrite)
+    fabric.barrier()
+    if fabric.is_global_zero:
+        claim(run)
+    fabric.barrier()
+    try:
+        if not run.finished:
+            _train(images, recipe, preprocess, run, fabric, teachers=teachers, init=init, progress=progress)
+    except MvmrError:
+        if fabric.is_global_zero:
+            give_up(run)
+        raise
+    if fabric.is_global_zero:
+        (run.path / checkpoint.NAME).unlink(missing_ok=True)
+        bundle.publish(run.path, result)
+    fabric.barrier()
+    return bundle.load(result)
 
-    preprocess = Preprocess.for_size(size)
+
+def _train(
+    images: ImageSet,
+    recipe: Recipe,
+    preprocess: Preprocess,
+    run: RunFolder,
+    fabric: Fabric,
+    *,
+    teachers: Mapping[str, Representation],
+    init: str | Path | None,
+    progress: bool,
+) -> None:
+    """Train, and write the bundle's files into the run's folder."""
+    if fabric.is_global_zero:
+        write_text(run.path / "skipped.txt", "".join(f"{skipped}\n" for skipped in images.skipped))
+    say(images.describe(preprocess.crop), shown=progress and fabric.is_global_zero)
     workers = usable_cores() if recipe.train.workers is None else recipe.train.workers
     targets = Targets(
         recipe.objective.targets, images, preprocess, teachers=teachers, cache_gb=recipe.train.cache_gb,
@@ -121,21 +152,27 @@ def fit(
         Views(images, preprocess, recipe.views.policy, seed=recipe.train.seed, second=targets.second), targets.rows
     )
     learner = build_learner(recipe, preprocess, targets, init)
-    steps = train(learner, views, targets.of, recipe.train, fabric=fabric, folder=folder, progress=progress)
+    steps = train(learner, views, targets.of, recipe.train, fabric=fabric, folder=run.path, progress=progress)
     recalibrate(
         learner.encoder, images, preprocess, batch_size=recipe.train.batch_size, workers=workers, device=fabric.device
     )
     if fabric.is_global_zero:
         bundle.write(
-            folder, architecture=recipe.model.architecture, small_kernel=recipe.model.small_kernel,
-            embedding_dim=feature_dim(recipe.model), preprocessing=preprocess, training=run | {"steps": steps},
-            encoder_state=learner.encoder.state_dict(),
+            run.path, architecture=recipe.model.architecture, small_kernel=recipe.model.small_kernel,
+            embedding_dim=feature_dim(recipe.model), preprocessing=preprocess,
+            training=run.description | {"steps": steps}, encoder_state=learner.encoder.state_dict(),
             projector_state=learner.projector.state_dict() if recipe.projector else None,
         )  # fmt: skip
-        (folder / checkpoint.NAME).unlink(missing_ok=True)
-        bundle.publish(folder, result)
-    fabric.barrier()
-    return bundle.load(result)
+
+
+def _fabric(device: str, devices: int, precision: Precision) -> Fabric:
+    try:
+        fabric = Fabric(accelerator=device, devices=devices, precision=precision)
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:  # Fabric has one for each kind of mistake
+        reason = str(error).split("\n", 1)[0]
+        raise MvmrError(f"cannot use {devices} of device {device!r} ({reason}); see `mvmr doctor`") from error
+    fabric.launch()
+    return fabric
 
 
 def build_learner(recipe: Recipe, preprocess: Preprocess, targets: Targets, init: str | Path | None = None) -> Learner:
@@ -166,7 +203,7 @@ def recalibrate(
     originals = Originals(images, preprocess)
     loader = DataLoader(originals, batch_sampler=batches, num_workers=workers, generator=torch.Generator())
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocess.mean, preprocess.std))
-    update_bn(((batch.float() / 255 - mean) / std for batch in loader), encoder, device=device)
+    update_bn(((batch.float() / 255 - mean) / std for batch in read(loader)), encoder, device=device)
     encoder.eval()
 
 

@@ -63,5 +63,12 @@ def track(
     yield line
 
 
+def say(line: str, *, shown: bool = True) -> None:
+    """Write a line to standard error, like the progress itself."""
+    if shown:
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+
+
 def _silent(done: int, note: str = "") -> None:
     pass

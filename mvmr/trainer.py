@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning_fabric import Fabric
@@ -22,9 +23,12 @@ from mvmr.interrupt import stop_on_signal
 from mvmr.learner import Learner
 from mvmr.progress import track
 
+T = TypeVar("T")
 Batch = dict[str, Tensor]
 Targets = Callable[[Batch], dict[str, Tensor]]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+_SEEDS = 2**32
+_SMALLEST_BATCH = 4  # the unbiased estimator is not defined below
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,23 +55,33 @@ class TrainConfig:
         for name in ("epochs", "accumulate", "checkpoint_steps", "log_steps"):
             if getattr(self, name) < 1:
                 raise MvmrError(f"[train] {name} = {getattr(self, name)}: must be 1 or more")
-        if self.batch_size < 4:
+        if self.batch_size < _SMALLEST_BATCH:
             raise MvmrError(
-                f"[train] batch_size = {self.batch_size}: the objective compares the images of a batch; give 4 or more"
+                f"[train] batch_size = {self.batch_size}: the objective compares the images of a batch; "
+                f"give {_SMALLEST_BATCH} or more"
             )
-        if not self.lr > 0:
-            raise MvmrError(f"[train] lr = {self.lr}: must be above 0")
+        for name in ("warmup_steps", "weight_decay", "cache_gb", "workers"):
+            if (value := getattr(self, name)) is not None and not value >= 0:
+                raise MvmrError(f"[train] {name} = {value}: must be 0 or more")
+        for name in ("lr", "clip_grad"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise MvmrError(f"[train] {name} = {value}: must be above 0")
+        if not 0 <= self.seed < _SEEDS:
+            raise MvmrError(f"[train] seed = {self.seed}: must lie between 0 and {_SEEDS - 1}")
 
-    def steps(self, images: int) -> int:
+    def steps(self, images: int, devices: int = 1) -> int:
         """Optimiser steps of the whole run on so many images.
 
         Raises:
-            MvmrError: the images don't fill one optimiser step.
+            MvmrError: the images don't fill one optimiser step, or the devices can't share a batch evenly.
         """
+        if self.batch_size % devices:
+            raise MvmrError(f"[train] batch_size = {self.batch_size}: give a multiple of the {devices} devices")
         if images < self.batch_size * self.accumulate:
+            largest = images // self.accumulate
+            cure = f"give --batch-size {largest} or less" if largest >= _SMALLEST_BATCH else "that is too few"
             raise MvmrError(
-                f"a step takes {self.batch_size * self.accumulate} images and the data have {images}: "
-                f"give --batch-size {max(4, images // self.accumulate)} or less"
+                f"a step takes {self.batch_size * self.accumulate} images and the data have {images}: {cure}"
             )
         return self.epochs * (images // (self.batch_size * self.accumulate))
 
@@ -127,20 +141,23 @@ def train(
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM, after a checkpoint.
     """
     count = len(views)  # type: ignore[arg-type]
-    steps, per_step = config.steps(count), config.batch_size * config.accumulate
+    steps, per_step = config.steps(count, fabric.world_size), config.batch_size * config.accumulate
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     if config.channels_last:
         learner = learner.to(memory_format=torch.channels_last)
-    optimizer = kinds[config.optimizer](learner.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    fused = config.precision != "16-mixed"  # a fused step unscales gradients itself, too late to clip them
+    optimizer = kinds[config.optimizer](
+        learner.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=fused
+    )
     module, optimizer = fabric.setup(learner, optimizer)
-    metrics = folder / "metrics.jsonl"
+    metrics = folder / checkpoint.METRICS
     step = checkpoint.restore(folder, learner, optimizer, fabric)
     checkpoint.truncate_metrics(metrics, step)
     loader = _loader(views, config, fabric, start=step * config.accumulate, stop=steps * config.accumulate)
 
     began, first = time.perf_counter(), step
     module.train()
-    batches = iter(loader)
+    batches = read(loader)
     shown = progress and fabric.is_global_zero
     with (
         stop_on_signal() as stop,
@@ -151,13 +168,14 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = lr
             for micro in range(config.accumulate):
-                batch = _next(batches)
+                batch = next(batches)
                 with fabric.no_backward_sync(module, enabled=micro + 1 < config.accumulate):
                     terms, embeddings, everyone = module(batch["original"], batch["augmented"], targets(batch))
                     loss = torch.stack(list(terms.values())).sum()
                     if not torch.isfinite(loss):
                         raise _not_finite(terms, step, folder)
                     fabric.backward(loss / config.accumulate)
+                loss, terms = loss.detach(), {name: term.detach() for name, term in terms.items()}
             if config.clip_grad is not None:
                 fabric.clip_gradients(module, optimizer, max_norm=config.clip_grad, error_if_nonfinite=False)
             optimizer.step()
@@ -166,7 +184,6 @@ def train(
             if fabric.is_global_zero and (step % config.log_steps == 0 or step == steps):
                 seconds = time.perf_counter() - began
                 record: dict[str, float | Tensor] = {
-                    "step": step,
                     "epoch": step * per_step / count,
                     "lr": lr,
                     "loss": loss,
@@ -175,35 +192,41 @@ def train(
                 generator = torch.Generator().manual_seed(config.seed + step)
                 record |= learner.objective.diagnose(embeddings, everyone, generator)
                 with metrics.open("a") as file:
-                    file.write(json.dumps({name: float(f"{float(v):.6g}") for name, v in record.items()}) + "\n")
+                    rounded = {name: float(f"{float(value):.6g}") for name, value in record.items()}
+                    file.write(json.dumps({"step": step} | rounded) + "\n")
             advance(step, f"loss {float(loss):.3f}")
-            if stop.requested or step % config.checkpoint_steps == 0 or step == steps:
+            stopping = _on_any_rank(stop.requested, fabric)
+            if stopping or step % config.checkpoint_steps == 0 or step == steps:
                 checkpoint.save(folder, step, learner, optimizer, fabric)
-            if stop.requested and step < steps:
+            if stopping and step < steps:
                 raise KeyboardInterrupt
     return steps
 
 
-def _next(batches: Iterator[Batch]) -> Batch:
+def _on_any_rank(requested: bool, fabric: Fabric) -> bool:
+    """All ranks stop after the same step: one that went on alone would wait for the others for ever."""
+    if fabric.world_size == 1:
+        return requested
+    return bool(fabric.all_reduce(torch.tensor(float(requested), device=fabric.device), reduce_op="sum"))
+
+
+def _leave_the_group(worker: int) -> None:
+    """A terminal's Ctrl-C goes to the whole process group; a worker must live until the step is done."""
+    os.setpgid(0, 0)
+
+
+def read(batches: Iterable[T]) -> Iterator[T]:
+    """What a loader yields, its errors in one line."""
     try:
-        return next(batches)
+        yield from batches
     except MvmrError as error:  # a worker's comes with its trace; the last line is the message
         raise MvmrError(str(error).rstrip().rpartition("MvmrError: ")[2]) from error
 
 
 def _not_finite(terms: Mapping[str, Tensor], step: int, folder: Path) -> MvmrError:
-    values = ", ".join(f"{name} = {float(value):g}" for name, value in terms.items())
+    values = ", ".join(f"{name} = {float(value.detach()):g}" for name, value in terms.items())
     worst = next((name for name, value in terms.items() if not torch.isfinite(value)), "the sum of the terms")
-    kept = checkpoint.saved_step(folder)
-    return MvmrError(
-        f"{worst} is not finite at step {step} ({values}); "
-        + (
-            f"the checkpoint of step {kept} in {folder} is kept: go on from it"
-            if kept
-            else "nothing was saved yet: start again"
-        )
-        + " with a lower learning rate (--set train.lr=...), --clip-grad 1 or --precision 32-true"
-    )
+    return MvmrError(f"{worst} is not finite at step {step} ({values}); {checkpoint.cure(folder)}")
 
 
 def _loader(views: Dataset[Batch], config: TrainConfig, fabric: Fabric, *, start: int, stop: int) -> Any:
@@ -216,6 +239,7 @@ def _loader(views: Dataset[Batch], config: TrainConfig, fabric: Fabric, *, start
     workers = usable_cores() if config.workers is None else config.workers
     loader = DataLoader(
         views, batch_sampler=order, num_workers=workers, pin_memory=fabric.device.type == "cuda",
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=4 if workers else None, worker_init_fn=_leave_the_group,
+        generator=torch.Generator(),  # else the loader draws a seed from the global generator
     )  # fmt: skip
     return fabric.setup_dataloaders(loader, use_distributed_sampler=False)

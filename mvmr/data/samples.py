@@ -52,7 +52,12 @@ def patches(split: Split) -> ImageSet:
     part: Split = "test" if split == "test" else "train"
     folder = _photograph_folder()
     per_class = PER_CLASS[part]
-    pixels = np.concatenate([_cut(_photograph(folder / file), part, seed) for seed, file in enumerate(PHOTOGRAPHS)])
+    cut = []
+    for number, file in enumerate(PHOTOGRAPHS):
+        photograph = _photograph(folder / file)
+        generator = np.random.default_rng([number, 0 if part == "train" else 1])
+        cut.append(_cut(photograph, _places(photograph.shape[1], part), per_class, generator))
+    pixels = np.concatenate(cut)
     return ImageSet(
         name="sample:patches",
         split=split,
@@ -60,6 +65,33 @@ def patches(split: Split) -> ImageSet:
         fingerprint=digest([b"sample:patches", part.encode(), pixels.tobytes()]),
         read_labels=None if split == "unlabelled" else partial(_blocks, len(PHOTOGRAPHS), per_class),
         classes=None if split == "unlabelled" else tuple(PHOTOGRAPHS.values()),
+        native_size=PATCH,
+    )
+
+
+def strip(first: float, last: float, per_class: int, *, seed: int = 0) -> ImageSet:
+    """Return labelled patches from a vertical strip of each photograph: to choose settings inside the training part.
+
+    first, last: edges of the strip, as shares of the photograph's width
+
+    Raises: MvmrError as `patches`; ValueError for a strip narrower than a patch.
+    """
+    folder = _photograph_folder()
+    cut = []
+    for number, file in enumerate(PHOTOGRAPHS):
+        photograph = _photograph(folder / file)
+        width = photograph.shape[1]
+        places = int(first * width), int(last * width) - PATCH
+        cut.append(_cut(photograph, places, per_class, np.random.default_rng([number, seed])))
+    pixels = np.concatenate(cut)
+    name = f"sample:patches[{first:g}-{last:g}]"
+    return ImageSet(
+        name=name,
+        split="train",
+        source=Arrays(pixels, Numbered("train", len(pixels))),
+        fingerprint=digest([name.encode(), pixels.tobytes()]),
+        read_labels=partial(_blocks, len(PHOTOGRAPHS), per_class),
+        classes=tuple(PHOTOGRAPHS.values()),
         native_size=PATCH,
     )
 
@@ -107,12 +139,16 @@ def _photograph(path: Path) -> npt.NDArray[np.uint8]:
         raise MvmrError(f"sample:patches cannot read {path}: {error}; reinstall scikit-image") from error
 
 
-def _cut(photograph: npt.NDArray[np.uint8], part: Split, seed: int) -> npt.NDArray[np.uint8]:
-    height, width, _ = photograph.shape
-    first, last = (0, int(0.60 * width) - PATCH) if part == "train" else (-int(-0.65 * width // 1), width - PATCH)
-    generator = np.random.default_rng([seed, 0 if part == "train" else 1])
-    lefts = generator.integers(first, last, PER_CLASS[part], endpoint=True)
-    tops = generator.integers(0, height - PATCH, PER_CLASS[part], endpoint=True)
+def _places(width: int, part: Split) -> tuple[int, int]:
+    """The first and last left edge of a patch."""
+    return (0, int(0.60 * width) - PATCH) if part == "train" else (-int(-0.65 * width // 1), width - PATCH)
+
+
+def _cut(
+    photograph: npt.NDArray[np.uint8], places: tuple[int, int], count: int, generator: np.random.Generator
+) -> npt.NDArray[np.uint8]:
+    lefts = generator.integers(*places, count, endpoint=True)
+    tops = generator.integers(0, photograph.shape[0] - PATCH, count, endpoint=True)
     return np.stack([photograph[y : y + PATCH, x : x + PATCH] for y, x in zip(tops, lefts, strict=True)])
 
 

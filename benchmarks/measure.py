@@ -1,0 +1,267 @@
+"""What all benchmarks share: interleaved rounds, medians with their spread, peak memory, the machine, the JSON."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import multiprocessing
+import os
+import platform
+import re
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from mvmr import __version__
+from mvmr.cores import usable_cores
+from mvmr.files import write_json
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+RESULTS = Path(__file__).parent / "results"
+_MIB = 2**20
+_PACKAGES = ("lightning-fabric", "numpy", "open_clip_torch", "torch", "torchvision")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of one value to a round, and the rounds themselves."""
+
+    median: float
+    q25: float
+    q75: float
+    rounds: tuple[float, ...]
+
+    @classmethod
+    def of(cls, rounds: Sequence[float]) -> Spread:
+        """Summarise the rounds; one round is its own quartiles."""
+        q25, median, q75 = statistics.quantiles(rounds, n=4, method="inclusive") if len(rounds) > 1 else [rounds[0]] * 3
+        return cls(_short(median), _short(q25), _short(q75), tuple(_short(value) for value in rounds))
+
+    def map(self, function: Callable[[float], float]) -> Spread:
+        """The same rounds in another unit."""
+        return Spread.of([function(value) for value in self.rounds])
+
+    def __str__(self) -> str:
+        """Median and, in brackets, the quartiles."""
+        return f"{self.median:.3g} ({self.q25:.3g}-{self.q75:.3g})"
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def ratio(values: Spread, against: Spread) -> Spread:
+    """Round by round, so that a machine that slows down during the run slows down both sides of the ratio."""
+    return Spread.of([value / other for value, other in zip(values.rounds, against.rounds, strict=True)])
+
+
+def interleave(cases: Mapping[str, Callable[[], float]], rounds: int, label: str) -> dict[str, Spread]:
+    """Every case once a round, each round starting with the next case: seconds, as each call returns them."""
+    names, seconds = list(cases), {name: [0.0] * rounds for name in cases}
+    for r in shown(range(rounds), label):
+        for k in range(len(names)):
+            name = names[(r + k) % len(names)]
+            seconds[name][r] = cases[name]()
+    return {name: Spread.of(values) for name, values in seconds.items()}
+
+
+def seconds_of(work: Callable[[], object], device: str, calls: int = 1) -> float:
+    """Seconds of one call, over ``calls`` of them, with the device's queue empty before and after."""
+    synchronize(device)
+    began = time.perf_counter()
+    for _ in range(calls):
+        work()
+    synchronize(device)
+    return (time.perf_counter() - began) / calls
+
+
+def enough_calls(work: Callable[[], object], device: str, at_least: float) -> int:
+    """How many calls take ``at_least`` seconds together; warms up on the way."""
+    seconds_of(work, device)
+    return max(1, round(at_least / max(1e-6, seconds_of(work, device))))
+
+
+def synchronize(device: str) -> None:
+    """Wait for all that was asked of the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    elif device == "mps":
+        torch.mps.synchronize()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """MiB. ``base`` when measuring began, ``peak`` the most since, ``added`` the difference: what the work takes."""
+
+    kind: str
+    base: float
+    peak: float
+    added: float
+
+
+class HighWater:
+    """Peak memory from now on: what CUDA's allocator handed out, elsewhere the resident set of this process."""
+
+    def __init__(self, device: str):
+        gc.collect()
+        self.cuda = device == "cuda"
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            self.forget()
+            self.base = float(torch.cuda.memory_allocated())
+            return
+        self.forget()
+        self.base = _resident_high_water()
+
+    def forget(self) -> None:
+        """Let the mark fall back to what is held now (not on macOS); ``base`` stays."""
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        elif (reset := Path("/proc/self/clear_refs")).exists():
+            reset.write_text("5")
+
+    def read(self) -> Memory:
+        """The high-water mark since this object was made."""
+        peak = float(torch.cuda.max_memory_allocated()) if self.cuda else _resident_high_water()
+        base, peak, added = (round(v / _MIB, 2) for v in (self.base, peak, peak - self.base))
+        kind = "torch.cuda.max_memory_allocated" if self.cuda else "resident set, high-water mark of a fresh process"
+        return Memory(kind=kind, base=base, peak=peak, added=added)
+
+
+def _resident_high_water() -> float:
+    status = Path("/proc/self/status")
+    if status.exists():  # not ru_maxrss, which a process takes over from the one that started it
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return float(line.split()[1]) * 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
+
+
+def alone(device: str, preload: Sequence[str], work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call ``work`` in a fresh process, so that no earlier case has touched its heap; on CUDA in this one.
+
+    CUDA's allocator counts exactly what is alive, and a context for every case would take minutes.
+
+    Args:
+        preload: modules that are imported once, in the clean process that every fresh one is forked from.
+    """
+    if device == "cuda":
+        return work(*args, **kwargs)
+    # glibc then maps every larger block by itself and returns it when it is freed: the resident set is what is alive.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(work, *args, **kwargs).result()
+
+
+def options(command: Callable[P, T]) -> Callable[P, T]:
+    """The options every benchmark has."""
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    for option in (
+        click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="Folder of the JSON."),
+        click.option("--threads", type=click.IntRange(1), help="Threads of the processor; default: the usable cores."),
+        click.option("--rounds", type=click.IntRange(1), help="How often every case has its turn."),
+        click.option("--quick", is_flag=True, help="Small sizes and few rounds, to try it out on a processor."),
+        click.option("--device", type=click.Choice(["cpu", "cuda", "mps"]), default=found, show_default=True),
+    ):
+        command = option(command)
+    return command
+
+
+def begin(device: str, threads: int | None) -> int:
+    """Let torch use so many threads (none: one to a usable core), and keep the libraries' remarks off the screen.
+
+    Raises:
+        click.ClickException: this machine has no such device.
+    """
+    if (device == "cuda" and not torch.cuda.is_available()) or (device == "mps" and not torch.mps.is_available()):
+        raise click.ClickException(f"this machine has no {device} device (or torch can't use it); try --device cpu")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(threads or usable_cores())
+    return torch.get_num_threads()
+
+
+def shown(items: Iterable[T], label: str) -> Iterable[T]:
+    """The items, with a bar on standard error where that is a terminal."""
+    console = Console(stderr=True)
+    return track(list(items), label, console=console, transient=True, disable=not console.is_terminal)
+
+
+def output() -> Console:
+    """Standard output; wide enough for a table where there is no terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the figures depend on; no name of a host, a user or a folder."""
+    cores, processor = usable_cores(), _processor()
+    name = f"cpu {processor} {cores}cores" if device == "cpu" else _accelerator(device)
+    facts: dict[str, Any] = {
+        "slug": re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-"),
+        "device": device,
+        "processor": processor,
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "load_before": round(os.getloadavg()[0], 2),  # other jobs' share of the cores, as the kernel counts it
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "packages": {package: metadata.version(package) for package in _PACKAGES},
+        "mvmr": __version__,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    if device == "cpu":
+        facts["bf16_in_hardware"] = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if device == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        facts |= {
+            "gpu": gpu.name,
+            "gpu_memory_gib": round(gpu.total_memory / 2**30, 1),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "tf32_convolutions": torch.backends.cudnn.allow_tf32,
+            "tf32_products": torch.backends.cuda.matmul.allow_tf32,
+        }
+    return facts
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _accelerator(device: str) -> str:
+    return torch.cuda.get_device_name(0) if device == "cuda" else f"{device} {_processor()}"
+
+
+def save(name: str, result: Mapping[str, Any], folder: Path) -> Path:
+    """Write ``folder``/<machine>-<name>.json, dataclasses as mappings, and return its path."""
+    path = folder / f"{result['machine']['slug']}-{name}.json"
+    write_json(path, {"benchmark": name, **_plain(result)})
+    return path
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Spread | Memory):
+        return asdict(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
