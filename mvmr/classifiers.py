@@ -92,7 +92,7 @@ class _RowSpace:
     def __init__(self, x: np.ndarray):
         self.basis: np.ndarray | None = None  # [D, N]
         self.rows = x
-        if x.shape[1] > x.shape[0]:
+        if x.shape[1] > x.shape[0] and x.any():  # a collapsed encoder's features span nothing
             values, vectors = np.linalg.eigh((x @ x.T).astype(np.float64))
             kept = values > values[-1] * 1e-6
             self.rows = (vectors[:, kept] * np.sqrt(values[kept])).astype(np.float32)

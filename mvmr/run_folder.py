@@ -100,7 +100,7 @@ def _resumed(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
         held: dict[str, Any] = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
         changes = held.pop("changes", [])
         differences = _differences(held, wanted)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise MvmrError(f"{folder / _DESCRIPTION} can't be read: start over with --overwrite") from error
     if refused := sorted(_told(*d) for d in differences.items() if d[0] not in _FREE | _STEERING):
         raise MvmrError(

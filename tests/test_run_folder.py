@@ -11,14 +11,14 @@ import torch
 from mvmr.errors import MvmrError
 from mvmr.run_folder import RunFolder, claim, find_run, give_up
 
-RUN = {
+RUN: dict[str, Any] = {
     "data": {"name": "photos", "images": 40},
     "recipe": {"train": {"lr": 1e-3, "workers": 2, "seed": 0, "batch_size": 8}, "projector": (16, 16)},
 }
 
 
 def described(**train: Any) -> dict[str, Any]:
-    return RUN | {"recipe": {**RUN["recipe"], "train": {**RUN["recipe"]["train"], **train}}}  # type: ignore[dict-item]
+    return RUN | {"recipe": {**RUN["recipe"], "train": {**RUN["recipe"]["train"], **train}}}
 
 
 def start(out: Path, *, resume: bool = False, overwrite: bool = False, **train: Any) -> RunFolder:
