@@ -34,6 +34,7 @@ T = TypeVar("T")
 
 RESULTS = Path(__file__).parent / "results"
 _MIB = 2**20
+_BUSY = 0.05
 _PACKAGES = ("lightning-fabric", "numpy", "open_clip_torch", "torch", "torchvision")
 
 
@@ -184,6 +185,25 @@ def options(command: Callable[P, T]) -> Callable[P, T]:
     return command
 
 
+class CoreWait:
+    """How long this process was ready to run while other jobs had the cores: the doubt in a time taken here."""
+
+    def __init__(self) -> None:
+        self.waited, self.began = _seconds_in_queue(), time.perf_counter()
+
+    def share(self) -> float | None:
+        """Share of the time since this object was made that the main thread waited for a core; none off Linux."""
+        now = _seconds_in_queue()
+        if now is None or self.waited is None:
+            return None
+        return round((now - self.waited) / (time.perf_counter() - self.began), 3)
+
+
+def _seconds_in_queue() -> float | None:
+    status = Path("/proc/self/schedstat")
+    return int(status.read_text().split()[1]) / 1e9 if status.exists() else None
+
+
 def begin(device: str, threads: int | None) -> int:
     """Let torch use so many threads (none: one to a usable core), and keep the libraries' remarks off the screen.
 
@@ -219,7 +239,6 @@ def machine(device: str) -> dict[str, Any]:
         "processor": processor,
         "cores": cores,
         "threads": torch.get_num_threads(),
-        "load_before": round(os.getloadavg()[0], 2),  # other jobs' share of the cores, as the kernel counts it
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "packages": {package: metadata.version(package) for package in _PACKAGES},
@@ -252,11 +271,13 @@ def _accelerator(device: str) -> str:
     return torch.cuda.get_device_name(0) if device == "cuda" else f"{device} {_processor()}"
 
 
-def save(name: str, result: Mapping[str, Any], folder: Path) -> Path:
-    """Write ``folder``/<machine>-<name>.json, dataclasses as mappings, and return its path."""
+def save(name: str, result: Mapping[str, Any], folder: Path, console: Console) -> None:
+    """Write ``folder``/<machine>-<name>.json, dataclasses as mappings, and say so."""
     path = folder / f"{result['machine']['slug']}-{name}.json"
     write_json(path, {"benchmark": name, **_plain(result)})
-    return path
+    if (waited := result["core_wait"] or 0) > _BUSY:
+        console.print(f"This machine was busy: {waited:.0%} of the time was spent waiting for a core. Measure again.")
+    console.print(f"written: {path}", soft_wrap=True)
 
 
 def _plain(value: Any) -> Any:

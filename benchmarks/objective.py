@@ -148,10 +148,13 @@ def cell(batch: int, width: int, device: str, threads: int, rounds: int) -> dict
             raise RuntimeError(f"{name} computes {values[name]}, not {values['biased']}: nothing to compare")
     calls = {name: measure.enough_calls(work, device, _ENOUGH_SECONDS) for name, work in works.items()}
     turns = {name: partial(measure.seconds_of, work, device, calls[name]) for name, work in works.items()}
+    wait = measure.CoreWait()
     seconds = measure.interleave(turns, rounds, f"batch {batch}, width {width}")
+    core_wait = wait.share()
     return {
         "batch": batch,
         "width": width,
+        "core_wait": core_wait,
         "losses": {
             name: {
                 "value": round(values[name], 6),
@@ -206,10 +209,11 @@ def main(
     grid = [(batch, width) for batch in batches or sizes.batches for width in widths or sizes.widths]
     cells = [cell(batch, width, device, used, rounds) for batch, width in grid]
     settings = {"teacher_width": _TEACHER_WIDTH, "dtype": "float32", "rounds": rounds, "quick": quick}
-    result = {"machine": machine, "settings": settings, "cells": cells}
+    core_wait = max((cell["core_wait"] or 0) for cell in cells)
+    result = {"machine": machine, "settings": settings, "core_wait": core_wait, "cells": cells}
     console = measure.output()
     show(result, console)
-    console.print(f"written: {measure.save('objective', result, out)}", soft_wrap=True)
+    measure.save("objective", result, out, console)
 
 
 if __name__ == "__main__":

@@ -209,7 +209,9 @@ def run(setup: Setup, rounds: int, warmup: int, steps: int) -> dict[str, Any]:
     }
     bench = Bench(setup, list(CASES.values()))
     turns = {name: partial(turn, bench, case, warmup, steps) for name, case in CASES.items()}
+    wait = measure.CoreWait()
     seconds = measure.interleave(turns, rounds, "time")
+    core_wait = wait.share()
     rows = [
         {
             "name": name,
@@ -232,7 +234,7 @@ def run(setup: Setup, rounds: int, warmup: int, steps: int) -> dict[str, Any]:
         }
         for change, (new, old) in CHANGES.items()
     ]
-    return {"plain": PLAIN, "cases": rows, "changes": changes}
+    return {"core_wait": core_wait, "plain": PLAIN, "cases": rows, "changes": changes}
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -302,7 +304,7 @@ def main(
     result = {"machine": machine, "settings": settings, **figures}
     console = measure.output()
     show(result, console)
-    console.print(f"written: {measure.save('train_step', result, out)}", soft_wrap=True)
+    measure.save("train_step", result, out, console)
 
 
 if __name__ == "__main__":

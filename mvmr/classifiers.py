@@ -11,12 +11,14 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from mvmr.errors import MvmrError
 
 _STRENGTHS = (1.0, 10.0, 100.0)  # of C, the inverse regularisation, for features of a mean square norm of 1
 _ITERATIONS = 200  # a fit that has not converged by then is as good a classifier, and is taken as it is
 _FEWEST = 5  # images of a class of which a fifth can be held out
+_SMALL = 1e9  # multiply-adds in a pass over the rows; below, threads wait for each other longer than they work
 _NEVER = -1e9
 
 
@@ -76,7 +78,8 @@ def _choose_strength(x: np.ndarray, labels: np.ndarray, counts: np.ndarray, seed
 
 def _solve(x: np.ndarray, labels: np.ndarray, strength: float) -> LogisticRegression:
     solver = LogisticRegression(C=strength, max_iter=_ITERATIONS)
-    with warnings.catch_warnings():
+    threads = 1 if x.size * (labels.max() + 1) < _SMALL else None
+    with warnings.catch_warnings(), threadpool_limits(threads):
         warnings.simplefilter("ignore", ConvergenceWarning)
         return solver.fit(x, labels)
 

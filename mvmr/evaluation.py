@@ -111,7 +111,7 @@ def probe(
     opened = bundles.load(bundle)
     measured = _measure(opened, data, device, max_unreadable, progress)
     accuracy, fitted = measured.linear()
-    name = head or re.sub(r"[^A-Za-z0-9]+", "-", data).strip("-")[:64] or "head"
+    name = head or re.sub(r"[^A-Za-z0-9]+", "-", data)[-64:].strip("-") or "head"
     command = f"mvmr probe {opened.path} --data {data} --head {name}"
     record = _record(command, data, "linear", {"top1": accuracy, "C": fitted.regularisation}) | {"head": name}
     return bundles.add_head(opened, name, fitted.weight, fitted.bias, measured.classes, record), accuracy

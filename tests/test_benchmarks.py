@@ -15,7 +15,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SPREAD = {"median", "q25", "q75", "rounds"}
 MEMORY = {"kind", "base", "peak", "added"}
-MACHINE = {"slug", "device", "processor", "cores", "threads", "load_before", "system", "python", "packages", "date"}
+MACHINE = {"slug", "device", "processor", "cores", "threads", "system", "python", "packages", "date"}
 MEMORY_PROBE = """
 import measure, torch
 
@@ -54,6 +54,7 @@ def run(script: str, out: Path, *options: str) -> dict[str, Any]:
     assert file.name.startswith("cpu-")
     assert result["machine"].keys() >= MACHINE
     assert result["settings"]["rounds"] == 2
+    assert 0 <= result["core_wait"] < 1
     assert str(file) in done.stdout
     return result
 

@@ -108,6 +108,7 @@ def test_probe_stores_a_head_that_predicts_as_it_was_measured(bundle: Bundle, ph
     assert head.metrics["command"] == f"mvmr probe {bundle.path} --data {photos} --head colours"
     test = open_images(photos, "test")
     h = now.student().embed([test.load(i) for i in range(len(test))]).numpy()
+    assert test.labels is not None
     assert np.array_equal((h @ head.weight.T + head.bias).argmax(1), test.labels)
     again, _ = probe(bundle.path, str(photos), head="colours")
     assert again.heads == ("colours",)
@@ -180,7 +181,7 @@ def test_unknown_protocols_data_and_devices_are_one_line(bundle: Bundle, photos:
         evaluate(bundle.path, str(photos), protocols=["kn"])
     with pytest.raises(MvmrError, match=r"did you mean 'sample:digits'\?"):
         evaluate(bundle.path, "sample:digit")
-    with pytest.raises(MvmrError, match="cannot use device 'cuda:99'|cannot use device 'cudda'"):
+    with pytest.raises(MvmrError, match="cannot use device 'cudda'"):
         evaluate(bundle.path, str(photos), device="cudda")
 
 
