@@ -61,8 +61,9 @@ _RUN_OPTIONS: tuple[Decorator, ...] = (
 
 
 def _shorthand_options() -> list[Decorator]:
-    switch = {"small-kernel"}
-    return [click.option(f"--{flag}", is_flag=flag in switch, help=text) for flag, (_, text) in SHORTHANDS.items()]
+    # None, not False: with False click takes a missing value as no option at all, and no value may be negative
+    switch = {"small-kernel": True}
+    return [click.option(f"--{flag}", is_flag=switch.get(flag), help=text) for flag, (_, text) in SHORTHANDS.items()]
 
 
 @click.command()

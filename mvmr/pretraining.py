@@ -97,7 +97,7 @@ def fit(
     teachers = teachers or {}
     precision = native_precision(recipe.train.precision, device)
     fabric = _fabric(device, devices, precision)
-    size = recipe.views.size or images.native_size or 224
+    size = (images.native_size or 224) if recipe.views.size is None else recipe.views.size
     recipe = replace(
         recipe,
         views=replace(recipe.views, size=size),

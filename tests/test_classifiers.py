@@ -127,7 +127,8 @@ def test_a_collapsed_encoder_scores_like_chance(digits: Split, width: int, value
     same, asked = np.full((len(labels), width), value, np.float32), np.full((len(answers), width), value, np.float32)
     head = linear_probe(same, labels, 10)
     assert np.isfinite(head.weight).all()
-    assert len(set(head.predict(asked))) == len(set(knn_predict(same, labels, asked, 10))) == 1
+    assert len(set(head.predict(asked))) == 1
+    assert (knn_predict(same, labels, asked, 10) == answers).mean() < 0.3  # whichever of the equals are taken
 
 
 @pytest.mark.parametrize("k", [1, 5, 20])
