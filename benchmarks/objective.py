@@ -31,6 +31,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _PRELOAD = ("mvmr.objective",)
 _TEACHER_WIDTH = 512
+_NOISE_MIB = 1.0  # of a resident set
 _ENOUGH_SECONDS = 0.02  # a sample is the mean of as many calls as take so long
 
 
@@ -170,7 +171,7 @@ def cell(batch: int, width: int, device: str, threads: int, rounds: int) -> dict
 
 
 def _quotient(of: float, to: float) -> float | None:
-    return round(of / to, 4) if to else None  # so small that the resident set did not grow
+    return round(of / to, 4) if min(of, to) >= _NOISE_MIB else None
 
 
 def show(result: dict[str, Any], console: Console) -> None:

@@ -43,9 +43,14 @@ def distill(
 )
 @click.option("--pretrained", metavar="TAG|FILE", help="The teacher's weights.")
 @click.option("--seeds", default=1, show_default=True, help="Repeat with so many seeds and report the mean.")
-def quickstart(out: str, teacher: str | None, pretrained: str | None, seeds: int) -> None:
+@click.option("--overwrite", is_flag=True, help="Train again what --out holds.")
+def quickstart(out: str, teacher: str | None, pretrained: str | None, seeds: int, overwrite: bool) -> None:
     """Run the whole path on sample images, in minutes."""
     from mvmr.distillation.quickstart import quickstart as run
     from mvmr.distillation.report import print_results
 
-    print_results(run(out, teacher=teacher, pretrained=pretrained, seeds=seeds, progress=True), out)
+    try:
+        results = run(out, teacher=teacher, pretrained=pretrained, seeds=seeds, overwrite=overwrite, progress=True)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt("type the same command to go on") from error
+    print_results(results, out)

@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from mvmr import bundle as bundles
-from mvmr.bundle import Bundle
 from mvmr.classifiers import nearest
 from mvmr.data import ImageSet, open_images
 from mvmr.distillation.picture import draw_neighbours
@@ -45,6 +43,7 @@ def quickstart(
     teacher: str | None = None,
     pretrained: str | None = None,
     seeds: int = 1,
+    overwrite: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Run the whole path on ``sample:patches`` and compare what each representation knows.
@@ -57,6 +56,7 @@ def quickstart(
         out: folder for ``teacher/``, the bundles ``student/`` and ``ssl/``, ``neighbours.png`` and ``results.json``.
         teacher, pretrained: a real teacher in place of the tiny one, as ``mvmr distill`` takes it.
         seeds: repeat with seeds 0 to ``seeds`` - 1; further ones go to ``out``/seed-N.
+        overwrite: train the students again, though ``out`` holds them or those of another run.
 
     Returns:
         The content of ``results.json``: mean over seeds and per seed, accuracies in percent.
@@ -66,7 +66,7 @@ def quickstart(
     runs = []
     for seed in range(seeds):
         place = folder if seed == 0 else folder / f"seed-{seed}"
-        runs.append(_run(place, train, test, seed, teacher, pretrained, progress))
+        runs.append(_run(place, train, test, seed, teacher, pretrained, overwrite, progress))
     names = list(runs[0]["rows"])
     results = {
         "data": DATA,
@@ -87,6 +87,7 @@ def _run(
     seed: int,
     teacher: str | None,
     pretrained: str | None,
+    overwrite: bool,
     progress: bool,
 ) -> dict[str, Any]:
     seconds: dict[str, float] = {}
@@ -94,13 +95,13 @@ def _run(
         source = teacher or train_tiny_clip(train, folder / "teacher", config=STAND_IN, seed=seed, progress=progress)
         teaching = Teacher.load(source, pretrained, text=True)
     unlabelled = open_images(DATA, "unlabelled")
+    how: dict[str, Any] = {"resume": not overwrite, "overwrite": overwrite, "device": "cpu", "progress": progress}
     with _timed("ssl", seconds):
-        ssl = _train(
-            folder / "ssl", unlabelled, load_recipe("quickstart", "mvmr", [f"train.seed={seed}"]), {}, progress
-        )
+        alone = load_recipe("quickstart", "mvmr", [f"train.seed={seed}"])
+        ssl = fit(unlabelled, folder / "ssl", alone, **how)
     with _timed("student", seconds):
         recipe = load_recipe("quickstart", "mvmr.distillation", [f"train.seed={seed}"])
-        student = _train(folder / "student", unlabelled, recipe, {"teacher": teaching}, progress)
+        student = fit(unlabelled, folder / "student", recipe, teachers={"teacher": teaching}, **how)
     with _timed("evaluation", seconds):
         preprocess = student.manifest.preprocessing
         described: dict[str, Representation] = {
@@ -116,12 +117,6 @@ def _run(
     rows["teacher"]["zero_shot"] = _zero_shot(teaching, measured["teacher"])
     _picture(folder / "neighbours.png", train, test, measured)
     return {"seed": seed, "teacher": f"{teaching.name} ({teaching.weights})", "rows": rows, "seconds": seconds}
-
-
-def _train(out: Path, images: ImageSet, recipe: Recipe, teachers: dict[str, Representation], progress: bool) -> Bundle:
-    if (out / "bundle.json").exists():
-        return bundles.load(out)
-    return fit(images, out, recipe, teachers=teachers, resume=True, device="cpu", progress=progress)
 
 
 def _random_encoder(recipe: Recipe, preprocess: Preprocess, images: ImageSet, seed: int) -> Student:

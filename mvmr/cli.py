@@ -62,7 +62,7 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            _end(ctx, error, "stopped by Ctrl-C", EXIT_INTERRUPTED)
+            _end(ctx, error, f"stopped: {error}" if error.args else "stopped", EXIT_INTERRUPTED)
         except MvmrError as error:
             _end(ctx, error, f"error: {error}", EXIT_ERROR)
         except ModuleNotFoundError as error:

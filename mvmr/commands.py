@@ -52,7 +52,7 @@ _RUN_OPTIONS: tuple[Decorator, ...] = (
         "--set", "assign", multiple=True, metavar="KEY=VALUE", help="Change a key of the recipe: train.lr=3e-4."
     ),
     click.option("--init", metavar="B|FILE", help="Bundle or state-dict file the encoder starts from."),
-    click.option("--resume", is_flag=True, help="Go on with the interrupted run of --out."),
+    click.option("--resume", is_flag=True, help="Go on with the run of --out, if it is not finished."),
     click.option("--overwrite", is_flag=True, help="Replace what --out holds."),
     click.option("--device", default="auto", show_default=True, help="cpu, cuda or auto."),
     click.option("--devices", default=1, show_default=True, help="Number of devices."),
@@ -140,7 +140,7 @@ def info(bundle: str | None, as_json: bool) -> None:
         "images": f"{image.crop} px, resized to {image.resize} px first ({image.interpolation})",
         "trained": f"{_said(training, 'method')}, recipe {_said(training, 'recipe', 'name')}, "
         f"{_said(training, 'steps')} steps",
-        "teacher": ", ".join(f"{_said(each, 'name')} ({_said(each, 'identity')[:12]})" for each in named) or "none",
+        "teacher": ", ".join(f"{_said(each, 'name')}, weights {_said(each, 'weights')}" for each in named) or "none",
         "data": f"{_said(training, 'data', 'name')}, {_said(training, 'data', 'images')} images",
         "space": opened.space_id,
         "heads": ", ".join(opened.heads) or "none; make one with `mvmr probe`",

@@ -23,7 +23,8 @@ def distance_correlation(x: Tensor, y: Tensor, *, estimator: Estimator = "biased
 
     ``biased`` is the V-statistic dCor of 2007, in [0, 1]; in high dimension it nears 1 even for independent batches.
     ``unbiased`` is the bias-corrected (U-centred) *squared* dCor of 2014, in [-1, 1]; its mean is 0 under independence.
-    Both are 1 for a scaled, rotated or shifted copy, and are defined as 0 when either batch is constant.
+    Both are 1 for a scaled, rotated or shifted copy, and are defined as 0 when either batch is constant. NaN or
+    infinity in either batch gives NaN.
 
     Shapes:
         x: [B, ...], y: [B, ...]: any floating dtype, flattened to rows; half precision is computed in float32.
@@ -54,22 +55,21 @@ def centred_distances(x: Tensor, estimator: Estimator) -> Tensor:
         centred = d - rows / (n - 2) - rows.T / (n - 2) + rows.sum() / ((n - 1) * (n - 2))
         centred = centred * ~torch.eye(n, dtype=torch.bool, device=d.device)
     # what is left of a batch without variance (one outlier, U-centred) is rounding: make it exactly zero
-    varies = centred.detach().norm() > _NOISE * torch.finfo(d.dtype).eps * d.detach().norm()
-    return torch.where(varies, centred, torch.zeros_like(centred))
+    constant = centred.detach().norm() <= _NOISE * torch.finfo(d.dtype).eps * d.detach().norm()
+    return torch.where(constant, torch.zeros_like(centred), centred)
 
 
 def correlate(a: Tensor, b: Tensor, estimator: Estimator) -> Tensor:
     """Distance correlation from two matrices of :func:`centred_distances`, [B, B] each -> scalar."""
     # Sums in place of means: the sample size cancels in the ratio, for either estimator.
     variance_a, variance_b = (a * a).sum(), (b * b).sum()
-    varies = (variance_a > 0) & (variance_b > 0)
     one = torch.ones((), dtype=variance_a.dtype, device=a.device)
-    scale = torch.where(varies, variance_a, one).sqrt() * torch.where(varies, variance_b, one).sqrt()
-    squared = torch.where(varies, (a * b).sum() / scale, torch.zeros_like(scale))
+    scale = torch.where(variance_a == 0, one, variance_a).sqrt() * torch.where(variance_b == 0, one, variance_b).sqrt()
+    squared = (a * b).sum() / scale
     if estimator == "unbiased":
         return squared
-    positive = squared > 0  # the V-statistic is never negative but by rounding; sqrt has no gradient at 0
-    return torch.where(positive, torch.where(positive, squared, one).sqrt(), torch.zeros_like(squared))
+    zero = squared <= 0  # the V-statistic is never negative but by rounding; sqrt has no gradient at 0
+    return torch.where(zero, torch.zeros_like(squared), torch.where(zero, one, squared).sqrt())
 
 
 def permutation_null(a: Tensor, b: Tensor, estimator: Estimator, generator: torch.Generator) -> Tensor:
@@ -102,11 +102,15 @@ def _distances(x: Tensor) -> Tensor:
     # scale either, so both shifts and the radius are constants to the gradient.
     x = x - x[:1].detach()
     x = x - x.detach().mean(0)
-    radius = x.detach().square().sum(1).mean().sqrt()
-    x = x / torch.where(radius > 0, radius, torch.ones_like(radius))
+    x = x / _unless_zero(x.detach().abs().amax())  # squares of what is left neither overflow nor vanish
+    x = x / _unless_zero(x.detach().square().sum(1).mean().sqrt())
     gram = x @ x.T
     norms = gram.diagonal()
     squared = norms[:, None] + norms[None, :] - 2 * gram
     noise = _NOISE * torch.finfo(x.dtype).eps * (norms[:, None] + norms[None, :])
-    apart = squared > noise.detach()
-    return torch.where(apart, torch.where(apart, squared, torch.ones_like(squared)).sqrt(), torch.zeros_like(squared))
+    same = squared <= noise.detach()  # compared so that NaN, which is neither, is passed on
+    return torch.where(same, torch.zeros_like(squared), torch.where(same, torch.ones_like(squared), squared).sqrt())
+
+
+def _unless_zero(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, torch.ones_like(scale), scale)

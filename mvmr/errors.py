@@ -47,6 +47,9 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "sklearn",
         "skimage",
         "faiss",
+        "filelock",
+        "huggingface_hub",
+        "threadpoolctl",
     ),
 }
 

@@ -22,8 +22,8 @@ _RECORD_KEYS = {"command": str, "data": str, "protocol": str, "values": dict}
 class Manifest:
     """The content of bundle.json.
 
-    training: a JSON object: method, teachers (name and identity of each, by the recipe's name for it; empty when
-        self-supervised), data (name, fingerprint), seed, steps, recipe (resolved).
+    training: a JSON object: method, teachers (name, weights and identity of each, by the recipe's name for it; empty
+        when self-supervised), data (name, fingerprint), seed, steps, recipe (resolved).
     metrics: records, each a JSON object with at least "command" (what made it), "data", "protocol" and
         "values" (numbers by name); a head's record also has "head".
     files: sha256 (hex) of every file of the bundle, by its path inside the bundle, with forward slashes.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ from mvmr.precision import native_precision
 from mvmr.preprocess import Preprocess
 from mvmr.progress import say
 from mvmr.recipe import Recipe, load_recipe
-from mvmr.representations import Representation
-from mvmr.run_folder import RunFolder, claim, find_run, give_up
+from mvmr.representations import Pretrained
+from mvmr.run_folder import LOCK, RunFolder, claim, find_run, give_up
 from mvmr.targets import Batch, Targets, WithRows
 from mvmr.trainer import Precision, read, train
 from mvmr.views import Views, make_policy
@@ -58,7 +59,7 @@ def pretrain(
         recipe: name of a shipped recipe, or a TOML file.
         assign: changes to the recipe, such as ``"train.lr=3e-4"``.
         init: bundle or state-dict file the encoder starts from.
-        resume: go on with the interrupted run of ``out``.
+        resume: go on with the interrupted run of ``out``; of a finished one, return its bundle.
         overwrite: replace the bundle in ``out``, and forget an interrupted run there.
         device, devices: Lightning Fabric's accelerator name and number of devices (under torchrun: per node).
         max_unreadable: the run stops when a larger share of the images can't be read.
@@ -81,7 +82,7 @@ def fit(
     out: str | Path,
     recipe: Recipe,
     *,
-    teachers: Mapping[str, Representation] | None = None,
+    teachers: Mapping[str, Pretrained] | None = None,
     init: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -110,21 +111,23 @@ def fit(
     recipe.train.steps(len(images), fabric.world_size)
     make_policy(recipe.views.policy, size, preprocess)
     run = find_run(result, _describe(images, recipe, teachers, init), resume=resume, overwrite=overwrite)
+    if run.published:
+        return bundle.load(result)
     fabric.barrier()
-    if fabric.is_global_zero:
-        claim(run)
-    fabric.barrier()
-    try:
-        if not run.finished:
-            _train(images, recipe, preprocess, run, fabric, teachers=teachers, init=init, progress=progress)
-    except MvmrError:
+    with claim(run) if fabric.is_global_zero else nullcontext():
+        fabric.barrier()
+        try:
+            if not run.finished:
+                _train(images, recipe, preprocess, run, fabric, teachers=teachers, init=init, progress=progress)
+        except MvmrError:
+            if fabric.is_global_zero:
+                give_up(run)
+            raise
         if fabric.is_global_zero:
-            give_up(run)
-        raise
-    if fabric.is_global_zero:
-        (run.path / checkpoint.NAME).unlink(missing_ok=True)
-        bundle.publish(run.path, result)
-    fabric.barrier()
+            for name in (checkpoint.NAME, LOCK):
+                (run.path / name).unlink(missing_ok=True)
+            bundle.publish(run.path, result)
+        fabric.barrier()
     return bundle.load(result)
 
 
@@ -135,7 +138,7 @@ def _train(
     run: RunFolder,
     fabric: Fabric,
     *,
-    teachers: Mapping[str, Representation],
+    teachers: Mapping[str, Pretrained],
     init: str | Path | None,
     progress: bool,
 ) -> None:
@@ -221,11 +224,14 @@ class Originals(Dataset[Tensor]):
 
 
 def _describe(
-    images: ImageSet, recipe: Recipe, teachers: Mapping[str, Representation], init: str | Path | None
+    images: ImageSet, recipe: Recipe, teachers: Mapping[str, Pretrained], init: str | Path | None
 ) -> dict[str, Any]:
     return {
         "method": "distillation" if teachers else "self-supervised MV-MR",
-        "teachers": {name: {"name": teacher.name, "identity": teacher.identity} for name, teacher in teachers.items()},
+        "teachers": {
+            name: {"name": teacher.name, "weights": teacher.weights, "identity": teacher.identity}
+            for name, teacher in teachers.items()
+        },
         "data": {"name": images.name, "split": images.split, "images": len(images), "fingerprint": images.fingerprint},
         "init": None if init is None else str(init),
         "seed": recipe.train.seed,

@@ -199,7 +199,7 @@ def train(
             if stopping or step % config.checkpoint_steps == 0 or step == steps:
                 checkpoint.save(folder, step, learner, optimizer, fabric)
             if stopping and step < steps:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(f"step {step} of {steps} is saved in {folder}; go on with --resume")
     return steps
 
 

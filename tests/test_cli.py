@@ -76,7 +76,8 @@ def test_unknown_command_suggests_the_nearest() -> None:
     ("error", "code", "line"),
     [
         (MvmrError("no images in\n photos/"), 1, "error: no images in photos/"),
-        (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
+        (KeyboardInterrupt(), 130, "stopped"),
+        (KeyboardInterrupt("step 3 is saved"), 130, "stopped: step 3 is saved"),
         (
             ModuleNotFoundError("No module named 'torch.nn'", name="torch.nn"),
             1,

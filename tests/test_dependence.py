@@ -49,7 +49,7 @@ def test_float64_agrees_with_dcor(case: str, estimator: str) -> None:
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e3, 1e6])
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e-3, 1.0, 1e3, 1e6, 1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_is_one_for_scaled_rotated_shifted_copies(dtype: torch.dtype, scale: float, estimator: str) -> None:
     x = torch.from_numpy(paired()[0]).to(dtype)
@@ -69,6 +69,15 @@ def test_is_zero_for_a_constant_batch_with_zero_gradient(estimator: str) -> None
     assert torch.isfinite(x.grad).all()
     assert y.grad is not None
     assert torch.isfinite(y.grad).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_what_is_not_finite_is_never_called_independent(estimator: str, bad: float) -> None:
+    x, y = (torch.from_numpy(part).float() for part in paired(16))
+    x[3, 2] = bad
+    for pair in ((x, y), (y, x), (x, x), (x, torch.ones_like(y))):
+        assert distance_correlation(*pair, estimator=estimator).isnan()
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mvmr import bundle
+from mvmr import bundle, pretraining
+from mvmr.data import open_images
 from mvmr.distillation import quickstart as module
 from mvmr.distillation.report import print_results
 from mvmr.distillation.teacher import Teacher
 from mvmr.distillation.tiny_clip import TinyClip, train_tiny_clip
+from mvmr.errors import MvmrError
 from mvmr.recipe import Recipe, load_recipe
 
 pytestmark = pytest.mark.slow
@@ -26,6 +28,10 @@ def short_recipe(name: str, package: str, assignments: list[str]) -> Recipe:
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "load_recipe", short_recipe)
     monkeypatch.setattr(module, "STAND_IN", TinyClip(image_size=32, width=8, steps=4, text_width=32))
+
+
+def a_teacher(folder: Path) -> Path:
+    return train_tiny_clip(open_images("sample:patches"), folder, config=module.STAND_IN, seed=5)
 
 
 def test_leaves_bundles_figures_and_a_picture(
@@ -55,15 +61,16 @@ def test_leaves_bundles_figures_and_a_picture(
     def refuse(*args: object, **options: object) -> None:
         raise AssertionError("what is finished must not be trained again")
 
-    monkeypatch.setattr(module, "fit", refuse)
+    monkeypatch.setattr(pretraining, "train", refuse)
     assert module.quickstart(out)["rows"] == results["rows"]
+    with pytest.raises(MvmrError, match=r"student holds another run, it differs in teachers\.teacher\.identity"):
+        module.quickstart(out, teacher=str(a_teacher(tmp_path / "another")))
+    with pytest.raises(AssertionError, match="must not be trained again"):
+        module.quickstart(out, overwrite=True)
 
 
 def test_takes_a_real_teacher_and_several_seeds(short: None, tmp_path: Path) -> None:
-    from mvmr.data import open_images
-
-    folder = train_tiny_clip(open_images("sample:patches"), tmp_path / "mine", config=module.STAND_IN)
-    results = module.quickstart(tmp_path / "out", teacher=str(folder), seeds=2)
+    results = module.quickstart(tmp_path / "out", teacher=str(a_teacher(tmp_path / "mine")), seeds=2)
     assert results["stand_in"] is False
     assert len(results["runs"]) == 2
     assert results["rows"]["student"]["linear_std"] >= 0

@@ -78,7 +78,9 @@ def test_a_student_is_distilled_from_a_folder_of_images(tmp_path: Path) -> None:
     made = mvmr.distill(teacher, data, tmp_path / "out", recipe="paper", assign=TINY, device="cpu")
     said = made.manifest.training
     assert said["method"] == "distillation"
-    assert said["teachers"] == {"teacher": {"name": "clip", "identity": Teacher.load(teacher).identity}}
+    loaded = Teacher.load(teacher)
+    wanted = {"name": "clip", "weights": f"{teacher}/open_clip_model.safetensors", "identity": loaded.identity}
+    assert said["teachers"] == {"teacher": wanted}
     assert said["data"]["images"] == 16
     assert said["steps"] == 4
     lines = [json.loads(line) for line in (made.path / "metrics.jsonl").read_text().splitlines()]

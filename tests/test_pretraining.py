@@ -80,7 +80,7 @@ def raising(error: BaseException) -> Callable[..., Any]:
 class Brightness:
     """A teacher of two numbers per image that counts how many images it was shown."""
 
-    name, identity = "brightness", "b" * 64
+    name, weights, identity = "brightness", "none", "b" * 64
 
     def __init__(self) -> None:
         self.seen = 0
@@ -350,7 +350,8 @@ def test_a_full_disk_at_the_end_keeps_the_run(
         fit(images, tmp_path / "out", recipe(), device="cpu")
     monkeypatch.undo()
     assert os.listdir(tmp_path) == ["out.partial"]
-    assert set(os.listdir(tmp_path / "out.partial")) == {"checkpoint.pt", "metrics.jsonl", "run.json", "skipped.txt"}
+    kept = {"checkpoint.pt", "metrics.jsonl", "run.json", "skipped.txt"}
+    assert set(os.listdir(tmp_path / "out.partial")) == {".lock", *kept}
     assert weights(fit(images, tmp_path / "out", recipe(), resume=True, device="cpu")) == weights(undisturbed)
 
 
@@ -394,7 +395,8 @@ def test_a_teacher_sees_each_image_once_in_its_life(images: ImageSet, tmp_path: 
     assert teacher.seen == IMAGES
     assert weights(first) == weights(second)
     assert first.manifest.training["method"] == "distillation"
-    assert first.manifest.training["teachers"] == {"teacher": {"name": "brightness", "identity": "b" * 64}}
+    described = {"name": "brightness", "weights": "none", "identity": "b" * 64}
+    assert first.manifest.training["teachers"] == {"teacher": described}
     line = json.loads((first.path / "metrics.jsonl").read_text().splitlines()[0])
     assert {"dcor.teacher", "regression.teacher", "biased.teacher.null"} <= line.keys()
     fit(images.subset(range(16)), tmp_path / "c", with_teacher, teachers={"teacher": teacher}, device="cpu")

@@ -1,6 +1,7 @@
 """The working folder is claimed once, gone on with by its own run alone, and nothing of the user's is ever touched."""
 
 import json
+import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ def described(**train: Any) -> dict[str, Any]:
 
 def start(out: Path, *, resume: bool = False, overwrite: bool = False, **train: Any) -> RunFolder:
     run = find_run(out, described(**train), resume=resume, overwrite=overwrite)
-    claim(run)
-    return run
+    with claim(run):
+        return run
 
 
 def a_bundle(out: Path) -> None:
@@ -67,7 +68,7 @@ def test_an_interrupted_run_is_kept_from_a_second_one(tmp_path: Path) -> None:
 def test_overwrite_starts_over(tmp_path: Path) -> None:
     (start(tmp_path / "out").path / "checkpoint.pt").write_text("old")
     assert start(tmp_path / "out", overwrite=True, seed=1).fresh
-    assert [path.name for path in (tmp_path / "out.partial").iterdir()] == ["run.json"]
+    assert sorted(path.name for path in (tmp_path / "out.partial").iterdir()) == [".lock", "run.json"]
 
 
 def test_resume_without_an_interrupted_run_starts_one(tmp_path: Path) -> None:
@@ -117,12 +118,25 @@ def test_a_broken_description_is_one_line(tmp_path: Path, text: str) -> None:
 
 def test_a_finished_bundle_is_replaced_only_when_told(tmp_path: Path) -> None:
     a_bundle(tmp_path / "out")
-    for resume in (False, True):
-        with pytest.raises(MvmrError, match="out holds a finished bundle: give another --out, or --overwrite"):
-            start(tmp_path / "out", resume=resume)
+    with pytest.raises(MvmrError, match="out holds a finished bundle: give another --out, or --overwrite"):
+        start(tmp_path / "out")
+    with pytest.raises(MvmrError, match=r"run\.json can't be read: start over with --overwrite"):
+        start(tmp_path / "out", resume=True)
     assert not (tmp_path / "out.partial").exists()
     start(tmp_path / "out", overwrite=True)
     assert tree(tmp_path / "out") == {"bundle.json": "{}", "encoder.safetensors": "old"}  # until there is a new one
+
+
+def test_resuming_a_finished_run_has_nothing_to_do_but_only_if_it_is_the_same(tmp_path: Path) -> None:
+    a_bundle(tmp_path / "out")
+    (tmp_path / "out" / "run.json").write_text(json.dumps(RUN))
+    run = find_run(tmp_path / "out", described(workers=0), resume=True, overwrite=False)
+    assert run.published
+    assert run.path == tmp_path / "out"
+    for changed in ("lr", "seed"):  # a new learning rate can steer a run, not a bundle
+        with pytest.raises(MvmrError, match=rf"out holds another run, it differs in recipe\.train\.{changed}"):
+            find_run(tmp_path / "out", described(**{changed: 1}), resume=True, overwrite=False)
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_a_run_that_replaces_a_bundle_can_be_gone_on_with(tmp_path: Path) -> None:
@@ -163,7 +177,7 @@ def test_what_a_run_killed_at_once_left_is_no_obstacle(tmp_path: Path) -> None:
     start(tmp_path / "out")
     (folder / ".checkpoint.0123abcd.partial.pt").write_text("half")
     start(tmp_path / "out", resume=True)
-    assert [path.name for path in folder.iterdir()] == ["run.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "run.json"]
 
 
 @pytest.mark.parametrize("out", [".", "..", "/", "runs/.."])
@@ -183,6 +197,31 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(MvmrError, match=r"cannot make .*file/out\.partial: .*; give another --out"):
         start(tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize("flag", ["resume", "overwrite"])
+def test_a_second_process_is_kept_out_while_the_first_works(tmp_path: Path, flag: str) -> None:
+    context = multiprocessing.get_context("fork")  # spawned, it would spend seconds on importing torch
+
+    def said_by_another_process() -> str:
+        def begin() -> None:
+            try:
+                start(tmp_path / "out", **{flag: True})
+                answers.put("claimed")
+            except MvmrError as error:
+                answers.put(str(error))
+
+        answers = context.Queue()
+        context.Process(target=begin).start()
+        return answers.get(timeout=60)
+
+    run = start(tmp_path / "out")
+    with claim(run):
+        (run.path / "checkpoint.pt").write_text("precious")
+        assert said_by_another_process().startswith(f"another process is training in {run.path}: wait for it")
+        assert (run.path / "checkpoint.pt").read_text() == "precious"
+    (run.path / "checkpoint.pt").unlink()
+    assert said_by_another_process() == "claimed"
 
 
 def test_giving_up_leaves_nothing_unless_something_was_learned(tmp_path: Path) -> None:

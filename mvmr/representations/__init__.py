@@ -45,6 +45,15 @@ class Representation(Protocol):
         ...
 
 
+class Pretrained(Representation, Protocol):
+    """A representation that was learned elsewhere: a teacher's."""
+
+    @property
+    def weights(self) -> str:
+        """Where its weights come from, for people: a tag or a file."""
+        ...
+
+
 # By name, from the side of the images in pixels.
 HAND_CRAFTED: dict[str, Callable[[int], Callable[[Tensor], Tensor]]] = {
     "pixels": lambda size: pixels,
