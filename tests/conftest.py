@@ -1,5 +1,6 @@
 """What every test gets: a cache folder of its own, and a reason where a GPU is missing."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,23 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("MVMR_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For nets so small that a second thread costs more than it brings."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that write many files: no machine loses its power here."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from mvmr import pretraining
 from mvmr.cli import main
 from mvmr.commands import SHORTHANDS, slug
 from mvmr.preprocess import Preprocess
+
+pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 
 RECIPE = """
 projector = [16, 16]
@@ -46,15 +48,6 @@ STEPS = 16
 COLOURS = {"blue": (50, 60, 210), "green": (40, 200, 60), "red": (220, 40, 40)}
 # what may stand on standard error beside an error: the plan, and progress
 BESIDES = ("data ", "recipe ", "out ", "teacher ", "weights ", "checking images ", "training ")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no machine loses its power here
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def a_photo(colour: str, random: np.random.Generator, size: tuple[int, int] = (26, 20)) -> Image.Image:

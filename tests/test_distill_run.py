@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from mvmr.distillation.teacher import Teacher
 from mvmr.errors import MvmrError
 from mvmr.files import cache_dir
 
+pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
+
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
 VIT = {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16}
 CONFIG: dict[str, Any] = {"embed_dim": 12, "vision_cfg": VIT, "text_cfg": TEXT}
@@ -31,15 +32,6 @@ TINY = (
     "train.lr=1e-3", "train.warmup_steps=2", "train.workers=0", "train.precision=32-true", "train.log_steps=1",
     "train.checkpoint_steps=1",
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no machine loses its power here
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def a_teacher(folder: Path, seed: int = 0) -> str:

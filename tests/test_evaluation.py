@@ -1,7 +1,6 @@
 """Frozen features are measured on labelled data, every test image counted, and the figures kept in the bundle."""
 
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,15 +20,9 @@ from mvmr.evaluation import Measured, classes_of, evaluate, newest_or, probe
 from mvmr.preprocess import Preprocess
 from mvmr.representations import hand_crafted
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 210)}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def a_bundle(out: Path) -> Bundle:

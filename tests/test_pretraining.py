@@ -3,7 +3,7 @@
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from mvmr.recipe import Recipe, load_recipe
 from mvmr.targets import Targets, WithRows
 from mvmr.views import Views
 
+pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
+
 IMAGES = 20  # two steps to an epoch
 TINY = (
     "model.architecture=resnet18", "projector=[16,16]", "views.size=16",
@@ -36,15 +38,6 @@ TINY = (
     "train.precision=32-true", "train.log_steps=1", "train.checkpoint_steps=3",
 )  # fmt: skip
 WEIGHTS = ("encoder.safetensors", "projector.safetensors")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no machine loses its power here
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

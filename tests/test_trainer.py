@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,10 @@ from mvmr.objective import Embeddings, Objective, ObjectiveConfig
 from mvmr.preprocess import Preprocess
 from mvmr.trainer import BatchOrder, TrainConfig, learning_rate, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZE, IMAGES = 8, 24
 Batch = dict[str, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Noise(Dataset[Batch]):
