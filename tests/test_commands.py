@@ -419,7 +419,7 @@ def test_a_stopped_run_is_kept_and_ends_like_an_undisturbed_one(
     process.join(60)
     assert process.exitcode == code
     said = (tmp_path / "stderr").read_text()
-    assert "Traceback" not in said
+    assert "Traceback" not in said or code == -signal.SIGKILL  # workers may complain that their parent is gone
     assert (f"is saved in {out}.partial; go on with --resume" in said) == (code == 130)
     assert not out.exists()
 
