@@ -26,11 +26,12 @@ from mvmr.data.samples import strip
 from mvmr.distillation.teacher import Teacher
 from mvmr.distillation.tiny_clip import TinyClip, train_tiny_clip
 from mvmr.encoder import build_projector
-from mvmr.evaluation import Measured
 from mvmr.learner import Learner
+from mvmr.neighbours import knn_predict
 from mvmr.objective import Objective
 from mvmr.preprocess import Preprocess
 from mvmr.pretraining import recalibrate
+from mvmr.protocols import Labelled, Measured
 from mvmr.recipe import Recipe
 from mvmr.representations import Representation
 from mvmr.student import Student
@@ -168,8 +169,11 @@ def teacher_of(images: ImageSet, seed: int) -> Teacher:
 
 def score(representation: Representation, fit: ImageSet, val: ImageSet) -> dict[str, float]:
     """Linear probe and kNN, top-1 on the validation part in percent."""
-    measured = Measured(representation, fit, val)
-    return {"linear": round(measured.linear()[0], 1), "knn": round(measured.knn(), 1)}
+    data = Labelled.of(fit, val)
+    measured = Measured(representation, data)
+    voted = knn_predict(measured.features, data.labels, measured.test_features, len(data.classes), temperature=0.1)
+    knn = 100 * float((voted == data.test_labels).mean())
+    return {"linear": round(measured.linear()["top1"], 1), "knn": round(knn, 1)}
 
 
 def read(kind: str) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from mvmr.commands import finished, say_plan, slug, training_options
+from mvmr.commands import MAX_UNREADABLE, finished, say_plan, slug, told_all, training_options
 
 
 @click.command()
@@ -34,6 +34,53 @@ def distill(
     weights = pretrained or default_weights(teacher)
     say_plan(teacher=teacher, weights=weights, data=data, recipe=options["recipe"], out=target)
     finished(run(teacher, data, target, pretrained=pretrained, assign=assign, progress=True, **options).path, data)
+
+
+@click.command()
+@click.argument("bundle", required=False)
+@click.option(
+    "--data", required=True, help="Labelled data: a folder with a folder to a class, or a name such as stl10:ROOT."
+)
+@click.option(
+    "--protocol",
+    help="Of linear, linear-paper, knn, voc07 and (with --table) zeroshot, separated by commas; left out, those that "
+    "suit the labels.",
+)
+@click.option("--table", is_flag=True, help="Measure the teacher, too, and print both side by side.")
+@click.option("--teacher", metavar="NAME|FOLDER", help="With --table: another teacher than the student's own.")
+@click.option("--pretrained", metavar="TAG|FILE", help="That teacher's weights.")
+@click.option("--keep-map", is_flag=True, help="With --table: store the map to the teacher's space, for text search.")
+@click.option("--device", default="cpu", show_default=True)
+@MAX_UNREADABLE
+def evaluate(
+    bundle: str | None,
+    data: str,
+    protocol: str | None,
+    table: bool,
+    teacher: str | None,
+    pretrained: str | None,
+    keep_map: bool,
+    **options: Any,
+) -> None:
+    """Measure the frozen features of BUNDLE (the newest below runs/ when left out), and of its teacher."""
+    from mvmr.evaluation import evaluate as run
+    from mvmr.evaluation import newest_or
+
+    path, protocols = newest_or(bundle), protocol.split(",") if protocol else None
+    if not table:
+        if teacher or pretrained or keep_map or "zeroshot" in (protocols or ()):
+            raise click.UsageError("--teacher, --pretrained, --keep-map and protocol zeroshot go with --table")
+        for name, values in run(path, data, protocols=protocols, progress=True, **options).items():
+            click.echo(f"{path} on {data}: {name} {told_all(values)}")
+        return
+    from mvmr.distillation.comparison import compare
+    from mvmr.distillation.report import print_comparison
+
+    found = compare(
+        path, data, teacher=teacher, pretrained=pretrained, protocols=protocols, keep_map=keep_map, progress=True,
+        **options,
+    )  # fmt: skip
+    print_comparison(found, title=f"{path} on {data}, test split")
 
 
 @click.command()

@@ -14,18 +14,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from mvmr.classifiers import nearest
 from mvmr.data import ImageSet, open_images
 from mvmr.distillation.picture import draw_neighbours
 from mvmr.distillation.teacher import Teacher
-from mvmr.distillation.tiny_clip import TEMPLATES, TinyClip, train_tiny_clip
+from mvmr.distillation.tiny_clip import TinyClip, train_tiny_clip
+from mvmr.distillation.zeroshot import templates_for, zero_shot_logits
 from mvmr.encoder import build_encoder, feature_dim
-from mvmr.evaluation import Measured, classes_of
 from mvmr.files import write_json
+from mvmr.neighbours import nearest
 from mvmr.preprocess import Preprocess
 from mvmr.pretraining import fit, recalibrate
+from mvmr.protocols import Labelled, Measured
 from mvmr.recipe import Recipe, load_recipe
 from mvmr.representations import Representation, hand_crafted
+from mvmr.scores import top_k
 from mvmr.student import Student
 
 DATA = "sample:patches"
@@ -62,11 +64,11 @@ def quickstart(
         The content of ``results.json``: mean over seeds and per seed, accuracies in percent.
     """
     folder = Path(out)
-    train, test = open_images(DATA, "train"), open_images(DATA, "test")
+    data = Labelled.of(open_images(DATA, "train"), open_images(DATA, "test"))
     runs = []
     for seed in range(seeds):
         place = folder if seed == 0 else folder / f"seed-{seed}"
-        runs.append(_run(place, train, test, seed, teacher, pretrained, overwrite, progress))
+        runs.append(_run(place, data, seed, teacher, pretrained, overwrite, progress))
     names = list(runs[0]["rows"])
     results = {
         "data": DATA,
@@ -82,8 +84,7 @@ def quickstart(
 
 def _run(
     folder: Path,
-    train: ImageSet,
-    test: ImageSet,
+    data: Labelled,
     seed: int,
     teacher: str | None,
     pretrained: str | None,
@@ -92,7 +93,9 @@ def _run(
 ) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     with _timed("teacher", seconds):
-        source = teacher or train_tiny_clip(train, folder / "teacher", config=STAND_IN, seed=seed, progress=progress)
+        source = teacher or train_tiny_clip(
+            data.train, folder / "teacher", config=STAND_IN, seed=seed, progress=progress
+        )
         teaching = Teacher.load(source, pretrained, text=True)
     unlabelled = open_images(DATA, "unlabelled")
     how: dict[str, Any] = {"resume": not overwrite, "overwrite": overwrite, "device": "cpu", "progress": progress}
@@ -107,15 +110,15 @@ def _run(
         described: dict[str, Representation] = {
             "pixels": hand_crafted("pixels", preprocess),
             "scattering": hand_crafted("scattering", Preprocess.for_size(32)),
-            "random": _random_encoder(recipe, preprocess, train, seed),
+            "random": _random_encoder(recipe, preprocess, data.train, seed),
             "ssl": ssl.student(),
             "student": student.student(),
             "teacher": teaching,
         }
-        measured = {name: Measured(each, train, test, progress=progress) for name, each in described.items()}
-        rows = {name: {"linear": each.linear()[0], "knn": each.knn()} for name, each in measured.items()}
+        measured = {name: Measured(each, data, progress=progress) for name, each in described.items()}
+        rows = {name: _row(each) for name, each in measured.items()}
     rows["teacher"]["zero_shot"] = _zero_shot(teaching, measured["teacher"])
-    _picture(folder / "neighbours.png", train, test, measured)
+    _picture(folder / "neighbours.png", data, measured)
     return {"seed": seed, "teacher": f"{teaching.name} ({teaching.weights})", "rows": rows, "seconds": seconds}
 
 
@@ -129,20 +132,23 @@ def _random_encoder(recipe: Recipe, preprocess: Preprocess, images: ImageSet, se
     return Student(encoder, preprocess, dim=feature_dim(recipe.model), name="random-encoder", identity=identity)
 
 
+def _row(measured: Measured) -> dict[str, float]:
+    return {"linear": measured.linear()["top1"], "knn": measured.knn(ks=(5,))["top1_weighted_k5"]}
+
+
 def _zero_shot(teacher: Teacher, measured: Measured) -> float:
-    columns = teacher.zero_shot_classifier(measured.classes, TEMPLATES).cpu().numpy()
-    return 100 * float(((measured.test_features @ columns).argmax(1) == measured.test_labels).mean())
+    columns = teacher.zero_shot_classifier(measured.data.classes, templates_for(teacher))
+    return top_k(zero_shot_logits(measured.test_features, columns), measured.data.test_labels, 1)
 
 
-def _picture(path: Path, train: ImageSet, test: ImageSet, measured: dict[str, Measured]) -> None:
-    classes, labels = classes_of(test)
+def _picture(path: Path, data: Labelled, measured: dict[str, Measured]) -> None:
     # the first test image of every second class: chosen by number, not by how well it does
-    queries = [int(np.flatnonzero(labels == c)[0]) for c in range(0, len(classes), 2)][:_QUERIES]
+    queries = [int(np.flatnonzero(data.test_labels == c)[0]) for c in range(0, len(data.classes), 2)][:_QUERIES]
     columns = {}
     for title in ("teacher", "student"):
         each = measured[title]
         columns[f"nearest under the {title}"] = nearest(each.features, each.test_features[queries], _NEIGHBOURS)[1]
-    draw_neighbours(path, test, train, queries, columns)
+    draw_neighbours(path, data.test, data.train, queries, columns)
 
 
 def _spread(rows: list[dict[str, float]]) -> dict[str, float]:

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mvmr.commands import told
+
 _TITLES = {
     "pixels": "raw pixels",
     "scattering": "scattering features",
@@ -42,6 +44,18 @@ def print_results(results: dict[str, Any], out: str) -> None:
     console.print("\nwith your own images:", highlight=False)
     console.print("  mvmr distill --teacher ViT-B-16 --data FOLDER --out runs/mine", highlight=False)
     console.print("  mvmr evaluate runs/mine --data FOLDER_WITH_A_FOLDER_TO_A_CLASS", highlight=False)
+
+
+def print_comparison(found: dict[str, dict[str, dict[str, float]]], *, title: str) -> None:
+    """Print what :func:`mvmr.distillation.comparison.compare` returned: a line to a figure, a column to a side."""
+    table = Table("figure", title=title)
+    for side in found:
+        table.add_column(side, justify="right")
+    for protocol, values in found["student"].items():
+        for key in values:
+            cells = [each[protocol].get(key) for each in found.values()]
+            table.add_row(f"{protocol} {key}", *("" if value is None else told(key, value) for value in cells))
+    Console().print(table)
 
 
 def _figure(row: dict[str, float], key: str) -> str:

@@ -15,7 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "distill": ("mvmr.distillation.cli:distill", "Distil a teacher into a student, from unlabelled images."),
     "pretrain": ("mvmr.commands:pretrain", "Train a student without a teacher (self-supervised)."),
     "probe": ("mvmr.commands:probe", "Fit a linear head on frozen features and store it in the bundle."),
-    "evaluate": ("mvmr.commands:evaluate", "Measure a bundle: kNN and linear probe."),
+    "evaluate": ("mvmr.distillation.cli:evaluate", "Measure a bundle, alone or beside its teacher."),
     "info": ("mvmr.commands:info", "Show what a bundle is and how it was made."),
     "doctor": ("mvmr.doctor:doctor", "Show what this machine has, and what each command lacks."),
 }

@@ -42,7 +42,7 @@ def training_options(command: Callable[..., None]) -> Callable[..., None]:
 
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
-_MAX_UNREADABLE: Decorator = click.option(
+MAX_UNREADABLE: Decorator = click.option(
     "--max-unreadable", default=0.01, show_default=True, help="Share of unreadable images that stops it."
 )
 _RUN_OPTIONS: tuple[Decorator, ...] = (
@@ -56,7 +56,7 @@ _RUN_OPTIONS: tuple[Decorator, ...] = (
     click.option("--overwrite", is_flag=True, help="Replace what --out holds."),
     click.option("--device", default="auto", show_default=True, help="cpu, cuda or auto."),
     click.option("--devices", default=1, show_default=True, help="Number of devices."),
-    _MAX_UNREADABLE,
+    MAX_UNREADABLE,
 )
 
 
@@ -85,35 +85,16 @@ def pretrain(data: str, out: str | None, assign: tuple[str, ...], **options: Any
 )
 @click.option("--head", help="Name of the head; made from the data's name when left out.")
 @click.option("--device", default="cpu", show_default=True)
-@_MAX_UNREADABLE
+@MAX_UNREADABLE
 def probe(bundle: str | None, data: str, head: str | None, device: str, max_unreadable: float) -> None:
     """Fit a linear head on frozen features and store it in BUNDLE (the newest below runs/ when left out)."""
     from mvmr.evaluation import newest_or
     from mvmr.evaluation import probe as run
 
-    stored, accuracy = run(
+    stored, values = run(
         newest_or(bundle), data, head=head, device=device, max_unreadable=max_unreadable, progress=True
     )
-    click.echo(f"{stored.path}: heads {', '.join(stored.heads)}; top-1 on the test split {accuracy:.1f} %")
-
-
-@click.command()
-@click.argument("bundle", required=False)
-@click.option(
-    "--data", required=True, help="Labelled data: a folder with a folder to a class, or a name such as stl10:ROOT."
-)
-@click.option("--protocol", default="linear,knn", show_default=True, help="Protocols, separated by commas.")
-@click.option("--device", default="cpu", show_default=True)
-@_MAX_UNREADABLE
-def evaluate(bundle: str | None, data: str, protocol: str, device: str, max_unreadable: float) -> None:
-    """Measure the frozen features of BUNDLE (the newest below runs/ when left out)."""
-    from mvmr.evaluation import evaluate as run
-    from mvmr.evaluation import newest_or
-
-    path, protocols = newest_or(bundle), protocol.split(",")
-    results = run(path, data, protocols=protocols, device=device, max_unreadable=max_unreadable, progress=True)
-    for name, accuracy in results.items():
-        click.echo(f"{path} on {data}: {name} top-1 {accuracy:.1f} %")
+    click.echo(f"{stored.path}: heads {', '.join(stored.heads)}; on the test split {told_all(values)}")
 
 
 @click.command()
@@ -160,6 +141,16 @@ def _said(record: object, *keys: str) -> str:
             return "not recorded"
         record = record[key]
     return str(record)
+
+
+def told(name: str, value: float) -> str:
+    """A figure of a protocol: accuracies and precisions in percent, anything else as a number."""
+    return f"{value:.1f} %" if name.startswith(("top", "map_11point", "map_area")) else f"{value:.3g}"
+
+
+def told_all(values: Mapping[str, float]) -> str:
+    """The figures of a protocol on one line."""
+    return ", ".join(f"{name} {told(name, value)}" for name, value in values.items())
 
 
 def say_plan(**named: object) -> None:

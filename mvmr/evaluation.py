@@ -1,93 +1,52 @@
-"""How good frozen features are: kNN and a linear probe, fitted on the training split, scored once on the test split."""
+"""Measuring a bundle's frozen features on labelled data, and keeping figures and heads in the bundle."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mvmr import bundle as bundles
 from mvmr.bundle import Bundle
-from mvmr.classifiers import LinearHead, knn_predict, linear_probe
-from mvmr.cores import usable_cores
-from mvmr.data import ImageSet, open_images
-from mvmr.errors import MvmrError, unknown
-from mvmr.representations import Representation
-from mvmr.row_cache import represent
-
-PROTOCOLS = ("linear", "knn")
-
-
-class Measured:
-    """Features of a labelled training and test split under one representation; every test image is counted."""
-
-    def __init__(
-        self,
-        representation: Representation,
-        train: ImageSet,
-        test: ImageSet,
-        *,
-        device: str = "cpu",
-        progress: bool = False,
-    ):
-        self.classes, self.labels = classes_of(train)
-        test_classes, self.test_labels = classes_of(test)
-        if test_classes != self.classes:
-            odd = sorted(set(test_classes) ^ set(self.classes))[0]
-            raise MvmrError(f"{train.name}: training and test split have other classes ({odd!r} is in one only)")
-        workers = 0 if train.native_size else usable_cores()  # arrays in memory need no help
-        self.features, self.test_features = (
-            np.asarray(represent(images, representation, device=device, workers=workers, progress=progress))
-            for images in (train, test)
-        )
-
-    def linear(self) -> tuple[float, LinearHead]:
-        """(top-1 accuracy on the test split in percent, the head)."""
-        head = linear_probe(self.features, self.labels, len(self.classes))
-        return self._percent(head.predict(self.test_features)), head
-
-    def knn(self) -> float:
-        """Top-1 accuracy on the test split in percent: 5 neighbours, cosine, temperature 0.1."""
-        return self._percent(knn_predict(self.features, self.labels, self.test_features, len(self.classes)))
-
-    def _percent(self, predicted: np.ndarray) -> float:
-        return 100 * float((predicted == self.test_labels).mean())
+from mvmr.data import open_images
+from mvmr.protocols import Labelled, Measured, Values, check_protocols, protocols_for
 
 
 def evaluate(
     bundle: str | os.PathLike[str],
     data: str,
     *,
-    protocols: Sequence[str] = PROTOCOLS,
+    protocols: Sequence[str] | None = None,
     device: str = "cpu",
     max_unreadable: float = 0.01,
     progress: bool = False,
-) -> dict[str, float]:
+) -> dict[str, Values]:
     """Measure a bundle's frozen features on labelled data and note the figures in the bundle.
 
     Args:
-        protocols: of ``linear`` and ``knn``.
+        protocols: of ``linear``, ``linear-paper`` and ``knn``, or ``voc07`` where an image has several labels;
+            None takes ``linear`` and ``knn``, or ``voc07``.
 
     Returns:
-        Top-1 accuracy on the test split by protocol, in percent.
+        Figures by name for each protocol, such as ``{"linear": {"top1": 71.2, "top5": 90.1, "C": 10.0}}``: accuracies
+        on the test split in percent, and what was chosen on the training split. See :mod:`mvmr.protocols`.
 
     Raises:
-        MvmrError: data without labels or with several labels to an image, or an unknown protocol.
+        MvmrError: data that can't be measured with (see ``Labelled.of``), or an unknown protocol or one that does not
+            fit the data; all of this before any feature is computed.
     """
-    for protocol in protocols:
-        if protocol not in PROTOCOLS:
-            raise unknown("protocol", protocol, PROTOCOLS)
+    check_protocols(protocols or ())
     opened = bundles.load(bundle)
-    measured = _measure(opened, data, device, max_unreadable, progress)
-    actions: dict[str, Callable[[], float]] = {"linear": lambda: measured.linear()[0], "knn": measured.knn}
-    results = {protocol: actions[protocol]() for protocol in protocols}
-    for protocol, accuracy in results.items():
-        command = f"mvmr evaluate {opened.path} --data {data} --protocol {protocol}"
-        opened = bundles.add_metrics(opened, _record(command, data, protocol, {"top1": accuracy}))
+    labelled = open_labelled(data, max_unreadable=max_unreadable, progress=progress)
+    chosen = protocols_for(labelled, protocols)
+    measured = Measured(opened.student(device), labelled, device=device, progress=progress)
+    results = {}
+    for name, measure in chosen.items():
+        results[name] = measure(measured)
+        command = f"mvmr evaluate {opened.path} --data {data} --protocol {name}"
+        opened = bundles.add_metrics(opened, record(command, data, name, results[name]))
     return results
 
 
@@ -99,48 +58,37 @@ def probe(
     device: str = "cpu",
     max_unreadable: float = 0.01,
     progress: bool = False,
-) -> tuple[Bundle, float]:
+) -> tuple[Bundle, Values]:
     """Fit a linear head on frozen features and store it in the bundle.
 
     Args:
         head: name of the head; made from the name of the data when left out.
 
     Returns:
-        The bundle as it is now, and the head's top-1 accuracy on the test split in percent.
+        The bundle as it is now, and the head's figures on the test split, as :func:`evaluate` names them.
     """
     opened = bundles.load(bundle)
-    measured = _measure(opened, data, device, max_unreadable, progress)
-    accuracy, fitted = measured.linear()
+    labelled = open_labelled(data, max_unreadable=max_unreadable, progress=progress)
+    measured = Measured(opened.student(device), labelled, device=device, progress=progress)
+    protocol = "voc07" if labelled.several else "linear"
+    values = protocols_for(labelled, [protocol])[protocol](measured)
     name = head or re.sub(r"[^A-Za-z0-9]+", "-", data)[-64:].strip("-") or "head"
     command = f"mvmr probe {opened.path} --data {data} --head {name}"
-    record = _record(command, data, "linear", {"top1": accuracy, "C": fitted.regularisation}) | {"head": name}
-    return bundles.add_head(opened, name, fitted.weight, fitted.bias, measured.classes, record), accuracy
+    described = record(command, data, protocol, values) | {"head": name}
+    fitted = measured.head
+    return bundles.add_head(opened, name, fitted.weight, fitted.bias, labelled.classes, described), values
 
 
-def classes_of(images: ImageSet) -> tuple[tuple[str, ...], np.ndarray]:
-    """Class names and labels, int64 [N], of a set with one label to an image.
-
-    Raises:
-        MvmrError: there are no labels, or several to an image.
-    """
-    labels = images.labels
-    if labels is None or images.classes is None:
-        raise MvmrError(
-            f"{images.name} has no labels to measure with: put the images of each class into a folder of its own"
-        )
-    if labels.ndim != 1:
-        raise MvmrError(f"{images.name} has several labels to an image, which these protocols can't score")
-    return images.classes, labels
-
-
-def _measure(bundle: Bundle, data: str, device: str, max_unreadable: float, progress: bool) -> Measured:
+def open_labelled(data: str, *, max_unreadable: float = 0.01, progress: bool = False) -> Labelled:
+    """Open the training and the test split of ``data`` with their labels; raises as ``Labelled.of`` does."""
     train, test = (
         open_images(data, split, max_unreadable=max_unreadable, progress=progress) for split in ("train", "test")
     )
-    return Measured(bundle.student(device), train, test, device=device, progress=progress)
+    return Labelled.of(train, test)
 
 
-def _record(command: str, data: str, protocol: str, values: dict[str, Any]) -> dict[str, Any]:
+def record(command: str, data: str, protocol: str, values: dict[str, Any]) -> dict[str, Any]:
+    """A metrics record, as bundle.json holds it."""
     return {"command": command, "data": data, "protocol": protocol, "values": values}
 
 

@@ -163,7 +163,7 @@ def test_info_probe_and_evaluate_read_it(copied: Path, photos: Path) -> None:
 
     probed = mvmr("probe", copied, "--data", photos, "--head", "colours", "--max-unreadable", "0.2")
     assert probed.exit_code == 0, probed.output
-    assert probed.stdout.startswith(f"{copied}: heads colours; top-1 on the test split ")
+    assert probed.stdout.startswith(f"{copied}: heads colours; on the test split top1 ")
     measured = mvmr("evaluate", copied, "--data", photos, "--max-unreadable", "0.2", "--protocol", "knn,linear")
     assert measured.exit_code == 0, measured.output
     assert [line.split()[3] for line in measured.stdout.splitlines()] == ["knn", "linear"]

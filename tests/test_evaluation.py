@@ -1,24 +1,29 @@
 """Frozen features are measured on labelled data, every test image counted, and the figures kept in the bundle."""
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import average_precision_score, top_k_accuracy_score
 
 import mvmr
 from mvmr import bundle as bundles
 from mvmr.bundle import Bundle
-from mvmr.classifiers import knn_predict, linear_probe
-from mvmr.data import open_images
+from mvmr.classifiers import linear_probe
+from mvmr.data import ImageSet, open_images
 from mvmr.encoder import EncoderConfig, build_encoder
 from mvmr.errors import MvmrError
-from mvmr.evaluation import Measured, classes_of, evaluate, newest_or, probe
+from mvmr.evaluation import evaluate, newest_or, probe
+from mvmr.neighbours import knn_predict
 from mvmr.preprocess import Preprocess
-from mvmr.representations import hand_crafted
+from mvmr.protocols import Labelled, Measured, protocols_for
+from mvmr.student import Student
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,15 +67,18 @@ def photos(tmp_path: Path) -> Path:
 
 
 def test_evaluate_measures_and_keeps_the_figures(bundle: Bundle, photos: Path) -> None:
-    assert evaluate(bundle.path, str(photos)) == {"linear": 100.0, "knn": 100.0}
+    found = evaluate(bundle.path, str(photos))
+    assert found["linear"] == {"top1": 100.0, "C": found["linear"]["C"]}  # of three classes there is no top 5
+    assert set(found["knn"]) == {f"top1_{vote}_k{k}" for k in (1, 5, 20) for vote in ("weighted", "plain")}
+    assert found["knn"]["top1_weighted_k5"] == 100.0
     now = bundles.load(bundle.path)
     assert [record["protocol"] for record in now.manifest.metrics] == ["linear", "knn"]
     for record in now.manifest.metrics:
-        assert record["values"] == {"top1": 100.0}
+        assert record["values"] == found[record["protocol"]]
         assert record["data"] == str(photos)
         assert record["command"] == f"mvmr evaluate {bundle.path} --data {photos} --protocol {record['protocol']}"
     assert now.space_id == bundle.space_id
-    assert mvmr.evaluate(bundle.path, str(photos), protocols=["knn"]) == {"knn": 100.0}
+    assert mvmr.evaluate(bundle.path, str(photos), protocols=["knn"]) == {"knn": found["knn"]}
     assert len(bundles.load(bundle.path).manifest.metrics) == 2  # the same measurement again replaces the first
 
 
@@ -87,14 +95,20 @@ def test_evaluate_takes_the_students_features_of_every_test_image(bundle: Bundle
     assert labels is not None
     assert answers is not None
     assert len(answers) == 597
-    assert found["knn"] == 100 * (knn_predict(x, labels, y, 10) == answers).mean()
-    assert found["linear"] == pytest.approx(100 * (linear_probe(x, labels, 10).predict(y) == answers).mean(), abs=0.2)
+    for k in (1, 5, 20, 200):
+        for name, temperature in (("weighted", 0.07), ("plain", None)):
+            voted = knn_predict(x, labels, y, 10, k=k, temperature=temperature)
+            assert found["knn"][f"top1_{name}_k{k}"] == 100 * (voted == answers).mean()
+    head = linear_probe(x, labels, 10)
+    assert found["linear"]["top1"] == pytest.approx(100 * (head.predict(y) == answers).mean(), abs=0.2)
+    top5 = top_k_accuracy_score(answers, head.logits(y), k=5)
+    assert found["linear"]["top5"] == pytest.approx(100 * top5, abs=0.2)
 
 
 def test_probe_stores_a_head_that_predicts_as_it_was_measured(bundle: Bundle, photos: Path) -> None:
-    now, accuracy = probe(bundle.path, str(photos), head="colours")
+    now, values = probe(bundle.path, str(photos), head="colours")
     assert now.heads == ("colours",)
-    assert accuracy == 100.0
+    assert values["top1"] == 100.0
     head = now.head("colours")
     assert head.classes == ("blue", "green", "red")
     assert head.metrics["values"]["top1"] == 100.0
@@ -116,7 +130,7 @@ def test_a_head_without_a_name_is_called_after_the_data(bundle: Bundle, photos: 
 
 def test_two_classes(bundle: Bundle, tmp_path: Path) -> None:
     data = str(coloured(tmp_path / "two", {"red": 6, "blue": 6}))
-    assert evaluate(bundle.path, data) == {"linear": 100.0, "knn": 100.0}
+    assert evaluate(bundle.path, data, protocols=["linear"])["linear"]["top1"] == 100.0
     head = probe(bundle.path, data, head="two")[0].head("two")
     assert head.weight.shape == (2, 512)
 
@@ -124,49 +138,144 @@ def test_two_classes(bundle: Bundle, tmp_path: Path) -> None:
 @pytest.mark.parametrize("counts", [{"red": 1, "green": 1, "blue": 2}, {"red": 2, "green": 30, "blue": 3}])
 def test_classes_of_few_images(bundle: Bundle, tmp_path: Path, counts: dict[str, int]) -> None:
     results = evaluate(bundle.path, str(coloured(tmp_path / "few", counts)))
-    assert all(0 <= value <= 100 for value in results.values())
+    assert all(0 <= values[name] <= 100 for values in results.values() for name in values)
+    assert "top1_plain_k200" not in results["knn"]
 
 
-def test_a_class_missing_from_the_training_split(bundle: Bundle, tmp_path: Path) -> None:
+@pytest.fixture
+def no_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What can't be measured is refused before anything is computed."""
+    monkeypatch.setattr("mvmr.student.Student.__call__", pytest.fail)
+
+
+@pytest.mark.parametrize("action", [evaluate, probe])
+def test_a_class_missing_from_the_training_split_is_named(
+    bundle: Bundle, tmp_path: Path, action: Callable[..., object], no_features: None
+) -> None:
     coloured(tmp_path / "split" / "train", {"red": 6, "blue": 6})
     coloured(tmp_path / "split" / "test", {"red": 4, "green": 4, "blue": 4}, seed=1)
-    results = evaluate(bundle.path, str(tmp_path / "split"))
-    assert results == {"linear": pytest.approx(200 / 3), "knn": pytest.approx(200 / 3)}  # green counts as missed
-    assert probe(bundle.path, str(tmp_path / "split"))[0].head(bundles.load(bundle.path).heads[0]).classes == (
-        "blue", "green", "red",
-    )  # fmt: skip
+    with pytest.raises(MvmrError, match="class 'green' is in the test split and has no image in the training split"):
+        action(bundle.path, str(tmp_path / "split"))
 
 
-def test_a_training_split_of_one_class_is_one_line(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_class_missing_from_the_test_split_is_no_obstacle(bundle: Bundle, tmp_path: Path) -> None:
+    coloured(tmp_path / "split" / "train", {"red": 6, "green": 6, "blue": 6})
+    coloured(tmp_path / "split" / "test", {"red": 4, "blue": 4}, seed=1)
+    assert evaluate(bundle.path, str(tmp_path / "split"), protocols=["linear"])["linear"]["top1"] == 100.0
+
+
+def test_a_training_split_of_one_class_is_one_line(bundle: Bundle, tmp_path: Path, no_features: None) -> None:
     coloured(tmp_path / "split" / "train", {"red": 6})
     coloured(tmp_path / "split" / "test", {"red": 4, "blue": 4}, seed=1)
     with pytest.raises(MvmrError, match="all training images are of one class"):
         evaluate(bundle.path, str(tmp_path / "split"))
 
 
+def test_measuring_twice_gives_the_same_and_changes_no_tensor(bundle: Bundle, photos: Path) -> None:
+    def state(student: Student) -> dict[str, bytes]:
+        return {name: value.numpy().tobytes() for name, value in student.encoder.state_dict().items()}
+
+    student = bundle.student()
+    before = state(student)
+    data = Labelled.of(open_images(str(photos), "train"), open_images(str(photos), "test"))
+    student.encoder.train()  # as somebody may have left it
+    first = Measured(student, data)
+    assert first.linear() == Measured(student, data).linear()
+    assert state(student) == before
+    assert evaluate(bundle.path, str(photos)) == evaluate(bundle.path, str(photos))
+    assert (
+        bundles.load(bundle.path).manifest.files["encoder.safetensors"] == bundle.manifest.files["encoder.safetensors"]
+    )
+
+
 @pytest.mark.parametrize("action", [evaluate, probe])
-def test_images_without_labels_are_one_line(bundle: Bundle, tmp_path: Path, action: object) -> None:
+def test_images_without_labels_are_one_line(bundle: Bundle, tmp_path: Path, action: Callable[..., object]) -> None:
     coloured(tmp_path / "flat", {"red": 12})
     for file in (tmp_path / "flat" / "red").iterdir():
         file.rename(tmp_path / "flat" / file.name)
     (tmp_path / "flat" / "red").rmdir()
     with pytest.raises(MvmrError, match=r"flat has no labels to measure with: put the images of each class into"):
-        action(bundle.path, str(tmp_path / "flat"))  # type: ignore[operator]
+        action(bundle.path, str(tmp_path / "flat"))
     assert bundles.load(bundle.path).manifest == bundle.manifest
 
 
-def test_several_labels_to_an_image_are_refused() -> None:
-    train = open_images("sample:digits", "train")
-    several = replace(train, read_labels=lambda: np.zeros((len(train), 20), np.int64))
-    with pytest.raises(MvmrError, match="several labels to an image"):
-        classes_of(several)
+def a_voc_tree(root: Path, *, train: int = 60, test: int = 40) -> str:
+    """Images of one to three coloured quarters, annotated as VOC2007 is, each colour a class; some difficult."""
+    home = root / "VOCdevkit" / "VOC2007"
+    names = dict(zip(COLOURS, ("aeroplane", "bicycle", "bird"), strict=True))
+    for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (home / part).mkdir(parents=True)
+    random, number = np.random.default_rng(0), 0
+    for image_set, count in (("trainval", train), ("test", test)):
+        listed = []
+        for _ in range(count):
+            shown = random.permutation(list(COLOURS))[: random.integers(1, 4)]
+            pixels = random.integers(90, 160, (24, 24, 3))
+            objects = ""
+            for quarter, colour in enumerate(shown):
+                rows, columns = slice(12 * (quarter // 2), 12 * (quarter // 2) + 12), slice(12 * (quarter % 2), None)
+                pixels[rows, columns] = COLOURS[colour]
+                difficult = int(random.random() < 0.2)
+                objects += f"<object><name>{names[colour]}</name><difficult>{difficult}</difficult></object>"
+            name, number = f"{number:06d}", number + 1
+            Image.fromarray(pixels.astype(np.uint8)).save(home / "JPEGImages" / f"{name}.jpg")
+            (home / "Annotations" / f"{name}.xml").write_text(f"<annotation>{objects}</annotation>")
+            listed.append(name)
+        (home / "ImageSets" / "Main" / f"{image_set}.txt").write_text("\n".join(listed) + "\n")
+    return f"voc07:{root}"
+
+
+def test_voc07_is_the_mean_over_classes_of_their_average_precision(bundle: Bundle, tmp_path: Path) -> None:
+    train, test = (open_images(a_voc_tree(tmp_path / "voc") if s == "train" else f"voc07:{tmp_path / 'voc'}", s)
+                   for s in ("train", "test"))  # fmt: skip
+    three = [replace(images, classes=("aeroplane", "bicycle", "bird"), read_labels=partial(_first_three, images))
+             for images in (train, test)]  # fmt: skip
+    data = Labelled.of(*three)
+    assert data.several
+    measured = Measured(bundle.student(), data)
+    values = protocols_for(data, None)["voc07"](measured)
+    expected = []
+    for column, logits in enumerate(measured.head.logits(measured.test_features).T):
+        kept = data.test_labels[:, column] != 0
+        assert not kept.all()  # the tree has difficult objects
+        expected.append(average_precision_score(data.test_labels[kept, column] == 1, logits[kept]))
+    assert values["map_area"] == pytest.approx(100 * np.mean(expected))
+    assert values["map_area"] > 60
+    assert abs(values["map_11point"] - values["map_area"]) < 10
+    with pytest.raises(MvmrError, match=r"protocol knn does not fit voc07:.*several labels to an image; use voc07"):
+        protocols_for(data, ["knn"])
+
+
+def _first_three(images: ImageSet) -> np.ndarray:
+    labels = images.labels
+    assert labels is not None
+    return labels[:, :3]
+
+
+def test_a_class_that_voc_lacks_is_named_before_any_feature_is_computed(
+    bundle: Bundle, tmp_path: Path, no_features: None
+) -> None:
+    with pytest.raises(MvmrError, match="class 'boat' has no image in the test split"):
+        evaluate(bundle.path, a_voc_tree(tmp_path / "voc"))
+
+
+def test_several_labels_need_a_protocol_for_them() -> None:
+    data = Labelled.of(*(open_images("sample:digits", split) for split in ("train", "test")))
+    with pytest.raises(MvmrError, match="protocol voc07 does not fit sample:digits, which has one label to an image"):
+        protocols_for(data, ["voc07"])
 
 
 def test_splits_of_other_classes_are_refused() -> None:
     train = open_images("sample:digits", "train").subset(range(8))
     test = replace(train, classes=(*"012345678", "ten"))
     with pytest.raises(MvmrError, match=r"training and test split have other classes \('9' is in one only\)"):
-        Measured(hand_crafted("pixels", Preprocess.for_size(8)), train, test)
+        Labelled.of(train, test)
+
+
+def test_more_neighbours_than_images_are_refused(bundle: Bundle, photos: Path) -> None:
+    data = Labelled.of(open_images(str(photos), "train"), open_images(str(photos), "test"))
+    with pytest.raises(MvmrError, match=r"kNN with k = 200: .*photos has \d+ training images"):
+        Measured(bundle.student(), data).knn(ks=(1, 200))
 
 
 def test_unknown_protocols_data_and_devices_are_one_line(bundle: Bundle, photos: Path) -> None:
@@ -179,9 +288,9 @@ def test_unknown_protocols_data_and_devices_are_one_line(bundle: Bundle, photos:
 
 
 def test_features_are_computed_once(bundle: Bundle, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluate(bundle.path, str(photos))
+    found = evaluate(bundle.path, str(photos))
     monkeypatch.setattr("mvmr.student.Student.__call__", pytest.fail)
-    assert evaluate(bundle.path, str(photos), protocols=["knn"]) == {"knn": 100.0}
+    assert evaluate(bundle.path, str(photos), protocols=["knn"]) == {"knn": found["knn"]}
 
 
 def test_the_newest_bundle_is_meant_when_none_is_named(

@@ -1,0 +1,118 @@
+"""Teacher and student by the same protocols on the same images: the paper's table of a distillation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mvmr import bundle as bundles
+from mvmr.bundle import Bundle
+from mvmr.distillation.teacher import Teacher
+from mvmr.distillation.zeroshot import fit_space_map, store_map, templates_for, zero_shot_logits
+from mvmr.errors import MvmrError
+from mvmr.evaluation import open_labelled, record
+from mvmr.protocols import Labelled, Measured, Values, protocols_for
+from mvmr.representations import Representation
+from mvmr.scores import top_k
+
+ZERO_SHOT = "zeroshot"
+Comparison = dict[str, dict[str, Values]]
+
+
+def compare(
+    bundle: str | os.PathLike[str],
+    data: str,
+    *,
+    teacher: str | Path | None = None,
+    pretrained: str | Path | None = None,
+    protocols: Sequence[str] | None = None,
+    keep_map: bool = False,
+    device: str = "cpu",
+    max_unreadable: float = 0.01,
+    progress: bool = False,
+) -> Comparison:
+    """Measure a student and its teacher by the same protocols, and note the figures in the bundle.
+
+    ``zeroshot`` is the teacher's text tower against its image embeddings, and against the student's features after a
+    linear map to the teacher's space, fitted on the training images without their labels (``distill/zeroshot.py``).
+
+    Args:
+        teacher, pretrained: left out, those the student was distilled from, as the bundle records them.
+        protocols: ``zeroshot`` and those of :func:`mvmr.evaluate`; left out, ``zeroshot`` (for one label to an image)
+            and those that suit the data.
+        keep_map: store the map in the bundle, so that text search works on the student.
+
+    Returns:
+        Figures by protocol under ``"teacher"`` and ``"student"``, as :func:`mvmr.evaluate` names them.
+
+    Raises:
+        MvmrError: as :func:`mvmr.evaluate`; or the bundle names no teacher, or its teacher can't be had.
+    """
+    opened = bundles.load(bundle)
+    labelled = open_labelled(data, max_unreadable=max_unreadable, progress=progress)
+    shared, with_text = _split(labelled, protocols)
+    loaded = _teacher(opened, teacher, pretrained, device, text=with_text or keep_map)
+    described: dict[str, Representation] = {"teacher": loaded, "student": opened.student(device)}
+    sides = {name: Measured(each, labelled, device=device, progress=progress) for name, each in described.items()}
+    found: Comparison = {name: {} for name in sides}
+    if with_text or keep_map:
+        space_map = fit_space_map(sides["student"].features, sides["teacher"].features)
+        if keep_map:
+            opened = store_map(opened, space_map, loaded)
+    if with_text:
+        columns = loaded.zero_shot_classifier(labelled.classes, templates_for(loaded))
+        embeddings = {
+            "teacher": sides["teacher"].test_features,
+            "student": space_map(sides["student"].test_features),
+        }
+        for name, rows in embeddings.items():
+            logits = zero_shot_logits(rows, columns)
+            tops = [k for k in (1, 5) if k < len(labelled.classes)]
+            found[name][ZERO_SHOT] = {f"top{k}": top_k(logits, labelled.test_labels, k) for k in tops}
+        found["student"][ZERO_SHOT]["map_r2"] = space_map.r2
+    for protocol, measure in protocols_for(labelled, shared).items():
+        for name, measured in sides.items():
+            found[name][protocol] = measure(measured)
+    for name, by_protocol in found.items():
+        for protocol, values in by_protocol.items():
+            command, said = f"mvmr evaluate {opened.path} --data {data} --protocol {protocol}", protocol
+            if name == "teacher":
+                said = f"{protocol}, teacher {loaded.name}"
+            if name == "teacher" or protocol == ZERO_SHOT:
+                command += " --table"
+            opened = bundles.add_metrics(opened, record(command, data, said, values))
+    return found
+
+
+def _split(labelled: Labelled, protocols: Sequence[str] | None) -> tuple[Sequence[str] | None, bool]:
+    """The protocols that take features alone, and whether zero-shot is wanted; refused here if they don't fit."""
+    if protocols is None:
+        return None, not labelled.several
+    if ZERO_SHOT in protocols and labelled.several:
+        raise MvmrError(f"protocol {ZERO_SHOT} takes one label to an image, {labelled.train.name} has several")
+    shared = [name for name in protocols if name != ZERO_SHOT]
+    protocols_for(labelled, shared)
+    return shared, ZERO_SHOT in protocols
+
+
+def _teacher(
+    bundle: Bundle, name: str | Path | None, pretrained: str | Path | None, device: str, *, text: bool
+) -> Teacher:
+    if name is not None:
+        return Teacher.load(name, pretrained, device=device, text=text)
+    recorded = bundle.manifest.training.get("teachers")
+    described = recorded.get("teacher") if isinstance(recorded, Mapping) else None
+    if not isinstance(described, Mapping) or not {"name", "weights", "identity"} <= set(described):
+        raise MvmrError(f"bundle {bundle.path} names no teacher to compare with; give one: --teacher ViT-B-16")
+    file = Path(described["weights"])
+    if (file.parent / "open_clip_config.json").is_file():  # a folder in open_clip's hub format
+        loaded = Teacher.load(file.parent, device=device, text=text)
+    else:
+        loaded = Teacher.load(described["name"], described["weights"], device=device, text=text)
+    if loaded.identity != described["identity"]:
+        raise MvmrError(
+            f"teacher {described['name']} with weights {described['weights']} is not the one {bundle.path} was "
+            "distilled from (other weights, or another preprocessing); give the right one: --teacher, --pretrained"
+        )
+    return loaded

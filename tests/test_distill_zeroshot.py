@@ -1,0 +1,406 @@
+"""Zero-shot is open_clip's for the teacher; the student's goes through a map that is scikit-learn's ridge solution."""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from open_clip.model import CLIP
+from safetensors.numpy import save
+from safetensors.torch import save_file
+from sklearn.linear_model import Ridge
+from sklearn.metrics import r2_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch.nn.functional import interpolate, normalize
+
+from mvmr import bundle
+from mvmr.distillation.teacher import Teacher
+from mvmr.distillation.tiny_clip import TEMPLATES
+from mvmr.distillation.zeroshot import (
+    IMAGENET_TEMPLATES,
+    STRENGTHS,
+    SpaceMap,
+    fit_space_map,
+    read_map,
+    store_map,
+    templates_for,
+    zero_shot_logits,
+)
+from mvmr.encoder import EncoderConfig, build_encoder
+from mvmr.errors import MvmrError
+from mvmr.preprocess import Preprocess
+
+pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
+
+TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+VIT = {"image_size": 32, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16}
+SMALL: dict[str, Any] = {"embed_dim": 12, "vision_cfg": VIT, "text_cfg": TEXT}
+CLASSES = ["cat", "coffee cup", "hubble deep field", "page", "tissue", "rocket", "moon"]
+WIDTH = 512
+
+
+def write_teacher(folder: Path, seed: int = 4) -> CLIP:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = CLIP(**deepcopy(SMALL)).eval()
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": SMALL, "preprocess_cfg": {}}))
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("teachers") / "small clip"
+    write_teacher(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def teacher(folder: Path) -> Teacher:
+    return Teacher.load(folder, text=True)
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    """Shapes: [200, 3, 32, 32], normalised; tinted noise, which a net that has not learnt tells apart."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {1: 2.0, 4: 1.0, 32: 0.25}
+    parts = [scale * torch.randn(200, 3, size, size, generator=generator) for size, scale in sizes.items()]
+    return sum((interpolate(part, 32) for part in parts), torch.zeros(()))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("bundle")
+    config = EncoderConfig(architecture="resnet18", small_kernel=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = build_encoder(config)
+    bundle.write(
+        root / "b.partial",
+        architecture=config.architecture,
+        small_kernel=config.small_kernel,
+        embedding_dim=WIDTH,
+        preprocessing=Preprocess.for_size(32),
+        training={"method": "distillation", "teachers": {}},
+        encoder_state=encoder.state_dict(),
+    )
+    bundle.publish(root / "b.partial", root / "b")
+    return root / "b"
+
+
+def rows(count: int, width: int, seed: int = 0) -> np.ndarray:
+    """Features that are correlated, of unequal scale and far from the origin; the last one is dead."""
+    rng = np.random.default_rng(seed)
+    factors = rng.normal(size=(count, width)) / np.arange(1, width + 1)
+    mixed = factors @ rng.normal(size=(width, width)) * rng.uniform(0.01, 5, width)
+    mixed += rng.normal(size=width) * 10
+    mixed[:, -1] = 0.1
+    return mixed.astype(np.float32)
+
+
+def noisy_targets(features: np.ndarray, width: int = 6, noise: float = 0.5) -> np.ndarray:
+    rng = np.random.default_rng(1)
+    standard = StandardScaler().fit_transform(features)
+    made = standard @ rng.normal(size=(features.shape[1], width)) / np.sqrt(features.shape[1])
+    return (made + noise * rng.normal(size=made.shape) + 1.5).astype(np.float32) * 7
+
+
+def a_map(outputs: int = 12, inputs: int = WIDTH, value: float = 1.0) -> SpaceMap:
+    weight = np.random.default_rng(0).normal(size=(outputs, inputs)).astype(np.float32) * np.float32(value)
+    return SpaceMap(weight=weight, bias=np.ones(outputs, np.float32), strength=0.1, r2=0.5)
+
+
+def refusal(function: Any, *args: Any) -> str:
+    with pytest.raises(MvmrError) as caught:
+        function(*args)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# The map
+
+
+@pytest.mark.parametrize("shape", [(300, 20), (60, 150), (40, 40)], ids=["N > D", "N < D", "N = D"])
+def test_the_map_is_scikit_learns_ridge_on_standardised_features(shape: tuple[int, int]) -> None:
+    x = rows(*shape)
+    y = noisy_targets(x)
+    found = fit_space_map(x, y)
+    unit = y.astype(np.float64) / np.linalg.norm(y, axis=1, keepdims=True)
+    oracle = make_pipeline(StandardScaler(), Ridge(alpha=found.strength * len(x), solver="svd"))
+    expected = oracle.fit(x.astype(np.float64), unit).predict(x.astype(np.float64))
+    assert STRENGTHS[-1] < found.strength < STRENGTHS[0]
+    np.testing.assert_allclose(found(x), expected, rtol=0, atol=1e-5)
+    assert found(x).dtype == found.weight.dtype == found.bias.dtype == np.float32
+    assert found.weight.shape == (6, shape[1])
+    assert np.abs(found.weight[:, -1]).max() < 1e-6  # the dead feature's
+
+
+@pytest.mark.parametrize("shape", [(300, 20), (60, 150)], ids=["N > D", "N < D"])
+def test_strength_and_r2_are_those_of_a_search_by_scikit_learn(shape: tuple[int, int]) -> None:
+    x = rows(*shape).astype(np.float64)
+    y = noisy_targets(x)
+    found = fit_space_map(x, y, seed=3)
+    unit = y.astype(np.float64) / np.linalg.norm(y, axis=1, keepdims=True)
+    order = np.random.default_rng(3).permutation(len(x))
+    held, rest = order[: len(x) // 5], order[len(x) // 5 :]
+
+    def score(strength: float) -> float:
+        model = make_pipeline(StandardScaler(), Ridge(alpha=strength * len(rest), solver="svd")).fit(
+            x[rest], unit[rest]
+        )
+        return float(r2_score(unit[held], model.predict(x[held]), multioutput="variance_weighted"))
+
+    scores = {strength: score(strength) for strength in STRENGTHS}
+    assert found.strength == max(scores, key=scores.__getitem__)
+    assert found.r2 == pytest.approx(scores[found.strength], abs=1e-8)
+    assert 0.05 < found.r2 < 0.95
+
+
+def test_a_map_depends_on_its_seed_alone_and_not_on_the_scale_of_anything() -> None:
+    x = rows(100, 10)
+    y = noisy_targets(x)
+    one, same = fit_space_map(x, y), fit_space_map(torch.tensor(x), torch.tensor(y))
+    assert np.array_equal(one.weight, same.weight)
+    assert fit_space_map(x, y, seed=1).r2 != one.r2
+    scales = 2.0 ** np.arange(-5, 5, dtype=np.float32)
+    scaled = fit_space_map(x * scales, y * np.linspace(0.5, 3, 100)[:, None])
+    assert scaled.strength == one.strength
+    np.testing.assert_allclose(scaled(x * scales), one(x), rtol=0, atol=1e-5)
+
+
+def test_a_collapsed_student_explains_nothing_and_is_no_error() -> None:
+    found = fit_space_map(np.full((50, 8), 0.3, np.float32), noisy_targets(rows(50, 8)))
+    assert found.r2 <= 0
+    assert found.strength == STRENGTHS[0]
+
+
+def test_a_fit_refuses_what_it_cannot_use(tmp_path: Path) -> None:
+    x, y = rows(20, 4), noisy_targets(rows(20, 4))
+    assert "20 rows of features and 19 of embeddings are no pairs" in refusal(fit_space_map, x, y[1:])
+    assert "10 images or more, here are 9" in refusal(fit_space_map, x[:9], y[:9])
+    assert fit_space_map(x[:10], y[:10]).weight.shape == (6, 4)
+    broken = x.copy()
+    broken[7, 2] = np.nan
+    assert "features: row 7 holds NaN or infinity" in refusal(fit_space_map, broken, y)
+    assert "embeddings: row 7 holds NaN or infinity" in refusal(fit_space_map, x, broken)
+    assert "embeddings must be rows of numbers" in refusal(fit_space_map, x, y[0])
+    assert "are all the same" in refusal(fit_space_map, x, np.ones((20, 3)) * np.arange(1, 21)[:, None])
+
+
+def test_a_map_refuses_what_does_not_fit() -> None:
+    made = a_map(3, 5)
+    assert "features 5 wide, these are 4 wide" in refusal(made, np.ones((2, 4)))
+    assert "features: row 1 holds NaN" in refusal(made, [[1.0] * 5, [np.inf] * 5])
+    assert made(np.empty((0, 5))).shape == (0, 3)
+
+    def build(weight: object, bias: object, strength: float = 1.0, r2: float = 0.5) -> SpaceMap:
+        return SpaceMap(weight=np.array(weight), bias=np.array(bias), strength=strength, r2=r2)
+
+    assert "weight [1, 2] and bias [2] make no map" in refusal(build, [[1.0, 2.0]], [1.0, 2.0])
+    assert "make no map" in refusal(build, [1.0, 2.0], [1.0, 2.0])
+    assert "not finite" in refusal(build, [[1.0, np.nan]], [1.0])
+    assert "not finite" in refusal(build, [[1.0, 1.0]], [np.inf])
+    assert "not finite" in refusal(build, [[1.0, 1.0]], [1.0], np.nan)
+    assert "not finite" in refusal(build, [[1.0, 1.0]], [1.0], 1.0, -np.inf)
+
+
+# Templates
+
+
+def test_the_templates_are_open_clips() -> None:
+    assert len(IMAGENET_TEMPLATES) == 80
+    for ours, theirs in zip(IMAGENET_TEMPLATES, open_clip.OPENAI_IMAGENET_TEMPLATES, strict=True):
+        assert ours.format("coffee cup") == theirs("coffee cup")
+
+
+def test_a_tiny_clip_gets_the_templates_of_its_training(tmp_path: Path, teacher: Teacher) -> None:
+    assert templates_for(teacher) == IMAGENET_TEMPLATES
+    write_teacher(tmp_path / "tiny")
+    (tmp_path / "tiny" / "tiny_clip.json").write_text("{}")
+    assert templates_for(Teacher.load(tmp_path / "tiny")) == TEMPLATES
+
+
+# Zero-shot
+
+
+def test_teacher_zero_shot_is_open_clips_bit_for_bit(folder: Path, teacher: Teacher, images: torch.Tensor) -> None:
+    model = open_clip.create_model(f"local-dir:{folder}").eval()
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    classifier = open_clip.build_zero_shot_classifier(model, tokenizer, CLASSES, open_clip.OPENAI_IMAGENET_TEMPLATES)
+    with torch.no_grad():
+        expected = model.encode_image(images, normalize=True) @ classifier
+    columns = teacher.zero_shot_classifier(CLASSES, templates_for(teacher))
+    raw = teacher(images)
+    found = zero_shot_logits(raw, columns)
+    assert np.array_equal(found, expected.numpy())
+    assert np.array_equal(found.argmax(1), (100 * expected).argmax(1))
+    assert len(set(found.argmax(1))) > 1
+    assert found.dtype == np.float32
+    kept = raw.numpy()
+    kept.flags.writeable = False  # as the rows of the cache are
+    assert np.array_equal(zero_shot_logits(kept, columns.numpy()), found)
+
+
+def test_logits_are_cosines() -> None:
+    rng = np.random.default_rng(0)
+    embeddings, columns = rng.normal(size=(9, 5)), rng.normal(size=(5, 3))
+    columns /= np.linalg.norm(columns, axis=0)
+    expected = embeddings @ columns / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    np.testing.assert_allclose(zero_shot_logits(embeddings, columns), expected, rtol=0, atol=1e-6)
+    assert zero_shot_logits(embeddings[:0], columns).shape == (0, 3)
+    assert "5 wide and class columns of length 3 do not fit" in refusal(zero_shot_logits, embeddings, columns.T)
+    embeddings[4, 1] = np.nan
+    assert "embeddings: row 4 holds NaN" in refusal(zero_shot_logits, embeddings, columns)
+
+
+@pytest.mark.parametrize("width", [40, 300], ids=["N > D", "N < D"])
+def test_an_affine_image_of_the_teacher_predicts_as_the_teacher_does(
+    teacher: Teacher, images: torch.Tensor, width: int
+) -> None:
+    rng = np.random.default_rng(0)
+    embeddings = teacher(images)
+    unit = normalize(embeddings, dim=-1).numpy()
+    student = (unit @ rng.normal(size=(12, width)) + rng.normal(size=width)).astype(np.float32)
+    made = fit_space_map(student[:150], embeddings[:150])
+    columns = teacher.zero_shot_classifier(CLASSES, TEMPLATES)
+    predicted = zero_shot_logits(made(student), columns).argmax(1)
+    assert np.array_equal(predicted, zero_shot_logits(embeddings, columns).argmax(1))
+    assert len(set(predicted)) > 1
+    assert made.r2 > 0.999
+
+
+def test_shuffled_embeddings_explain_nothing_and_predict_by_chance() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(600) % 10
+    centres = np.linalg.qr(rng.normal(size=(16, 16)))[0][:, :10]  # unit columns, at right angles
+    embeddings = centres.T[labels] + 0.1 * rng.normal(size=(600, 16))
+    student = embeddings @ rng.normal(size=(16, 24)) + 0.1 * rng.normal(size=(600, 24)) + 3
+
+    def measured(targets: np.ndarray) -> tuple[float, float]:
+        made = fit_space_map(student[:400], targets[:400])
+        predicted = zero_shot_logits(made(student[400:]), centres).argmax(1)
+        return made.r2, float((predicted == labels[400:]).mean())
+
+    r2, accuracy = measured(embeddings)
+    assert r2 > 0.8
+    assert accuracy > 0.99
+    r2, accuracy = measured(rng.permutation(embeddings))
+    assert -0.1 < r2 < 0.05
+    assert accuracy < 0.25
+
+
+def test_a_text_finds_its_images(teacher: Teacher, images: torch.Tensor) -> None:
+    """The recipe of the module's docstring: one class, one template, rows by cosine."""
+    rng = np.random.default_rng(0)
+    student = normalize(teacher(images), dim=-1).numpy() @ rng.normal(size=(12, 30))
+    made = fit_space_map(student, teacher(images))
+    query = teacher.zero_shot_classifier(["a cat on a rocket"], ["{}"])
+    found = zero_shot_logits(made(student), query)[:, 0]
+    expected = zero_shot_logits(teacher(images), query)[:, 0]
+    assert found.argmax() == expected.argmax()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=0.01)
+
+
+# In a bundle
+
+
+def test_store_and_read_round_trip(made: Path, teacher: Teacher, tmp_path: Path) -> None:
+    opened = bundle.load(made)
+    kept = store_map(opened, a_map(), teacher)
+    assert {name for name in kept.manifest.files if name.startswith("maps/")} == {
+        "maps/small-clip/map.safetensors",
+        "maps/small-clip/map.json",
+    }
+    assert kept.space_id == opened.space_id
+    for again in (kept, bundle.load(made)):
+        for by in (teacher, "small clip"):
+            found, record = read_map(again, by)
+            assert np.array_equal(found.weight, a_map().weight)
+            assert np.array_equal(found.bias, a_map().bias)
+            assert (found.strength, found.r2) == (record["strength"], record["r2"]) == (0.1, 0.5)
+            assert record["teacher"] == {
+                "name": "small clip",
+                "weights": teacher.weights,
+                "identity": teacher.identity,
+            }
+            assert record["space_id"] == opened.space_id
+    assert np.array_equal(read_map(store_map(kept, a_map(value=2), teacher), teacher)[0].weight, a_map(value=2).weight)
+
+
+def test_a_map_of_another_width_is_not_stored(made: Path, teacher: Teacher) -> None:
+    opened = bundle.load(made)
+    assert "the map takes 8 features" in refusal(store_map, opened, a_map(inputs=8), teacher)
+    assert "gives 11 values but embeddings of small clip are 12 wide" in refusal(store_map, opened, a_map(11), teacher)
+
+
+def test_an_unknown_map_names_those_there_are(made: Path, teacher: Teacher) -> None:
+    kept = store_map(bundle.load(made), a_map(), teacher)
+    message = refusal(read_map, kept, "small clap")
+    assert "unknown map to teacher 'small clap'; did you mean 'small-clip'?" in message
+    assert str(made) in message
+
+
+def test_another_teacher_of_the_same_name_is_refused(made: Path, teacher: Teacher, tmp_path: Path) -> None:
+    kept = store_map(bundle.load(made), a_map(), teacher)
+    write_teacher(tmp_path / "small clip", seed=1)
+    other = Teacher.load(tmp_path / "small clip")
+    message = refusal(read_map, kept, other)
+    assert f"was fitted to small clip ({teacher.weights}), not to {other.weights}" in message
+
+
+@pytest.mark.parametrize("name", ["map.safetensors", "map.json"])
+def test_a_damaged_or_missing_file_is_named(made: Path, teacher: Teacher, name: str) -> None:
+    kept = store_map(bundle.load(made), a_map(), teacher)
+    file = made / "maps" / "small-clip" / name
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+    assert f"damaged: maps/small-clip/{name} has changed" in refusal(read_map, kept, teacher)
+    file.unlink()
+    assert f"damaged: maps/small-clip/{name} is missing" in refusal(read_map, kept, teacher)
+    store_map(kept, a_map(), teacher)  # mends it
+    assert read_map(bundle.load(made), teacher)[0].r2 == 0.5
+
+
+def test_files_that_are_listed_but_hold_something_else(made: Path, teacher: Teacher) -> None:
+    kept = store_map(bundle.load(made), a_map(), teacher)
+    names = "maps/small-clip/map.safetensors", "maps/small-clip/map.json"
+    good = {name: kept.file(name).read_bytes() for name in names}
+    record = json.loads(good[names[1]])
+
+    def told(**changes: bytes) -> str:
+        contents = good | {names[0 if key == "weights" else 1]: value for key, value in changes.items()}
+        return refusal(read_map, bundle.add_files(kept, contents), teacher)
+
+    def array(outputs: int, inputs: int) -> bytes:
+        return save({"weight": np.ones((outputs, inputs), np.float32), "bias": np.ones(12, np.float32)})
+
+    assert "is not a whole safetensors file" in told(weights=b"nonsense")
+    assert "does not describe a map (KeyError: 'weight')" in told(weights=save({"other": np.ones(3)}))
+    assert "weight [11, 512] and bias [12] make no map" in told(weights=array(11, WIDTH))
+    assert "the map takes 8 features but the features of" in told(weights=array(12, 8))
+    assert "does not describe a map (JSONDecodeError" in told(record=b"{")
+    assert "does not describe a map (TypeError" in told(record=b"[]")
+    assert "does not describe a map (KeyError" in told(record=b"{}")
+    assert "fit the map on this bundle" in told(record=json.dumps(record | {"space_id": "0" * 32}).encode())
+    assert "not finite" in told(record=json.dumps(record | {"r2": float("nan")}).encode())
+
+
+def test_a_real_student_through_its_bundle(made: Path, teacher: Teacher, images: torch.Tensor) -> None:
+    """Student features of images, map, bundle, and out again: predictions are those before it was stored."""
+    opened = bundle.load(made)
+    pictures = (images[:40] * 40 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    features = opened.student().embed(pictures)
+    fitted = fit_space_map(features, teacher(images[:40]))
+    kept = store_map(opened, fitted, teacher)
+    columns = teacher.zero_shot_classifier(CLASSES, TEMPLATES)
+    again, _ = read_map(kept, teacher)
+    assert np.array_equal(zero_shot_logits(again(features), columns), zero_shot_logits(fitted(features), columns))

@@ -1,0 +1,67 @@
+"""kNN is scikit-learn's, by cosine, with weights and without."""
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+from sklearn.neighbors import KNeighborsClassifier
+
+from mvmr.neighbours import knn_predict, nearest, votes
+
+Split = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def digits() -> Split:
+    images, labels = load_digits(return_X_y=True)
+    noisy = (images + np.random.default_rng(0).normal(0, 6, images.shape)).astype(np.float32)
+    return noisy[:1000], labels[:1000], noisy[1000:], labels[1000:]
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("k", [1, 5, 20, 200])
+@pytest.mark.parametrize("temperature", [0.07, None])
+def test_knn_is_scikit_learns(digits: Split, k: int, temperature: float | None) -> None:
+    x, labels, queries, answers = digits
+
+    def weights(distances: np.ndarray) -> np.ndarray:  # of unit vectors: cosine = 1 - squared distance / 2
+        return np.exp((1 - distances**2 / 2) / 0.07)
+
+    kind = "uniform" if temperature is None else weights
+    reference = KNeighborsClassifier(k, weights=kind, algorithm="brute").fit(unit(x), labels).predict(unit(queries))
+    ours = knn_predict(x, labels, queries, 10, k=k, temperature=temperature)
+    assert ours.dtype == np.int64
+    assert abs((ours == answers).mean() - (reference == answers).mean()) <= 0.002
+    assert (ours == reference).mean() > 0.99
+
+
+def test_knn_leaves_the_features_as_they_are_and_does_not_mind_their_length(digits: Split) -> None:
+    x, labels, queries, _ = digits
+    before = x.copy()
+    first = knn_predict(x, labels, queries, 10)
+    assert np.array_equal(x, before)
+    lengths = np.random.default_rng(2).uniform(0.1, 10, (len(x), 1)).astype(np.float32)
+    assert (knn_predict(x * lengths, labels, queries * 3, 10) == first).mean() > 0.998
+
+
+def test_of_equal_votes_the_lower_class_wins() -> None:
+    similarity, labels = np.array([[0.9, 0.9, 0.1]], np.float32), np.array([[2, 1, 0]])
+    assert votes(similarity, labels, 3, temperature=0.07).argmax(1) == [1]
+    assert votes(similarity, labels, 3, temperature=None).argmax(1) == [0]
+
+
+def test_votes_are_weighted_by_their_cosine() -> None:
+    similarity, labels = np.array([[0.8, 0.5, 0.4]], np.float32), np.array([[0, 1, 1]])
+    found = votes(similarity, labels, 2, temperature=0.1)[0]
+    assert found[0] / found[1] == pytest.approx(np.exp(8) / (np.exp(5) + np.exp(4)), rel=1e-5)
+
+
+def test_nearest_come_in_order_of_their_cosine(digits: Split) -> None:
+    x, _, queries, _ = digits
+    similarity, neighbour = nearest(x, queries[:20], 7)
+    cosines = unit(queries[:20]) @ unit(x).T
+    np.testing.assert_allclose(similarity, -np.sort(-cosines, axis=1)[:, :7], atol=1e-5)
+    np.testing.assert_allclose(np.take_along_axis(cosines, neighbour, 1), similarity, atol=1e-5)
+    assert nearest(x[:3], queries[:2], 7)[1].shape == (2, 3)  # no more than there are
