@@ -107,6 +107,25 @@ def test_objective_writes_every_loss_and_ratio(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_probes_writes_time_memory_and_accuracy_of_every_case(tmp_path: Path) -> None:
+    sizes = {"rows": 600, "queries": 200, "width": 1024, "classes": 4}
+    options = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
+    command = [sys.executable, str(BENCHMARKS / "probes.py"), "--threads", "1", "--out", str(tmp_path), *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.iterdir()
+    result = json.loads(file.read_text())
+    assert result["settings"] == sizes | {"k": 20}
+    assert list(result["cases"]) == ["linear probe", "kNN", "kNN, scikit-learn"]
+    for case in result["cases"].values():
+        assert case["seconds"] > 0
+        assert case["memory_mib"].keys() == MEMORY
+        assert case["top1"] > 32
+    ours, plain = (result["cases"][name]["top1"] for name in ("kNN", "kNN, scikit-learn"))
+    assert abs(ours - plain) <= 2
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the mark can be lowered on Linux only")
 def test_memory_is_what_the_work_takes_at_its_peak(tmp_path: Path) -> None:
     script = tmp_path / "probe.py"
