@@ -17,6 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from mvmr.errors import MvmrError
+from mvmr.progress import track
 from mvmr.scores import average_precision
 
 _STRENGTHS = (1.0, 10.0, 100.0)  # of C, the inverse regularisation, for features of a mean square norm of 1
@@ -48,7 +49,9 @@ class LinearHead:
         return self.logits(features).argmax(1)
 
 
-def linear_probe(features: np.ndarray, labels: np.ndarray, classes: int, *, seed: int = 0) -> LinearHead:
+def linear_probe(
+    features: np.ndarray, labels: np.ndarray, classes: int, *, seed: int = 0, progress: bool = False
+) -> LinearHead:
     """Fit a linear classifier on frozen features of the training split.
 
     Small sets: logistic regression by L-BFGS. Large ones (above 5e7 values): :func:`adam_probe`. The regularisation,
@@ -62,7 +65,7 @@ def linear_probe(features: np.ndarray, labels: np.ndarray, classes: int, *, seed
         MvmrError: all labels are the same.
     """
     if features.size > _LARGE:
-        return adam_probe(features, labels, classes, LARGE, seed=seed)
+        return adam_probe(features, labels, classes, LARGE, seed=seed, progress=progress)
     seen = _seen(labels, classes)
     scaler = StandardScaler().fit(features)
     space = _RowSpace((scaler.transform(features) / np.sqrt(features.shape[1])).astype(np.float32))
@@ -105,7 +108,7 @@ def one_vs_all(features: np.ndarray, present: np.ndarray, *, seed: int = 0) -> L
     def precision(strength: float, fit: np.ndarray, held: np.ndarray) -> float:
         found = []
         for column in present.T:
-            if len(np.unique(column[fit][column[fit] != 0])) == 2 and (column[held] > 0).any():
+            if all(len(np.unique(column[part][column[part] != 0])) == 2 for part in (fit, held)):
                 logits = fitted(column, fit, strength).decision_function(space.rows[held])
                 found.append(average_precision(logits, column[held], definition="area"))
         return float(np.mean(found)) if found else 0.0
@@ -134,7 +137,13 @@ PAPER = AdamConfig(epochs=100, batch_size=256, lrs=(1e-3,))
 
 
 def adam_probe(
-    features: np.ndarray, labels: np.ndarray, classes: int, config: AdamConfig, *, seed: int = 0
+    features: np.ndarray,
+    labels: np.ndarray,
+    classes: int,
+    config: AdamConfig,
+    *,
+    seed: int = 0,
+    progress: bool = False,
 ) -> LinearHead:
     """Fit softmax regression by mini-batches: features may lie in a memory-mapped file, and are never copied whole.
 
@@ -149,14 +158,15 @@ def adam_probe(
     seen = _seen(labels, classes)
     mean, std = _statistics(features)
     lrs, parts = config.lrs, held_out(labels, seed)
+
+    def trained(rows: np.ndarray, lrs: tuple[float, ...]) -> list[LinearHead]:
+        return _train_heads(features, labels, classes, rows, replace(config, lrs=lrs), (mean, std), seed, progress)
+
     if len(lrs) > 1 and parts is not None:
         fit, held = parts
-        heads = _train_heads(features, labels, classes, fit, config, (mean, std), seed)
-        right = [(head.predict(features[held]) == labels[held]).sum() for head in heads]
+        right = [(head.predict(features[held]) == labels[held]).sum() for head in trained(fit, lrs)]
         lrs = (lrs[int(np.argmax(right))],)
-    (head,) = _train_heads(
-        features, labels, classes, np.arange(len(features)), replace(config, lrs=lrs[:1]), (mean, std), seed
-    )
+    (head,) = trained(np.arange(len(features)), lrs[:1])
     head.bias[np.setdiff1d(np.arange(classes), seen)] = _NEVER
     return head
 
@@ -169,6 +179,7 @@ def _train_heads(
     config: AdamConfig,
     statistics: tuple[np.ndarray, np.ndarray],
     seed: int,
+    progress: bool,
 ) -> list[LinearHead]:
     """A head for each learning rate, trained side by side."""
     mean, std = statistics
@@ -179,17 +190,20 @@ def _train_heads(
     random = np.random.default_rng(seed)
     steps = config.epochs * math.ceil(len(rows) / config.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(config.epochs):
-        order = random.permutation(rows)
-        for start in range(0, len(order), config.batch_size):
-            chosen = np.sort(order[start : start + config.batch_size])  # in the order in which they lie on the disk
-            x = (torch.from_numpy(features[chosen]) - shift) * scale
-            y = torch.from_numpy(labels[chosen])
-            loss = torch.stack([F.cross_entropy(F.linear(x, w[:, :-1], w[:, -1]), y) for w in heads]).sum()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    label = "linear probe" if len(heads) == 1 else f"linear probe, {len(heads)} learning rates"
+    with track(label, 0, config.epochs, unit="rows", per_step=len(rows), shown=progress) as advance:
+        for epoch in range(config.epochs):
+            order = random.permutation(rows)
+            for start in range(0, len(order), config.batch_size):
+                chosen = np.sort(order[start : start + config.batch_size])  # in the order in which they lie on the disk
+                x = (torch.from_numpy(features[chosen]) - shift) * scale
+                y = torch.from_numpy(labels[chosen])
+                loss = torch.stack([F.cross_entropy(F.linear(x, w[:, :-1], w[:, -1]), y) for w in heads]).sum()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+            advance(epoch + 1, "")
     found = []
     for head, lr in zip(heads, config.lrs, strict=True):
         weight = head.detach()[:, :-1].numpy() / std

@@ -78,7 +78,7 @@ class Measured:
     """Features of both splits under one representation; every test image is counted in every protocol."""
 
     def __init__(self, representation: Representation, data: Labelled, *, device: str = "cpu", progress: bool = False):
-        self.data = data
+        self.data, self._progress = data, progress
         workers = 0 if data.train.native_size else usable_cores()  # arrays in memory need no help
         self.features, self.test_features = (
             represent(images, representation, device=device, workers=workers, progress=progress)
@@ -90,15 +90,16 @@ class Measured:
         """The linear probe of protocol ``linear``, or of ``voc07`` where an image has several labels."""
         if self.data.several:
             return one_vs_all(self.features, self.data.labels)
-        return linear_probe(self.features, self.data.labels, len(self.data.classes))
+        return linear_probe(self.features, self.data.labels, len(self.data.classes), progress=self._progress)
 
     def linear(self) -> Values:
         """``top1`` and ``top5`` in percent, and the hyper-parameter that was chosen on a part of the training split."""
         return self._scored(self.head)
 
     def linear_paper(self) -> Values:
-        """As ``linear``, by the paper's settings: 100 epochs of Adam, the last one counts; nothing is chosen."""
-        return self._scored(adam_probe(self.features, self.data.labels, len(self.data.classes), PAPER))
+        """As ``linear``, by the paper's 100 epochs of Adam (1e-3); the last one counts, and nothing is chosen."""
+        classes = len(self.data.classes)
+        return self._scored(adam_probe(self.features, self.data.labels, classes, PAPER, progress=self._progress))
 
     def knn(self, ks: Sequence[int] | None = None) -> Values:
         """``top1_weighted_k5`` and ``top1_plain_k5`` in percent, and so on for every k.
