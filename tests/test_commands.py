@@ -402,8 +402,8 @@ def wait_for(folder: Path, step: int, alive: Callable[[], bool]) -> None:
 @pytest.mark.parametrize(
     ("number", "group", "workers", "code"),
     [
-        (signal.SIGINT, False, "0", 130),
-        (signal.SIGTERM, True, "2", 130),  # as a scheduler does it
+        pytest.param(signal.SIGINT, False, "0", 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, True, "2", 130, marks=pytest.mark.slow),  # as a scheduler does it
         (signal.SIGKILL, False, "2", -signal.SIGKILL),
     ],
 )  # fmt: skip

@@ -82,6 +82,7 @@ def test_a_student_is_distilled_from_a_folder_of_images(tmp_path: Path) -> None:
     assert made.student().embed([Image.new("RGB", (50, 20))]).shape == (1, 512)
 
 
+@pytest.mark.slow
 def test_the_teacher_sees_each_image_once_over_epochs_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, data, sizes = a_teacher(tmp_path / "clip"), photos(tmp_path / "photos", 16), seen(monkeypatch)
     first = distill(teacher, data, tmp_path / "a", recipe="paper", assign=TINY, device="cpu")

@@ -237,7 +237,7 @@ def refusal(name: str | Path, pretrained: str | Path | None = None) -> str:
 def test_unknown_names_are_answered_with_the_nearest() -> None:
     assert "unknown teacher 'ViT-B16'; did you mean 'ViT-B-16'?" in refusal("ViT-B16")
     assert "did you mean 'laion2b_s34b_b88k'?" in refusal("ViT-B-16", "laion2b_s34b")
-    assert "neither a folder here nor a model" in refusal("runs/quickstart/teacher")
+    assert "neither a folder here nor a model" in refusal("no/such/teacher")
     assert "open_clip knows no weights for ViT-S-16; give a file: --pretrained FILE" in refusal("ViT-S-16")
 
 

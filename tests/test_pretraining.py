@@ -355,7 +355,7 @@ def a_folder(path: Path, count: int) -> None:
         Image.fromarray(random.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path / f"{number:02}.png")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_image_that_vanishes_is_one_line(tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     a_folder(tmp_path / "photos", 8)
     data = open_images(tmp_path / "photos", "unlabelled")
@@ -379,6 +379,7 @@ def test_an_image_that_vanishes_is_one_line(tmp_path: Path, workers: int, monkey
 # -- teachers
 
 
+@pytest.mark.slow
 def test_a_teacher_sees_each_image_once_in_its_life(images: ImageSet, tmp_path: Path) -> None:
     teacher = Brightness()
     with_teacher = recipe("objective.representations={teacher=1.0}", "objective.regression={teacher=1.0}")

@@ -225,6 +225,7 @@ def test_grey_is_the_luminance(images: ImageSet) -> None:
     assert any(torch.equal(view, expected) for view in views)
 
 
+@pytest.mark.slow
 def test_crops_are_drawn_as_torchvision_draws_them() -> None:
     random, count = numpy_random(3), 3000
     with torch.random.fork_rng(devices=[]):
