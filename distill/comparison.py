@@ -80,7 +80,9 @@ def compare(
             if name == "teacher":
                 said = f"{protocol}, teacher {loaded.name}"
             if name == "teacher" or protocol == ZERO_SHOT:
-                command += " --table"
+                command += " --table" + "".join(
+                    f" --{flag} {given}" for flag, given in (("teacher", teacher), ("pretrained", pretrained)) if given
+                )
             opened = bundles.add_metrics(opened, record(command, data, said, values))
     return found
 

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +99,13 @@ def _run(
         )
         teaching = Teacher.load(source, pretrained, text=True)
     unlabelled = open_images(DATA, "unlabelled")
-    how: dict[str, Any] = {"resume": not overwrite, "overwrite": overwrite, "device": "cpu", "progress": progress}
+    train = partial(fit, unlabelled, resume=not overwrite, overwrite=overwrite, device="cpu", progress=progress)
     with _timed("ssl", seconds):
         alone = load_recipe("quickstart", "mvmr", [f"train.seed={seed}"])
-        ssl = fit(unlabelled, folder / "ssl", alone, **how)
+        ssl = train(folder / "ssl", alone)
     with _timed("student", seconds):
         recipe = load_recipe("quickstart", "mvmr.distillation", [f"train.seed={seed}"])
-        student = fit(unlabelled, folder / "student", recipe, teachers={"teacher": teaching}, **how)
+        student = train(folder / "student", recipe, teachers={"teacher": teaching})
     with _timed("evaluation", seconds):
         preprocess = student.manifest.preprocessing
         described: dict[str, Representation] = {

@@ -100,6 +100,8 @@ def test_another_teacher_than_the_recorded_one_is_not_taken_for_it(made: tuple[P
         file.write_bytes(before)
     explicit = compare(student.path, DATA, teacher=other, protocols=["knn"])
     assert explicit["teacher"]["knn"] != explicit["student"]["knn"]
+    records = {record["protocol"]: record for record in bundles.load(student.path).manifest.metrics}
+    assert records["knn, teacher other"]["command"].endswith(f"--protocol knn --table --teacher {other}")
 
 
 def test_a_bundle_without_a_teacher_is_one_line(made: tuple[Path, Bundle], tmp_path: Path) -> None:
