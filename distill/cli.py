@@ -43,8 +43,11 @@ def distill(
 )
 @click.option(
     "--protocol",
-    help="Of linear, linear-paper, knn, voc07 and (with --table) zeroshot, separated by commas; left out, those that "
-    "suit the labels.",
+    help="Of linear, linear-paper, knn, voc07, voc07-paper and (with --table) zeroshot, separated by commas; left out, "
+    "those that suit the labels.",
+)
+@click.option(
+    "--k", "ks", metavar="K,...", help="Numbers of neighbours for knn; left out, those of 1,5,20,200 that fit."
 )
 @click.option("--table", is_flag=True, help="Measure the teacher, too, and print both side by side.")
 @click.option("--teacher", metavar="NAME|FOLDER", help="With --table: another teacher than the student's own.")
@@ -56,6 +59,7 @@ def evaluate(
     bundle: str | None,
     data: str,
     protocol: str | None,
+    ks: str | None,
     table: bool,
     teacher: str | None,
     pretrained: str | None,
@@ -67,20 +71,28 @@ def evaluate(
     from mvmr.evaluation import newest_or
 
     path, protocols = newest_or(bundle), protocol.split(",") if protocol else None
+    neighbours = _numbers(ks)
     if not table:
         if teacher or pretrained or keep_map or "zeroshot" in (protocols or ()):
             raise click.UsageError("--teacher, --pretrained, --keep-map and protocol zeroshot go with --table")
-        for name, values in run(path, data, protocols=protocols, progress=True, **options).items():
+        for name, values in run(path, data, protocols=protocols, ks=neighbours, progress=True, **options).items():
             click.echo(f"{path} on {data}: {name} {told_all(values)}")
         return
     from mvmr.distillation.comparison import compare
-    from mvmr.distillation.report import print_comparison
+    from mvmr.distillation.tables import print_comparison
 
     found = compare(
-        path, data, teacher=teacher, pretrained=pretrained, protocols=protocols, keep_map=keep_map, progress=True,
-        **options,
+        path, data, teacher=teacher, pretrained=pretrained, protocols=protocols, ks=neighbours, keep_map=keep_map,
+        progress=True, **options,
     )  # fmt: skip
     print_comparison(found, title=f"{path} on {data}, test split")
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    try:
+        return None if text is None else [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise click.UsageError(f"--k {text}: give whole numbers separated by commas, such as 1,5,20") from error
 
 
 @click.command()
@@ -94,7 +106,7 @@ def evaluate(
 def quickstart(out: str, teacher: str | None, pretrained: str | None, seeds: int, overwrite: bool) -> None:
     """Run the whole path on sample images, in minutes."""
     from mvmr.distillation.quickstart import quickstart as run
-    from mvmr.distillation.report import print_results
+    from mvmr.distillation.tables import print_results
 
     try:
         results = run(out, teacher=teacher, pretrained=pretrained, seeds=seeds, overwrite=overwrite, progress=True)

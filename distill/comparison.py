@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mvmr import bundle as bundles
@@ -27,6 +27,7 @@ def compare(
     teacher: str | Path | None = None,
     pretrained: str | Path | None = None,
     protocols: Sequence[str] | None = None,
+    ks: Sequence[int] | None = None,
     keep_map: bool = False,
     device: str = "cpu",
     max_unreadable: float = 0.01,
@@ -41,6 +42,7 @@ def compare(
         teacher, pretrained: left out, those the student was distilled from, as the bundle records them.
         protocols: ``zeroshot`` and those of :func:`mvmr.evaluate`; left out, ``zeroshot`` (for one label to an image)
             and those that suit the data.
+        ks: numbers of neighbours for ``knn``, as in :func:`mvmr.evaluate`.
         keep_map: store the map in the bundle, so that text search works on the student.
 
     Returns:
@@ -51,7 +53,7 @@ def compare(
     """
     opened = bundles.load(bundle)
     labelled = open_labelled(data, max_unreadable=max_unreadable, progress=progress)
-    shared, with_text = _split(labelled, protocols)
+    measures, with_text = _split(labelled, protocols, ks)
     loaded = _teacher(opened, teacher, pretrained, device, text=with_text or keep_map)
     described: dict[str, Representation] = {"teacher": loaded, "student": opened.student(device)}
     sides = {name: Measured(each, labelled, device=device, progress=progress) for name, each in described.items()}
@@ -71,7 +73,7 @@ def compare(
             tops = [k for k in (1, 5) if k < len(labelled.classes)]
             found[name][ZERO_SHOT] = {f"top{k}": top_k(logits, labelled.test_labels, k) for k in tops}
         found["student"][ZERO_SHOT]["map_r2"] = space_map.r2
-    for protocol, measure in protocols_for(labelled, shared).items():
+    for protocol, measure in measures.items():
         for name, measured in sides.items():
             found[name][protocol] = measure(measured)
     for name, by_protocol in found.items():
@@ -79,6 +81,8 @@ def compare(
             command, said = f"mvmr evaluate {opened.path} --data {data} --protocol {protocol}", protocol
             if name == "teacher":
                 said = f"{protocol}, teacher {loaded.name}"
+            if ks is not None and protocol == "knn":
+                command += f" --k {','.join(map(str, ks))}"
             if name == "teacher" or protocol == ZERO_SHOT:
                 command += " --table" + "".join(
                     f" --{flag} {given}" for flag, given in (("teacher", teacher), ("pretrained", pretrained)) if given
@@ -87,15 +91,16 @@ def compare(
     return found
 
 
-def _split(labelled: Labelled, protocols: Sequence[str] | None) -> tuple[Sequence[str] | None, bool]:
+def _split(
+    labelled: Labelled, protocols: Sequence[str] | None, ks: Sequence[int] | None
+) -> tuple[dict[str, Callable[[Measured], Values]], bool]:
     """The protocols that take features alone, and whether zero-shot is wanted; refused here if they don't fit."""
     if protocols is None:
-        return None, not labelled.several
+        return protocols_for(labelled, None, ks=ks), not labelled.several
     if ZERO_SHOT in protocols and labelled.several:
         raise MvmrError(f"protocol {ZERO_SHOT} takes one label to an image, {labelled.train.name} has several")
     shared = [name for name in protocols if name != ZERO_SHOT]
-    protocols_for(labelled, shared)
-    return shared, ZERO_SHOT in protocols
+    return protocols_for(labelled, shared, ks=ks), ZERO_SHOT in protocols
 
 
 def _teacher(

@@ -15,6 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
+from torch import Tensor
 
 from mvmr.errors import MvmrError
 from mvmr.progress import track
@@ -96,8 +97,7 @@ def one_vs_all(features: np.ndarray, present: np.ndarray, *, seed: int = 0) -> L
     Raises:
         MvmrError: a class is present nowhere, or everywhere.
     """
-    if lacking := [c for c in range(present.shape[1]) if len(np.unique(present[:, c][present[:, c] != 0])) < 2]:
-        raise MvmrError(f"class number {lacking[0]} is in none or in all of the training images: nothing to tell apart")
+    _tell_apart(present)
     scaler = StandardScaler().fit(features)
     space = _RowSpace((scaler.transform(features) / np.sqrt(features.shape[1])).astype(np.float32))
 
@@ -130,10 +130,12 @@ class AdamConfig:
     epochs: int
     batch_size: int
     lrs: tuple[float, ...]  # one is chosen; the first is the most cautious
+    weight_decay: float = 0.0
 
 
 LARGE = AdamConfig(epochs=20, batch_size=1024, lrs=(3e-4, 1e-3, 3e-3))
 PAPER = AdamConfig(epochs=100, batch_size=256, lrs=(1e-3,))
+PAPER_VOC = AdamConfig(epochs=1000, batch_size=32, lrs=(1e-4,), weight_decay=1e-6)
 
 
 def adam_probe(
@@ -160,7 +162,8 @@ def adam_probe(
     lrs, parts = config.lrs, held_out(labels, seed)
 
     def trained(rows: np.ndarray, lrs: tuple[float, ...]) -> list[LinearHead]:
-        return _train_heads(features, labels, classes, rows, replace(config, lrs=lrs), (mean, std), seed, progress)
+        task = replace(config, lrs=lrs)
+        return _train_heads(features, labels, classes, F.cross_entropy, rows, task, (mean, std), seed, progress)
 
     if len(lrs) > 1 and parts is not None:
         fit, held = parts
@@ -171,10 +174,35 @@ def adam_probe(
     return head
 
 
+def adam_one_vs_all(
+    features: np.ndarray, present: np.ndarray, config: AdamConfig, *, seed: int = 0, progress: bool = False
+) -> LinearHead:
+    """Fit one logistic regression to a class by mini-batches, as :func:`one_vs_all`; the one learning rate is given.
+
+    Shapes:
+        features: [N, D] float32; present: [N, C] integers, 1 present, -1 absent, 0 left out of that class's fit.
+
+    Raises:
+        MvmrError: a class is present nowhere, or everywhere.
+    """
+    _tell_apart(present)
+    rows, classes = np.arange(len(features)), present.shape[1]
+    statistics = _statistics(features)
+    (head,) = _train_heads(features, present, classes, _binary_loss, rows, config, statistics, seed, progress)
+    return head
+
+
+def _binary_loss(logits: Tensor, present: Tensor) -> Tensor:
+    known = present != 0
+    each = F.binary_cross_entropy_with_logits(logits, (present > 0).float(), reduction="none")
+    return (each * known).sum() / known.sum().clamp(min=1)
+
+
 def _train_heads(
     features: np.ndarray,
     labels: np.ndarray,
     classes: int,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
     rows: np.ndarray,
     config: AdamConfig,
     statistics: tuple[np.ndarray, np.ndarray],
@@ -186,7 +214,7 @@ def _train_heads(
     shift, scale = torch.from_numpy(mean), torch.from_numpy(1 / std)
     heads = [torch.zeros(classes, features.shape[1] + 1, requires_grad=True) for _ in config.lrs]
     groups = [{"params": [head], "lr": lr} for head, lr in zip(heads, config.lrs, strict=True)]
-    optimizer = torch.optim.Adam(groups)
+    optimizer = torch.optim.Adam(groups, weight_decay=config.weight_decay)
     random = np.random.default_rng(seed)
     steps = config.epochs * math.ceil(len(rows) / config.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -198,7 +226,7 @@ def _train_heads(
                 chosen = np.sort(order[start : start + config.batch_size])  # in the order in which they lie on the disk
                 x = (torch.from_numpy(features[chosen]) - shift) * scale
                 y = torch.from_numpy(labels[chosen])
-                loss = torch.stack([F.cross_entropy(F.linear(x, w[:, :-1], w[:, -1]), y) for w in heads]).sum()
+                loss = torch.stack([loss_of(F.linear(x, w[:, :-1], w[:, -1]), y) for w in heads]).sum()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -224,6 +252,11 @@ def _seen(labels: np.ndarray, classes: int) -> np.ndarray:
     if len(seen) < 2:
         raise MvmrError("all training images are of one class: a linear probe needs images of two or more")
     return seen
+
+
+def _tell_apart(present: np.ndarray) -> None:
+    if lacking := [c for c in range(present.shape[1]) if len(np.unique(present[:, c][present[:, c] != 0])) < 2]:
+        raise MvmrError(f"class number {lacking[0]} is in none or in all of the training images: nothing to tell apart")
 
 
 def held_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray] | None:

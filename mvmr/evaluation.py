@@ -19,6 +19,7 @@ def evaluate(
     data: str,
     *,
     protocols: Sequence[str] | None = None,
+    ks: Sequence[int] | None = None,
     device: str = "cpu",
     max_unreadable: float = 0.01,
     progress: bool = False,
@@ -26,8 +27,9 @@ def evaluate(
     """Measure a bundle's frozen features on labelled data and note the figures in the bundle.
 
     Args:
-        protocols: of ``linear``, ``linear-paper`` and ``knn``, or ``voc07`` where an image has several labels;
-            None takes ``linear`` and ``knn``, or ``voc07``.
+        protocols: of ``linear``, ``linear-paper`` and ``knn``, or ``voc07`` and ``voc07-paper`` where an image has
+            several labels; None takes ``linear`` and ``knn``, or ``voc07``.
+        ks: numbers of neighbours for ``knn``; None takes those of 1, 5, 20 and 200 for which there are images enough.
 
     Returns:
         Figures by name for each protocol, such as ``{"linear": {"top1": 71.2, "top5": 90.1, "C": 10.0}}``: accuracies
@@ -40,12 +42,14 @@ def evaluate(
     check_protocols(protocols or ())
     opened = bundles.load(bundle)
     labelled = open_labelled(data, max_unreadable=max_unreadable, progress=progress)
-    chosen = protocols_for(labelled, protocols)
+    chosen = protocols_for(labelled, protocols, ks=ks)
     measured = Measured(opened.student(device), labelled, device=device, progress=progress)
     results = {}
     for name, measure in chosen.items():
         results[name] = measure(measured)
         command = f"mvmr evaluate {opened.path} --data {data} --protocol {name}"
+        if ks is not None and name == "knn":
+            command += f" --k {','.join(map(str, ks))}"
         opened = bundles.add_metrics(opened, record(command, data, name, results[name]))
     return results
 

@@ -9,7 +9,7 @@ from PIL import Image
 from mvmr import bundle, pretraining
 from mvmr.data import open_images
 from mvmr.distillation import quickstart as module
-from mvmr.distillation.report import print_results
+from mvmr.distillation.tables import print_results
 from mvmr.distillation.teacher import Teacher
 from mvmr.distillation.tiny_clip import TinyClip, train_tiny_clip
 from mvmr.errors import MvmrError

@@ -242,6 +242,9 @@ def test_voc07_is_the_mean_over_classes_of_their_average_precision(bundle: Bundl
     assert values["map_area"] == pytest.approx(100 * np.mean(expected))
     assert values["map_area"] > 60
     assert abs(values["map_11point"] - values["map_area"]) < 10
+    by_adam = protocols_for(data, ["voc07-paper"])["voc07-paper"](measured)
+    assert by_adam["lr"] == 1e-4
+    assert by_adam["map_area"] > 60
     with pytest.raises(MvmrError, match=r"protocol knn does not fit voc07:.*several labels to an image; use voc07"):
         protocols_for(data, ["knn"])
 
@@ -259,6 +262,15 @@ def test_a_class_that_voc_lacks_is_named_before_any_feature_is_computed(
         evaluate(bundle.path, a_voc_tree(tmp_path / "voc"))
 
 
+def test_a_missing_annotation_is_named_before_any_feature_is_computed(
+    bundle: Bundle, tmp_path: Path, no_features: None
+) -> None:
+    data = a_voc_tree(tmp_path / "voc")
+    (tmp_path / "voc" / "VOCdevkit" / "VOC2007" / "Annotations" / "000007.xml").unlink()
+    with pytest.raises(MvmrError, match=r"000007\.xml.*unpack the annotations again"):
+        evaluate(bundle.path, data)
+
+
 def test_several_labels_need_a_protocol_for_them() -> None:
     data = Labelled.of(*(open_images("sample:digits", split) for split in ("train", "test")))
     with pytest.raises(MvmrError, match="protocol voc07 does not fit sample:digits, which has one label to an image"):
@@ -272,10 +284,23 @@ def test_splits_of_other_classes_are_refused() -> None:
         Labelled.of(train, test)
 
 
-def test_more_neighbours_than_images_are_refused(bundle: Bundle, photos: Path) -> None:
+def test_more_neighbours_than_images_are_refused(bundle: Bundle, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = Labelled.of(open_images(str(photos), "train"), open_images(str(photos), "test"))
     with pytest.raises(MvmrError, match=r"kNN with k = 200: .*photos has \d+ training images"):
         Measured(bundle.student(), data).knn(ks=(1, 200))
+    monkeypatch.setattr("mvmr.protocols.represent", pytest.fail)
+    with pytest.raises(MvmrError, match=r"kNN with k = 200: .*photos has \d+ training images; give a smaller k"):
+        evaluate(bundle.path, str(photos), ks=[1, 200])
+    with pytest.raises(MvmrError, match="kNN takes one or more neighbours"):
+        evaluate(bundle.path, str(photos), ks=[0])
+    with pytest.raises(MvmrError, match="protocol knn, which was not asked for"):
+        evaluate(bundle.path, str(photos), protocols=["linear"], ks=[3])
+
+
+def test_the_number_of_neighbours_can_be_chosen(bundle: Bundle, photos: Path) -> None:
+    found = evaluate(bundle.path, str(photos), protocols=["knn"], ks=[3, 7])["knn"]
+    assert set(found) == {f"top1_{kind}_k{k}" for kind in ("weighted", "plain") for k in (3, 7)}
+    assert bundles.load(bundle.path).manifest.metrics[-1]["command"].endswith("--protocol knn --k 3,7")
 
 
 def test_unknown_protocols_data_and_devices_are_one_line(bundle: Bundle, photos: Path) -> None:

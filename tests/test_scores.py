@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import repsim
 from sklearn.metrics import average_precision_score, top_k_accuracy_score
 
 from mvmr.errors import MvmrError
@@ -269,6 +270,12 @@ def test_cka_is_the_ratio_of_hsics_of_gram_matrices(shape: tuple[int, int, int],
     assert linear_cka(x, y) == pytest.approx(gram_cka(x, y), abs=1e-10)
     assert linear_cka(x, y) == pytest.approx(linear_cka(y, x), abs=1e-12)
     assert type(linear_cka(x, y)) is float
+
+
+@pytest.mark.parametrize("shape", [(200, 7, 5), (40, 90, 5), (30, 50, 60)])
+def test_cka_is_that_of_a_published_package(shape: tuple[int, int, int]) -> None:
+    x, y = batches(*shape)
+    assert linear_cka(x, y) == pytest.approx(repsim.cka([x, y], kernel_type="linear", estimator="gretton")[0, 1])
 
 
 def test_cka_of_single_columns_is_their_squared_correlation() -> None:
