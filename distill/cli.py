@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from mvmr.commands import MAX_UNREADABLE, finished, say_plan, slug, told_all, training_options
+from mvmr.commands import finished, say_plan, slug, told_all
+from mvmr.options import LABELLED, MAX_UNREADABLE, TRAINING
 
 
 @click.command()
@@ -22,7 +23,7 @@ from mvmr.commands import MAX_UNREADABLE, finished, say_plan, slug, told_all, tr
     help="Its weights: a tag of open_clip's, or a file; the default is named before the start.",
 )
 @click.option("--data", default="sample:patches", show_default=True, help="A folder, or a name such as stl10:ROOT.")
-@training_options
+@TRAINING
 def distill(
     teacher: str, pretrained: str | None, data: str, out: str | None, assign: tuple[str, ...], **options: Any
 ) -> None:
@@ -38,9 +39,7 @@ def distill(
 
 @click.command()
 @click.argument("bundle", required=False)
-@click.option(
-    "--data", required=True, help="Labelled data: a folder with a folder to a class, or a name such as stl10:ROOT."
-)
+@LABELLED
 @click.option(
     "--protocol",
     help="Of linear, linear-paper, knn, voc07, voc07-paper and (with --table) zeroshot, separated by commas; left out, "
@@ -86,6 +85,36 @@ def evaluate(
         progress=True, **options,
     )  # fmt: skip
     print_comparison(found, title=f"{path} on {data}, test split")
+
+
+@click.command()
+@click.argument("bundle", required=False)
+@click.option("--data", required=True, help="Images, with labels or without: a folder, or a name such as stl10:ROOT.")
+@click.option("--teacher", metavar="NAME|FOLDER", help="Another teacher than the student's own.")
+@click.option("--pretrained", metavar="TAG|FILE", help="That teacher's weights.")
+@click.option("--out", metavar="FOLDER", help="Folder of the report; BUNDLE's name with -report when left out.")
+@click.option("--k", default=10, show_default=True, help="Neighbours that are compared.")
+@click.option("--limit", default=1000, show_default=True, help="Images that are compared, at most.")
+@click.option("--permutations", default=200, show_default=True, help="Shufflings behind the permutation null.")
+@click.option("--device", default="cpu", show_default=True)
+@MAX_UNREADABLE
+def report(bundle: str | None, data: str, out: str | None, **options: Any) -> None:
+    """Show how faithful BUNDLE (the newest below runs/ when left out) is to its teacher, on one HTML page."""
+    from mvmr.distillation.report import report as run
+    from mvmr.evaluation import newest_or
+
+    path = newest_or(bundle)
+    target = out or f"{path}-report"
+    found = run(path, data, out=target, progress=True, **options)
+    if found["neighbours"]:
+        overlap, untrained = (found["neighbours"][name]["mean"] for name in ("overlap", "untrained"))
+        click.echo(f"neighbours of the teacher kept: {overlap:.1f} %, by an untrained encoder {untrained:.1f} %")
+    if found["probe"]:
+        told = {name: found["probe"][name] for name in ("teacher", "student")}
+        click.echo("linear probe: " + ", ".join(f"{name} {each['top1']:.1f} %" for name, each in told.items() if each))
+    for each in found["not_measured"]:
+        click.echo(f"not measured: {each['what']}: {each['why']}", err=True)
+    click.echo(f"{target}/index.html")
 
 
 def _numbers(text: str | None) -> list[int] | None:

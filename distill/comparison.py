@@ -54,7 +54,7 @@ def compare(
     opened = bundles.load(bundle)
     labelled = open_labelled(data, max_unreadable=max_unreadable, progress=progress)
     measures, with_text = _split(labelled, protocols, ks)
-    loaded = _teacher(opened, teacher, pretrained, device, text=with_text or keep_map)
+    loaded = teacher_of(opened, teacher, pretrained, device, text=with_text or keep_map)
     described: dict[str, Representation] = {"teacher": loaded, "student": opened.student(device)}
     sides = {name: Measured(each, labelled, device=device, progress=progress) for name, each in described.items()}
     found: Comparison = {name: {} for name in sides}
@@ -103,9 +103,14 @@ def _split(
     return protocols_for(labelled, shared, ks=ks), ZERO_SHOT in protocols
 
 
-def _teacher(
+def teacher_of(
     bundle: Bundle, name: str | Path | None, pretrained: str | Path | None, device: str, *, text: bool
 ) -> Teacher:
+    """Load the teacher named, or else the one the bundle records.
+
+    Raises:
+        MvmrError: the bundle records none, its weights can't be had, or they are not the ones it was distilled from.
+    """
     if name is not None:
         return Teacher.load(name, pretrained, device=device, text=text)
     recorded = bundle.manifest.training.get("teachers")

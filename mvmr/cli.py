@@ -15,7 +15,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "distill": ("mvmr.distillation.cli:distill", "Distil a teacher into a student, from unlabelled images."),
     "pretrain": ("mvmr.commands:pretrain", "Train a student without a teacher (self-supervised)."),
     "probe": ("mvmr.commands:probe", "Fit a linear head on frozen features and store it in the bundle."),
+    "finetune": ("mvmr.commands:finetune", "Fine-tune the whole encoder on few labels."),
     "evaluate": ("mvmr.distillation.cli:evaluate", "Measure a bundle, alone or beside its teacher."),
+    "report": ("mvmr.distillation.cli:report", "Show how faithful a student is to its teacher, on a page."),
+    "ablate": ("mvmr.commands:ablate", "Run the paper's ablations."),
     "info": ("mvmr.commands:info", "Show what a bundle is and how it was made."),
     "doctor": ("mvmr.doctor:doctor", "Show what this machine has, and what each command lacks."),
 }

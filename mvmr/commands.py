@@ -2,73 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import click
 
-# flag -> key of the recipe it changes; everything else is reached by --set
-SHORTHANDS = {
-    "student": ("model.architecture", "resnet18 or resnet50."),
-    "small-kernel": ("model.small_kernel", "A stem for small images: 3 x 3, stride 1, no pooling."),
-    "size": ("views.size", "Side of the images the student sees, in pixels."),
-    "epochs": ("train.epochs", "Passes over the images."),
-    "batch-size": ("train.batch_size", "Images the objective compares, over all devices."),
-    "accumulate": ("train.accumulate", "Batches to an optimiser step."),
-    "lr": ("train.lr", "Peak learning rate."),
-    "clip-grad": ("train.clip_grad", "Largest norm of the gradient."),
-    "precision": ("train.precision", "32-true, bf16-mixed or 16-mixed."),
-    "workers": ("train.workers", "Processes that load images."),
-    "seed": ("train.seed", "Same seed, same machine: same weights."),
-}
-
-
-def training_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that `mvmr pretrain` and `mvmr distill` share; those of the recipe arrive as ``assign``."""
-
-    def run(assign: tuple[str, ...], **options: Any) -> None:
-        given = []
-        for flag, (key, _) in SHORTHANDS.items():
-            if value := options.pop(flag.replace("-", "_")):
-                given.append(f"{key}={'true' if value is True else value}")
-        command(assign=(*given, *assign), **options)
-
-    decorated: Callable[..., None] = run
-    run.__doc__, run.__name__ = command.__doc__, command.__name__
-    for option in reversed([*_RUN_OPTIONS, *_shorthand_options()]):
-        decorated = option(decorated)
-    return decorated
-
-
-Decorator = Callable[[Callable[..., None]], Callable[..., None]]
-
-MAX_UNREADABLE: Decorator = click.option(
-    "--max-unreadable", default=0.01, show_default=True, help="Share of unreadable images that stops it."
-)
-_RUN_OPTIONS: tuple[Decorator, ...] = (
-    click.option("--out", metavar="FOLDER", help="Folder of the bundle; made from the data's name when left out."),
-    click.option("--recipe", default="default", show_default=True, help="Name of a recipe, or a TOML file."),
-    click.option(
-        "--set", "assign", multiple=True, metavar="KEY=VALUE", help="Change a key of the recipe: train.lr=3e-4."
-    ),
-    click.option("--init", metavar="B|FILE", help="Bundle or state-dict file the encoder starts from."),
-    click.option("--resume", is_flag=True, help="Go on with the run of --out, if it is not finished."),
-    click.option("--overwrite", is_flag=True, help="Replace what --out holds."),
-    click.option("--device", default="auto", show_default=True, help="cpu, cuda or auto."),
-    click.option("--devices", default=1, show_default=True, help="Number of devices."),
+from mvmr.options import (
+    DEVICE,
+    DEVICES,
+    LABELLED,
     MAX_UNREADABLE,
+    OF_THE_STUDENT,
+    OVERWRITE,
+    RECIPE,
+    RESUME,
+    TRAINING,
+    options,
+    recipe_options,
 )
-
-
-def _shorthand_options() -> list[Decorator]:
-    # None, not False: with False click takes a missing value as no option at all, and no value may be negative
-    switch = {"small-kernel": True}
-    return [click.option(f"--{flag}", is_flag=switch.get(flag), help=text) for flag, (_, text) in SHORTHANDS.items()]
 
 
 @click.command()
 @click.option("--data", default="sample:patches", show_default=True, help="A folder, or a name such as stl10:ROOT.")
-@training_options
+@TRAINING
 def pretrain(data: str, out: str | None, assign: tuple[str, ...], **options: Any) -> None:
     """Train a student from unlabelled images without a teacher (self-supervised MV-MR)."""
     from mvmr.pretraining import pretrain as run
@@ -80,9 +36,7 @@ def pretrain(data: str, out: str | None, assign: tuple[str, ...], **options: Any
 
 @click.command()
 @click.argument("bundle", required=False)
-@click.option(
-    "--data", required=True, help="Labelled data: a folder with a folder to a class, or a name such as stl10:ROOT."
-)
+@LABELLED
 @click.option("--head", help="Name of the head; made from the data's name when left out.")
 @click.option("--device", default="cpu", show_default=True)
 @MAX_UNREADABLE
@@ -95,6 +49,55 @@ def probe(bundle: str | None, data: str, head: str | None, device: str, max_unre
         newest_or(bundle), data, head=head, device=device, max_unreadable=max_unreadable, progress=True
     )
     click.echo(f"{stored.path}: heads {', '.join(stored.heads)}; on the test split {told_all(values)}")
+
+
+@click.command()
+@click.argument("bundle", required=False)
+@LABELLED
+@click.option(
+    "--labels",
+    default="10%",
+    show_default=True,
+    metavar="N%|FILE",
+    help="Share of the training labels, drawn class by class, or a file that lists the images' names.",
+)
+@click.option("--out", metavar="FOLDER", help="Folder of the fine-tuned bundle; made from BUNDLE's when left out.")
+@click.option("--head", help="Name of the classifier; made from the data's name when left out.")
+@options(RECIPE, recipe_options(without=(*OF_THE_STUDENT, "accumulate")), RESUME, OVERWRITE, DEVICE, MAX_UNREADABLE)
+def finetune(
+    bundle: str | None, data: str, labels: str, out: str | None, assign: tuple[str, ...], **options: Any
+) -> None:
+    """Fine-tune the whole of BUNDLE (the newest below runs/ when left out) on few labels, into a bundle of its own."""
+    from mvmr.evaluation import newest_or
+    from mvmr.finetuning import finetune as run
+
+    path = newest_or(bundle)
+    target = out or f"{path}-{slug(labels)}"
+    say_plan(bundle=path, data=data, labels=labels, recipe=options["recipe"], out=target)
+    made, values = run(path, data, target, labels=labels, assign=assign, progress=True, **options)
+    click.echo(f"{made.path}: heads {', '.join(made.heads)}; on the test split {told_all(values)}")
+
+
+@click.command()
+@click.option("--grid", required=True, type=click.Choice(["losses", "representations", "augmentations", "projector"]))
+@click.option("--data", default="sample:patches", show_default=True, help="Labelled data; training reads no label.")
+@click.option("--out", metavar="FOLDER", help="Folder of the results; made from grid and data when left out.")
+@click.option("--seeds", default=1, show_default=True, help="Repeat with so many seeds.")
+@click.option("--only", metavar="TEXT", help="Rows whose label matches, such as 'L1*'.")
+@click.option("--keep", is_flag=True, help="Keep the bundle of every run.")
+@click.option(
+    "--recipe", default="paper", show_default=True, help="Name of a recipe of `mvmr pretrain`, or a TOML file."
+)
+@options(recipe_options(without=("seed",)), DEVICE, DEVICES, MAX_UNREADABLE)
+def ablate(grid: str, data: str, out: str | None, assign: tuple[str, ...], **options: Any) -> None:
+    """Train and measure a grid of the paper's ablations (Tables 5 to 8), a row at a time."""
+    from mvmr.ablation import ablate as run
+    from mvmr.ablation_results import table
+
+    target = out or f"runs/ablate-{grid}-{slug(data)}"
+    say_plan(grid=grid, data=data, recipe=options["recipe"], out=target)
+    click.echo(table(run(grid, data, target, assign=assign, progress=True, **options)))
+    click.echo(f"{target}/table.md   {target}/plot.svg   {target}/results.jsonl")
 
 
 @click.command()

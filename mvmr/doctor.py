@@ -39,7 +39,10 @@ NEEDS: dict[str, str | None] = {
     "distill": "train",
     "pretrain": "train",
     "probe": "train",
+    "finetune": "train",
     "evaluate": "train",
+    "report": "train",
+    "ablate": "train",
     "info": None,
     "doctor": None,
 }

@@ -49,8 +49,11 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "faiss",
         "filelock",
         "huggingface_hub",
+        "jinja2",
+        "matplotlib",
         "threadpoolctl",
     ),
+    "export": ("onnx", "onnxruntime", "onnxscript", "tritonclient"),
 }
 
 

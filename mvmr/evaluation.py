@@ -76,7 +76,7 @@ def probe(
     measured = Measured(opened.student(device), labelled, device=device, progress=progress)
     protocol = "voc07" if labelled.several else "linear"
     values = protocols_for(labelled, [protocol])[protocol](measured)
-    name = head or re.sub(r"[^A-Za-z0-9]+", "-", data)[-64:].strip("-") or "head"
+    name = head or head_name(data)
     command = f"mvmr probe {opened.path} --data {data} --head {name}"
     described = record(command, data, protocol, values) | {"head": name}
     fitted = measured.head
@@ -89,6 +89,11 @@ def open_labelled(data: str, *, max_unreadable: float = 0.01, progress: bool = F
         open_images(data, split, max_unreadable=max_unreadable, progress=progress) for split in ("train", "test")
     )
     return Labelled.of(train, test)
+
+
+def head_name(data: str) -> str:
+    """A name for the head of ``data`` where the user gave none."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", data)[-64:].strip("-") or "head"
 
 
 def record(command: str, data: str, protocol: str, values: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The part that is trained, in one module: encoder, projector and the maps inside the objective."""
+"""What is trained, in one module: an encoder with its projector and objective, or with a linear classifier."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
 from mvmr.objective import Embeddings, Objective
@@ -13,21 +14,16 @@ from mvmr.preprocess import Preprocess
 
 
 class Learner(nn.Module):
-    """What is trained: encoder, projector and the maps inside the objective; one forward pass, from images to loss."""
-
-    mean: Tensor
-    std: Tensor
+    """What learns without labels: encoder, projector and the maps inside the objective, from images to loss."""
 
     def __init__(self, encoder: nn.Module, projector: nn.Module, objective: Objective, preprocess: Preprocess):
         super().__init__()
         self.encoder, self.projector, self.objective = encoder, projector, objective
-        self.register_buffer("mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(preprocess.std).view(1, 3, 1, 1), persistent=False)
+        self.normalise = Normalise(preprocess)
 
     def features(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] uint8 -> h [B, D]."""
-        normalised = (images.float() / 255 - self.mean) / self.std
-        h: Tensor = self.encoder(normalised)
+        h: Tensor = self.encoder(self.normalise(images))
         return h
 
     def forward(
@@ -40,6 +36,50 @@ class Learner(nn.Module):
             views = Embeddings(*(gather(t.float()) for t in (h, ha, z, za)))
             everyone = {name: gather(t.float()) for name, t in targets.items()}
             return self.objective(views, everyone), views, everyone
+
+    def diagnose(
+        self, views: Embeddings, targets: Mapping[str, Tensor], generator: torch.Generator
+    ) -> dict[str, float]:
+        """What the loss can't show, of a forward pass's embeddings and targets."""
+        return self.objective.diagnose(views, targets, generator)
+
+
+class Classifier(nn.Module):
+    """What learns from labels: encoder and linear head, on the augmented views alone."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Linear, preprocess: Preprocess):
+        super().__init__()
+        self.encoder, self.head = encoder, head
+        self.normalise = Normalise(preprocess)
+
+    def forward(
+        self, original: Tensor, augmented: Tensor, targets: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Views, uint8, and the target ``label``, int64 [B] -> the loss by term; logits [B, C] and labels."""
+        h, labels = self.encoder(self.normalise(augmented)), targets["label"]
+        with torch.autocast(augmented.device.type, enabled=False):
+            logits = self.head(h.float())
+            return {"cross_entropy": F.cross_entropy(logits, labels)}, logits, labels
+
+    @torch.no_grad()
+    def diagnose(self, logits: Tensor, labels: Tensor, _: torch.Generator) -> dict[str, float]:
+        """The accuracy in percent on the views of this rank, in training mode."""
+        return {"top1": 100 * float((logits.argmax(1) == labels).float().mean())}
+
+
+class Normalise(nn.Module):
+    """[B, 3, H, W] uint8 -> float32 as the encoder takes it; has no weights and leaves no trace in a checkpoint."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, preprocess: Preprocess):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocess.std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images.float() / 255 - self.mean) / self.std
 
 
 def gather(x: Tensor) -> Tensor:

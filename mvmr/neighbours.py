@@ -5,6 +5,8 @@ from __future__ import annotations
 import faiss
 import numpy as np
 
+from mvmr.errors import MvmrError
+
 
 def nearest(features: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and row numbers of the k features most similar to each query, most similar first; exact.
@@ -15,6 +17,42 @@ def nearest(features: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarr
     bank, asked = _normalised(features), _normalised(queries)
     similarity, neighbour = faiss.knn(asked, bank, min(k, len(bank)), metric=faiss.METRIC_INNER_PRODUCT)
     return similarity, neighbour
+
+
+def others(features: np.ndarray, k: int) -> np.ndarray:
+    """Row numbers of the k rows most similar to each row by cosine, most similar first; never the row itself.
+
+    Shapes:
+        features: [N, D] float32, not normalised; returns [N, k] int64.
+
+    Raises:
+        MvmrError: k is below 1, or there are not k other rows.
+    """
+    if not 1 <= k < len(features):
+        raise MvmrError(f"{k} neighbours of each of {len(features)} images: give a k from 1 to {len(features) - 1}")
+    found = nearest(features, features, k + 1)[1]
+    own = found == np.arange(len(features))[:, None]
+    # A row with k + 1 copies or more may not be among its own nearest: then the last of them is one too many.
+    own[~own.any(1), -1] = True
+    return found[~own].reshape(len(features), k)
+
+
+def neighbour_overlap(a: np.ndarray, b: np.ndarray, k: int) -> np.ndarray:
+    """Share of each row's k nearest other rows, by cosine, that two descriptions of the same images have in common.
+
+    Two descriptions that know nothing of each other share k / (N - 1) of them on average.
+
+    Shapes:
+        a: [N, D1], b: [N, D2] float32, row i of both is of the same image; returns [N] float64 in [0, 1].
+
+    Raises:
+        MvmrError: as :func:`others`.
+        ValueError: the descriptions differ in length.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"neighbours are compared row by row: got {len(a)} and {len(b)} of them")
+    shared: np.ndarray = (others(a, k)[:, :, None] == others(b, k)[:, None, :]).any(2).mean(1)
+    return shared
 
 
 def votes(similarity: np.ndarray, labels: np.ndarray, classes: int, *, temperature: float | None) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -97,7 +97,7 @@ def fit(
     """
     teachers = teachers or {}
     precision = native_precision(recipe.train.precision, device)
-    fabric = _fabric(device, devices, precision)
+    fabric = launch(device, devices, precision)
     size = (images.native_size or 224) if recipe.views.size is None else recipe.views.size
     recipe = replace(
         recipe,
@@ -111,14 +111,27 @@ def fit(
     recipe.train.steps(len(images), fabric.world_size)
     make_policy(recipe.views.policy, size, preprocess)
     run = find_run(result, _describe(images, recipe, teachers, init), resume=resume, overwrite=overwrite)
+
+    def make() -> None:
+        if not run.finished:
+            _train(images, recipe, preprocess, run, fabric, teachers=teachers, init=init, progress=progress)
+
+    return carry_out(run, result, fabric, make)
+
+
+def carry_out(run: RunFolder, out: Path, fabric: Fabric, make: Callable[[], None]) -> Bundle:
+    """Let ``make`` write a bundle's files into the folder of ``run``, claimed for it, and publish them as ``out``.
+
+    Args:
+        make: called on every rank; does what an earlier, killed run has left to do, which may be nothing.
+    """
     if run.published:
-        return bundle.load(result)
+        return bundle.load(out)
     fabric.barrier()
     with claim(run) if fabric.is_global_zero else nullcontext():
         fabric.barrier()
         try:
-            if not run.finished:
-                _train(images, recipe, preprocess, run, fabric, teachers=teachers, init=init, progress=progress)
+            make()
         except MvmrError:
             if fabric.is_global_zero:
                 give_up(run)
@@ -126,9 +139,9 @@ def fit(
         if fabric.is_global_zero:
             for name in (checkpoint.NAME, LOCK):
                 (run.path / name).unlink(missing_ok=True)
-            bundle.publish(run.path, result)
+            bundle.publish(run.path, out)
         fabric.barrier()
-    return bundle.load(result)
+    return bundle.load(out)
 
 
 def _train(
@@ -168,7 +181,12 @@ def _train(
         )  # fmt: skip
 
 
-def _fabric(device: str, devices: int, precision: Precision) -> Fabric:
+def launch(device: str, devices: int, precision: Precision) -> Fabric:
+    """Start Fabric on every device.
+
+    Raises:
+        MvmrError: there is no such device, or not so many.
+    """
     try:
         fabric = Fabric(accelerator=device, devices=devices, precision=precision)
     except (ValueError, TypeError, RuntimeError, ImportError) as error:  # Fabric has one for each kind of mistake

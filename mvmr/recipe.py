@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mvmr.config import assign, parse, read_toml
 from mvmr.encoder import EncoderConfig
 from mvmr.errors import MvmrError, unknown
 from mvmr.objective import ObjectiveConfig
 from mvmr.trainer import TrainConfig
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +40,20 @@ class Recipe:
 
 def recipe_names(package: str) -> tuple[str, ...]:
     """Names of the recipes that ship in ``package`` (``mvmr`` to pretrain, ``mvmr.distillation`` to distil)."""
-    return tuple(sorted(f.name.removesuffix(".toml") for f in _folder(package).iterdir() if f.name.endswith(".toml")))
+    return _names(resources.files(package) / "recipes")
 
 
 def load_recipe(recipe: str | Path, package: str, assignments: Sequence[str] = ()) -> Recipe:
+    """Read a recipe of ``package`` by name, or from a TOML file; arguments and errors as in :func:`read_recipe`."""
+    return read_recipe(Recipe, recipe, resources.files(package) / "recipes", assignments)
+
+
+def read_recipe(kind: type[T], recipe: str | Path, shelf: Traversable, assignments: Sequence[str] = ()) -> T:
     """Read a recipe by name or from a TOML file, changed by assignments such as ``train.lr=3e-4``.
+
+    Args:
+        kind: the dataclass the recipe becomes; has a field ``name``.
+        shelf: the folder of the recipes that ship.
 
     Raises:
         MvmrError: no such recipe or file, or keys or values that don't fit (all of them named at once).
@@ -52,13 +63,13 @@ def load_recipe(recipe: str | Path, package: str, assignments: Sequence[str] = (
             raise MvmrError(f"recipe file {recipe} does not exist")
         where, mapping = str(recipe), read_toml(Path(recipe))
     else:
-        if recipe not in recipe_names(package):
-            raise unknown("recipe", str(recipe), recipe_names(package))
-        with resources.as_file(_folder(package) / f"{recipe}.toml") as path:
+        if recipe not in _names(shelf):
+            raise unknown("recipe", str(recipe), _names(shelf))
+        with resources.as_file(shelf / f"{recipe}.toml") as path:
             where, mapping = f"recipe {recipe}", read_toml(path)
     merged: dict[str, Any] = assign({"name": Path(recipe).stem, **mapping}, assignments)
-    return parse(Recipe, merged, where=where)
+    return parse(kind, merged, where=where)
 
 
-def _folder(package: str) -> Traversable:
-    return resources.files(package) / "recipes"
+def _names(shelf: Traversable) -> tuple[str, ...]:
+    return tuple(sorted(f.name.removesuffix(".toml") for f in shelf.iterdir() if f.name.endswith(".toml")))

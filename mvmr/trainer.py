@@ -1,4 +1,4 @@
-"""The training loop: one student, any objective, from the first step or from where a killed run stopped."""
+"""The training loop: one student, with or without labels, from the first step or from where a killed run stopped."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from mvmr import checkpoint
 from mvmr.cores import usable_cores
 from mvmr.errors import MvmrError
 from mvmr.interrupt import stop_on_signal
-from mvmr.learner import Learner
+from mvmr.learner import Classifier, Learner
 from mvmr.progress import track
 
 T = TypeVar("T")
 Batch = dict[str, Tensor]
 Targets = Callable[[Batch], dict[str, Tensor]]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+SMALLEST_BATCH = 4  # the unbiased estimator is not defined below
 _SEEDS = 2**32
-_SMALLEST_BATCH = 4  # the unbiased estimator is not defined below
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +55,10 @@ class TrainConfig:
         for name in ("epochs", "accumulate", "checkpoint_steps", "log_steps"):
             if getattr(self, name) < 1:
                 raise MvmrError(f"[train] {name} = {getattr(self, name)}: must be 1 or more")
-        if self.batch_size < _SMALLEST_BATCH:
+        if self.batch_size < SMALLEST_BATCH:
             raise MvmrError(
                 f"[train] batch_size = {self.batch_size}: the objective compares the images of a batch; "
-                f"give {_SMALLEST_BATCH} or more"
+                f"give {SMALLEST_BATCH} or more"
             )
         for name in ("warmup_steps", "weight_decay", "cache_gb", "workers"):
             if (value := getattr(self, name)) is not None and not value >= 0:
@@ -79,7 +79,7 @@ class TrainConfig:
             raise MvmrError(f"[train] batch_size = {self.batch_size}: give a multiple of the {devices} devices")
         if images < self.batch_size * self.accumulate:
             largest = images // self.accumulate
-            cure = f"give --batch-size {largest} or less" if largest >= _SMALLEST_BATCH else "that is too few"
+            cure = f"give --batch-size {largest} or less" if largest >= SMALLEST_BATCH else "that is too few"
             raise MvmrError(
                 f"a step takes {self.batch_size * self.accumulate} images and the data have {images}: {cure}"
             )
@@ -118,7 +118,7 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
 
 def train(
-    learner: Learner,
+    learner: Learner | Classifier,
     views: Dataset[Batch],
     targets: Targets,
     config: TrainConfig,
@@ -131,7 +131,7 @@ def train(
 
     Args:
         views: items of :class:`mvmr.views.Views`, addressed by (epoch, index).
-        targets: from a batch on the device to the target of each name, [B, K] float.
+        targets: from a batch on the device to the target of each name, as the learner takes them.
 
     Returns:
         The number of optimiser steps of the whole run.
@@ -170,7 +170,7 @@ def train(
             for micro in range(config.accumulate):
                 batch = next(batches)
                 with fabric.no_backward_sync(module, enabled=micro + 1 < config.accumulate):
-                    terms, embeddings, everyone = module(batch["original"], batch["augmented"], targets(batch))
+                    terms, outputs, wanted = module(batch["original"], batch["augmented"], targets(batch))
                     loss = torch.stack(list(terms.values())).sum()
                     if not torch.isfinite(loss):
                         raise _not_finite(terms, step, folder)
@@ -190,7 +190,7 @@ def train(
                 }
                 record |= terms | {"images_per_s": (step - first) * per_step / seconds, "seconds": seconds}
                 generator = torch.Generator().manual_seed(config.seed + step)
-                record |= learner.objective.diagnose(embeddings, everyone, generator)
+                record |= learner.diagnose(outputs, wanted, generator)
                 with metrics.open("a") as file:
                     rounded = {name: float(f"{float(value):.6g}") for name, value in record.items()}
                     file.write(json.dumps({"step": step} | rounded) + "\n")

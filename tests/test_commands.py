@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,8 @@ from PIL import Image
 from mvmr import bundle as bundles
 from mvmr import pretraining
 from mvmr.cli import main
-from mvmr.commands import SHORTHANDS, slug
+from mvmr.commands import slug
+from mvmr.options import SHORTHANDS
 from mvmr.preprocess import Preprocess
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
@@ -45,6 +47,7 @@ log_steps = 1
 checkpoint_steps = 5
 """
 STEPS = 16
+BROKEN = ("--max-unreadable", "0.1")
 COLOURS = {"blue": (50, 60, 210), "green": (40, 200, 60), "red": (220, 40, 40)}
 # what may stand on standard error beside an error: the plan, and progress
 BESIDES = ("data ", "recipe ", "out ", "teacher ", "weights ", "checking images ", "training ")
@@ -171,6 +174,38 @@ def test_info_probe_and_evaluate_read_it(copied: Path, photos: Path) -> None:
     assert "heads     colours" in told.stdout
     assert told.stdout.count("measured  ") == 3
     assert bundles.load(copied).head("colours").classes == ("blue", "green", "red")
+
+
+def test_finetune_and_report_read_it(copied: Path, photos: Path, tmp_path: Path) -> None:
+    before = (copied / "bundle.json").read_bytes()
+    tuned = mvmr(
+        "finetune", copied, "--data", photos, "--labels", "50%", "--epochs", "1", "--workers", "0", "--device", "cpu",
+        "--out", tmp_path / "tuned", "--head", "colours", *BROKEN,
+    )  # fmt: skip
+    assert tuned.exit_code == 0, tuned.output
+    assert re.search(r"tuned: heads colours; on the test split top1 [\d.]+ %, images \d+, top1_frozen", tuned.stdout)
+    assert (copied / "bundle.json").read_bytes() == before
+    reported = mvmr("report", copied, "--data", photos, "--k", "3", "--out", tmp_path / "report", *BROKEN)
+    assert reported.exit_code == 0, reported.output
+    assert reported.stdout.splitlines()[-1] == f"{tmp_path}/report/index.html"
+    assert "names no teacher" in reported.stderr
+    assert "--k 3" in json.loads((tmp_path / "report" / "report.json").read_text())["command"]
+
+
+def test_ablate_prints_its_table_and_goes_on(photos: Path, recipe: Path, tmp_path: Path) -> None:
+    asked = ["ablate", "--grid", "losses", "--only", "L2", "--data", photos, "--recipe", recipe, *BROKEN]
+    for seeds in ("1", "2"):
+        result = mvmr(*asked, "--seeds", seeds, "--device", "cpu", "--out", tmp_path / "grid")
+        assert result.exit_code == 0, result.output
+        assert re.search(rf"^\| L2 \|.*\| {seeds} \|$", result.stdout, re.M)
+    lines = (tmp_path / "grid" / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["seed"] for line in lines] == [0, 1]
+
+
+def test_numbers_of_neighbours_are_whole() -> None:
+    result = mvmr("evaluate", "somewhere", "--data", "sample:digits", "--k", "5,many")
+    assert result.exit_code == 2
+    assert "--k 5,many: give whole numbers separated by commas" in result.stderr
 
 
 def test_the_newest_bundle_is_meant_when_none_is_named(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:

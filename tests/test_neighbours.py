@@ -5,7 +5,8 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
-from mvmr.neighbours import knn_predict, nearest, votes
+from mvmr.errors import MvmrError
+from mvmr.neighbours import knn_predict, nearest, neighbour_overlap, others, votes
 
 Split = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
@@ -65,3 +66,47 @@ def test_nearest_come_in_order_of_their_cosine(digits: Split) -> None:
     np.testing.assert_allclose(similarity, -np.sort(-cosines, axis=1)[:, :7], atol=1e-5)
     np.testing.assert_allclose(np.take_along_axis(cosines, neighbour, 1), similarity, atol=1e-5)
     assert nearest(x[:3], queries[:2], 7)[1].shape == (2, 3)  # no more than there are
+
+
+def test_overlap_is_that_of_a_plain_loop(digits: Split) -> None:
+    a = digits[0][:150]
+    b = np.tanh(a @ np.random.default_rng(1).normal(size=(64, 9)).astype(np.float32) / 50)
+    k, cosines = 7, [unit(each.astype(np.float64)) @ unit(each.astype(np.float64)).T for each in (a, b)]
+    expected = []
+    for row in range(len(a)):
+        lists = [sorted(set(range(len(a))) - {row}, key=lambda other: -each[row, other])[:k] for each in cosines]
+        expected.append(len(set(lists[0]) & set(lists[1])) / k)
+    found = neighbour_overlap(a, b, k)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, expected)
+    assert 0.1 < found.mean() < 0.9
+    assert (neighbour_overlap(a, 3 * a, k) == 1).all()
+
+
+def test_overlap_of_what_is_unrelated_is_that_of_chance() -> None:
+    random = np.random.default_rng(0)
+    a, b = (random.normal(size=(400, 8)).astype(np.float32) for _ in range(2))
+    assert neighbour_overlap(a, b, 20).mean() == pytest.approx(20 / 399, abs=0.006)
+
+
+@pytest.mark.parametrize("copies", [2, 5, 6, 7, 30])
+def test_a_row_is_never_its_own_neighbour_however_many_copies_it_has(digits: Split, copies: int) -> None:
+    x = digits[0][:60].copy()
+    x[:copies] = x[0]
+    found = others(x, 5)
+    assert found.shape == (60, 5)
+    assert found.dtype == np.int64
+    assert not (found == np.arange(60)[:, None]).any()
+    assert all(len(set(row)) == 5 for row in found.tolist())
+    assert (found[:copies, : min(5, copies - 1)] < copies).all()  # its copies come first
+    blank = others(np.zeros((9, 4), np.float32), 8)
+    assert [sorted(row) for row in blank.tolist()] == [[j for j in range(9) if j != i] for i in range(9)]
+
+
+@pytest.mark.parametrize("k", [0, 10, 11])
+def test_neighbours_that_are_not_there_are_one_line(digits: Split, k: int) -> None:
+    with pytest.raises(MvmrError, match=f"{k} neighbours of each of 10 images") as caught:
+        neighbour_overlap(digits[0][:10], digits[0][:10], k)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="10 and 9"):
+        neighbour_overlap(digits[0][:10], digits[0][:9], 3)

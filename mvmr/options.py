@@ -1,0 +1,81 @@
+"""Options that several subcommands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+Command = Callable[..., None]
+Decorator = Callable[[Command], Command]
+
+# flag -> key of the recipe it changes; everything else is reached by --set
+SHORTHANDS = {
+    "student": ("model.architecture", "resnet18 or resnet50."),
+    "small-kernel": ("model.small_kernel", "A stem for small images: 3 x 3, stride 1, no pooling."),
+    "size": ("views.size", "Side of the images the student sees, in pixels."),
+    "epochs": ("train.epochs", "Passes over the images."),
+    "batch-size": ("train.batch_size", "Images to a batch, over all devices; the objective compares them."),
+    "accumulate": ("train.accumulate", "Batches to an optimiser step."),
+    "lr": ("train.lr", "Peak learning rate."),
+    "clip-grad": ("train.clip_grad", "Largest norm of the gradient."),
+    "precision": ("train.precision", "32-true, bf16-mixed or 16-mixed."),
+    "workers": ("train.workers", "Processes that load images."),
+    "seed": ("train.seed", "Same seed, same machine: same weights."),
+}
+OF_THE_STUDENT = ("student", "small-kernel", "size")
+
+OUT = click.option("--out", metavar="FOLDER", help="Folder of the bundle; made from the data's name when left out.")
+RECIPE = click.option("--recipe", default="default", show_default=True, help="Name of a recipe, or a TOML file.")
+INIT = click.option("--init", metavar="B|FILE", help="Bundle or state-dict file the encoder starts from.")
+RESUME = click.option("--resume", is_flag=True, help="Go on with the run of --out, if it is not finished.")
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace what --out holds.")
+DEVICE = click.option("--device", default="auto", show_default=True, help="cpu, cuda or auto.")
+DEVICES = click.option("--devices", default=1, show_default=True, help="Number of devices.")
+MAX_UNREADABLE = click.option(
+    "--max-unreadable", default=0.01, show_default=True, help="Share of unreadable images that stops it."
+)
+LABELLED = click.option(
+    "--data", required=True, help="Labelled data: a folder with a folder to a class, or a name such as stl10:ROOT."
+)
+
+
+def options(*several: Decorator) -> Decorator:
+    """Several options as one decorator, in the order in which `--help` shows them."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(several):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def recipe_options(*, without: tuple[str, ...] = ()) -> Decorator:
+    """`--set` and a flag for each of SHORTHANDS but those in ``without``; all arrive together, as ``assign``."""
+    flags = {flag: said for flag, said in SHORTHANDS.items() if flag not in without}
+
+    def decorate(command: Command) -> Command:
+        def run(assign: tuple[str, ...], **others: Any) -> None:
+            given = []
+            for flag, (key, _) in flags.items():
+                if value := others.pop(flag.replace("-", "_")):
+                    given.append(f"{key}={'true' if value is True else value}")
+            command(assign=(*given, *assign), **others)
+
+        run.__doc__, run.__name__ = command.__doc__, command.__name__
+        if hasattr(command, "__click_params__"):  # of the options below this one
+            run.__click_params__ = command.__click_params__  # type: ignore[attr-defined]
+        change = click.option(
+            "--set", "assign", multiple=True, metavar="KEY=VALUE", help="Change a key of the recipe: train.lr=3e-4."
+        )
+        # None, not False: with False click takes a missing value as no option at all, and no value may be negative
+        switch = {"small-kernel": True}
+        each = [click.option(f"--{flag}", is_flag=switch.get(flag), help=text) for flag, (_, text) in flags.items()]
+        return options(change, *each)(run)
+
+    return decorate
+
+
+TRAINING = options(OUT, RECIPE, recipe_options(), INIT, RESUME, OVERWRITE, DEVICE, DEVICES, MAX_UNREADABLE)
