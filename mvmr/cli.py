@@ -19,6 +19,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("mvmr.distillation.cli:evaluate", "Measure a bundle, alone or beside its teacher."),
     "report": ("mvmr.distillation.cli:report", "Show how faithful a student is to its teacher, on a page."),
     "ablate": ("mvmr.commands:ablate", "Run the paper's ablations."),
+    "export": ("mvmr.export.cli:export", "Export a student to ONNX or TensorRT, verified on real images."),
+    "bench": ("mvmr.export.cli:bench", "Measure speed on this machine."),
     "info": ("mvmr.commands:info", "Show what a bundle is and how it was made."),
     "doctor": ("mvmr.doctor:doctor", "Show what this machine has, and what each command lacks."),
 }

@@ -43,6 +43,8 @@ NEEDS: dict[str, str | None] = {
     "evaluate": "train",
     "report": "train",
     "ablate": "train",
+    "export": "export",
+    "bench": "export",
     "info": None,
     "doctor": None,
 }

@@ -1,0 +1,196 @@
+"""Speed of every artifact of a bundle, and of torch, on this machine: interleaved, as ratios to the float32 ONNX."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mvmr import __version__
+from mvmr import bundle as bundles
+from mvmr.bundle import Bundle
+from mvmr.cores import usable_cores
+from mvmr.errors import MvmrError
+from mvmr.export.contract import FORMATS, artifact
+from mvmr.export.session import Session
+from mvmr.files import write_json
+from mvmr.progress import track
+
+Images = npt.NDArray[np.uint8]
+Engine = Callable[[Images], object]
+BASE = "onnx fp32"
+_SECONDS = 0.3  # of work to a measurement
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Milliseconds of one batch, a value to a round: wall time, and processor time of all threads."""
+
+    wall: tuple[float, ...]
+    processor: tuple[float, ...]
+
+
+def bench(
+    bundle: str | os.PathLike[str],
+    *,
+    batches: Sequence[int] = (1, 16),
+    rounds: int = 7,
+    compiled: bool = True,
+    device: str = "cpu",
+    out: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Measure torch (eager, compiled) and every artifact of a bundle on this device, and write JSON where asked to.
+
+    Every engine has its turn in every round, each round starting with the next one, so that a machine that slows down
+    slows down all of them. Images are random bytes: the time does not depend on them.
+
+    Args:
+        batches: images to a batch.
+        compiled: also measure ``torch.compile``, which takes a minute or more to compile.
+        device: ``cpu`` or ``cuda``.
+        out: file of the JSON.
+
+    Returns:
+        ``rows``: engine, batch, medians ``wall_ms`` and ``processor_ms`` of a batch, ``images_per_s``, and the medians
+        of ``times_faster`` and ``times_less_processor`` against the float32 ONNX, round by round; ``not_measured``:
+        engine -> why.
+
+    Raises:
+        MvmrError: the bundle has no float32 ONNX to compare with, or the device is not there.
+    """
+    opened = bundles.load(bundle)
+    if artifact("fp32") not in opened.manifest.files:
+        raise MvmrError(f"{opened.path} has no ONNX to compare with: make it with `mvmr export {opened.path} --onnx`")
+    engines, missing = _engines(opened, compiled, device)
+    size, random = opened.manifest.preprocessing.crop, np.random.default_rng(0)
+    rows = []
+    with track("measuring", 0, len(batches) * rounds, unit="rounds", shown=progress) as advance:
+        for number, batch in enumerate(batches):
+            images = random.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
+            step = partial(_advance, advance, number * rounds, f"batch {batch}")
+            found = _interleaved(engines, images, rounds, step)
+            rows += [_row(name, batch, measured, found[BASE]) for name, measured in found.items()]
+    result = {
+        "benchmark": "export",
+        "mvmr": __version__,
+        "bundle": {"architecture": opened.manifest.architecture, "size": size, "space_id": opened.space_id},
+        "machine": {"device": device, "cores": usable_cores(), "threads": torch.get_num_threads()},
+        "rounds": rounds,
+        "rows": rows,
+        "not_measured": missing,
+    }
+    if out is not None:
+        write_json(Path(out), result)
+    return result
+
+
+def _engines(bundle: Bundle, compiled: bool, device: str) -> tuple[dict[str, Engine], dict[str, str]]:
+    student = bundle.student(device)
+
+    def eager(images: Images) -> object:
+        return student(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(student.device)).cpu()
+
+    engines: dict[str, Engine] = {"torch eager": eager}
+    missing: dict[str, str] = {}
+    if compiled:
+        twin = bundle.student(device)
+        twin.encoder = torch.compile(twin.encoder, dynamic=False)  # type: ignore[assignment]
+
+        def fused(images: Images) -> object:
+            return twin(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(twin.device)).cpu()
+
+        try:
+            size = bundle.manifest.preprocessing.crop
+            fused(np.zeros((1, size, size, 3), np.uint8))
+            engines["torch compiled"] = fused
+        except Exception as error:  # a compiler that is not there, and whatever else inductor may stumble over
+            missing["torch compiled"] = str(error).strip().splitlines()[0][:200]
+    for precision in sorted(set(FORMATS.values()) - {"fp32"}, key=list(FORMATS.values()).index):
+        if artifact(precision) in bundle.manifest.files:
+            engines[f"onnx {precision}"] = Session(
+                bundle.file(artifact(precision)), provider=_provider(precision, device)
+            )
+        else:
+            missing[f"onnx {precision}"] = "not exported"
+    engines[BASE] = Session(bundle.file(artifact("fp32")), provider=device)
+    try:
+        engines["tensorrt fp16"] = _tensorrt(bundle)
+    except MvmrError as error:
+        missing["tensorrt fp16"] = str(error)
+    return engines, missing
+
+
+def _provider(precision: str, device: str) -> str:
+    return "cpu" if precision == "int8" else device  # int8 is made for processors
+
+
+def _tensorrt(bundle: Bundle) -> Engine:
+    from mvmr.export import tensorrt
+
+    stored = tensorrt.find(bundle)
+    return tensorrt.Engine.load(stored.path, stored.sidecar, onnx_sha256=stored.onnx_sha256)
+
+
+def _advance(advance: Callable[[int, str], None], before: int, note: str, done: int) -> None:
+    advance(before + done, note)
+
+
+def _interleaved(
+    engines: Mapping[str, Engine], images: Images, rounds: int, advance: Callable[[int], None]
+) -> dict[str, Measurement]:
+    calls = {name: _enough(engine, images) for name, engine in engines.items()}
+    names = list(engines)
+    walls: dict[str, list[float]] = {name: [] for name in engines}
+    processors: dict[str, list[float]] = {name: [] for name in engines}
+    for number in range(rounds):
+        for place in range(len(names)):
+            name = names[(number + place) % len(names)]
+            wall, processor = _timed(engines[name], images, calls[name])
+            walls[name].append(wall)
+            processors[name].append(processor)
+        advance(number + 1)
+    return {name: Measurement(tuple(walls[name]), tuple(processors[name])) for name in names}
+
+
+def _enough(engine: Engine, images: Images) -> int:
+    """How many calls make a measurement; warms up on the way."""
+    engine(images)
+    wall, _ = _timed(engine, images, 1)
+    return max(1, round(1000 * _SECONDS / max(1e-3, wall)))
+
+
+def _timed(engine: Engine, images: Images, calls: int) -> tuple[float, float]:
+    """Milliseconds of a call, wall and processor; an engine returns host memory, so that no work is pending."""
+    wall, processor = time.perf_counter(), time.process_time()
+    for _ in range(calls):
+        engine(images)
+    return 1000 * (time.perf_counter() - wall) / calls, 1000 * (time.process_time() - processor) / calls
+
+
+def _row(name: str, batch: int, measured: Measurement, base: Measurement) -> dict[str, Any]:
+    def median(values: Sequence[float]) -> float:
+        return float(f"{statistics.median(values):.4g}")
+
+    def ratios(ours: Sequence[float], theirs: Sequence[float]) -> float:
+        return median([other / max(1e-9, own) for own, other in zip(ours, theirs, strict=True)])
+
+    return {
+        "engine": name,
+        "batch": batch,
+        "wall_ms": median(measured.wall),
+        "processor_ms": median(measured.processor),
+        "images_per_s": median([1000 * batch / wall for wall in measured.wall]),
+        "times_faster": ratios(measured.wall, base.wall),
+        "times_less_processor": ratios(measured.processor, base.processor),
+        "wall_ms_rounds": [float(f"{value:.4g}") for value in measured.wall],
+    }

@@ -1,0 +1,85 @@
+"""The subcommands that export, and measure what was exported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from mvmr.commands import say_plan
+from mvmr.export.contract import FORMATS
+from mvmr.options import MAX_UNREADABLE
+
+
+@click.command()
+@click.argument("bundle", required=False)
+@click.option("--onnx", is_flag=True, help="ONNX in float32; what is exported when no format is given.")
+@click.option("--fp16", is_flag=True, help="ONNX in half precision, for GPUs.")
+@click.option("--int8", is_flag=True, help="ONNX in 8 bits, for CPUs.")
+@click.option("--trt", is_flag=True, help="A TensorRT engine in half precision, for this machine's GPU.")
+@click.option("--triton", metavar="DIR", help="A Triton model repository, which the last format is added to.")
+@click.option("--heads", multiple=True, metavar="all|NAME", help="Linear heads whose logits the graph gives, too.")
+@click.option("--data", help="Images to verify with; left out, the test split of what BUNDLE was trained on.")
+@click.option("--images", default=256, show_default=True, help="How many of them.")
+@click.option("--calibration", metavar="DATA", help="Images for int8, 100 or more; left out, the training data.")
+@click.option("--opset", default=20, show_default=True)
+@click.option("--gate", "gates", multiple=True, metavar="NAME=VALUE", help="Change a gate: cosine_min=0.999.")
+@click.option("--min-batch", default=1, show_default=True, help="Smallest batch of the engine.")
+@click.option("--opt-batch", default=8, show_default=True, help="Batch the engine is tuned for.")
+@click.option("--max-batch", default=64, show_default=True, help="Largest batch of the engine, and of Triton.")
+@click.option("--workspace-gb", default=4.0, show_default=True, help="GPU memory to build the engine in.")
+@click.option("--rebuild", is_flag=True, help="Build the engine again.")
+@click.option("--device", default="cpu", show_default=True, help="Where fp32 and fp16 are verified: cpu or cuda.")
+@MAX_UNREADABLE
+def export(bundle: str | None, min_batch: int, opt_batch: int, max_batch: int, **options: Any) -> None:
+    """Export BUNDLE (the newest below runs/ when left out), each file verified against torch before it may be used."""
+    from mvmr.evaluation import newest_or
+    from mvmr.export.run import export as run
+
+    asked = {name: options.pop(name) for name in FORMATS}
+    formats = [name for name, flag in asked.items() if flag] or ["onnx"]
+    path = newest_or(bundle)
+    say_plan(bundle=path, formats=", ".join(formats))
+    reports = run(path, formats=formats, batches=(min_batch, opt_batch, max_batch), progress=True, **options)
+    for report in reports.values():
+        latency = ", ".join(f"{value:.1f} ms at batch {size}" for size, value in report["latency_ms"].items())
+        click.echo(
+            f"{path / report['artifact']}  {report['bytes'] / 1e6:.1f} MB  cosine {report['cosine_min']:.6f} or more, "
+            f"centred {report['centred_cosine_mean']:.4f}  overlap@{report['neighbours']} {report['overlap']:.3f}  "
+            f"{latency}"
+        )
+
+
+@click.group()
+def bench() -> None:
+    """Measure speed on this machine."""
+
+
+@bench.command("export")
+@click.argument("bundle", required=False)
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(1), default=(1, 16), show_default=True)
+@click.option("--rounds", default=7, show_default=True, type=click.IntRange(1), help="Turns of every engine.")
+@click.option("--compiled/--no-compiled", default=True, show_default=True, help="Also measure torch.compile.")
+@click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
+@click.option("--out", metavar="FILE", help="File of the JSON; beside BUNDLE when left out.")
+def bench_export(bundle: str | None, out: str | None, **options: Any) -> None:
+    """Time torch and every artifact of BUNDLE (the newest below runs/ when left out) in turn."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mvmr.evaluation import newest_or
+    from mvmr.export.bench import bench as run
+
+    path = newest_or(bundle)
+    target = out or f"{path}-bench-export.json"
+    found = run(path, out=target, progress=True, **options)
+    table = Table("engine", title=f"{path}, {found['machine']['device']}, {found['machine']['cores']} cores")
+    for column in ("batch", "ms a batch", "images/s", "times faster", "times less processor"):
+        table.add_column(column, justify="right")
+    for row in found["rows"]:
+        keys = ("wall_ms", "images_per_s", "times_faster", "times_less_processor")
+        table.add_row(row["engine"], str(row["batch"]), *(f"{row[key]:.3g}" for key in keys))
+    Console().print(table)
+    for name, why in found["not_measured"].items():
+        click.echo(f"not measured: {name}: {why}", err=True)
+    click.echo(target)

@@ -1,0 +1,103 @@
+"""Which real images an artifact is verified with, and int8 calibrated with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mvmr.bundle import Bundle
+from mvmr.data import ImageSet, open_images
+from mvmr.data.images import Split
+from mvmr.errors import MvmrError
+from mvmr.progress import say
+
+IMAGES, FEWEST = 256, 16
+CALIBRATION, FEWEST_CALIBRATION = 256, 100
+
+
+def to_verify_with(
+    bundle: Bundle,
+    data: str | None = None,
+    *,
+    count: int = IMAGES,
+    max_unreadable: float = 0.01,
+    progress: bool = False,
+) -> tuple[ImageSet, dict[str, Any]]:
+    """Draw images the student has not seen where there are any, else some that it has.
+
+    Args:
+        data: left out, what the student was trained on.
+
+    Returns:
+        The images, and JSON values for the report: data, split, held_out (None: not known, for other data than it was
+        trained on), images_wanted and fingerprint.
+
+    Raises:
+        MvmrError: there are fewer than 16 images, or the training data can't be opened any more.
+    """
+    if count < FEWEST:
+        raise MvmrError(f"{count} images are too few to verify with; give at least {FEWEST}")
+    name, trained_on = _trained_on(bundle)
+    ours = data in (None, name)
+    split = trained_on if ours else "unlabelled"
+    seen = _open(bundle, data, split, "--data", max_unreadable=max_unreadable, progress=progress)
+    try:
+        test = open_images(seen.name, "test", max_unreadable=max_unreadable, progress=progress)
+    except MvmrError:
+        test = seen
+    apart = set(test.keys).isdisjoint(seen.keys)
+    images = test if (apart and len(test) >= FEWEST) or len(test) >= count else seen
+    if len(images) < FEWEST:
+        raise MvmrError(f"{images.name} has {len(images)} images, verifying takes at least {FEWEST}; give more: --data")
+    if len(images) < count:
+        say(f"verifying with all {len(images)} images of {images.name}, fewer than {count}", shown=progress)
+    drawn = _draw(images, count, seed=0)
+    return drawn, {
+        "data": images.name,
+        "split": images.split,
+        "held_out": images is test and apart if ours else None,
+        "images_wanted": count,
+        "fingerprint": drawn.fingerprint,
+    }
+
+
+def to_calibrate_with(
+    bundle: Bundle, data: str | None = None, *, max_unreadable: float = 0.01, progress: bool = False
+) -> ImageSet:
+    """Draw the images that the ranges of int8 are taken from: of `data`, or of what the student was trained on.
+
+    Raises: MvmrError for fewer than 100 of them, or training data that can't be opened any more.
+    """
+    split = "unlabelled" if data else _trained_on(bundle)[1]
+    images = _open(bundle, data, split, "--calibration", max_unreadable=max_unreadable, progress=progress)
+    if len(images) < FEWEST_CALIBRATION:
+        few = f"{images.name} has {len(images)} images, int8 takes at least {FEWEST_CALIBRATION} to calibrate"
+        raise MvmrError(f"{few}; give more: --calibration")
+    return _draw(images, CALIBRATION, seed=1)
+
+
+def _open(
+    bundle: Bundle, data: str | None, split: Split, option: str, *, max_unreadable: float, progress: bool
+) -> ImageSet:
+    name = data or _trained_on(bundle)[0]
+    if not name:
+        raise MvmrError(f"bundle {bundle.path} doesn't say what it was trained on; give images: {option}")
+    try:
+        return open_images(name, split, max_unreadable=max_unreadable, progress=progress)
+    except MvmrError as error:
+        if data is not None:
+            raise
+        raise MvmrError(f"the training data can't be opened ({error}); give images: {option}") from error
+
+
+def _draw(images: ImageSet, count: int, *, seed: int) -> ImageSet:
+    return images.subset(np.sort(np.random.default_rng(seed).permutation(len(images))[:count]))
+
+
+def _trained_on(bundle: Bundle) -> tuple[str, Split]:
+    """Name ("" where a bundle doesn't say) and split of the data a student was trained on."""
+    data = bundle.manifest.training.get("data")
+    known = data if isinstance(data, Mapping) else {}
+    return str(known.get("name") or ""), "train" if known.get("split") == "train" else "unlabelled"

@@ -1,0 +1,156 @@
+"""Running an exported student with onnxruntime, on the provider asked for and on no other (torch-free)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from mvmr.cores import usable_cores
+from mvmr.errors import MvmrError, unknown
+from mvmr.export.contract import EMBEDDING, IMAGE, LOGITS
+from mvmr.preprocess import Preprocess
+
+Outputs = dict[str, npt.NDArray[np.float32]]
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+_CURES = {
+    "cpu": "pip install --force-reinstall onnxruntime",
+    "cuda": "pip install onnxruntime-gpu in place of onnxruntime, with the CUDA and cuDNN it names, or use cpu",
+    "tensorrt": "pip install onnxruntime-gpu and the TensorRT major version it was built for (see `ldd` of its "
+    "libonnxruntime_providers_tensorrt.so), or use cuda",
+}
+# Parity with float32 comes first: TF32 rounds every product to 10 bits.
+_OPTIONS: dict[str, dict[str, str]] = {"cuda": {"use_tf32": "0"}}
+_ERRORS_ONLY = 4  # of onnxruntime's log: what fails is raised
+
+
+class Session:
+    """An exported ONNX file, ready to run.
+
+    Shapes: called with uint8 [N, S, S, 3] RGB, prepared by `preprocess`, it returns ``embedding`` float32 [N, D], not
+        normalised, and ``logits_<head>`` float32 [N, C] of each head.
+
+    Args:
+        model: the file, or its bytes.
+        provider: ``cpu``, ``cuda`` or ``tensorrt``; where it can't be had that is an error, never another one instead.
+        threads: of one image batch; None takes all cores of this process.
+        options: onnxruntime's options of the provider.
+
+    Raises: MvmrError for a file that is missing, damaged, of an opset this onnxruntime doesn't know, or not a student
+        exported by mvmr; or a provider that can't be had.
+    """
+
+    def __init__(
+        self,
+        model: Path | bytes,
+        *,
+        provider: str = "cpu",
+        threads: int | None = None,
+        options: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name = "the exported model" if isinstance(model, bytes) else str(model)
+        if provider not in PROVIDERS:
+            raise unknown("provider", provider, PROVIDERS)
+        if isinstance(model, Path) and not model.is_file():
+            raise MvmrError(f"{model} is not there; make it with `mvmr export`")
+        self._session = _start(model, self.name, provider, threads, dict(options or _OPTIONS.get(provider, {})))
+        self._check_contract()
+        self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+        self.heads: dict[str, tuple[str, ...]] = self._read_heads()
+
+    @property
+    def size(self) -> int:
+        """Side of the images in pixels."""
+        return int(self._session.get_inputs()[0].shape[1])
+
+    @property
+    def dim(self) -> int:
+        """Width of the features."""
+        return int(self._widths()[EMBEDDING])
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How images are resized and cropped before they come here; raises MvmrError where the file doesn't say."""
+        return Preprocess.from_dict(self._read("preprocessing"))
+
+    def __call__(self, images: npt.NDArray[np.uint8]) -> Outputs:
+        """Run a batch of any size; raises MvmrError for an array of another type or shape."""
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (self.size, self.size, 3):
+            wanted = f"uint8 [N, {self.size}, {self.size}, 3]"
+            raise MvmrError(f"{self.name} takes {wanted}, this array is {images.dtype} {list(images.shape)}")
+        names = [output.name for output in self._session.get_outputs()]
+        if not len(images):
+            return {name: np.empty((0, width), np.float32) for name, width in self._widths().items()}
+        return dict(zip(names, self._session.run(names, {IMAGE: images}), strict=True))
+
+    def _widths(self) -> dict[str, int]:
+        return {output.name: output.shape[1] for output in self._session.get_outputs()}
+
+    def _check_contract(self) -> None:
+        inputs = [(each.name, each.type, each.shape[3:], len(each.shape)) for each in self._session.get_inputs()]
+        if inputs != [(IMAGE, "tensor(uint8)", [3], 4)] or not isinstance(self._session.get_inputs()[0].shape[1], int):
+            told = ", ".join(f"{each.name} {each.type} {each.shape}" for each in self._session.get_inputs())
+            raise MvmrError(f"{self.name} takes {told} instead of {IMAGE} uint8 [N, S, S, 3]; make it by `mvmr export`")
+        outputs = {
+            each.name: (each.type, len(each.shape), isinstance(each.shape[-1], int))
+            for each in self._session.get_outputs()
+        }
+        if EMBEDDING not in outputs or set(outputs.values()) != {("tensor(float)", 2, True)}:
+            told = ", ".join(f"{each.name} {each.type} {each.shape}" for each in self._session.get_outputs())
+            raise MvmrError(f"{self.name} gives {told} instead of {EMBEDDING} float32 [N, D]; make it by `mvmr export`")
+
+    def _read_heads(self) -> dict[str, tuple[str, ...]]:
+        heads = {name: tuple(map(str, classes)) for name, classes in self._read("heads").items()}
+        wanted = {f"{LOGITS}{name}": len(classes) for name, classes in heads.items()}
+        found = {name: width for name, width in self._widths().items() if name != EMBEDDING}
+        if wanted != found:
+            raise MvmrError(f"{self.name} gives {found} where its metadata say {wanted}; export it again")
+        return heads
+
+    def _read(self, key: str) -> dict[str, list[str]]:
+        try:
+            value: dict[str, list[str]] = json.loads(self.metadata[key])
+            return dict(value)
+        except (KeyError, ValueError, TypeError) as error:
+            raise MvmrError(f"{self.name} has no metadata {key!r} of mvmr's; make it by `mvmr export`") from error
+
+
+def check_provider(provider: str) -> None:
+    """Refuse, in one line with the cure, a provider that this onnxruntime was built without."""
+    if provider not in PROVIDERS:
+        raise unknown("provider", provider, PROVIDERS)
+    if PROVIDERS[provider] not in onnxruntime.get_available_providers():
+        raise MvmrError(f"onnxruntime {onnxruntime.__version__} here has no {provider}: {_CURES[provider]}")
+
+
+def _start(
+    model: Path | bytes, name: str, provider: str, threads: int | None, options: dict[str, str]
+) -> onnxruntime.InferenceSession:
+    check_provider(provider)
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = threads or usable_cores()
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads must not burn a core
+    settings.log_severity_level = _ERRORS_ONLY
+    wanted: list[tuple[str, dict[str, str]]] = [(PROVIDERS[provider], options)]
+    if provider == "tensorrt":
+        wanted.append((PROVIDERS["cuda"], _OPTIONS["cuda"]))
+    try:
+        session = onnxruntime.InferenceSession(
+            model if isinstance(model, bytes) else str(model), settings, providers=wanted, enable_fallback=0
+        )
+    except Exception as error:  # onnxruntime raises a dozen kinds, all of them derived from Exception alone
+        reason = " ".join(str(error).split())
+        if "opset" in reason:
+            known = f"onnxruntime {onnxruntime.__version__} doesn't know the opset of {name}"
+            raise MvmrError(f"{known}; upgrade onnxruntime, or export again with --opset 20") from error
+        told = reason.removeprefix("[ONNXRuntimeError] : ")[:200]
+        raise MvmrError(f"onnxruntime cannot load {name} on {provider} ({told}); export it again") from error
+    # Where a provider's libraries are missing, onnxruntime goes on without it and says nothing.
+    if session.get_providers()[0] != PROVIDERS[provider]:
+        raise MvmrError(f"onnxruntime fell back to {session.get_providers()[0]} from {provider}: {_CURES[provider]}")
+    return session

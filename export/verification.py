@@ -1,0 +1,254 @@
+"""Does an exported artifact do what torch does? Figures on real images, and gates by precision."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mvmr.errors import MvmrError, unknown
+from mvmr.export.contract import EMBEDDING, LOGITS, Precision
+from mvmr.head import Head
+from mvmr.neighbours import neighbour_overlap
+from mvmr.progress import track
+from mvmr.student import Student
+
+Floats = npt.NDArray[np.float32]
+Run = Callable[[npt.NDArray[np.uint8]], Mapping[str, Floats]]
+Report = dict[str, Any]  # JSON values
+
+NEIGHBOURS = 10
+LARGEST = 64
+_RUNS = 16  # of each batch size but the largest, which sees all images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What torch makes of real images in float32, by the encoder as it was trained (batch norm not folded).
+
+    Shapes: images uint8 [N, S, S, 3], prepared by the bundle's preprocessing; outputs: ``embedding`` float32 [N, D] and
+        ``logits_<head>`` [N, C]; labels int64 [N], numbers into `classes`, None where there are none.
+    heads: the classes of each head.
+    """
+
+    images: npt.NDArray[np.uint8]
+    outputs: Mapping[str, Floats]
+    heads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    labels: npt.NDArray[np.int64] | None = None
+    classes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        student: Student,
+        images: npt.NDArray[np.uint8],
+        heads: Sequence[Head] = (),
+        *,
+        labels: npt.NDArray[np.int64] | None = None,
+        classes: Sequence[str] = (),
+        progress: bool = False,
+    ) -> Reference:
+        """Run `student` over prepared images.
+
+        Raises: MvmrError when it gives every image the same embedding, or one that is not finite.
+        """
+        rows, step = [], 32
+        with track("torch float32", 0, len(images), shown=progress) as advance:
+            for start in range(0, len(images), step):
+                part = torch.from_numpy(images[start : start + step].transpose(0, 3, 1, 2).copy())
+                rows.append(student(part.to(student.device)).cpu().numpy())
+                advance(min(start + step, len(images)), "")
+        embedding = np.concatenate(rows)
+        if not np.isfinite(embedding).all() or np.ptp(embedding, axis=0).max() == 0:
+            raise MvmrError("the student's embeddings are all the same, or not finite: train it again before exporting")
+        logits = {f"{LOGITS}{head.name}": embedding @ head.weight.T + head.bias for head in heads}
+        return cls(
+            images=images,
+            outputs={EMBEDDING: embedding, **logits},
+            heads={head.name: head.classes for head in heads},
+            labels=labels,
+            classes=tuple(classes),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gates:
+    """What an artifact must reach before it may be used; None is not judged.
+
+    cosine_min: the lowest cosine of an image's embedding with torch's must be above it.
+    centred_cosine_mean: the same after subtracting torch's mean embedding, on average over the images; plain cosines
+        flatter, for embeddings share a large common part.
+    overlap: share of each image's 10 nearest images that stay, on average, must be above it.
+    accuracy_drop: no head may lose more top-1 accuracy than so many points.
+    batch_difference: an embedding may not change by more with the batch it is in, relative to the largest value.
+    """
+
+    cosine_min: float | None = None
+    centred_cosine_mean: float | None = None
+    overlap: float | None = None
+    accuracy_drop: float | None = None
+    batch_difference: float | None = None
+
+    @classmethod
+    def of(cls, precision: Precision, assign: Sequence[str] = ()) -> Gates:
+        """The gates of a precision, changed by `assign`: ``("cosine_min=0.999", ...)``.
+
+        Raises: MvmrError for an unknown gate or no number.
+        """
+        known, changes = [each.name for each in fields(cls)], {}
+        for text in assign:
+            name, _, value = text.partition("=")
+            if name not in known:
+                raise unknown("gate", name, known)
+            try:
+                changes[name] = float(value)
+            except ValueError as error:
+                raise MvmrError(f"gate {text!r} has no number; give it as {name}=0.9") from error
+            if not np.isfinite(changes[name]):
+                raise MvmrError(f"gate {text!r} must be a finite number")
+        return replace(_GATES[precision], **changes)
+
+    def judge(self, figures: Mapping[str, Any]) -> list[str]:
+        """What falls short, in words; a figure that could not be measured (None) is not judged."""
+        failures = []
+        for name, bound in asdict(self).items():
+            value = figures[name]
+            if bound is None or value is None:
+                continue
+            upper = name in ("accuracy_drop", "batch_difference")
+            if value > bound if upper else value <= bound:
+                failures.append(f"{name} {value:.8g}, wanted {'at most' if upper else 'above'} {bound:g}")
+        return failures
+
+
+_GATES: dict[Precision, Gates] = {
+    "fp32": Gates(cosine_min=0.99999, batch_difference=1e-4),
+    "fp16": Gates(cosine_min=0.9995, batch_difference=1e-2),
+    "int8": Gates(centred_cosine_mean=0.95, overlap=0.8, accuracy_drop=1.0, batch_difference=1e-2),
+}
+
+
+def verify(
+    run: Run,
+    reference: Reference,
+    *,
+    batches: Sequence[int] = (1, 3, LARGEST),
+    gates: Gates,
+    progress: bool = False,
+) -> Report:
+    """Run an artifact over the reference's images and compare.
+
+    Args:
+        run: uint8 [N, S, S, 3] -> outputs by name, such as a :class:`mvmr.export.session.Session`.
+        batches: sizes, the largest last: it sees all images, each of the others 16 batches of them.
+
+    Returns:
+        passed, failures (in words), gates, images, batches, the figures that :class:`Gates` names and more, heads
+        (percent and points) and latency_ms (median, by batch size). Where an output is missing or not finite the
+        figures are None.
+    """
+    total = len(reference.images)
+    sizes = list(dict.fromkeys(min(size, total) for size in batches))
+    outputs, latency = {}, {}
+    with track("verifying", 0, total, shown=progress) as advance:
+        for size in sizes:
+            count = total if size == sizes[-1] else min(total, _RUNS * size)
+            outputs[size], latency[str(size)] = _timed(run, reference.images[:count], size, advance)
+    failures = next(filter(None, (_unfit(outputs[size], reference) for size in reversed(sizes))), [])
+    figures: Report = dict.fromkeys(_FIGURES) | {"heads": {}}
+    if not failures:
+        figures = _figures(outputs[sizes[-1]], reference)
+        figures["batch_difference"] = _batch_difference([outputs[size][EMBEDDING] for size in sizes], reference)
+        failures = gates.judge(figures)
+    return {
+        "passed": not failures,
+        "failures": failures,
+        "gates": asdict(gates),
+        "images": total,
+        "batches": sizes,
+        **figures,
+        "latency_ms": latency,
+    }
+
+
+_FIGURES = (
+    "cosine_min", "cosine_mean", "centred_cosine_min", "centred_cosine_mean", "max_abs", "max_abs_relative",
+    "overlap", "accuracy_drop", "batch_difference",
+)  # fmt: skip
+
+
+def _timed(
+    run: Run, images: npt.NDArray[np.uint8], size: int, advance: Callable[[int, str], None]
+) -> tuple[dict[str, Floats], float]:
+    """Outputs of all images in batches of `size`, and the median milliseconds of a full batch, the first left out."""
+    run(images[:size])
+    rows, seconds = [], []
+    for start in range(0, len(images), size):
+        began = time.perf_counter()
+        rows.append(run(images[start : start + size]))
+        if start + size <= len(images):
+            seconds.append(time.perf_counter() - began)
+        advance(min(start + size, len(images)), f"batch {size}")
+    return {name: np.concatenate([each[name] for each in rows]) for name in rows[0]}, 1000 * float(np.median(seconds))
+
+
+def _unfit(outputs: Mapping[str, Floats], reference: Reference) -> list[str]:
+    """Outputs that can't be compared: missing, of another width, or not finite."""
+    failures = []
+    for name, wanted in reference.outputs.items():
+        if name not in outputs or outputs[name].shape[1:] != wanted.shape[1:]:
+            seen = list(outputs[name].shape) if name in outputs else "missing"
+            failures.append(f"output {name} is {seen}, wanted [N, {wanted.shape[1]}]")
+        elif broken := int((~np.isfinite(outputs[name])).any(1).sum()):
+            failures.append(f"{name} of {broken} of {len(outputs[name])} images holds NaN or infinity")
+    return failures
+
+
+def _figures(outputs: Mapping[str, Floats], reference: Reference) -> Report:
+    found, wanted = (each[EMBEDDING].astype(np.float64) for each in (outputs, reference.outputs))
+    centre = wanted.mean(0)
+    plain, centred = _cosines(found, wanted), _cosines(found - centre, wanted - centre)
+    largest = float(np.abs(found - wanted).max())
+    k = min(NEIGHBOURS, len(wanted) - 1)
+    overlap = neighbour_overlap(outputs[EMBEDDING], reference.outputs[EMBEDDING], k)
+    heads = {name: _head_figures(name, outputs, reference) for name in reference.heads}
+    drops = [each["reference_accuracy"] - each["accuracy"] for each in heads.values() if each["accuracy"] is not None]
+    values = (plain.min(), plain.mean(), centred.min(), centred.mean(), largest, largest / np.abs(wanted).max())
+    return {
+        **dict(zip(_FIGURES, map(float, values), strict=False)),
+        "overlap": float(overlap.mean()),
+        "neighbours": k,
+        "accuracy_drop": max(drops) if drops else None,
+        "heads": heads,
+    }
+
+
+def _cosines(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    cosines: npt.NDArray[np.float64] = (a * b).sum(1) / np.maximum(norms, np.finfo(np.float64).tiny)
+    return cosines
+
+
+def _head_figures(name: str, outputs: Mapping[str, Floats], reference: Reference) -> Report:
+    """Top-1 agreement in percent; where the images' classes are the head's, accuracies in percent, change in points."""
+    chosen, expected = (each[f"{LOGITS}{name}"].argmax(1) for each in (outputs, reference.outputs))
+    figures: Report = {"agreement": 100 * float((chosen == expected).mean())}
+    figures |= dict.fromkeys(("accuracy", "reference_accuracy", "change"))
+    numbers = {each: number for number, each in enumerate(reference.heads[name])}
+    if reference.labels is not None and reference.labels.ndim == 1 and set(reference.classes) <= numbers.keys():
+        answers = np.array([numbers[each] for each in reference.classes])[reference.labels]
+        accuracy, ours = (100 * float((each == answers).mean()) for each in (chosen, expected))
+        figures |= {"accuracy": accuracy, "reference_accuracy": ours, "change": accuracy - ours}
+    return figures
+
+
+def _batch_difference(embeddings: Sequence[Floats], reference: Reference) -> float:
+    """The largest change of a value with the batch its image is in, relative to torch's largest value."""
+    last = embeddings[-1]
+    changes = (float(np.abs(each - last[: len(each)]).max()) for each in embeddings[:-1])
+    return max(changes, default=0.0) / float(np.abs(reference.outputs[EMBEDDING]).max())

@@ -1,0 +1,59 @@
+"""The benchmark of a bundle's artifacts: every engine there is, against the float32 ONNX, and why others are not."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from mvmr import bundle as bundles
+from mvmr.cli import main
+from mvmr.encoder import EncoderConfig, build_encoder
+from mvmr.errors import MvmrError
+from mvmr.export.bench import BASE, bench
+from mvmr.export.run import export
+from mvmr.preprocess import Preprocess
+
+pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "mine"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = build_encoder(EncoderConfig(architecture="resnet18"))
+    partial = out.with_name("mine.partial")
+    partial.mkdir()
+    bundles.write(
+        partial, architecture="resnet18", small_kernel=False, embedding_dim=512, preprocessing=Preprocess.for_size(16),
+        training={}, encoder_state=encoder.state_dict(),
+    )  # fmt: skip
+    bundles.publish(partial, out)
+    return out
+
+
+def test_a_bundle_without_onnx_is_one_line(path: Path) -> None:
+    with pytest.raises(MvmrError, match=r"has no ONNX to compare with: make it with `mvmr export .* --onnx`"):
+        bench(path)
+
+
+def test_every_engine_has_its_row_and_every_other_its_reason(path: Path, tmp_path: Path) -> None:
+    export(path, formats=["onnx", "fp16"], data="sample:digits", images=20)
+    out = tmp_path / "bench.json"
+    argv = ["bench", "export", path, "--batch", "1", "--batch", "3", "--rounds", "2", "--no-compiled", "--out", out]
+    result = CliRunner().invoke(main, [str(each) for each in argv])
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    measured = {(row["engine"], row["batch"]) for row in found["rows"]}
+    assert measured == {(name, batch) for name in ("torch eager", "onnx fp16", BASE) for batch in (1, 3)}
+    for row in found["rows"]:
+        assert row["wall_ms"] > 0
+        assert len(row["wall_ms_rounds"]) == 2
+        if row["engine"] == BASE:
+            assert (row["times_faster"], row["times_less_processor"]) == (1, 1)
+    assert found["not_measured"]["onnx int8"] == "not exported"
+    if not torch.cuda.is_available():
+        assert "needs an NVIDIA GPU" in found["not_measured"]["tensorrt fp16"]
+        assert "needs an NVIDIA GPU" in result.stderr

@@ -1,0 +1,192 @@
+"""An exported file runs on the provider asked for, or says in one line why not; without torch."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from mvmr.errors import MvmrError
+from mvmr.export.session import Session
+from mvmr.preprocess import Preprocess
+
+SIZE = 6
+CLASSES = ("cat", "dög")
+WEIGHT = np.array([[1, -1], [0.5, 2], [-2, 0.25]], np.float32)
+METADATA = {
+    "preprocessing": json.dumps(Preprocess.for_size(SIZE).to_dict()),
+    "heads": json.dumps({"pets": CLASSES}),
+    "bundle_space_id": "ab" * 16,
+}
+FLOAT, BYTES = TensorProto.FLOAT, TensorProto.UINT8
+
+
+def a_model(
+    *,
+    image: tuple[str, int, list[Any]] = ("image", BYTES, ["batch", SIZE, SIZE, 3]),
+    embedding: str = "embedding",
+    metadata: dict[str, str] = METADATA,
+    opset: int = 20,
+) -> bytes:
+    """The mean colour of an image, and a linear head on it: all that the contract asks for."""
+    name, kind, shape = image
+    nodes = [
+        helper.make_node("Cast", [name], ["pixels"], to=FLOAT),
+        helper.make_node("ReduceMean", ["pixels", "axes"], [embedding], keepdims=0),
+        helper.make_node("MatMul", [embedding, "weight"], ["logits_pets"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info(name, kind, shape)],
+        [
+            helper.make_tensor_value_info(embedding, FLOAT, ["batch", 3]),
+            helper.make_tensor_value_info("logits_pets", FLOAT, ["batch", 2]),
+        ],
+        [numpy_helper.from_array(np.array([1, 2]), "axes"), numpy_helper.from_array(WEIGHT, "weight")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+    helper.set_model_props(model, metadata)
+    return model.SerializeToString()
+
+
+def images(count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
+
+
+def refusal(model: Path | bytes, **options: Any) -> str:
+    with pytest.raises(MvmrError) as caught:
+        Session(model, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 64])
+def test_a_batch_of_any_size_gives_every_output_by_name(count: int) -> None:
+    found = Session(a_model(), threads=1)(images(count))
+    colour = images(count).astype(np.float32).mean((1, 2)) if count else np.empty((0, 3), np.float32)
+    assert list(found) == ["embedding", "logits_pets"]
+    np.testing.assert_allclose(found["embedding"], colour, rtol=1e-5)
+    np.testing.assert_allclose(found["logits_pets"], colour @ WEIGHT, rtol=1e-4, atol=1e-3)
+    assert {each.dtype for each in found.values()} == {np.dtype(np.float32)}
+
+
+def test_it_says_what_the_file_is(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(a_model())
+    session = Session(tmp_path / "m.onnx")
+    assert (session.size, session.dim, session.heads) == (SIZE, 3, {"pets": CLASSES})
+    assert session.preprocess == Preprocess.for_size(SIZE)
+    assert session.metadata == METADATA
+
+
+@pytest.mark.parametrize(
+    "wrong", [images(2).astype(np.float32), images(2)[0], images(2)[:, :, 1:], images(2).transpose(0, 3, 1, 2)]
+)
+def test_other_arrays_are_refused(wrong: np.ndarray) -> None:
+    with pytest.raises(MvmrError, match=r"takes uint8 \[N, 6, 6, 3\], this array is (uint8|float32) \["):
+        Session(a_model())(wrong)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"image": ("image", BYTES, ["batch", 3, SIZE, SIZE])}, "instead of image uint8 [N, S, S, 3]"),
+        ({"image": ("image", FLOAT, ["batch", SIZE, SIZE, 3])}, "takes image tensor(float)"),
+        ({"image": ("pixels_in", BYTES, ["batch", SIZE, SIZE, 3])}, "takes pixels_in"),
+        ({"embedding": "features"}, "gives features tensor(float)"),
+        ({"metadata": {}}, "has no metadata 'heads'"),
+        ({"metadata": METADATA | {"heads": "{"}}, "has no metadata 'heads'"),
+        ({"metadata": METADATA | {"heads": '{"pets": ["a", "b", "c"]}'}}, "its metadata say {'logits_pets': 3}"),
+        ({"metadata": METADATA | {"heads": "{}"}}, "gives {'logits_pets': 2} where its metadata say {}"),
+    ],
+)
+def test_a_file_of_another_contract_is_refused(changes: dict[str, Any], said: str) -> None:
+    message = refusal(a_model(**changes))
+    assert said in message
+    assert "export" in message
+
+
+def test_preprocessing_that_the_file_does_not_say_is_one_line() -> None:
+    session = Session(a_model(metadata={"heads": METADATA["heads"]}))
+    with pytest.raises(MvmrError, match="has no metadata 'preprocessing'"):
+        _ = session.preprocess
+
+
+def test_what_cannot_be_loaded_is_one_line_and_nothing_else_is_printed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cut.onnx").write_bytes(a_model()[:-40])
+    assert f"cannot load {tmp_path / 'cut.onnx'} on cpu" in refusal(tmp_path / "cut.onnx")
+    assert "export it again" in refusal(b"not a model")
+    assert f"{tmp_path / 'none.onnx'} is not there" in refusal(tmp_path / "none.onnx")
+    unknown = refusal(a_model(opset=99))
+    assert f"onnxruntime {onnxruntime.__version__} doesn't know the opset" in unknown
+    assert "--opset 20" in unknown
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_unknown_provider_names_the_nearest() -> None:
+    assert "did you mean 'cuda'" in refusal(a_model(), provider="cudda")
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_provider_that_this_onnxruntime_lacks(provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    message = refusal(a_model(), provider=provider)
+    assert f"has no {provider}: pip install onnxruntime-gpu" in message
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_silent_fall_back_to_the_cpu_is_an_error(provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As onnxruntime-gpu behaves where a library of the provider is missing: a session, on the CPU."""
+    real: Callable[..., Any] = onnxruntime.InferenceSession
+    names = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
+    monkeypatch.setattr(
+        onnxruntime, "InferenceSession", lambda model, settings, **_: real(model, settings, providers=names[-1:])
+    )
+    assert f"fell back to CPUExecutionProvider from {provider}: pip install" in refusal(a_model(), provider=provider)
+
+
+def test_threads_are_as_asked_and_never_spin(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seen = onnxruntime.InferenceSession, []
+
+    def recorded(model: bytes, settings: Any, **options: Any) -> Any:
+        seen.append(
+            (settings.intra_op_num_threads, settings.get_session_config_entry("session.intra_op.allow_spinning"))
+        )
+        return real(model, settings, **options)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", recorded)
+    monkeypatch.setattr("mvmr.export.session.usable_cores", lambda: 3)
+    Session(a_model())
+    Session(a_model(), threads=1)
+    assert seen == [(3, "0"), (1, "0")]
+
+
+def test_a_service_needs_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(a_model())
+    code = f"""
+import sys
+from pathlib import Path
+import numpy
+from mvmr.export.session import Session
+session = Session(Path({str(tmp_path / "m.onnx")!r}))
+assert session(numpy.zeros((2, {SIZE}, {SIZE}, 3), numpy.uint8))["embedding"].shape == (2, 3)
+assert not {{"torch", "torchvision", "onnx", "scipy", "sklearn"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.gpu
+def test_cuda_gives_what_the_cpu_gives() -> None:
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has no CUDA provider: pip install onnxruntime-gpu")
+    ours, theirs = (Session(a_model(), provider=provider)(images(5)) for provider in ("cuda", "cpu"))
+    np.testing.assert_allclose(ours["embedding"], theirs["embedding"], rtol=1e-5)
