@@ -282,7 +282,7 @@ def _commit(current: Bundle, contents: Mapping[str, bytes | Path], records: Sequ
     content = replace(old, metrics=(*kept, *records), files={**old.files, **files})
     # A card that its owner has edited, or removed, is the owner's.
     if CARD in old.files and staging.digest(current.path / CARD) == old.files[CARD]:
-        card = _card(content, current.path.name).encode()
+        card = _card(content, current.path.name.removesuffix(".partial")).encode()
         content = replace(content, files={**content.files, CARD: staging.stage(current.path, CARD, card)})
     write_json(current.path / manifest.NAME, content.to_json())
 

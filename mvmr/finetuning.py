@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from torch.nn.utils import skip_init
 
 from mvmr import bundle as bundles
 from mvmr.bundle import Bundle
-from mvmr.classifiers import LinearHead
+from mvmr.classifiers import LinearHead, linear_probe
 from mvmr.config import to_mapping
 from mvmr.cores import usable_cores
 from mvmr.data import ImageSet
@@ -55,7 +56,7 @@ class FinetuneRecipe:
     """The resolved recipe of a fine-tuning run, as it is written into the bundle."""
 
     name: str = "custom"
-    head: Literal["probe", "zero"] = "probe"  # what the classifier starts as: the frozen features' linear probe, or 0
+    head: Literal["probe", "zero"] = "probe"  # what the classifier starts from: a linear probe of the subset, or 0
     recalibrate: bool = True  # batch-norm statistics, at the end, from all training images, unlabelled
     views: AugmentationConfig = field(default_factory=AugmentationConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -186,21 +187,21 @@ def _finetune(plan: _Plan, run: RunFolder, fabric: Fabric, *, command: str, prog
     say(images.describe(preprocess.crop), shown=shown)
     with torch.random.fork_rng(devices=[]):
         student = plan.start.student(str(fabric.device))
-    frozen = Measured(student, plan.few, device=str(fabric.device), progress=shown)
-    top1_frozen = frozen.linear()["top1"]
+    top1_frozen = Measured(student, plan.few, device=str(fabric.device), progress=shown).linear()["top1"]
     say(f"top1 of the frozen encoder's linear probe: {top1_frozen:.1f} %", shown=shown)
-    learner = build_classifier(student, frozen.head, recipe.head)
+    workers = usable_cores() if recipe.train.workers is None else recipe.train.workers
+    settle = partial(
+        recalibrate, images=plan.labelled.train, preprocess=preprocess, batch_size=_RECALIBRATION_BATCH,
+        workers=workers, device=fabric.device,
+    )  # fmt: skip
+    learner = Classifier(student.encoder.requires_grad_(True), _head(plan, student, settle, shown), preprocess)
     views = Views(images, preprocess, recipe.views.policy, seed=recipe.train.seed)
     steps = train(
         learner, WithRows(views, {"label": plan.few.labels}), lambda batch: {"label": batch["target.label"]},
         recipe.train, fabric=fabric, folder=run.path, progress=progress,
     )  # fmt: skip
     if recipe.recalibrate:
-        workers = usable_cores() if recipe.train.workers is None else recipe.train.workers
-        recalibrate(
-            learner.encoder, plan.labelled.train, preprocess, batch_size=_RECALIBRATION_BATCH, workers=workers,
-            device=fabric.device,
-        )  # fmt: skip
+        settle(learner.encoder)
     if fabric.is_global_zero:
         made = bundles.write(
             run.path, architecture=says.architecture, small_kernel=says.small_kernel,
@@ -215,12 +216,40 @@ def _finetune(plan: _Plan, run: RunFolder, fabric: Fabric, *, command: str, prog
         bundles.add_head(made, plan.head, head.weight, head.bias, plan.few.classes, described)
 
 
+def _head(plan: _Plan, student: Student, settle: Callable[[nn.Module], None], progress: bool) -> nn.Linear:
+    """The classifier that training starts from: zero, or the linear probe of the subset.
+
+    In training, features are normalised by the statistics of the data themselves. Under those of the images the
+    encoder was made from they may be quite others, and a probe of them worth nothing: so ``settle`` comes first.
+    """
+    few = plan.few
+    linear = skip_init(nn.Linear, student.dim, len(few.classes), device=student.device)
+    with torch.no_grad():
+        linear.weight.zero_()
+        linear.bias.zero_()
+        if plan.recipe.head == "probe":
+            settle(student.encoder)
+            identity = digest([student.identity.encode(), plan.labelled.train.fingerprint.encode()])
+            settled = Student(
+                student.encoder, student.preprocess, dim=student.dim, name=student.name, identity=identity
+            )
+            features = _features(few.train, settled, progress)
+            probe = linear_probe(features, few.labels, len(few.classes), progress=progress)
+            linear.weight.copy_(torch.from_numpy(probe.weight))
+            linear.bias.copy_(torch.from_numpy(probe.bias))
+    return linear
+
+
 def _score(student: Student, head: LinearHead, test: ImageSet, classes: int, progress: bool) -> Values:
     """``top1`` and ``top5`` in percent; every test image counts."""
     assert test.labels is not None
-    workers = 0 if test.native_size else usable_cores()
-    features = represent(test, student, device=student.device, workers=workers, progress=progress)
-    return {f"top{k}": top_k(head.logits(features), test.labels, k) for k in (1, 5) if k < classes}
+    logits = head.logits(_features(test, student, progress))
+    return {f"top{k}": top_k(logits, test.labels, k) for k in (1, 5) if k < classes}
+
+
+def _features(images: ImageSet, student: Student, progress: bool) -> np.ndarray:
+    workers = 0 if images.native_size else usable_cores()  # arrays in memory need no help
+    return represent(images, student, device=student.device, workers=workers, progress=progress)
 
 
 def _describe(plan: _Plan) -> dict[str, Any]:
@@ -240,13 +269,3 @@ def _describe(plan: _Plan) -> dict[str, Any]:
         "seed": plan.recipe.train.seed,
         "recipe": to_mapping(plan.recipe),
     }
-
-
-def build_classifier(student: Student, probe: LinearHead, head: Literal["probe", "zero"]) -> Classifier:
-    """A classifier whose encoder is the student's own, and whose head is the probe, or zero."""
-    encoder = student.encoder.requires_grad_(True)
-    linear = skip_init(nn.Linear, probe.weight.shape[1], probe.weight.shape[0], device=student.device)
-    with torch.no_grad():
-        for parameter, values in ((linear.weight, probe.weight), (linear.bias, probe.bias)):
-            parameter.copy_(torch.from_numpy(values) if head == "probe" else torch.zeros(values.shape))
-    return Classifier(encoder, linear, student.preprocess)

@@ -82,9 +82,11 @@ def model_card(manifest: Manifest, *, name: str, space_id: str) -> str:
 
 def _summary(manifest: Manifest) -> str:
     teachers = _teachers(manifest.training)
-    how = f"distilled from {teachers}" if teachers else "trained self-supervised (MV-MR)"
+    how = f"distilled from {teachers}, without labels" if teachers else "trained self-supervised (MV-MR)"
+    if manifest.training.get("method") == "fine-tuning":
+        how = "fine-tuned on a few labelled images"
     return (
-        f"An image encoder ({manifest.architecture}) {how}, without labels, with mvmr {manifest.mvmr_version}. "
+        f"An image encoder ({manifest.architecture}) {how}, with mvmr {manifest.mvmr_version}. "
         f"It turns an image into {manifest.embedding_dim} numbers for search, clustering and linear classifiers.\n"
     )
 

@@ -192,6 +192,7 @@ def test_finetune_and_report_read_it(copied: Path, photos: Path, tmp_path: Path)
     assert "--k 3" in json.loads((tmp_path / "report" / "report.json").read_text())["command"]
 
 
+@pytest.mark.slow
 def test_ablate_prints_its_table_and_goes_on(photos: Path, recipe: Path, tmp_path: Path) -> None:
     asked = ["ablate", "--grid", "losses", "--only", "L2", "--data", photos, "--recipe", recipe, *BROKEN]
     for seeds in ("1", "2"):

@@ -39,6 +39,7 @@ def test_a_bundle_without_onnx_is_one_line(path: Path) -> None:
         bench(path)
 
 
+@pytest.mark.slow
 def test_every_engine_has_its_row_and_every_other_its_reason(path: Path, tmp_path: Path) -> None:
     export(path, formats=["onnx", "fp16"], data="sample:digits", images=20)
     out = tmp_path / "bench.json"

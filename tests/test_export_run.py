@@ -272,6 +272,7 @@ def test_a_layer_that_overflows_in_half_is_refused_in_fp16_only(tmp_path: Path) 
     assert f"{FP32}.onnx" in bundles.load(path).manifest.files  # the first of the formats had passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["mvmr.bundle.write_json", "mvmr.staging.stage", "mvmr.staging.settle"])
 def test_stopped_at_any_moment_the_bundle_is_as_it_was(
     path: Path, moment: str, monkeypatch: pytest.MonkeyPatch

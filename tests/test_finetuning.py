@@ -17,6 +17,7 @@ from sklearn.metrics import top_k_accuracy_score
 from mvmr import bundle as bundles
 from mvmr import finetuning, trainer
 from mvmr.bundle import Bundle
+from mvmr.classifiers import linear_probe
 from mvmr.data import open_images
 from mvmr.encoder import EncoderConfig, build_encoder
 from mvmr.errors import MvmrError
@@ -24,6 +25,7 @@ from mvmr.finetuning import finetune
 from mvmr.preprocess import Preprocess
 from mvmr.pretraining import recalibrate
 from mvmr.protocols import Values
+from mvmr.student import Student
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 
@@ -184,23 +186,29 @@ def test_no_weight_depends_on_a_label_outside_the_subset(
 
 
 @pytest.mark.slow
-def test_head_and_batch_norm_are_as_the_recipe_says(start: Bundle, photos: Path, tmp_path: Path) -> None:
+def test_training_starts_where_the_recipe_says(start: Bundle, photos: Path, tmp_path: Path) -> None:
     """With a learning rate of next to nothing, what is found at the end is what training started from."""
     still = ("train.lr=1e-30", "train.weight_decay=0")
-    kept, _ = tuned(start, photos, tmp_path / "a", *still, "recalibrate=false", "views.policy=none")
-    ours, theirs = (each.student().encoder.state_dict() for each in (kept, start))
-    torch.testing.assert_close(ours["conv1.weight"], theirs["conv1.weight"])
-    assert not torch.allclose(ours["bn1.running_mean"], theirs["bn1.running_mean"])  # it was in training mode
-    expected = build_encoder(EncoderConfig(architecture="resnet18"))
-    expected.load_state_dict(theirs)
-    images = open_images(photos, "train")
-    recalibrate(
-        expected, images, kept.manifest.preprocessing, batch_size=99, workers=0, device=torch.device("cpu")
-    )  # fmt: skip
-    fresh, _ = tuned(start, photos, tmp_path / "b", *still, "head=zero")
-    torch.testing.assert_close(fresh.student().encoder.state_dict(), expected.state_dict(), check_stride=False)
-    assert np.abs(fresh.head("colours").weight).max() < 1e-20
-    assert np.abs(kept.head("colours").weight).max() > 1e-3
+    theirs = start.student().encoder.state_dict()
+    settled = build_encoder(EncoderConfig(architecture="resnet18"))
+    settled.load_state_dict(theirs)
+    train, size = open_images(photos, "train"), start.manifest.preprocessing
+    recalibrate(settled, train, size, batch_size=99, workers=0, device=torch.device("cpu"))
+
+    kept, _ = tuned(start, photos, tmp_path / "a", *still)
+    torch.testing.assert_close(kept.student().encoder.state_dict(), settled.state_dict(), check_stride=False)
+    rows = finetuning.draw(train, 0.5, 0)
+    h = Student(settled, size, dim=512, name="settled", identity="").embed([train.load(int(row)) for row in rows])
+    assert train.labels is not None
+    probe = linear_probe(h.numpy(), train.labels[rows], 3)  # not of the features of the bundle: see its fixture
+    assert np.allclose(kept.head("colours").weight, probe.weight, rtol=1e-3, atol=1e-3 * np.abs(probe.weight).max())
+
+    reference, _ = tuned(start, photos, tmp_path / "b", *still, "head=zero", "recalibrate=false", "views.policy=none")
+    weights = reference.student().encoder.state_dict()
+    torch.testing.assert_close(weights["conv1.weight"], theirs["conv1.weight"])
+    for other in (theirs, settled.state_dict()):  # what the batches of the subset have left
+        assert not torch.allclose(weights["bn1.running_mean"], other["bn1.running_mean"])
+    assert np.abs(reference.head("colours").weight).max() < 1e-20
 
 
 # -- stopped, killed, gone on with
@@ -225,7 +233,7 @@ def die(monkeypatch: pytest.MonkeyPatch, place: object, name: str, call: int) ->
     [
         pytest.param(finetuning, "Measured", 1, marks=pytest.mark.slow),  # before anything was embedded
         (trainer, "learning_rate", 4),  # after the checkpoint of step 2
-        pytest.param(finetuning, "recalibrate", 1, marks=pytest.mark.slow),  # after the last step
+        pytest.param(finetuning, "recalibrate", 2, marks=pytest.mark.slow),  # after the last step
         (bundles, "add_head", 1),  # the encoder is written, its head is not
         pytest.param(bundles, "publish", 1, marks=pytest.mark.slow),  # whole, but not in its place
     ],

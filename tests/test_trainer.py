@@ -400,6 +400,7 @@ def test_an_image_that_vanished_is_one_line(tmp_path: Path, workers: int) -> Non
 # -- several devices
 
 
+@pytest.mark.slow
 def test_two_ranks_compute_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
     items = [Noise()[0, index] for index in range(8)]
     batch = {key: torch.stack([item[key] for item in items]) for key in items[0]}

@@ -203,6 +203,7 @@ def share(policy: str, image: Image.Image, changed: object, tries: int = 600) ->
     return sum(bool(changed(made(image, random))) for _ in range(tries)) / tries
 
 
+@pytest.mark.slow
 def test_steps_happen_as_often_as_they_should(images: ImageSet) -> None:
     image = images.load(20).resize((16, 16))
     original = torch.from_numpy(np.array(image)).permute(2, 0, 1)
