@@ -90,7 +90,7 @@ class Report:
     """All that `examine` found.
 
     A version is None where the package is missing, a command's entry what it lacks (None: ready),
-    `onnxruntime` its providers (None: not installed), `problems` what is installed and broken.
+    `onnxruntime` its providers, `tensorrt` its version (None: not installed), `problems` what is there and broken.
     """
 
     mvmr: str
@@ -98,6 +98,7 @@ class Report:
     devices: tuple[Device, ...]
     extras: dict[str, dict[str, str | None]]
     onnxruntime: tuple[str, ...] | None
+    tensorrt: str | None
     cache: Cache
     commands: dict[str, str | None]
     problems: tuple[str, ...]
@@ -113,6 +114,7 @@ def examine() -> Report:
         devices=_devices(problems),
         extras=extras,
         onnxruntime=_onnx_providers(problems),
+        tensorrt=_version("tensorrt"),
         cache=_cache(),
         commands={command: _lacks(extra, extras) for command, extra in NEEDS.items()},
         problems=tuple(problems),
@@ -223,6 +225,7 @@ def _show(report: Report, console: Console) -> None:
     if not report.devices:
         facts.add_row("accelerator", "none found; training runs on the processor")
     facts.add_row("onnxruntime", "not installed" if report.onnxruntime is None else ", ".join(report.onnxruntime))
+    facts.add_row("TensorRT", report.tensorrt or "not installed; `mvmr export --trt` takes it and an NVIDIA GPU")
     state = "" if cache.writable else ", NOT WRITABLE: set MVMR_CACHE to another folder"
     facts.add_row("cache", f"{cache.path}, {_gigabytes(cache.free)} free{state}")
     console.print(facts)

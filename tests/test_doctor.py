@@ -37,6 +37,8 @@ def test_an_install_without_torch_is_told_what_to_install(monkeypatch: pytest.Mo
     assert found["commands"]["distill"].endswith("pip install 'mvmr[train]'")
     shown = CliRunner().invoke(main, ["doctor"])
     assert shown.exit_code == 0
+    if found["tensorrt"] is None:
+        assert "mvmr export --trt" in " ".join(shown.stdout.split())
     assert "mvmr[train]" in shown.stdout
 
 
