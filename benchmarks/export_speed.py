@@ -1,0 +1,70 @@
+"""How fast is an exported ResNet50 at 224 px? `python benchmarks/export_speed.py`.
+
+The weights are random: they decide what int8 costs in accuracy, not how long it takes, so its gates are opened here and
+no layer is kept in float. Engines have their turns as in `mvmr bench export`, which measures a bundle of your own.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import click
+import measure
+import torch
+
+from mvmr import bundle as bundles
+from mvmr.data import open_images
+from mvmr.encoder import EncoderConfig, build_encoder
+from mvmr.export.bench import bench
+from mvmr.export.run import export
+from mvmr.preprocess import Preprocess
+from mvmr.pretraining import recalibrate
+
+DATA = "sample:patches"
+OPEN = ("centred_cosine_mean=-1", "overlap=-1")
+
+
+@click.command()
+@click.option("--size", default=224, show_default=True, help="Side of the images in pixels.")
+@click.option("--rounds", default=7, show_default=True)
+@click.option("--compiled/--no-compiled", default=False, show_default=True, help="Also measure torch.compile.")
+@click.option("--out", type=click.Path(path_type=Path), default=measure.RESULTS, help="Folder of the JSON.")
+def main(size: int, rounds: int, compiled: bool, out: Path) -> None:
+    """Export a ResNet50 with random weights to fp32 and int8, and time both beside torch."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = _bundle(Path(folder), size)
+        export(path, formats=["onnx", "int8"], data=DATA, calibration=DATA, images=64, gates=OPEN, progress=True)
+        wait = measure.CoreWait()
+        found = bench(path, rounds=rounds, compiled=compiled, progress=True)
+        found |= {"machine": measure.machine("cpu"), "core_wait": wait.share()}
+    console = measure.output()
+    for row in found["rows"]:
+        faster = f"{row['times_faster']:.2f} times as fast as the float32 ONNX"
+        console.print(
+            f"{row['engine']:<15} batch {row['batch']:<3} {row['wall_ms']:>7.4g} ms  {faster}, "
+            f"{row['times_less_processor']:.2f} by processor time"
+        )
+    measure.save("export", found, out, console)
+
+
+def _bundle(folder: Path, size: int) -> Path:
+    torch.manual_seed(0)
+    encoder, preprocess = build_encoder(EncoderConfig(architecture="resnet50")), Preprocess.for_size(size)
+    images = open_images(DATA, "train").subset(range(0, 1360, 20))
+    for part in encoder.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(part.weight, 0.2, 0.5)  # else each block is the identity
+    recalibrate(encoder, images, preprocess, batch_size=16, workers=0, device=torch.device("cpu"))
+    working = folder / "student.partial"
+    working.mkdir()
+    bundles.write(
+        working, architecture="resnet50", small_kernel=False, embedding_dim=2048, preprocessing=preprocess,
+        training={"data": {"name": DATA}}, encoder_state=encoder.state_dict(),
+    )  # fmt: skip
+    bundles.publish(working, folder / "student")
+    return folder / "student"
+
+
+if __name__ == "__main__":
+    main()
