@@ -7,38 +7,47 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mvmr.ablation import ablate as ablate
     from mvmr.bundle import load as load
     from mvmr.data import open_images as open_images
     from mvmr.dependence import distance_correlation as distance_correlation
+    from mvmr.distillation.report import report as report
     from mvmr.distillation.run import distill as distill
     from mvmr.errors import MvmrError as MvmrError
     from mvmr.evaluation import evaluate as evaluate
     from mvmr.evaluation import probe as probe
+    from mvmr.finetuning import finetune as finetune
     from mvmr.pretraining import pretrain as pretrain
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "MvmrError": "mvmr.errors",
+    "ablate": "mvmr.ablation",
     "distance_correlation": "mvmr.dependence",
     "distill": "mvmr.distillation.run",
     "evaluate": "mvmr.evaluation",
+    "finetune": "mvmr.finetuning",
     "load": "mvmr.bundle",
     "open_images": "mvmr.data",
     "pretrain": "mvmr.pretraining",
     "probe": "mvmr.evaluation",
+    "report": "mvmr.distillation.report",
 }
 
 __all__ = [
     "MvmrError",
     "__version__",
+    "ablate",
     "distance_correlation",
     "distill",
     "evaluate",
+    "finetune",
     "load",
     "open_images",
     "pretrain",
     "probe",
+    "report",
 ]
 
 
