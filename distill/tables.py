@@ -1,4 +1,4 @@
-"""The quickstart's results as a table, and what to type next."""
+"""Tables on the terminal: the quickstart's results, and teacher and student side by side."""
 
 from __future__ import annotations
 
