@@ -28,21 +28,23 @@ OPEN = ("centred_cosine_mean=-1", "overlap=-1")
 @click.command()
 @click.option("--size", default=224, show_default=True, help="Side of the images in pixels.")
 @click.option("--rounds", default=7, show_default=True)
+@click.option("--threads", multiple=True, type=click.IntRange(1), default=(1, 2), show_default=True)
 @click.option("--compiled/--no-compiled", default=False, show_default=True, help="Also measure torch.compile.")
 @click.option("--out", type=click.Path(path_type=Path), default=measure.RESULTS, help="Folder of the JSON.")
-def main(size: int, rounds: int, compiled: bool, out: Path) -> None:
+def main(size: int, rounds: int, threads: tuple[int, ...], compiled: bool, out: Path) -> None:
     """Export a ResNet50 with random weights to fp32 and int8, and time both beside torch."""
     with tempfile.TemporaryDirectory() as folder:
         path = _bundle(Path(folder), size)
         export(path, formats=["onnx", "int8"], data=DATA, calibration=DATA, images=64, gates=OPEN, progress=True)
         wait = measure.CoreWait()
-        found = bench(path, rounds=rounds, compiled=compiled, progress=True)
+        found = bench(path, rounds=rounds, threads=threads, compiled=compiled, progress=True)
         found |= {"machine": measure.machine("cpu"), "core_wait": wait.share()}
     console = measure.output()
     for row in found["rows"]:
+        case = f"threads {row['threads']}, batch {row['batch']:<3}"
         faster = f"{row['times_faster']:.2f} times as fast as the float32 ONNX"
         console.print(
-            f"{row['engine']:<15} batch {row['batch']:<3} {row['wall_ms']:>7.4g} ms  {faster}, "
+            f"{row['engine']:<15} {case} {row['wall_ms']:>6.4g} ms {faster}, "
             f"{row['times_less_processor']:.2f} by processor time"
         )
     measure.save("export", found, out, console)

@@ -43,6 +43,7 @@ def bench(
     bundle: str | os.PathLike[str],
     *,
     batches: Sequence[int] = (1, 16),
+    threads: Sequence[int] = (),
     rounds: int = 7,
     compiled: bool = True,
     device: str = "cpu",
@@ -56,14 +57,16 @@ def bench(
 
     Args:
         batches: images to a batch.
+        threads: of the processor, for every engine; several counts are measured one after the other, and none given
+            stands for all cores.
         compiled: also measure ``torch.compile``, which takes a minute or more to compile.
         device: ``cpu`` or ``cuda``.
         out: file of the JSON.
 
     Returns:
-        ``rows``: engine, batch, medians ``wall_ms`` and ``processor_ms`` of a batch, ``images_per_s``, and the medians
-        of ``times_faster`` and ``times_less_processor`` against the float32 ONNX, round by round; ``not_measured``:
-        engine -> why.
+        ``rows``: engine, threads, batch, medians ``wall_ms`` and ``processor_ms`` of a batch, ``images_per_s``, and
+        the medians of ``times_faster`` and ``times_less_processor`` against the float32 ONNX on as many threads, round
+        by round; ``not_measured``: engine -> why.
 
     Raises:
         MvmrError: the bundle has no float32 ONNX to compare with, or the device is not there.
@@ -71,20 +74,26 @@ def bench(
     opened = bundles.load(bundle)
     if artifact("fp32") not in opened.manifest.files:
         raise MvmrError(f"{opened.path} has no ONNX to compare with: make it with `mvmr export {opened.path} --onnx`")
-    engines, missing = _engines(opened, compiled, device)
     size, random = opened.manifest.preprocessing.crop, np.random.default_rng(0)
-    rows = []
-    with track("measuring", 0, len(batches) * rounds, unit="rounds", shown=progress) as advance:
-        for number, batch in enumerate(batches):
-            images = random.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
-            step = partial(_advance, advance, number * rounds, f"batch {batch}")
-            found = _interleaved(engines, images, rounds, step)
-            rows += [_row(name, batch, measured, found[BASE]) for name, measured in found.items()]
+    cases = [(count, batch) for count in (threads or (usable_cores(),)) for batch in batches]
+    rows: list[dict[str, Any]] = []
+    before = torch.get_num_threads()
+    try:
+        with track("measuring", 0, len(cases) * rounds, unit="rounds", shown=progress) as advance:
+            for number, (count, batch) in enumerate(cases):
+                torch.set_num_threads(count)
+                engines, missing = _engines(opened, compiled, device, count)
+                images = random.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
+                step = partial(_advance, advance, number * rounds, f"{count} threads, batch {batch}")
+                found = _interleaved(engines, images, rounds, step)
+                rows += [_row(name, count, batch, measured, found[BASE]) for name, measured in found.items()]
+    finally:
+        torch.set_num_threads(before)
     result = {
         "benchmark": "export",
         "mvmr": __version__,
         "bundle": {"architecture": opened.manifest.architecture, "size": size, "space_id": opened.space_id},
-        "machine": {"device": device, "cores": usable_cores(), "threads": torch.get_num_threads()},
+        "machine": {"device": device, "cores": usable_cores()},
         "rounds": rounds,
         "rows": rows,
         "not_measured": missing,
@@ -94,7 +103,7 @@ def bench(
     return result
 
 
-def _engines(bundle: Bundle, compiled: bool, device: str) -> tuple[dict[str, Engine], dict[str, str]]:
+def _engines(bundle: Bundle, compiled: bool, device: str, threads: int) -> tuple[dict[str, Engine], dict[str, str]]:
     student = bundle.student(device)
 
     def eager(images: Images) -> object:
@@ -118,11 +127,11 @@ def _engines(bundle: Bundle, compiled: bool, device: str) -> tuple[dict[str, Eng
     for precision in sorted(set(FORMATS.values()) - {"fp32"}, key=list(FORMATS.values()).index):
         if artifact(precision) in bundle.manifest.files:
             engines[f"onnx {precision}"] = Session(
-                bundle.file(artifact(precision)), provider=_provider(precision, device)
+                bundle.file(artifact(precision)), provider=_provider(precision, device), threads=threads
             )
         else:
             missing[f"onnx {precision}"] = "not exported"
-    engines[BASE] = Session(bundle.file(artifact("fp32")), provider=device)
+    engines[BASE] = Session(bundle.file(artifact("fp32")), provider=device, threads=threads)
     try:
         engines["tensorrt fp16"] = _tensorrt(bundle)
     except MvmrError as error:
@@ -177,7 +186,7 @@ def _timed(engine: Engine, images: Images, calls: int) -> tuple[float, float]:
     return 1000 * (time.perf_counter() - wall) / calls, 1000 * (time.process_time() - processor) / calls
 
 
-def _row(name: str, batch: int, measured: Measurement, base: Measurement) -> dict[str, Any]:
+def _row(name: str, threads: int, batch: int, measured: Measurement, base: Measurement) -> dict[str, Any]:
     def median(values: Sequence[float]) -> float:
         return float(f"{statistics.median(values):.4g}")
 
@@ -186,6 +195,7 @@ def _row(name: str, batch: int, measured: Measurement, base: Measurement) -> dic
 
     return {
         "engine": name,
+        "threads": threads,
         "batch": batch,
         "wall_ms": median(measured.wall),
         "processor_ms": median(measured.processor),

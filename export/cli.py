@@ -29,7 +29,9 @@ from mvmr.options import MAX_UNREADABLE
 @click.option("--max-batch", default=64, show_default=True, help="Largest batch of the engine, and of Triton.")
 @click.option("--workspace-gb", default=4.0, show_default=True, help="GPU memory to build the engine in.")
 @click.option("--rebuild", is_flag=True, help="Build the engine again.")
-@click.option("--device", default="cpu", show_default=True, help="Where fp32 and fp16 are verified: cpu or cuda.")
+@click.option(
+    "--device", default="cpu", show_default=True, help="Where fp32 and fp16 are verified: cpu, cuda, tensorrt."
+)
 @MAX_UNREADABLE
 def export(bundle: str | None, min_batch: int, opt_batch: int, max_batch: int, **options: Any) -> None:
     """Export BUNDLE (the newest below runs/ when left out), each file verified against torch before it may be used."""
@@ -59,6 +61,7 @@ def bench() -> None:
 @click.argument("bundle", required=False)
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(1), default=(1, 16), show_default=True)
 @click.option("--rounds", default=7, show_default=True, type=click.IntRange(1), help="Turns of every engine.")
+@click.option("--threads", multiple=True, type=click.IntRange(1), help="Of the processor; all when left out.")
 @click.option("--compiled/--no-compiled", default=True, show_default=True, help="Also measure torch.compile.")
 @click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
 @click.option("--out", metavar="FILE", help="File of the JSON; beside BUNDLE when left out.")
@@ -74,11 +77,11 @@ def bench_export(bundle: str | None, out: str | None, **options: Any) -> None:
     target = out or f"{path}-bench-export.json"
     found = run(path, out=target, progress=True, **options)
     table = Table("engine", title=f"{path}, {found['machine']['device']}, {found['machine']['cores']} cores")
-    for column in ("batch", "ms a batch", "images/s", "times faster", "times less processor"):
+    for column in ("threads", "batch", "ms a batch", "images/s", "times faster", "times less processor"):
         table.add_column(column, justify="right")
     for row in found["rows"]:
         keys = ("wall_ms", "images_per_s", "times_faster", "times_less_processor")
-        table.add_row(row["engine"], str(row["batch"]), *(f"{row[key]:.3g}" for key in keys))
+        table.add_row(row["engine"], str(row["threads"]), str(row["batch"]), *(f"{row[key]:.3g}" for key in keys))
     Console().print(table)
     for name, why in found["not_measured"].items():
         click.echo(f"not measured: {name}: {why}", err=True)

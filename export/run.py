@@ -38,7 +38,7 @@ from mvmr.export.contract import (
 from mvmr.export.drift import first_drift
 from mvmr.export.graph import rounded, to_onnx
 from mvmr.export.images import IMAGES, to_calibrate_with, to_verify_with
-from mvmr.export.session import Session, check_provider
+from mvmr.export.session import PROVIDERS, Session, check_provider
 from mvmr.export.verification import LARGEST, Gates, Reference, Report, Run, verify
 from mvmr.files import write_json
 from mvmr.head import Head
@@ -47,7 +47,7 @@ from mvmr.progress import say
 from mvmr.student import Student
 
 BATCHES = (1, 8, 64)
-DEVICES = ("cpu", "cuda")
+DEVICES = tuple(PROVIDERS)
 
 Images = npt.NDArray[np.uint8]
 
@@ -82,7 +82,7 @@ def export(
         triton: folder of a Triton model repository, which the last of the formats is added to.
         batches: the smallest, the usual and the largest batch of an engine; workspace_gb: memory to build it in.
         rebuild: build the engine again even where the bundle has one that fits.
-        device: ``cpu`` or ``cuda``, where fp32 and fp16 are verified.
+        device: ``cpu``, ``cuda`` or ``tensorrt``, onnxruntime's provider that fp32 and fp16 are verified on.
 
     Returns:
         The reports by format, as they stand beside the artifacts.
@@ -314,7 +314,7 @@ def _add_to_repository(
         space_id=bundle.space_id,
         preprocessing=says.preprocessing,
         precision=FORMATS[name],
-        gpu=FORMATS[name] == "fp16" or (name == "onnx" and device == "cuda"),  # where each format is meant to run
+        gpu=FORMATS[name] == "fp16" or (name == "onnx" and device != "cpu"),  # where each format is meant to run
         max_batch=batches[2],
     )
 

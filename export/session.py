@@ -13,6 +13,7 @@ import onnxruntime
 from mvmr.cores import usable_cores
 from mvmr.errors import MvmrError, unknown
 from mvmr.export.contract import EMBEDDING, IMAGE, LOGITS
+from mvmr.files import cache_dir
 from mvmr.preprocess import Preprocess
 
 Outputs = dict[str, npt.NDArray[np.float32]]
@@ -24,8 +25,6 @@ _CURES = {
     "tensorrt": "pip install onnxruntime-gpu and the TensorRT major version it was built for (see `ldd` of its "
     "libonnxruntime_providers_tensorrt.so), or use cuda",
 }
-# Parity with float32 comes first: TF32 rounds every product to 10 bits.
-_OPTIONS: dict[str, dict[str, str]] = {"cuda": {"use_tf32": "0"}}
 _ERRORS_ONLY = 4  # of onnxruntime's log: what fails is raised
 
 
@@ -58,7 +57,7 @@ class Session:
             raise unknown("provider", provider, PROVIDERS)
         if isinstance(model, Path) and not model.is_file():
             raise MvmrError(f"{model} is not there; make it with `mvmr export`")
-        self._session = _start(model, self.name, provider, threads, dict(options or _OPTIONS.get(provider, {})))
+        self._session = _start(model, self.name, provider, threads, dict(options or _options(provider)))
         self._check_contract()
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         self.heads: dict[str, tuple[str, ...]] = self._read_heads()
@@ -128,6 +127,14 @@ def check_provider(provider: str) -> None:
         raise MvmrError(f"onnxruntime {onnxruntime.__version__} here has no {provider}: {_CURES[provider]}")
 
 
+def _options(provider: str) -> dict[str, str]:
+    if provider == "cuda":  # parity with float32 comes first: TF32 rounds every product to 10 bits
+        return {"use_tf32": "0"}
+    if provider == "tensorrt":  # else it builds its engine again at every start, for minutes
+        return {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache_dir() / "tensorrt")}
+    return {}
+
+
 def _start(
     model: Path | bytes, name: str, provider: str, threads: int | None, options: dict[str, str]
 ) -> onnxruntime.InferenceSession:
@@ -138,7 +145,7 @@ def _start(
     settings.log_severity_level = _ERRORS_ONLY
     wanted: list[tuple[str, dict[str, str]]] = [(PROVIDERS[provider], options)]
     if provider == "tensorrt":
-        wanted.append((PROVIDERS["cuda"], _OPTIONS["cuda"]))
+        wanted.append((PROVIDERS["cuda"], _options("cuda")))
     try:
         session = onnxruntime.InferenceSession(
             model if isinstance(model, bytes) else str(model), settings, providers=wanted, enable_fallback=0

@@ -43,12 +43,15 @@ def test_a_bundle_without_onnx_is_one_line(path: Path) -> None:
 def test_every_engine_has_its_row_and_every_other_its_reason(path: Path, tmp_path: Path) -> None:
     export(path, formats=["onnx", "fp16"], data="sample:digits", images=20)
     out = tmp_path / "bench.json"
-    argv = ["bench", "export", path, "--batch", "1", "--batch", "3", "--rounds", "2", "--no-compiled", "--out", out]
-    result = CliRunner().invoke(main, [str(each) for each in argv])
+    several = "--batch 1 --batch 3 --threads 1 --threads 2 --rounds 2 --no-compiled"
+    argv = ["bench", "export", str(path), *several.split(), "--out", str(out)]
+    result = CliRunner().invoke(main, argv)
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_text())
-    measured = {(row["engine"], row["batch"]) for row in found["rows"]}
-    assert measured == {(name, batch) for name in ("torch eager", "onnx fp16", BASE) for batch in (1, 3)}
+    measured = [(row["engine"], row["threads"], row["batch"]) for row in found["rows"]]
+    engines = ("torch eager", "onnx fp16", BASE)
+    assert sorted(measured) == sorted((name, count, batch) for name in engines for count in (1, 2) for batch in (1, 3))
+    assert torch.get_num_threads() == 1  # as it was before
     for row in found["rows"]:
         assert row["wall_ms"] > 0
         assert len(row["wall_ms_rounds"]) == 2

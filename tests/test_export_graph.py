@@ -169,7 +169,7 @@ def test_weights_are_half_but_normalisation_and_heads_are_not(exported: Exported
     maker = {name: node for node in graph.node for name in node.output}
     cast = maker[convolutions[0].input[0]]
     assert cast.op_type == "Cast"
-    assert maker[cast.input[0]].op_type == "Div"
+    assert maker[cast.input[0]].op_type == "Add"
     assert {kinds[name] for name in maker["logits_kind"].input if name in kinds} == {TensorProto.FLOAT}
     assert len(exported.fp16) < 0.51 * len(exported.fp32)
 

@@ -222,7 +222,7 @@ def test_the_normalisation_has_its_numbers_for_every_pixel_of_a_row(fp32: bytes,
         for each in (fp32, quantised)
     )
     names = [name for name, values in before.items() if values.shape == (3, 1, 1)]
-    assert len(names) == 2  # mean and standard deviation
+    assert len(names) == 2  # a factor and a summand
     for name in names:
         assert after[name].shape == (3, 1, SIZE)
         assert (after[name] == before[name]).all()

@@ -305,10 +305,11 @@ def scaled(model: ModelProto, factors: Mapping[str, float]) -> None:
 
 def wrong_mean(model: ModelProto) -> None:
     """CLIP's means in place of ImageNet's: they differ by less than 0.004."""
-    name = next(node for node in model.graph.node if node.op_type == "Sub").input[1]
+    name = next(node for node in model.graph.node if node.op_type == "Add").input[1]  # -mean / std
     tensor = next(each for each in model.graph.initializer if each.name == name)
-    mean = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)[:, None, None]
-    tensor.CopyFrom(numpy_helper.from_array(mean, name))
+    shift = -np.array([0.48145466, 0.4578275, 0.40821073], np.float32) / np.array([0.229, 0.224, 0.225], np.float32)
+    assert np.abs(numpy_helper.to_array(tensor).ravel() - shift).max() < 0.02  # a small change indeed
+    tensor.CopyFrom(numpy_helper.from_array(shift[:, None, None], name))
 
 
 def swapped_channels(model: ModelProto) -> None:
