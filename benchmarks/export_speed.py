@@ -7,6 +7,7 @@ no layer is kept in float. Engines have their turns as in `mvmr bench export`, w
 from __future__ import annotations
 
 import tempfile
+import time
 from pathlib import Path
 
 import click
@@ -38,6 +39,7 @@ def main(size: int, rounds: int, threads: tuple[int, ...], compiled: bool, out: 
         export(path, formats=["onnx", "int8"], data=DATA, calibration=DATA, images=64, gates=OPEN, progress=True)
         wait = measure.CoreWait()
         found = bench(path, rounds=rounds, threads=threads, compiled=compiled, progress=True)
+        found |= {"matmul_gflops": _matmul_gflops(max(threads))}
         found |= {"machine": measure.machine("cpu"), "core_wait": wait.share()}
     console = measure.output()
     for row in found["rows"]:
@@ -47,7 +49,19 @@ def main(size: int, rounds: int, threads: tuple[int, ...], compiled: bool, out: 
             f"{row['engine']:<15} {case} {row['wall_ms']:>6.4g} ms {faster}, "
             f"{row['times_less_processor']:.2f} by processor time"
         )
+    console.print(f"multiplying 2048 x 2048 matrices: {found['matmul_gflops']:.0f} GFLOP/s on {max(threads)} threads")
     measure.save("export", found, out, console)
+
+
+def _matmul_gflops(threads: int) -> float:
+    """What the cores can do at all, in float32: the best of ten products of two large matrices."""
+    torch.set_num_threads(threads)
+    a, b, seconds = torch.rand(2048, 2048), torch.rand(2048, 2048), []
+    for _ in range(10):
+        began = time.perf_counter()
+        torch.mm(a, b)
+        seconds.append(time.perf_counter() - began)
+    return 2 * 2048**3 / min(seconds) / 1e9
 
 
 def _bundle(folder: Path, size: int) -> Path:
