@@ -5,9 +5,13 @@ Images are resized and cropped outside, by the bundle's preprocessing; everythin
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping, Sequence
 from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from mvmr import __version__
 from mvmr.bundle import ENCODER, Bundle
@@ -44,6 +48,26 @@ def metadata(bundle: Bundle, heads: Sequence[Head], precision: Precision) -> dic
         "architecture": says.architecture,
         "embedding_dim": str(says.embedding_dim),
     }
+
+
+def canary(size: int) -> npt.NDArray[np.uint8]:
+    """An image that an artifact's report holds the embedding of, so that a service can tell whether its engine works.
+
+    Shapes: uint8 [1, size, size, 3]; the same bytes on every machine.
+    """
+    rows, columns, channels = np.ogrid[:size, :size, :3]
+    pattern = (7 * rows + 13 * columns * (channels + 1)) ^ (rows * columns // 8)
+    return (pattern % 256).astype(np.uint8)[None]
+
+
+def encode_canary(embedding: npt.NDArray[np.float32]) -> str:
+    """An embedding, float32 [D], as text for a report; `decode_canary` takes it back, bit for bit."""
+    return base64.b64encode(embedding.astype("<f4").tobytes()).decode()
+
+
+def decode_canary(text: str) -> npt.NDArray[np.float32]:
+    """What `encode_canary` was given; raises ValueError for other text."""
+    return np.frombuffer(base64.b64decode(text, validate=True), "<f4").astype(np.float32)
 
 
 def staleness(says: Mapping[str, str], bundle: Bundle) -> str | None:

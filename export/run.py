@@ -29,8 +29,10 @@ from mvmr.export.contract import (
     LOGITS,
     Precision,
     artifact,
+    canary,
     check_formats,
     check_opset,
+    encode_canary,
     metadata,
     report_of,
     staleness,
@@ -204,6 +206,7 @@ class _Work:
         found["passed"] = not found["failures"]
         place = artifact(precision)
         report = self.describe(name, found, place, model) | {"opset": self.opset, "provider": device, **more}
+        report["canary"] = encode_canary(session(canary(self.student.preprocess.crop))[EMBEDDING][0])
         if not report["passed"]:
             drift = first_drift(model, self.student, self.reference.images)
             report["drift"] = drift

@@ -3,6 +3,7 @@
 The public names below are imported when first used, so `import mvmr` is instant and needs no torch.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from mvmr.pretraining import pretrain as pretrain
 
 __version__ = "0.1.0"
+
+# onnxruntime reports home from its import on, and leaves an identifier of this machine in the user's cache folder,
+# unless the environment says otherwise before that.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
     "MvmrError": "mvmr.errors",

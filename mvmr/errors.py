@@ -46,14 +46,13 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "scipy",
         "sklearn",
         "skimage",
-        "faiss",
-        "filelock",
         "huggingface_hub",
         "jinja2",
         "matplotlib",
         "threadpoolctl",
     ),
-    "export": ("onnx", "onnxruntime", "onnxscript", "tritonclient"),
+    "export": ("onnx", "onnxscript", "tritonclient"),
+    "s3": ("s3fs",),
 }
 
 

@@ -1,0 +1,213 @@
+"""One exported student of a bundle on onnxruntime: chosen, checked, and ready to embed (torch-free)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from mvmr import bundle as bundles
+from mvmr.bundle import Bundle
+from mvmr.errors import MvmrError, unknown
+from mvmr.export.contract import EMBEDDING, Precision, artifact, canary, decode_canary, report_of, staleness
+from mvmr.export.session import Session, check_provider
+from mvmr.head import Head
+from mvmr.preprocess import Preprocess
+from mvmr.serve.decode import Prepared, prepare
+
+Pixels = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+Images = Sequence[Image.Image | str | Path | bytes] | Pixels
+
+# What is taken when no precision is asked for: the first of these that the bundle has.
+PREFERRED: dict[str, tuple[Precision, ...]] = {
+    "cpu": ("int8", "fp32"),
+    "cuda": ("fp16", "fp32"),
+    "tensorrt": ("fp16", "fp32"),
+}
+# Largest relative error of the canary's embedding: another processor may round otherwise, a broken engine does worse.
+TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 3e-2, "int8": 0.1}
+_AT_ONCE = {"cpu": 4, "cuda": 32, "tensorrt": 32}  # on a processor larger batches bring nothing (docs/export.md)
+
+
+@dataclass(frozen=True, eq=False)
+class Engine:
+    """A student's exported file in memory; make one with `load`.
+
+    name: of the bundle; space_id: 32 hex digits, vectors are comparable exactly when theirs are equal
+    preprocess: how an image becomes what the engine takes; dim, size: width D of the embedding, side S of the images
+    precision, provider: what is computed in, and by what; heads: the bundle's linear heads, by name
+    reference: float32 [D], the canary's embedding on the machine of the export, None in reports of before
+    """
+
+    path: Path
+    name: str
+    space_id: str
+    preprocess: Preprocess
+    dim: int
+    precision: Precision
+    provider: str
+    heads: Mapping[str, Head]
+    session: Session
+    reference: Floats | None
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | os.PathLike[str],
+        *,
+        precision: str | None = None,
+        provider: str = "cpu",
+        threads: int | None = None,
+    ) -> Engine:
+        """Load the exported file of a bundle, after checking its hash and that it belongs to the bundle's student.
+
+        Args:
+            precision: ``fp32``, ``fp16`` or ``int8``; None takes int8 on a processor and fp16 on a GPU where the bundle
+                has them, else fp32.
+            provider: ``cpu``, ``cuda`` or ``tensorrt``, of onnxruntime; never another one instead.
+            threads: of one batch; None takes all cores of this process.
+
+        Raises: MvmrError for a bundle that is not there or damaged (naming the file), nothing exported, or a provider
+            that can't be had.
+        """
+        check_provider(provider)
+        opened = bundles.load(bundle, verify=False)
+        chosen = _choose(opened, precision, provider)
+        place = artifact(chosen)
+        listed = [place, report_of(place), *(name for name in opened.manifest.files if name.startswith("heads/"))]
+        opened.verify(*(name for name in listed if name in opened.manifest.files))
+        session = Session(opened.file(place), provider=provider, threads=threads)
+        says = opened.manifest
+        if stale := staleness(session.metadata, opened):
+            raise MvmrError(f"{opened.path / place}: {stale}; run {_export(opened, chosen)}")
+        return cls(
+            path=opened.path,
+            name=opened.path.resolve().name,
+            space_id=opened.space_id,
+            preprocess=says.preprocessing,
+            dim=says.embedding_dim,
+            precision=chosen,
+            provider=provider,
+            heads=read_heads(opened),
+            session=session,
+            reference=_reference(opened, place),
+        )
+
+    @property
+    def size(self) -> int:
+        """Side S of the images in pixels."""
+        return self.preprocess.crop
+
+    @property
+    def at_once(self) -> int:
+        """Images to a batch that make the most of this provider."""
+        return _AT_ONCE[self.provider]
+
+    def __call__(self, pixels: Pixels) -> Floats:
+        """Embed prepared images.
+
+        Shapes: uint8 [N, S, S, 3] RGB -> float32 [N, D], not normalised; row i belongs to image i alone.
+        """
+        return self.session(pixels)[EMBEDDING]
+
+    def embed(self, images: Images) -> Floats:
+        """Embed images of any size: PIL images, paths, the bytes of files, or an array; each resized and cropped.
+
+        Shapes: N images, or uint8 [N, H, W, 3] RGB in [0, 255] -> float32 [N, D], not normalised.
+
+        Raises: MvmrError for an image that cannot be read (naming it), or an array of another type or shape.
+        """
+        if isinstance(images, str | Path | bytes | Image.Image):
+            raise MvmrError("embed takes several images; put the one into a list")
+        if isinstance(images, np.ndarray) and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3):
+            seen = f"{images.dtype} {list(images.shape)}"
+            raise MvmrError(f"embed takes arrays of uint8 [N, H, W, 3], this one is {seen}")
+        rows = [np.empty((0, self.dim), np.float32)]
+        for start in range(0, len(images), self.at_once):
+            part = images[start : start + self.at_once]
+            rows.append(self(np.stack([self._prepared(image, start + i) for i, image in enumerate(part)])))
+        return np.concatenate(rows)
+
+    def classify(self, embeddings: Floats, head: str) -> Floats:
+        """Probabilities of a head's classes.
+
+        Shapes: float32 [N, D] -> float32 [N, C], rows sum to 1.
+        Raises: MvmrError for an unknown head, with the nearest.
+        """
+        if head not in self.heads:
+            raise unknown("head", head, self.heads)
+        chosen = self.heads[head]
+        logits = embeddings @ chosen.weight.T + chosen.bias
+        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return np.asarray(powers / powers.sum(axis=1, keepdims=True), np.float32)
+
+    def canary_error(self) -> float:
+        """Relative error of the canary's embedding against that of the export; 0 where the export kept none.
+
+        Above `TOLERANCE` of the precision, or not finite, this engine does not do what was verified.
+        """
+        found = self(canary(self.size))[0].astype(np.float64)
+        wanted = found if self.reference is None else self.reference.astype(np.float64)
+        return float(np.linalg.norm(found - wanted) / max(float(np.linalg.norm(wanted)), 1e-12))
+
+    def _prepared(self, image: object, index: int) -> Pixels:
+        if isinstance(image, np.ndarray):
+            return self.preprocess.image(Image.fromarray(image))
+        if isinstance(image, Image.Image):
+            return self.preprocess.image(image)
+        if isinstance(image, str | Path):
+            try:
+                image, name = Path(image).read_bytes(), f"image {image}"
+            except OSError as error:
+                raise MvmrError(f"cannot read image {image}: {error.strerror}; mend it or leave it out") from error
+        elif isinstance(image, bytes):
+            name = f"image number {index}"
+        else:
+            kind = type(image).__name__
+            raise MvmrError(f"embed takes PIL images, paths, bytes or a uint8 array, image number {index} is a {kind}")
+        found = prepare(image, self.preprocess)
+        if not isinstance(found, Prepared):
+            raise MvmrError(f"cannot read {name}: {found.reason}; mend it or leave it out")
+        return found.pixels
+
+
+def read_heads(bundle: Bundle) -> dict[str, Head]:
+    """The linear heads of a bundle by name; raises MvmrError naming one that is damaged."""
+    return {name: bundle.head(name) for name in bundle.heads}
+
+
+def _choose(bundle: Bundle, precision: str | None, provider: str) -> Precision:
+    wanted = PREFERRED[provider]
+    if precision is not None:
+        known: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+        wanted = tuple(each for each in known if each == precision)
+        if not wanted:
+            raise unknown("precision", precision, known)
+    for each in wanted:
+        if artifact(each) in bundle.manifest.files:
+            return each
+    what = f"no {precision} file" if precision else "nothing exported"
+    raise MvmrError(f"bundle {bundle.path} has {what}; make it by {_export(bundle, wanted[0])}")
+
+
+def _export(bundle: Bundle, precision: Precision) -> str:
+    return f"`mvmr export {bundle.path} --{'onnx' if precision == 'fp32' else precision}`"
+
+
+def _reference(bundle: Bundle, place: str) -> Floats | None:
+    if report_of(place) not in bundle.manifest.files:
+        return None
+    file = bundle.file(report_of(place))
+    try:
+        report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return decode_canary(report["canary"]) if "canary" in report else None
+    except (OSError, ValueError, TypeError) as error:
+        raise MvmrError(f"{file} is not the report of an export ({error}); export again") from error
