@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("mvmr.distillation.cli:report", "Show how faithful a student is to its teacher, on a page."),
     "ablate": ("mvmr.commands:ablate", "Run the paper's ablations."),
     "export": ("mvmr.export.cli:export", "Export a student to ONNX or TensorRT, verified on real images."),
+    "serve": ("mvmr.serve.cli:serve", "Serve embeddings over HTTP."),
     "bench": ("mvmr.export.cli:bench", "Measure speed on this machine."),
     "info": ("mvmr.commands:info", "Show what a bundle is and how it was made."),
     "doctor": ("mvmr.doctor:doctor", "Show what this machine has, and what each command lacks."),

@@ -44,6 +44,7 @@ NEEDS: dict[str, str | None] = {
     "report": "train",
     "ablate": "train",
     "export": "export",
+    "serve": None,
     "bench": "export",
     "info": None,
     "doctor": None,

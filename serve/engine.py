@@ -16,7 +16,7 @@ from PIL import Image
 from mvmr import bundle as bundles
 from mvmr.bundle import Bundle
 from mvmr.errors import MvmrError, unknown
-from mvmr.export.contract import EMBEDDING, Precision, artifact, canary, decode_canary, report_of, staleness
+from mvmr.export.contract import EMBEDDING, Precision, artifact, decode_canary, report_of, staleness
 from mvmr.export.session import Session, check_provider
 from mvmr.head import Head
 from mvmr.preprocess import Preprocess
@@ -149,13 +149,12 @@ class Engine:
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
         return np.asarray(powers / powers.sum(axis=1, keepdims=True), np.float32)
 
-    def canary_error(self) -> float:
-        """Relative error of the canary's embedding against that of the export; 0 where the export kept none.
+    def canary_error(self, found: Floats) -> float:
+        """Relative error of the canary's embedding, float32 [D], against that of the export; 0 where it kept none.
 
         Above `TOLERANCE` of the precision, or not finite, this engine does not do what was verified.
         """
-        found = self(canary(self.size))[0].astype(np.float64)
-        wanted = found if self.reference is None else self.reference.astype(np.float64)
+        wanted = found if self.reference is None else self.reference
         return float(np.linalg.norm(found - wanted) / max(float(np.linalg.norm(wanted)), 1e-12))
 
     def _prepared(self, image: object, index: int) -> Pixels:

@@ -1,0 +1,147 @@
+"""Batching without a timer: while the engine works, images wait; when it is free, it takes what has come."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from mvmr.serve.metrics import Metrics
+from mvmr.serve.problems import busy
+
+logger = logging.getLogger(__name__)
+
+Pixels = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+_MEMORY = 0.8  # of the measured rate: the share that each new batch leaves of what was known
+
+
+@dataclass(eq=False)
+class _Waiting:
+    pixels: Pixels
+    answer: asyncio.Future[Floats]
+    since: float = field(default_factory=time.perf_counter)
+
+
+class Batcher:
+    """One engine in a thread of its own, behind a bounded queue.
+
+    Rooms are taken when a request is accepted and given back when it is answered, so that everything between, bodies
+    and decoded images too, is bounded.
+
+    Args:
+        run: embeds a batch: uint8 [N, S, S, 3] -> float32 [N, D]; called from one thread.
+        at_once: images to a batch at most; bound: images accepted and not yet answered at most.
+    """
+
+    def __init__(self, run: Callable[[Pixels], Floats], *, at_once: int, bound: int, metrics: Metrics) -> None:
+        self._run, self._at_once, self._bound, self._metrics = run, at_once, bound, metrics
+        self._waiting: deque[_Waiting] = deque()
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._taken = 0
+        self._rate = 0.0  # images a second
+        self._busy_since: float | None = None
+        self._thread = threading.Thread(target=self._work, name="mvmr-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the engine's thread; to be called in the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End the thread, after what it is doing now."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+        await asyncio.to_thread(self._thread.join)
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long the engine has been at its present batch."""
+        since = self._busy_since
+        return 0.0 if since is None else time.perf_counter() - since
+
+    @contextmanager
+    def room(self, count: int) -> Iterator[None]:
+        """Hold room for `count` images while the block runs; raises Problem when there is none."""
+        if self._taken + count > self._bound:
+            seconds = max(1, math.ceil(self._taken / self._rate if self._rate else 1))
+            raise busy(f"no room for {count} more images now", seconds)
+        self._taken += count
+        self._metrics.queue.set(self._taken)
+        try:
+            yield
+        finally:
+            self._taken -= count
+            self._metrics.queue.set(self._taken)
+
+    async def embed(self, pixels: Pixels, *, first: bool = False) -> Floats:
+        """Embed one prepared image; when the caller is cancelled before its turn, it is not run at all.
+
+        Shapes: uint8 [S, S, 3] -> float32 [D]. `first`: before all others that wait.
+        Raises: whatever the engine raises.
+        """
+        item = _Waiting(pixels, self._loop.create_future())
+        with self._changed:
+            (self._waiting.appendleft if first else self._waiting.append)(item)
+            self._changed.notify()
+        return await item.answer
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._waiting and not self._stopped:
+                    self._changed.wait()
+                if self._stopped:
+                    return
+                batch = self._next()
+            if batch:
+                self._answer(batch)
+
+    def _next(self) -> list[_Waiting]:
+        batch: list[_Waiting] = []
+        while self._waiting and len(batch) < self._at_once:
+            item = self._waiting.popleft()
+            if item.answer.cancelled():
+                self._metrics.images.labels("dropped").inc()
+            else:
+                batch.append(item)
+        return batch
+
+    def _answer(self, batch: list[_Waiting]) -> None:
+        began = self._busy_since = time.perf_counter()
+        for item in batch:
+            self._metrics.stage_seconds.labels("wait").observe(began - item.since)
+        rows: Floats | Exception
+        try:
+            rows = self._run(np.stack([item.pixels for item in batch]))
+        except Exception as error:  # a lost GPU, no memory: whoever waits is told, the next batch may fare better
+            logger.exception("the engine failed on a batch of %d", len(batch))
+            rows = error
+        seconds = time.perf_counter() - began
+        self._busy_since = None
+        self._metrics.stage_seconds.labels("infer").observe(seconds)
+        self._metrics.batch.observe(len(batch))
+        now = len(batch) / max(1e-6, seconds)
+        self._rate = now if not self._rate else _MEMORY * self._rate + (1 - _MEMORY) * now
+        self._loop.call_soon_threadsafe(_settle, batch, rows)
+
+
+def _settle(batch: list[_Waiting], rows: Floats | Exception) -> None:
+    for number, item in enumerate(batch):
+        if item.answer.done():  # its client has gone meanwhile
+            continue
+        if isinstance(rows, Exception):
+            item.answer.set_exception(rows)
+        else:
+            item.answer.set_result(rows[number])

@@ -1,0 +1,52 @@
+"""The subcommand that serves a bundle; every flag is also a variable, MVMR_ and its name."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+import click
+
+_ENV = {"auto_envvar_prefix": "MVMR"}
+
+
+@click.command(context_settings=_ENV)
+@click.argument("bundle", required=False, envvar="MVMR_BUNDLE")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 for all.")
+@click.option("--port", default=8000, show_default=True, help="0 takes a free one.")
+@click.option(
+    "--precision", help="fp32, fp16 or int8; left out, int8 on a processor, fp16 on a GPU, where there is one."
+)
+@click.option("--provider", default="cpu", show_default=True, help="cpu, cuda or tensorrt, of onnxruntime.")
+@click.option("--threads", type=click.IntRange(1), help="Of the engine; all cores when left out.")
+@click.option("--decode-threads", type=click.IntRange(1), help="Threads that decode; all cores when left out.")
+@click.option("--max-batch", type=click.IntRange(1), help="Images to a batch; 4 on a processor, 32 on a GPU.")
+@click.option("--queue", default=256, show_default=True, help="Images accepted at a time; more get 429.")
+@click.option("--max-items", default=64, show_default=True, help="Images to a request.")
+@click.option("--max-body-mb", default=64.0, show_default=True, help="Megabytes of a request.")
+@click.option("--max-megapixels", default=50.0, show_default=True, help="Of an image, by its header.")
+@click.option("--api-keys", metavar="FILE", help="File with a key to a line; one must come with each request.")
+@click.option("--cors", multiple=True, metavar="ORIGIN", help="Origin whose pages may ask; none when left out.")
+@click.option("--url-host", "url_hosts", multiple=True, metavar="HOST", help="Host that images may be fetched from.")
+@click.option("--index", metavar="INDEX", help="Index of `mvmr index`, for /v1/search.")
+@click.option("--tls-cert", metavar="FILE", help="Certificate, PEM; with --tls-key the service speaks https.")
+@click.option("--tls-key", metavar="FILE", help="Its private key, PEM.")
+@click.option("--drain", default=1.0, show_default=True, help="Seconds from SIGTERM to the closing of the door.")
+@click.option("--grace", default=30.0, show_default=True, help="Seconds for accepted requests to end after that.")
+def serve(bundle: str | None, max_body_mb: float, max_megapixels: float, api_keys: str | None, **options: Any) -> None:
+    """Serve embeddings of BUNDLE (the newest below runs/ when left out) over HTTP, by its exported file."""
+    from mvmr.bundle import newest
+    from mvmr.serve.run import serve as run
+    from mvmr.serve.settings import Settings, read_keys
+
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    for_the_engine = {name: options.pop(name) for name in ("precision", "provider", "threads")}
+    files = {name: options.pop(name) for name in ("index", "tls_cert", "tls_key")}
+    settings = Settings(
+        max_body=int(max_body_mb * 2**20),
+        max_pixels=int(max_megapixels * 1e6),
+        api_keys=read_keys(api_keys) if api_keys else (),
+        **options,
+    )
+    run(bundle or newest(), settings=settings, **for_the_engine, **files)

@@ -1,0 +1,172 @@
+"""The Open Inference Protocol v2 over HTTP, JSON and binary tensors, so that Triton's clients talk to this service.
+
+Source: github.com/kserve/open-inference-protocol, and Triton's binary tensor data extension. Images arrive prepared
+(uint8 [N, S, S, 3]), as an exported file and a Triton repository take them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+from pydantic import BaseModel, ConfigDict, Field
+
+from mvmr import __version__
+from mvmr.export.contract import EMBEDDING, IMAGE, LOGITS
+from mvmr.serve.engine import Engine
+from mvmr.serve.payload import parse
+from mvmr.serve.problems import Problem
+
+HEADER = "inference-header-content-length"
+Floats = npt.NDArray[np.float32]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class TensorParameters(_Part):
+    """binary_data_size: bytes of the tensor after the JSON."""
+
+    binary_data_size: int | None = Field(None, ge=0)
+
+
+class InputTensor(_Part):
+    """A tensor, its values in `data` or, in binary, after the JSON."""
+
+    name: str
+    shape: list[int] = Field(min_length=1, max_length=8)
+    datatype: str
+    parameters: TensorParameters = TensorParameters()
+    data: list[Any] | None = None
+
+
+class OutputParameters(_Part):
+    """binary_data: whether the values are wanted after the JSON."""
+
+    binary_data: bool | None = None
+
+
+class WantedOutput(_Part):
+    """An output by name."""
+
+    name: str
+    parameters: OutputParameters = OutputParameters()
+
+
+class InferParameters(_Part):
+    """binary_data_output: whether all values are wanted after the JSON."""
+
+    binary_data_output: bool = False
+
+
+class InferRequest(_Part):
+    """The request of `/v2/models/{model}/infer`."""
+
+    id: str | None = None
+    parameters: InferParameters = InferParameters()
+    inputs: list[InputTensor] = Field(min_length=1, max_length=1)
+    outputs: list[WantedOutput] | None = None
+
+
+def server() -> dict[str, Any]:
+    """The document of `/v2`."""
+    return {"name": "mvmr", "version": __version__, "extensions": ["binary_tensor_data"]}
+
+
+def model(engine: Engine) -> dict[str, Any]:
+    """The document of `/v2/models/{model}`."""
+    heads = [(f"{LOGITS}{name}", len(head.classes)) for name, head in engine.heads.items()]
+    outputs = [(EMBEDDING, engine.dim), *heads]
+    return {
+        "name": engine.name,
+        "versions": ["1"],
+        "platform": "onnxruntime_onnx",
+        "inputs": [{"name": IMAGE, "datatype": "UINT8", "shape": [-1, engine.size, engine.size, 3]}],
+        "outputs": [{"name": name, "datatype": "FP32", "shape": [-1, width]} for name, width in outputs],
+    }
+
+
+def read(body: bytes, header: str | None, engine: Engine) -> tuple[InferRequest, npt.NDArray[np.uint8]]:
+    """The request and its images, uint8 [N, S, S, 3].
+
+    header: the length of the JSON in bytes, where binary tensors follow it.
+    Raises: Problem for anything that is not as the protocol or the model has it.
+    """
+    try:
+        length = len(body) if header is None else int(header)
+    except ValueError:
+        raise Problem("malformed", f"{HEADER} is {header!r}, not a number") from None
+    if not 0 <= length <= len(body):
+        raise Problem("malformed", f"{HEADER} is {length}, but the body has {len(body)} bytes")
+    request = parse(InferRequest, body[:length])
+    given, size = request.inputs[0], engine.size
+    if given.name != IMAGE or given.datatype != "UINT8":
+        raise Problem("invalid", f"the input is {given.name} {given.datatype}; this model takes {IMAGE} UINT8")
+    if len(given.shape) != 4 or given.shape[1:] != [size, size, 3] or given.shape[0] < 1:
+        raise Problem("invalid", f"the input's shape is {given.shape}; this model takes [N, {size}, {size}, 3]")
+    _check_outputs(request, engine)
+    count = given.shape[0] * size * size * 3
+    raw = body[length:]
+    if given.parameters.binary_data_size is not None:
+        if given.data is not None or given.parameters.binary_data_size != len(raw) or len(raw) != count:
+            told = f"binary_data_size {given.parameters.binary_data_size}, {len(raw)} bytes after the JSON"
+            raise Problem("malformed", f"{told}; shape {given.shape} takes {count}, and no data beside them")
+        return request, np.frombuffer(raw, np.uint8).reshape(given.shape)
+    return request, _from_json(given, count, raw)
+
+
+def answer(request: InferRequest, engine: Engine, embeddings: Floats) -> tuple[bytes, dict[str, str]]:
+    """The body of the answer, and its headers."""
+    asked = {each.name: each.parameters.binary_data for each in request.outputs or ()}
+    names = list(asked) or [output["name"] for output in model(engine)["outputs"]]
+    described, raw = [], []
+    for name in names:
+        values = _output(name, engine, embeddings)
+        output: dict[str, Any] = {"name": name, "datatype": "FP32", "shape": list(values.shape)}
+        choice = asked.get(name)
+        if request.parameters.binary_data_output if choice is None else choice:
+            content = np.ascontiguousarray(values, "<f4").tobytes()
+            output["parameters"] = {"binary_data_size": len(content)}
+            raw.append(content)
+        else:
+            output["data"] = np.ascontiguousarray(values).ravel()
+        described.append(output)
+    document: dict[str, Any] = {"model_name": engine.name, "model_version": "1", "outputs": described}
+    if request.id is not None:
+        document["id"] = request.id
+    head = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+    if not raw:
+        return head, {"content-type": "application/json"}
+    return head + b"".join(raw), {"content-type": "application/octet-stream", HEADER: str(len(head))}
+
+
+def _check_outputs(request: InferRequest, engine: Engine) -> None:
+    known = [output["name"] for output in model(engine)["outputs"]]
+    for wanted in request.outputs or ():
+        if wanted.name not in known:
+            raise Problem("invalid", f"there is no output {wanted.name!r}; this model has {', '.join(known)}")
+
+
+def _from_json(given: InputTensor, count: int, raw: bytes) -> npt.NDArray[np.uint8]:
+    if raw:
+        raise Problem("malformed", f"{len(raw)} bytes follow the JSON, which names no binary_data_size")
+    try:
+        values = np.array(given.data, dtype=np.float64)
+    except (ValueError, TypeError):
+        raise Problem("invalid", "inputs.0.data holds something other than numbers") from None
+    if values.size != count:
+        raise Problem("invalid", f"inputs.0.data has {values.size} values; shape {given.shape} takes {count}")
+    if not ((values >= 0) & (values <= 255) & (values == np.floor(values))).all():
+        raise Problem("invalid", "inputs.0.data must hold whole numbers from 0 to 255")
+    return values.astype(np.uint8).reshape(given.shape)
+
+
+def _output(name: str, engine: Engine, embeddings: Floats) -> Floats:
+    if name == EMBEDDING:
+        return embeddings
+    head = engine.heads[name.removeprefix(LOGITS)]
+    logits: Floats = embeddings @ head.weight.T + head.bias
+    return logits

@@ -1,0 +1,165 @@
+"""The images of a request: raw bytes, multipart files, or JSON with base64, data URLs and addresses."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import re
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Annotated, TypeVar
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
+
+from mvmr.serve.decode import Rejected
+from mvmr.serve.problems import Problem
+from mvmr.serve.remote import Remote
+
+JSON, MULTIPART = "application/json", "multipart/form-data"
+RAW = ("application/octet-stream", "image/*")
+_DATA_URL = re.compile(r"data:(?:[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,]*)*;base64,", re.ASCII)
+_ADDRESS = re.compile(r"https?://", re.IGNORECASE)
+_WORDS = {"missing": "is missing", "extra_forbidden": "is not known here"}
+
+Payload = bytes | Rejected
+Model = TypeVar("Model", bound=BaseModel)
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Input(BaseModel):
+    """JSON with images, each in base64, as a data URL or (where it is allowed) as an http address."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    input: Text | Annotated[list[Text], Field(min_length=1)] = Field(
+        description="One or several images: base64, a data URL, or an address on a host that this service may ask."
+    )
+
+    @property
+    def texts(self) -> list[str]:
+        """The images, one or several, as a list."""
+        return [self.input] if isinstance(self.input, str) else self.input
+
+
+async def read_body(request: Request, *, most: int, seconds: float, take: Callable[[int], None]) -> bytes:
+    """Read the whole body; `take` hears of every piece, and may refuse it.
+
+    Raises: Problem for more bytes than `most`, a body that is not there within `seconds`, or one that is encoded.
+    """
+    if encoding := request.headers.get("content-encoding"):
+        raise Problem("wrong-type", f"content-encoding {encoding!r} is not read here; send the body as it is")
+    try:
+        promised = int(request.headers.get("content-length", 0))
+    except ValueError:
+        raise Problem("malformed", "content-length is not a number") from None
+    limit = f"the limit is {most:,} bytes; send fewer or smaller images"
+    if promised > most:
+        raise Problem("too-large", f"a body of {promised:,} bytes was announced; {limit}")
+    parts, total = [], 0
+    try:
+        async with asyncio.timeout(seconds):
+            async for part in request.stream():
+                total += len(part)
+                if total > most:
+                    raise Problem("too-large", f"the body has more than {total - len(part):,} bytes; {limit}")
+                take(len(part))
+                parts.append(part)
+    except TimeoutError:
+        told = f"{total:,} bytes came in {seconds:g} s"
+        raise Problem("slow-body", f"{told}; send the whole body at once", headers={"connection": "close"}) from None
+    return b"".join(parts)
+
+
+async def images(request: Request, body: bytes, *, most: int, remote: Remote) -> list[Payload]:
+    """The images of a body, by its content type; each is there or has its own reason why not.
+
+    Raises: Problem for a body of another type, not well-formed, without images, or with more than `most`.
+    """
+    kind = request.headers.get("content-type", "application/octet-stream").partition(";")[0].strip().lower()
+    if kind == JSON:
+        return await from_texts(parse(Input, body).texts, most=most, remote=remote)
+    if kind == MULTIPART:
+        return await _multipart(request, body, most)
+    if kind == "application/octet-stream" or kind.startswith("image/"):
+        return [body]
+    raise Problem(
+        "wrong-type", f"content-type {kind!r} is not read here; send {JSON}, {MULTIPART}, image/* or {RAW[0]}"
+    )
+
+
+def parse(model: type[Model], body: bytes) -> Model:
+    """Read JSON strictly into a pydantic model; raises Problem naming every value that is not allowed."""
+    try:
+        return model.model_validate(orjson.loads(body))
+    except orjson.JSONDecodeError as error:
+        raise Problem("malformed", f"the body is not JSON: {error}") from None
+    except ValidationError as error:
+        found = [
+            {"at": _place(each["loc"]), "problem": _WORDS.get(each["type"], each["msg"])} for each in error.errors()
+        ]
+        first = found[0]
+        raise Problem("invalid", f"{first['at']}: {first['problem']}", errors=found) from None
+
+
+async def from_texts(texts: Sequence[str], *, most: int, remote: Remote) -> list[Payload]:
+    """Decode base64 and data URLs, fetch what is an address; raises Problem for more than `most`."""
+    check_count(len(texts), most)
+    return await asyncio.gather(*(_image(text, remote) for text in texts))
+
+
+def check_count(count: int, most: int) -> None:
+    """Refuse too many images."""
+    if count > most:
+        raise Problem(
+            "too-many-items", f"{count} images in one request, at most {most} are taken; send several requests"
+        )
+
+
+async def _image(text: str, remote: Remote) -> Payload:
+    if _ADDRESS.match(text):
+        return await remote.fetch(text)
+    if text.startswith("data:"):
+        head = _DATA_URL.match(text)
+        if not head:
+            return Rejected("not-base64", "a data URL without ;base64, is not read here")
+        text = text[head.end() :]
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:  # ValueError: letters outside ASCII
+        return Rejected("not-base64", f"neither base64, a data URL nor an address ({error})")
+
+
+async def _multipart(request: Request, body: bytes, most: int) -> list[Payload]:
+    async def stream() -> AsyncIterator[bytes]:
+        yield body
+        yield b""
+
+    parser = MultiPartParser(
+        request.headers, stream(), max_files=most + 1, max_fields=most + 1, max_part_size=len(body)
+    )
+    parser.spool_max_size = len(body) + 1  # in memory, where the body is already: a read-only disk is no obstacle
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        if "Too many" in error.message:
+            check_count(most + 1, most)
+        raise Problem("malformed", f"the multipart body is damaged: {error.message}") from None
+    except Exception as error:  # the parser underneath raises KeyError and its like for a missing boundary
+        raise Problem("malformed", f"the multipart body is damaged: {type(error).__name__} {error}") from None
+    found: list[Payload] = []
+    for name, part in form.multi_items():
+        if isinstance(part, str):
+            raise Problem("invalid", f"the field {name!r} is text; send images as files, with a file name")
+        found.append(await part.read())
+    if not found:
+        raise Problem("invalid", "the multipart body holds no file; send each image as a file")
+    check_count(len(found), most)
+    return found
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    # pydantic names the members of a union, too, which mean nothing to a client
+    return ".".join(str(part) for part in location if isinstance(part, int) or part.isidentifier()) or "body"

@@ -1,0 +1,128 @@
+"""Running the service: the door, the signals, and a clean end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from mvmr.errors import MvmrError
+from mvmr.serve.engine import Engine
+from mvmr.serve.server import create_app
+from mvmr.serve.service import Service
+from mvmr.serve.settings import Settings
+
+if TYPE_CHECKING:
+    from mvmr.serve.index import Index
+
+logger = logging.getLogger(__name__)
+
+
+def serve(
+    bundle: str | os.PathLike[str],
+    *,
+    settings: Settings,
+    precision: str | None = None,
+    provider: str = "cpu",
+    threads: int | None = None,
+    index: str | os.PathLike[str] | None = None,
+    tls_cert: str | None = None,
+    tls_key: str | None = None,
+) -> None:
+    """Serve a bundle's exported student until SIGTERM or Ctrl-C; returns when all that was accepted is answered.
+
+    Args:
+        precision, provider, threads: as for :meth:`mvmr.serve.Engine.load`.
+        index: of `mvmr index`, for /v1/search.
+        tls_cert, tls_key: PEM files; given both, the service speaks https.
+
+    Raises: MvmrError, before the door opens, for a bundle, an index, a certificate or a port that can't be had.
+    """
+    _check_tls(tls_cert, tls_key)
+    with _door(settings) as door:
+        engine = Engine.load(bundle, precision=precision, provider=provider, threads=threads)
+        app = create_app(engine, settings, None if index is None else _index(index))
+        host, port = door.getsockname()[:2]
+        config = uvicorn.Config(
+            app, log_config=None, access_log=False, timeout_graceful_shutdown=max(1, round(settings.grace)),
+            ssl_certfile=tls_cert, ssl_keyfile=tls_key, server_header=False,
+        )  # fmt: skip
+        at = f"http{'s' if tls_cert else ''}://{f'[{host}]' if ':' in host else host}:{port}"
+        logger.info(
+            "%s (%s, %s, %d heads) at %s", engine.name, engine.precision, engine.provider, len(engine.heads), at
+        )
+        # odd metadata in strangers' images: what matters is whether the pixels decode
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+            runner.run(_run(_Server(config), app.state.service, door))
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, whose signals are handled here: it would raise them again at the end, and the exit code would be 143."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _run(server: _Server, service: Service, door: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    drains: set[asyncio.Task[None]] = set()
+
+    async def drain() -> None:
+        # Probes hear of it, and every answer ends its connection, before the door is closed: a request that comes on a
+        # connection that is being closed would be lost.
+        service.draining = True
+        await asyncio.sleep(service.settings.drain)
+        server.should_exit = True
+
+    def stop() -> None:
+        if service.draining:
+            server.should_exit = server.force_exit = True
+            return
+        logger.info("stopping: no more is accepted in %g s, what was accepted is finished", service.settings.drain)
+        drains.add(loop.create_task(drain()))
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    loop.add_signal_handler(signal.SIGHUP, service.reload_heads)
+    await server.serve(sockets=[door])
+
+
+def _index(path: str | os.PathLike[str]) -> Index:
+    from mvmr.serve.index import Index  # here, for faiss and pyarrow take their time to import
+
+    return Index.load(path)
+
+
+@contextlib.contextmanager
+def _door(settings: Settings) -> Iterator[socket.socket]:
+    try:
+        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        door = socket.socket(found[0], found[1], found[2])
+        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        door.bind(found[4])
+    except OverflowError as error:
+        raise MvmrError(f"port {settings.port} is none; give one from 0 to 65535") from error
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise MvmrError(f"cannot listen at {settings.host}:{settings.port}: {why}; give another --port") from error
+    with door:
+        yield door
+
+
+def _check_tls(cert: str | None, key: str | None) -> None:
+    if bool(cert) != bool(key):
+        raise MvmrError("https takes both --tls-cert and --tls-key")
+    for file in filter(None, (cert, key)):
+        if not Path(file).is_file():
+            raise MvmrError(f"{file} is not there; give a PEM file")

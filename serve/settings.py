@@ -1,0 +1,70 @@
+"""How the service is set up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mvmr.errors import MvmrError
+from mvmr.serve.decode import MAX_PIXELS
+
+_FEWEST_LETTERS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What `mvmr serve` takes; docs/serving.md has a table of flags and variables.
+
+    queue: images accepted and not yet answered at most, above which requests get 429
+    max_batch: images to a batch of the engine; None: 4 on a processor, 32 on a GPU
+    decode_threads: None: as many as cores
+    max_items: images to a request; max_body: bytes; max_pixels: of an image
+    api_keys: one of them must come with each request, none: open to all
+    cors: origins whose pages may ask; url_hosts: hosts that images may be fetched from
+    drain: seconds between SIGTERM and the closing of the door; grace: seconds for what was accepted to end
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    queue: int = 256
+    max_batch: int | None = None
+    decode_threads: int | None = None
+    max_items: int = 64
+    max_body: int = 64 * 2**20
+    max_pixels: int = MAX_PIXELS
+    body_seconds: float = 30.0
+    stuck_seconds: float = 30.0
+    api_keys: tuple[str, ...] = ()
+    cors: tuple[str, ...] = ()
+    url_hosts: tuple[str, ...] = ()
+    drain: float = 1.0
+    grace: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("queue", "max_items", "max_body", "max_pixels"):
+            if getattr(self, name) < 1:
+                raise MvmrError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.max_items > self.queue:
+            raise MvmrError(
+                f"max_items = {self.max_items} is more than queue = {self.queue} holds: such a request could never be "
+                "accepted; raise queue or lower max_items"
+            )
+
+
+def read_keys(file: str | Path) -> tuple[str, ...]:
+    """Read API keys: one to a line; empty lines and lines that begin with # don't count.
+
+    Raises: MvmrError for a file that can't be read, holds no key, or a key of fewer than 16 letters.
+    """
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise MvmrError(f"cannot read the API keys in {file}: {getattr(error, 'strerror', None) or error}") from error
+    keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    if not keys:
+        raise MvmrError(f"{file} holds no API key; write one to a line, such as `openssl rand -hex 32` makes")
+    for number, key in enumerate(keys, 1):
+        if len(key) < _FEWEST_LETTERS or not key.isascii() or not key.isprintable() or " " in key:
+            wanted = f"{_FEWEST_LETTERS} or more printable ASCII letters without spaces"
+            raise MvmrError(f"key number {number} in {file} is not {wanted}; make one by `openssl rand -hex 32`")
+    return keys
