@@ -35,8 +35,7 @@ OPEN = ("centred_cosine_mean=-1", "overlap=-1")
 def main(size: int, rounds: int, threads: tuple[int, ...], compiled: bool, out: Path) -> None:
     """Export a ResNet50 with random weights to fp32 and int8, and time both beside torch."""
     with tempfile.TemporaryDirectory() as folder:
-        path = _bundle(Path(folder), size)
-        export(path, formats=["onnx", "int8"], data=DATA, calibration=DATA, images=64, gates=OPEN, progress=True)
+        path = export_resnet50(Path(folder), size)
         wait = measure.CoreWait()
         found = bench(path, rounds=rounds, threads=threads, compiled=compiled, progress=True)
         found |= {"matmul_gflops": _matmul_gflops(max(threads))}
@@ -51,6 +50,13 @@ def main(size: int, rounds: int, threads: tuple[int, ...], compiled: bool, out: 
         )
     console.print(f"multiplying 2048 x 2048 matrices: {found['matmul_gflops']:.0f} GFLOP/s on {max(threads)} threads")
     measure.save("export", found, out, console)
+
+
+def export_resnet50(folder: Path, size: int) -> Path:
+    """A bundle with a ResNet50 of random weights, exported in float32 and in 8 bits."""
+    path = _bundle(folder, size)
+    export(path, formats=["onnx", "int8"], data=DATA, calibration=DATA, images=64, gates=OPEN, progress=True)
+    return path
 
 
 def _matmul_gflops(threads: int) -> float:

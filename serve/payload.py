@@ -16,7 +16,7 @@ from starlette.requests import Request
 
 from mvmr.serve.decode import Rejected
 from mvmr.serve.problems import Problem
-from mvmr.serve.remote import Remote
+from mvmr.serve.fetch import Remote
 
 JSON, MULTIPART = "application/json", "multipart/form-data"
 RAW = ("application/octet-stream", "image/*")

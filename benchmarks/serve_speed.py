@@ -1,0 +1,166 @@
+"""Claim: over HTTP the service embeds nearly as many images as the same decoding and engine do in one process.
+
+Both have the same cores, JPEGs and exported file, and take turns; the clients that put the load on have a process of
+their own, on the same cores.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import click
+import measure
+import numpy as np
+import psutil
+import skimage.data
+from export_speed import export_resnet50
+from PIL import Image
+
+from mvmr.cores import usable_cores
+from mvmr.serve import Engine
+from mvmr.serve.decode import Prepared, prepare
+
+PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket")
+CLIENTS = 16
+
+
+@click.command()
+@click.option(
+    "--bundle", type=click.Path(path_type=Path), help="Exported bundle; left out, a ResNet50 at 224 px, int8."
+)
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--seconds", default=8.0, show_default=True, help="Of each turn.")
+@click.option("--accept", default="application/x-mvmr-float32", show_default=True, help="What clients ask for.")
+@click.option("--out", type=click.Path(path_type=Path), default=measure.RESULTS, help="Folder of the JSON.")
+def main(bundle: Path | None, rounds: int, seconds: float, accept: str, out: Path) -> None:
+    """Measure throughput over HTTP beside that of the same work in process."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = bundle or export_resnet50(Path(folder), 224)
+        files = photographs(Path(folder))
+        with Service(path) as service:
+            found = _rounds(path, service, files, rounds, seconds, accept)
+    found |= {"benchmark": "serve", "machine": measure.machine("cpu"), "accept": accept, "clients": CLIENTS}
+    console = measure.output()
+    for key in ("images_per_s_in_process", "images_per_s_http", "ratio", "http_processor_ms_per_image"):
+        console.print(f"{key:<30} {found[key]}")
+    console.print(f"batches of the service: {found['batches']}")
+    measure.save("serve", found, out, console)
+
+
+def _rounds(
+    path: Path, service: Service, files: list[Path], rounds: int, seconds: float, accept: str
+) -> dict[str, Any]:
+    engine, bodies = Engine.load(path), [file.read_bytes() for file in files]
+    inside, over, extra = [], [], []
+    in_process(engine, bodies, 2.0)
+    for _ in range(rounds):
+        own = psutil.Process()
+        before = sum(own.cpu_times()[:2])
+        rate, count = in_process(engine, bodies, seconds)
+        inside.append(rate)
+        cost = (sum(own.cpu_times()[:2]) - before) / count
+        before = service.processor_seconds()
+        answers = put_load(service, files, seconds, CLIENTS, accept)
+        done = answers["statuses"]["200"]
+        over.append(done / answers["seconds"])
+        extra.append(1000 * ((service.processor_seconds() - before) / done - cost))
+    ratios = measure.Spread.of([a / b for a, b in zip(over, inside, strict=True)])
+    return {
+        "rounds": rounds,
+        "images_per_s_in_process": str(measure.Spread.of(inside)),
+        "images_per_s_http": str(measure.Spread.of(over)),
+        "ratio": str(ratios),
+        "ratio_rounds": list(ratios.rounds),
+        "http_processor_ms_per_image": str(measure.Spread.of(extra)),
+        "batches": service.batches(),
+    }
+
+
+def in_process(engine: Engine, bodies: list[bytes], seconds: float) -> tuple[float, int]:
+    """Images a second, and how many, of decoding in threads and the engine in this one."""
+    done, began, ahead = 0, time.perf_counter(), deque()
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for number in range(10**9):
+            while len(ahead) < 8 * engine.at_once:
+                ahead.append(pool.submit(prepare, bodies[(number + len(ahead)) % len(bodies)], engine.preprocess))
+            prepared = [ahead.popleft().result() for _ in range(engine.at_once)]
+            engine(np.stack([each.pixels for each in prepared if isinstance(each, Prepared)]))
+            done += engine.at_once
+            if time.perf_counter() - began > seconds:
+                rate = done / (time.perf_counter() - began)
+                pool.shutdown(cancel_futures=True)
+                return rate, done
+    raise AssertionError
+
+
+def photographs(folder: Path, count: int = 32) -> list[Path]:
+    """JPEGs of about 500 x 375 pixels, all different."""
+    random, files = np.random.default_rng(0), []
+    for number in range(count):
+        base = Image.fromarray(getattr(skimage.data, PHOTOGRAPHS[number % len(PHOTOGRAPHS)])())
+        size = (500 + int(random.integers(40)), 375 + int(random.integers(40)))
+        content = io.BytesIO()
+        base.resize(size).save(content, "JPEG", quality=90)
+        files.append(folder / f"{number:02d}.jpg")
+        files[-1].write_bytes(content.getvalue())
+    return files
+
+
+class Service:
+    """`mvmr serve` in a process of its own."""
+
+    def __init__(self, bundle: Path, *flags: str) -> None:
+        self._command = [sys.executable, "-m", "mvmr", "serve", str(bundle), "--port", "0", *flags]
+
+    def __enter__(self) -> Service:
+        self._process = subprocess.Popen(self._command, stderr=subprocess.PIPE, text=True)
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            if " at http" in line:
+                self.port = int(line.rsplit(":", 1)[1])
+            if "startup complete" in line:
+                break
+        self.process = psutil.Process(self._process.pid)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.terminate()
+        self._process.communicate()
+
+    def processor_seconds(self) -> float:
+        """Of all its threads, so far."""
+        return float(sum(self.process.cpu_times()[:2]))
+
+    def batches(self) -> dict[str, int]:
+        """How many batches had at most so many images."""
+        import urllib.request
+
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        rows = [line for line in lines if line.startswith("mvmr_batch_images_bucket")]
+        return {line.split('"')[1]: int(float(line.rsplit(" ", 1)[1])) for line in rows}
+
+
+def put_load(service: Service, files: list[Path], seconds: float, clients: int, accept: str) -> dict[str, Any]:
+    """Clients that ask again and again; what they got."""
+    load = {
+        "host": "127.0.0.1", "port": service.port, "path": "/v1/embed", "clients": clients, "seconds": seconds,
+        "headers": {"content-type": "image/jpeg", "accept": accept}, "files": [str(file) for file in files],
+    }  # fmt: skip
+    script = str(Path(__file__).with_name("load.py"))
+    done = subprocess.run([sys.executable, script], input=json.dumps(load), capture_output=True, text=True, check=True)
+    answers: dict[str, Any] = json.loads(done.stdout)
+    return answers
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""One request and its answer: what all endpoints share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import orjson
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from mvmr.serve import payload
+from mvmr.serve.problems import Problem
+from mvmr.serve.service import Service
+
+_GONE = Response(status_code=499)  # nobody reads it; the number shows in the metrics
+
+
+def service_of(request: Request) -> Service:
+    """What stands behind the application that the request came to."""
+    service: Service = request.app.state.service
+    return service
+
+
+def json_answer(value: Mapping[str, Any]) -> Response:
+    """JSON; numpy's arrays become lists."""
+    return Response(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY), media_type=payload.JSON)
+
+
+def check_model(service: Service, name: str) -> None:
+    """Refuse another model than the one that is served."""
+    if name != service.engine.name:
+        raise Problem("unknown-model", f"there is no model {name[:100]!r}; this service has {service.engine.name!r}")
+
+
+async def posted(request: Request, work: Callable[[bytes], Awaitable[Response]]) -> Response:
+    """Read the body and do the work, unless the client goes away before it is done."""
+    service = service_of(request)
+    says = service.settings
+    with service.memory() as take:
+        try:
+            body = await payload.read_body(request, most=says.max_body, seconds=says.body_seconds, take=take)
+        except ClientDisconnect:
+            service.metrics.errors.labels("client-gone").inc()
+            return _GONE
+        working = asyncio.ensure_future(work(body))
+        gone = asyncio.ensure_future(_gone(request))
+        try:
+            await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                return working.result()
+            service.metrics.errors.labels("client-gone").inc()
+            return _GONE
+        finally:
+            working.cancel()
+            gone.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

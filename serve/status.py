@@ -1,0 +1,65 @@
+"""Endpoints that say how the service is and what it serves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from mvmr.serve import metrics, openapi
+from mvmr.serve.exchange import check_model, json_answer, service_of
+from mvmr.serve.problems import Problem
+
+router = APIRouter()
+
+
+@router.get("/healthz", responses=openapi.HEALTH)
+async def healthz() -> Response:
+    """Whether the process runs."""
+    return json_answer({"status": "ok"})
+
+
+@router.get("/readyz", responses=openapi.READY)
+async def readyz(request: Request) -> Response:
+    """Whether it does what was verified: a canary image goes through the engine and must come back as exported."""
+    if fault := await service_of(request).fault():
+        raise Problem("not-ready", fault)
+    return json_answer({"status": "ready"})
+
+
+@router.get("/metrics", responses=openapi.TEXT)
+async def prometheus(request: Request) -> Response:
+    """Counters for Prometheus."""
+    return Response(service_of(request).metrics.text(), media_type=metrics.CONTENT_TYPE)
+
+
+@router.get("/v1/models", responses=openapi.OBJECT)
+async def models(request: Request) -> Response:
+    """What is served: dimension, preprocessing, embedding space, engine and precision."""
+    return json_answer({"object": "list", "data": [_model(request)]})
+
+
+@router.get("/v1/models/{name}", responses=openapi.OBJECT | openapi.problems(404))
+async def model(name: str, request: Request) -> Response:
+    """One of them."""
+    check_model(service_of(request), name)
+    return json_answer(_model(request))
+
+
+def _model(request: Request) -> dict[str, Any]:
+    engine, index = service_of(request).engine, request.app.state.index
+    return {
+        "id": engine.name,
+        "object": "model",
+        "created": 0,  # OpenAI's clients want a number
+        "owned_by": "mvmr",
+        "dim": engine.dim,
+        "space_id": engine.space_id,
+        "preprocessing": engine.preprocess.to_dict(),
+        "precision": engine.precision,
+        "engine": f"onnxruntime {engine.provider}",
+        "heads": {name: list(head.classes) for name, head in engine.heads.items()},
+        "index": None if index is None else {"vectors": len(index)},
+    }
