@@ -36,7 +36,7 @@ format: .venv/.dev
 # The newest versions that agree with pyproject.toml; run the tests before you commit them.
 constraints: .venv/.uv
 	@echo '# The versions that continuous integration runs and `make` installs. Renewed by `make constraints`.' > $@.new
-	$(UV) compile pyproject.toml --extra all --python $(BIN)/python --no-annotate --no-header >> $@.new
+	$(UV) compile pyproject.toml --extra all --extra gpu --python $(BIN)/python --no-annotate --no-header >> $@.new
 	mv $@.new $@.txt
 
 clean:

@@ -131,6 +131,14 @@ def _lacks(extra: str | None, extras: dict[str, dict[str, str | None]]) -> str |
     return f"lacks {', '.join(missing[:3])}{more}: pip install 'mvmr[{extra}]'"
 
 
+def _installed(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def _version(package: str) -> str | None:
     if util.find_spec(package) is None:
         return None
@@ -191,6 +199,11 @@ def _devices(problems: list[str]) -> tuple[Device, ...]:
 
 
 def _onnx_providers(problems: list[str]) -> tuple[str, ...] | None:
+    if all(_installed(name) for name in ("onnxruntime", "onnxruntime-gpu")):
+        problems.append(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite one another's files: "
+            "pip uninstall -y onnxruntime && pip install --force-reinstall --no-deps onnxruntime-gpu"
+        )
     if util.find_spec("onnxruntime") is None:
         return None
     try:

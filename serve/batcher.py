@@ -1,4 +1,4 @@
-"""Batching without a timer: while the engine works, images wait; when it is free, it takes what has come."""
+"""Batching without a timer: while the engine works, images wait; a worker that is free takes what has come."""
 
 from __future__ import annotations
 
@@ -33,43 +33,50 @@ class _Waiting:
 
 
 class Batcher:
-    """One engine in a thread of its own, behind a bounded queue.
+    """An engine in threads of its own, behind a bounded queue.
 
     Rooms are taken when a request is accepted and given back when it is answered, so that everything between, bodies
     and decoded images too, is bounded.
 
     Args:
-        run: embeds a batch: uint8 [N, S, S, 3] -> float32 [N, D]; called from one thread.
-        at_once: images to a batch at most; bound: images accepted and not yet answered at most.
+        run: embeds a batch: uint8 [N, S, S, 3] -> float32 [N, D]; called from all workers at a time.
+        at_once: images to a batch at most; bound: images accepted and not yet answered at most; workers: threads.
     """
 
-    def __init__(self, run: Callable[[Pixels], Floats], *, at_once: int, bound: int, metrics: Metrics) -> None:
+    def __init__(
+        self, run: Callable[[Pixels], Floats], *, at_once: int, bound: int, workers: int, metrics: Metrics
+    ) -> None:
         self._run, self._at_once, self._bound, self._metrics = run, at_once, bound, metrics
         self._waiting: deque[_Waiting] = deque()
         self._changed = threading.Condition()
         self._stopped = False
         self._taken = 0
         self._rate = 0.0  # images a second
-        self._busy_since: float | None = None
-        self._thread = threading.Thread(target=self._work, name="mvmr-engine", daemon=True)
+        self._busy_since: dict[int, float] = {}  # by number of the worker
+        self._workers = [
+            threading.Thread(target=self._work, args=(number,), name=f"mvmr-engine-{number}", daemon=True)
+            for number in range(workers)
+        ]
 
     def start(self) -> None:
-        """Start the engine's thread; to be called in the running event loop."""
+        """Start the workers; to be called in the running event loop."""
         self._loop = asyncio.get_running_loop()
-        self._thread.start()
+        for worker in self._workers:
+            worker.start()
 
     async def stop(self) -> None:
-        """End the thread, after what it is doing now."""
+        """End the workers, after what they are doing now."""
         with self._changed:
             self._stopped = True
-            self._changed.notify()
-        await asyncio.to_thread(self._thread.join)
+            self._changed.notify_all()
+        for worker in self._workers:
+            await asyncio.to_thread(worker.join)
 
     @property
     def busy_seconds(self) -> float:
-        """How long the engine has been at its present batch."""
-        since = self._busy_since
-        return 0.0 if since is None else time.perf_counter() - since
+        """How long the slowest worker has been at its present batch."""
+        since = list(self._busy_since.values())
+        return time.perf_counter() - min(since) if since else 0.0
 
     @contextmanager
     def room(self, count: int) -> Iterator[None]:
@@ -97,7 +104,7 @@ class Batcher:
             self._changed.notify()
         return await item.answer
 
-    def _work(self) -> None:
+    def _work(self, number: int) -> None:
         while True:
             with self._changed:
                 while not self._waiting and not self._stopped:
@@ -106,11 +113,14 @@ class Batcher:
                     return
                 batch = self._next()
             if batch:
-                self._answer(batch)
+                self._answer(batch, number)
 
     def _next(self) -> list[_Waiting]:
+        """What this worker takes: its share of what waits, so that no other is left idle."""
+        idle = max(1, len(self._workers) - len(self._busy_since))
+        most = min(self._at_once, math.ceil(len(self._waiting) / idle))
         batch: list[_Waiting] = []
-        while self._waiting and len(batch) < self._at_once:
+        while self._waiting and len(batch) < most:
             item = self._waiting.popleft()
             if item.answer.cancelled():
                 self._metrics.images.labels("dropped").inc()
@@ -118,8 +128,8 @@ class Batcher:
                 batch.append(item)
         return batch
 
-    def _answer(self, batch: list[_Waiting]) -> None:
-        began = self._busy_since = time.perf_counter()
+    def _answer(self, batch: list[_Waiting], number: int) -> None:
+        began = self._busy_since[number] = time.perf_counter()
         for item in batch:
             self._metrics.stage_seconds.labels("wait").observe(began - item.since)
         rows: Floats | Exception
@@ -129,10 +139,10 @@ class Batcher:
             logger.exception("the engine failed on a batch of %d", len(batch))
             rows = error
         seconds = time.perf_counter() - began
-        self._busy_since = None
+        del self._busy_since[number]
         self._metrics.stage_seconds.labels("infer").observe(seconds)
         self._metrics.batch.observe(len(batch))
-        now = len(batch) / max(1e-6, seconds)
+        now = len(self._workers) * len(batch) / max(1e-6, seconds)
         self._rate = now if not self._rate else _MEMORY * self._rate + (1 - _MEMORY) * now
         self._loop.call_soon_threadsafe(_settle, batch, rows)
 

@@ -19,7 +19,8 @@ _ENV = {"auto_envvar_prefix": "MVMR"}
     "--precision", help="fp32, fp16 or int8; left out, int8 on a processor, fp16 on a GPU, where there is one."
 )
 @click.option("--provider", default="cpu", show_default=True, help="cpu, cuda or tensorrt, of onnxruntime.")
-@click.option("--threads", type=click.IntRange(1), help="Of the engine; all cores when left out.")
+@click.option("--workers", type=click.IntRange(1), help="Batches at a time; left out, one to a core, one on a GPU.")
+@click.option("--threads", type=click.IntRange(1), help="Threads to a batch; left out, the cores among the workers.")
 @click.option("--decode-threads", type=click.IntRange(1), help="Threads that decode; all cores when left out.")
 @click.option("--max-batch", type=click.IntRange(1), help="Images to a batch; 4 on a processor, 32 on a GPU.")
 @click.option("--queue", default=256, show_default=True, help="Images accepted at a time; more get 429.")
@@ -34,19 +35,32 @@ _ENV = {"auto_envvar_prefix": "MVMR"}
 @click.option("--tls-key", metavar="FILE", help="Its private key, PEM.")
 @click.option("--drain", default=1.0, show_default=True, help="Seconds from SIGTERM to the closing of the door.")
 @click.option("--grace", default=30.0, show_default=True, help="Seconds for accepted requests to end after that.")
-def serve(bundle: str | None, max_body_mb: float, max_megapixels: float, api_keys: str | None, **options: Any) -> None:
+def serve(
+    bundle: str | None,
+    workers: int | None,
+    threads: int | None,
+    max_body_mb: float,
+    max_megapixels: float,
+    api_keys: str | None,
+    **options: Any,
+) -> None:
     """Serve embeddings of BUNDLE (the newest below runs/ when left out) over HTTP, by its exported file."""
     from mvmr.bundle import newest
+    from mvmr.cores import usable_cores
     from mvmr.serve.run import serve as run
     from mvmr.serve.settings import Settings, read_keys
 
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    for_the_engine = {name: options.pop(name) for name in ("precision", "provider", "threads")}
+    for_the_engine = {name: options.pop(name) for name in ("precision", "provider")}
     files = {name: options.pop(name) for name in ("index", "tls_cert", "tls_key")}
+    # A batch on one thread costs a tenth less than on two, which wait for one another (docs/serving.md).
+    workers = workers or (usable_cores() if for_the_engine["provider"] == "cpu" else 1)
+    threads = threads or max(1, usable_cores() // workers)
     settings = Settings(
+        workers=workers,
         max_body=int(max_body_mb * 2**20),
         max_pixels=int(max_megapixels * 1e6),
         api_keys=read_keys(api_keys) if api_keys else (),
         **options,
     )
-    run(bundle or newest(), settings=settings, **for_the_engine, **files)
+    run(bundle or newest(), settings=settings, threads=threads, **for_the_engine, **files)

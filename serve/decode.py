@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mvmr.data import decoding
 from mvmr.preprocess import Preprocess
@@ -52,7 +52,7 @@ def prepare(data: bytes, preprocess: Preprocess, *, max_pixels: int = MAX_PIXELS
                 limit = f"more than the {max_pixels / 1e6:g} million allowed"
                 return Rejected("too-many-pixels", f"{width} x {height} pixels, {limit}")
             return Prepared(preprocess.image(image), width, height)
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         return Rejected("not-an-image", decoding.reason(error))
     except Image.DecompressionBombError:  # Pillow's own limit, for files whose header is read later
         return Rejected("too-many-pixels", f"more pixels than the {max_pixels / 1e6:g} million allowed")

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from mvmr import __version__
 from mvmr import bundle as bundles
 from mvmr.cores import usable_cores
-from mvmr.errors import MvmrError, unknown
+from mvmr.errors import MvmrError
 from mvmr.export.contract import artifact, canary
 from mvmr.interrupt import Stop, stop_on_signal
 from mvmr.progress import say, track
@@ -76,7 +74,7 @@ def embed(
             ``FILE.errors.parquet`` and ``FILE.manifest.json``.
         precision, provider: as `Engine.load` takes them.
         threads: cores that embed on a processor; None takes all.
-        heads: of the bundle, whose best class and its probability become columns.
+        heads: of the bundle, whose best class and its probability become columns; ``all`` takes every one.
         dtype: of the embeddings in the output, ``float32`` or ``float16``.
         shard: (i, n), embeds piece i of n, counted from 0, into the folder ``out/shard-<i>-of-<n>``.
         resume: goes on with what a stopped run left, and begins where there is none.
@@ -98,6 +96,7 @@ def embed(
     onefile.check_place(target)
     cores = threads or usable_cores()
     engine = Engine.load(bundle, precision=precision, provider=provider, threads=1 if provider == "cpu" else None)
+    heads = tuple(engine.heads) if "all" in heads else tuple(heads)
     schema = columns.schema(engine, heads, dtype)
     source: Source = open_source(os.fspath(images))
     if shard is not None:
@@ -175,6 +174,8 @@ class _Job:
                     if written is not None:
                         written.result()
                     written, rows = writer.submit(self._write, rows), columns.Rows()
+                if not batch.images:  # only the end of a part
+                    continue
                 rate = f"{self.added} images, {self.added / (time.perf_counter() - began):,.0f} img/s"
                 advance(batch.done, "" if source.unit == "img" else rate)
                 if stop.requested:
@@ -225,9 +226,10 @@ def _shard_folder(out: Path, number: int, of: int) -> Path:
 def _check_engine(engine: Engine) -> None:
     error = engine.canary_error(engine(canary(engine.size))[0])
     if not error <= TOLERANCE[engine.precision]:
+        limit = f"more than {TOLERANCE[engine.precision]:g}"
         raise MvmrError(
-            f"{engine.name} on {engine.provider} in {engine.precision} is off by {error:.2g} from what was verified at its "
-            f"export, more than {TOLERANCE[engine.precision]:g}; export it again on this machine, or take another --precision"
+            f"{engine.name} on {engine.provider} in {engine.precision} is off by {error:.2g} from what was verified at "
+            f"its export, {limit}; export it again on this machine, or take another --precision"
         )
 
 

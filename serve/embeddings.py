@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mvmr.serve import openapi, payload
+from mvmr.serve.decode import Rejected
 from mvmr.serve.engine import Engine
 from mvmr.serve.exchange import check_model, json_answer, posted, service_of
 from mvmr.serve.problems import Problem
@@ -136,7 +137,7 @@ def _results(outcomes: Sequence[Outcome], show: Callable[[Embedded], dict[str, A
     ]
 
 
-def _failure(number: int, outcome: payload.Rejected) -> dict[str, Any]:
+def _failure(number: int, outcome: Rejected) -> dict[str, Any]:
     return {"index": number, "error": {"code": outcome.code, "reason": outcome.reason}}
 
 

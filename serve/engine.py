@@ -162,17 +162,18 @@ class Engine:
             return self.preprocess.image(Image.fromarray(image))
         if isinstance(image, Image.Image):
             return self.preprocess.image(image)
-        if isinstance(image, str | Path):
+        if isinstance(image, bytes):
+            name, data = f"image number {index}", image
+        elif isinstance(image, str | Path):
+            name = f"image {image}"
             try:
-                image, name = Path(image).read_bytes(), f"image {image}"
+                data = Path(image).read_bytes()
             except OSError as error:
-                raise MvmrError(f"cannot read image {image}: {error.strerror}; mend it or leave it out") from error
-        elif isinstance(image, bytes):
-            name = f"image number {index}"
+                raise MvmrError(f"cannot read {name}: {error.strerror}; mend it or leave it out") from error
         else:
             kind = type(image).__name__
             raise MvmrError(f"embed takes PIL images, paths, bytes or a uint8 array, image number {index} is a {kind}")
-        found = prepare(image, self.preprocess)
+        found = prepare(data, self.preprocess)
         if not isinstance(found, Prepared):
             raise MvmrError(f"cannot read {name}: {found.reason}; mend it or leave it out")
         return found.pixels

@@ -18,8 +18,6 @@ _CONNECTIONS = 8
 _TIMEOUTS = {"connect": 5.0, "read": 5.0, "write": 5.0, "pool": 5.0}
 _SECONDS = 15.0  # for the whole answer: a byte every four seconds must not hold a room for ever
 
-Option = tuple[int, int, int | bytes]
-
 
 class Remote:
     """Fetches images; without hosts, it refuses all.
@@ -96,7 +94,7 @@ class _Guarded(httpcore2.AsyncNetworkBackend):
         port: int,
         timeout: float | None = None,
         local_address: str | None = None,
-        socket_options: Iterable[Option] | None = None,
+        socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
     ) -> Any:  # Any: httpcore's stream
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
         address = str(found[0][4][0])

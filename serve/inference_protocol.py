@@ -30,7 +30,7 @@ class _Part(BaseModel):
 class TensorParameters(_Part):
     """binary_data_size: bytes of the tensor after the JSON."""
 
-    binary_data_size: int | None = Field(None, ge=0)
+    binary_data_size: int | None = Field(default=None, ge=0)
 
 
 class InputTensor(_Part):

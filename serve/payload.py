@@ -6,7 +6,7 @@ import asyncio
 import base64
 import binascii
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Annotated, TypeVar
 
 import orjson
@@ -133,7 +133,7 @@ async def _image(text: str, remote: Remote) -> Payload:
 
 
 async def _multipart(request: Request, body: bytes, most: int) -> list[Payload]:
-    async def stream() -> AsyncIterator[bytes]:
+    async def stream() -> AsyncGenerator[bytes, None]:
         yield body
         yield b""
 

@@ -18,8 +18,8 @@ from mvmr.errors import MvmrError
 from mvmr.serve import embeddings, inference, status
 from mvmr.serve.edge import Edge
 from mvmr.serve.engine import Engine
-from mvmr.serve.problems import Problem
 from mvmr.serve.fetch import Remote
+from mvmr.serve.problems import Problem
 from mvmr.serve.service import Service
 from mvmr.serve.settings import Settings
 

@@ -60,7 +60,11 @@ class Service:
         self.draining = False
         self._decoders = ThreadPoolExecutor(settings.decode_threads or usable_cores(), "mvmr-decode")
         self._batcher = Batcher(
-            self._run, at_once=settings.max_batch or engine.at_once, bound=settings.queue, metrics=self.metrics
+            self._run,
+            at_once=settings.max_batch or engine.at_once,
+            bound=settings.queue,
+            workers=settings.workers,
+            metrics=self.metrics,
         )
         self._verdict: tuple[float, str | None] = (-1e9, "not asked yet")
         self._asking = asyncio.Lock()
@@ -142,9 +146,9 @@ class Service:
             return f"the engine has not answered for {limit:g} s"
         except Exception as error:  # whatever a GPU raises
             return f"the engine fails: {' '.join(str(error).split())[:200]}"
-        error = self.engine.canary_error(found)
-        if not error <= TOLERANCE[self.engine.precision]:
-            return f"the engine's embedding of the canary is off by {error:.2g} of its length: it has drifted"
+        off = self.engine.canary_error(found)
+        if not off <= TOLERANCE[self.engine.precision]:  # NaN, too
+            return f"the engine's embedding of the canary is off by {off:.2g} of its length: it has drifted"
         return None
 
     async def _outcome(self, payload: Payload) -> Outcome:

@@ -10,9 +10,9 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 from mvmr.data import decoding
@@ -26,7 +26,6 @@ _ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _MOST = 1_000_000
 _DAMAGE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError)
-_BAD_HEADERS = (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError, tarfile.EmptyHeaderError)
 _MB = 10**6
 
 
@@ -133,11 +132,9 @@ def _members(tar: Tar, skip: int) -> Iterator[tuple[str, Content, int]]:
     name = printable(os.fsencode(tar.path))
     hops = not there and tar.path.lower().endswith(".tar")  # all others only stream
     try:
-        with ExitStack() as stack:
-            raw = stack.enter_context(remote.open_stream(tar.path) if there else open(tar.path, "rb"))
-            opened = stack.enter_context(_open(raw, hops))
+        with _raw(tar.path) as raw, _open(raw, hops) as opened:
             while (member := opened.next()) is not None:
-                opened.members.clear()  # else it remembers each of millions
+                opened.members = []  # type: ignore[attr-defined]  # else it remembers each of millions
                 if not _is_image(member):
                     continue
                 if hops and member.offset_data + member.size > tar.size:  # found whether it is read or skipped
@@ -158,15 +155,17 @@ class _Strict(tarfile.TarInfo):
     """A header after the first that is broken, cut or missing is damage; tarfile takes it for the end of the file."""
 
     @classmethod
-    def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:  # the name is tarfile's
+    def fromtarfile(cls, opened: tarfile.TarFile) -> Self:
         try:
-            return super().fromtarfile(tarfile)
-        except _BAD_HEADERS as error:
-            raise _damaged(error) from error
+            return super().fromtarfile(opened)
+        except tarfile.HeaderError as error:
+            if type(error).__name__ == "EOFHeaderError":  # the end mark
+                raise
+            raise tarfile.ReadError(f"{error} where the next file or the end mark should be") from error
 
 
-def _damaged(error: Exception) -> tarfile.ReadError:
-    return tarfile.ReadError(f"{error}, where a file or the end mark should be")
+def _raw(path: str) -> Any:
+    return remote.open_stream(path) if remote.is_address(path) else Path(path).open("rb")
 
 
 def _open(raw: Any, hops: bool) -> tarfile.TarFile:

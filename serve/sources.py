@@ -60,8 +60,10 @@ class Listed:
                 yield Item(path, partial(Rejected, "unreadable", reason), done)
 
     def share(self, number: int, of: int) -> Listed:
-        """A run of neighbours: 100 images in 8 pieces are 12 or 13 each."""
+        """A run of neighbours, 12 or 13 images for 100 in 8 pieces; raises MvmrError for more pieces than images."""
         here = self.numbers
+        if len(here) < of:
+            raise MvmrError(f"{self.name} has {len(here)} images, too few for {of} pieces; give --shard a smaller n")
         return replace(self, chosen=here[len(here) * number // of : len(here) * (number + 1) // of])
 
 

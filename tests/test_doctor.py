@@ -1,5 +1,6 @@
 import json
 import sys
+from importlib import metadata
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,14 @@ def test_a_complete_machine_is_ready(cache: Path) -> None:
     assert report.cache.writable
     assert report.cache.free > 0
     assert None not in report.extras["train"].values()
+
+
+def test_two_builds_of_onnxruntime_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert examine().problems == ()
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "1.31.1" if name == "onnxruntime-gpu" else real(name))
+    (problem,) = examine().problems
+    assert "pip uninstall -y onnxruntime" in problem
 
 
 def test_an_install_without_torch_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
