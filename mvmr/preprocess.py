@@ -19,6 +19,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _EXIF_ORIENTATION = 0x0112
+_STRIP = 64  # rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,11 +147,19 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _eight_bits(values: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
-    known = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0).clip(min=0)
-    highest = float(known.max(initial=0.0))
+    # a strip at a time: as float64, a whole photograph would take ten times the memory of its RGB
+    strips = [slice(row, row + _STRIP) for row in range(0, len(values), _STRIP)]
+    highest = max((float(_known(values[strip]).max(initial=0.0)) for strip in strips), default=0.0)
     lowest_white = 65535.0 if values.dtype.kind != "f" else 255.0 if highest > 1 else 1.0
     white = max(lowest_white, highest)
-    return np.rint(known * (255.0 / white)).astype(np.uint8)
+    scaled = np.empty(values.shape, np.uint8)
+    for strip in strips:
+        scaled[strip] = np.rint(_known(values[strip]) * (255.0 / white))
+    return scaled
+
+
+def _known(values: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:
+    return np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0).clip(min=0)
 
 
 def _whole(name: str, value: object) -> int:

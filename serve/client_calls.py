@@ -153,7 +153,7 @@ class Calls:
                 failed = sorted(failed + more, key=lambda each: each.index)
             if failed and errors == "raise":
                 told = f"{failed[0].name} can't be embedded: {failed[0].reason or failed[0].code}"
-                raise MvmrError(f"{self.url}: {told}; mend it, leave it out, or give errors='return'")
+                raise MvmrError(" ".join(f"{self.url}: {told}; mend it, leave it out, or give errors='return'".split()))
             found.errors += failed
             found.count += len(part)
         if not found.space:  # nothing was sent

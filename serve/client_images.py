@@ -45,7 +45,7 @@ class Sent:
 
 
 def parts(images: Images, most: int, most_bytes: int) -> Iterator[list[Sent | ImageError]]:
-    """Read the images in their order and pack them: at most `most` to a part, and `most_bytes` unless one alone is more.
+    """Read the images in order and pack them: at most `most` to a part, and `most_bytes` unless one alone is more.
 
     Paths and bytes stay as they are; PIL images and arrays uint8 [H, W, 3] become PNG, upright and RGB.
 
@@ -69,7 +69,7 @@ def parts(images: Images, most: int, most_bytes: int) -> Iterator[list[Sent | Im
         yield part
 
 
-def _read(index: int, image: ImageLike) -> Sent | ImageError:
+def _read(index: int, image: object) -> Sent | ImageError:
     name = f"image number {index}"
     if isinstance(image, str | os.PathLike):
         name = os.fspath(image)

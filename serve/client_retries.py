@@ -28,7 +28,7 @@ BAD_IMAGE = f"{_KIND}bad-image"
 _HINTS = {
     f"{_KIND}too-many-items": "; give the client that number as max_items",
     f"{_KIND}too-large": "; give the client a smaller max_bytes",
-    f"{_KIND}wrong-key": "; give the client api_key",
+    f"{_KIND}wrong-key": "; give it to the client as api_key",
 }
 
 

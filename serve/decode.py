@@ -48,9 +48,12 @@ def prepare(data: bytes, preprocess: Preprocess, *, max_pixels: int = MAX_PIXELS
     try:
         with Image.open(io.BytesIO(data), formats=decoding.formats()) as image:
             width, height = image.size
-            if width * height > max_pixels:
+            # a thin image is enlarged until its short side fits: 1 x 100,000 pixels would become 256 x 25,600,000
+            enlarged = max(1.0, preprocess.resize / max(1, min(width, height)))
+            if width * height * enlarged**2 > max_pixels:
+                resized = "" if enlarged == 1 else f", {round(enlarged)} times enlarged"
                 limit = f"more than the {max_pixels / 1e6:g} million allowed"
-                return Rejected("too-many-pixels", f"{width} x {height} pixels, {limit}")
+                return Rejected("too-many-pixels", f"{width} x {height} pixels{resized}, {limit}")
             return Prepared(preprocess.image(image), width, height)
     except UnidentifiedImageError as error:
         return Rejected("not-an-image", decoding.reason(error))

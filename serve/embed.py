@@ -147,6 +147,7 @@ class _Job:
         first = next(items, None)
         if first is None:
             if not self.parts.done:
+                self.parts.abandon()
                 raise MvmrError(f"no images in {self.source.name}: nothing there ends as an image does")
             return
         if start:

@@ -6,7 +6,7 @@ Source: github.com/kserve/open-inference-protocol, and Triton's binary tensor da
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ Floats = npt.NDArray[np.float32]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(strict=True)  # what is not known here is passed over, as Triton does
 
 
 class TensorParameters(_Part):
@@ -37,7 +37,7 @@ class InputTensor(_Part):
     """A tensor, its values in `data` or, in binary, after the JSON."""
 
     name: str
-    shape: list[int] = Field(min_length=1, max_length=8)
+    shape: Annotated[list[int], Field(min_length=1, max_length=8, fail_fast=True)]
     datatype: str
     parameters: TensorParameters = TensorParameters()
     data: list[Any] | None = None
@@ -67,8 +67,8 @@ class InferRequest(_Part):
 
     id: str | None = None
     parameters: InferParameters = InferParameters()
-    inputs: list[InputTensor] = Field(min_length=1, max_length=1)
-    outputs: list[WantedOutput] | None = None
+    inputs: Annotated[list[InputTensor], Field(min_length=1, max_length=1, fail_fast=True)]
+    outputs: Annotated[list[WantedOutput], Field(max_length=64, fail_fast=True)] | None = None
 
 
 def server() -> dict[str, Any]:
@@ -153,12 +153,14 @@ def _check_outputs(request: InferRequest, engine: Engine) -> None:
 def _from_json(given: InputTensor, count: int, raw: bytes) -> npt.NDArray[np.uint8]:
     if raw:
         raise Problem("malformed", f"{len(raw)} bytes follow the JSON, which names no binary_data_size")
+    data = given.data or []
+    if len(data) != count:  # before anything is made of them
+        told = f"inputs.0.data has {len(data)} values; shape {given.shape} takes {count}, in one flat list"
+        raise Problem("invalid", told)
     try:
-        values = np.array(given.data, dtype=np.float64)
+        values = np.array(data, dtype=np.float64)
     except (ValueError, TypeError):
         raise Problem("invalid", "inputs.0.data holds something other than numbers") from None
-    if values.size != count:
-        raise Problem("invalid", f"inputs.0.data has {values.size} values; shape {given.shape} takes {count}")
     if not ((values >= 0) & (values <= 255) & (values == np.floor(values))).all():
         raise Problem("invalid", "inputs.0.data must hold whole numbers from 0 to 255")
     return values.astype(np.uint8).reshape(given.shape)

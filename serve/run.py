@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvicorn
+from PIL import Image
 
 from mvmr.errors import MvmrError
 from mvmr.serve.engine import Engine
@@ -62,6 +63,7 @@ def serve(
         )
         # odd metadata in strangers' images: what matters is whether the pixels decode
         warnings.filterwarnings("ignore", module=r"PIL\.")
+        Image.MAX_IMAGE_PIXELS = settings.max_pixels  # for images inside images, whose size is read late
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
             runner.run(_run(_Server(config), app.state.service, door))
 

@@ -154,7 +154,7 @@ def _remote(address: str) -> Listed:
     names = Packed.of(os.fsencode(path) for path, _ in found)
     return Listed(
         name=address,
-        fingerprint=fingerprint(address, names, repr([stamp for _, stamp in found])),
+        fingerprint=fingerprint(names, repr([stamp for _, stamp in found])),
         names=names,
         key=lambda each: printable(os.fsencode(fs.unstrip_protocol(os.fsdecode(each)))),
         read=lambda each: remote.read(fs, os.fsdecode(each)),

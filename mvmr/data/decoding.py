@@ -8,8 +8,9 @@ from PIL import Image, UnidentifiedImageError
 
 from mvmr.preprocess import to_rgb
 
-# EPS would run Ghostscript on strangers' files; the others are recognised by Pillow but need a reader it lacks
-_LEFT_OUT = frozenset({"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"})
+# EPS would run Ghostscript on strangers' files, and IPTC holds a file of any other kind and size; the others are
+# recognised by Pillow but need a reader it lacks
+_LEFT_OUT = frozenset({"EPS", "IPTC", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"})
 _REASON_LENGTH = 120
 
 
