@@ -42,13 +42,15 @@ async def embeddings(request: Request) -> Response:
     """OpenAI's endpoint: images in base64 or as data URLs for `input`."""
     service = service_of(request)
 
-    async def work(body: bytes) -> Response:
+    async def work(body: bytes, take: payload.Take) -> Response:
         asked = payload.parse(EmbeddingsRequest, body)
         check_model(service, asked.model)
         if asked.dimensions not in (None, service.engine.dim):
             told = f"dimensions {asked.dimensions} can't be given, this model has {service.engine.dim}"
             raise Problem("invalid", f"{told}; leave dimensions out")
-        given = await payload.from_texts(asked.texts, most=service.settings.max_items, remote=request.app.state.remote)
+        given = await payload.from_texts(
+            asked.texts, most=service.settings.max_items, remote=request.app.state.remote, take=take
+        )
         outcomes = await _embed(service, given)
         usage = {"prompt_tokens": len(outcomes), "total_tokens": len(outcomes)}
         data = [_openai(number, each, asked.encoding_format) for number, each in enumerate(outcomes)]
@@ -62,9 +64,9 @@ async def embed(request: Request) -> Response:
     """Embed the raw bytes of one image, multipart files, or JSON; binary float32 or float16 by `Accept`."""
     service = service_of(request)
 
-    async def work(body: bytes) -> Response:
+    async def work(body: bytes, take: payload.Take) -> Response:
         kind = _accepted(request.headers.get("accept", "*/*"))
-        outcomes = await _embed(service, await _images(request, body))
+        outcomes = await _embed(service, await _images(request, body, take))
         if kind != payload.JSON:
             return _binary(outcomes, service.engine, kind)
         return json_answer({**_origin(service), "dim": service.engine.dim, "results": _results(outcomes, _vector)})
@@ -77,11 +79,11 @@ async def classify(request: Request, head: str | None = Query(None), top_k: int 
     """The most probable classes of a linear head; `head` may be left out where the bundle has one."""
     service = service_of(request)
 
-    async def work(body: bytes) -> Response:
+    async def work(body: bytes, take: payload.Take) -> Response:
         engine = service.engine  # one for the whole request: its heads may be replaced meanwhile
         name = _head(engine, head)
         classes = engine.heads[name].classes
-        outcomes = await _embed(service, await _images(request, body))
+        outcomes = await _embed(service, await _images(request, body, take))
 
         def labels(found: Embedded) -> dict[str, Any]:
             chances = engine.classify(found.embedding[None], name)[0]
@@ -98,11 +100,11 @@ async def search(request: Request, k: int = Query(10, ge=1, le=1000)) -> Respons
     """The nearest images of the index this service was started with, by cosine."""
     service = service_of(request)
 
-    async def work(body: bytes) -> Response:
+    async def work(body: bytes, take: payload.Take) -> Response:
         index: Index | None = request.app.state.index
         if index is None:
             raise Problem("no-index", "this service was started without one; start it with --index")
-        outcomes = await _embed(service, await _images(request, body))
+        outcomes = await _embed(service, await _images(request, body, take))
         rows = np.stack([each.embedding for each in outcomes if isinstance(each, Embedded)])
         found = iter(await asyncio.to_thread(index.search, rows, k))
 
@@ -114,9 +116,9 @@ async def search(request: Request, k: int = Query(10, ge=1, le=1000)) -> Respons
     return await posted(request, work)
 
 
-async def _images(request: Request, body: bytes) -> list[payload.Payload]:
+async def _images(request: Request, body: bytes, take: payload.Take) -> list[payload.Payload]:
     most = service_of(request).settings.max_items
-    return await payload.images(request, body, most=most, remote=request.app.state.remote)
+    return await payload.images(request, body, most=most, remote=request.app.state.remote, take=take)
 
 
 async def _embed(service: Service, given: Sequence[payload.Payload]) -> list[Outcome]:

@@ -34,8 +34,11 @@ def check_model(service: Service, name: str) -> None:
         raise Problem("unknown-model", f"there is no model {name[:100]!r}; this service has {service.engine.name!r}")
 
 
-async def posted(request: Request, work: Callable[[bytes], Awaitable[Response]]) -> Response:
-    """Read the body and do the work, unless the client goes away before it is done."""
+async def posted(request: Request, work: Callable[[bytes, payload.Take], Awaitable[Response]]) -> Response:
+    """Read the body and do the work, unless the client goes away before it is done.
+
+    work: is given the body, and what is to hear of more bytes that it takes in.
+    """
     service = service_of(request)
     says = service.settings
     with service.memory() as take:
@@ -44,7 +47,7 @@ async def posted(request: Request, work: Callable[[bytes], Awaitable[Response]])
         except ClientDisconnect:
             service.metrics.errors.labels("client-gone").inc()
             return _GONE
-        working = asyncio.ensure_future(work(body))
+        working = asyncio.ensure_future(work(body, take))
         gone = asyncio.ensure_future(_gone(request))
         try:
             await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)

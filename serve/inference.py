@@ -52,7 +52,7 @@ async def infer(name: str, request: Request) -> Response:
     service = service_of(request)
     check_model(service, name)
 
-    async def work(body: bytes) -> Response:
+    async def work(body: bytes, take: payload.Take) -> Response:
         engine = service.engine
         asked, pixels = protocol.read(body, request.headers.get(protocol.HEADER), engine)
         payload.check_count(len(pixels), service.settings.max_items)

@@ -17,6 +17,7 @@ from starlette.requests import Request
 from mvmr.serve.decode import Rejected
 from mvmr.serve.fetch import Remote
 from mvmr.serve.problems import Problem
+from mvmr.serve.together import together
 
 JSON, MULTIPART = "application/json", "multipart/form-data"
 RAW = ("application/octet-stream", "image/*")
@@ -25,6 +26,7 @@ _ADDRESS = re.compile(r"https?://", re.IGNORECASE)
 _WORDS = {"missing": "is missing"}
 
 Payload = bytes | Rejected
+Take = Callable[[int], None]  # hears of bytes before they are kept, and may raise Problem
 Model = TypeVar("Model", bound=BaseModel)
 Text = Annotated[str, Field(min_length=1)]
 # An error for every item of a long list, or for every unknown key, would take a thousand times the memory of the body.
@@ -46,7 +48,7 @@ class Input(BaseModel):
         return [self.input] if isinstance(self.input, str) else self.input
 
 
-async def read_body(request: Request, *, most: int, seconds: float, take: Callable[[int], None]) -> bytes:
+async def read_body(request: Request, *, most: int, seconds: float, take: Take) -> bytes:
     """Read the whole body; `take` hears of every piece, and may refuse it.
 
     Raises: Problem for more bytes than `most`, a body that is not there within `seconds`, or one that is encoded.
@@ -75,14 +77,14 @@ async def read_body(request: Request, *, most: int, seconds: float, take: Callab
     return b"".join(parts)
 
 
-async def images(request: Request, body: bytes, *, most: int, remote: Remote) -> list[Payload]:
+async def images(request: Request, body: bytes, *, most: int, remote: Remote, take: Take) -> list[Payload]:
     """The images of a body, by its content type; each is there or has its own reason why not.
 
     Raises: Problem for a body of another type, not well-formed, without images, or with more than `most`.
     """
     kind = request.headers.get("content-type", "application/octet-stream").partition(";")[0].strip().lower()
     if kind == JSON:
-        return await from_texts(parse(Input, body).texts, most=most, remote=remote)
+        return await from_texts(parse(Input, body).texts, most=most, remote=remote, take=take)
     if kind == MULTIPART:
         return await _multipart(request, body, most)
     if kind == "application/octet-stream" or kind.startswith("image/"):
@@ -106,10 +108,10 @@ def parse(model: type[Model], body: bytes) -> Model:
         raise Problem("invalid", f"{first['at']}: {first['problem']}", errors=found) from None
 
 
-async def from_texts(texts: Sequence[str], *, most: int, remote: Remote) -> list[Payload]:
+async def from_texts(texts: Sequence[str], *, most: int, remote: Remote, take: Take) -> list[Payload]:
     """Decode base64 and data URLs, fetch what is an address; raises Problem for more than `most`."""
     check_count(len(texts), most)
-    return await asyncio.gather(*(_image(text, remote) for text in texts))
+    return await together([_image(text, remote, take) for text in texts])
 
 
 def check_count(count: int, most: int) -> None:
@@ -120,9 +122,9 @@ def check_count(count: int, most: int) -> None:
         )
 
 
-async def _image(text: str, remote: Remote) -> Payload:
+async def _image(text: str, remote: Remote, take: Take) -> Payload:
     if _ADDRESS.match(text):
-        return await remote.fetch(text)
+        return await remote.fetch(text, take)
     if text.startswith("data:"):
         head = _DATA_URL.match(text)
         if not head:
@@ -152,10 +154,13 @@ async def _multipart(request: Request, body: bytes, most: int) -> list[Payload]:
     except Exception as error:  # the parser underneath raises KeyError and its like for a missing boundary
         raise Problem("malformed", f"the multipart body is damaged: {type(error).__name__} {error}") from None
     found: list[Payload] = []
-    for name, part in form.multi_items():
-        if isinstance(part, str):
-            raise Problem("invalid", f"the field {name!r} is text; send images as files, with a file name")
-        found.append(await part.read())
+    try:
+        for name, part in form.multi_items():
+            if isinstance(part, str):
+                raise Problem("invalid", f"the field {name!r} is text; send images as files, with a file name")
+            found.append(await part.read())
+    finally:
+        await form.close()
     if not found:
         raise Problem("invalid", "the multipart body holds no file; send each image as a file")
     check_count(len(found), most)

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from mvmr import __version__
 from mvmr.errors import MvmrError
 from mvmr.serve import embeddings, inference, status
-from mvmr.serve.edge import Edge
+from mvmr.serve.edge import SPACE, Edge
 from mvmr.serve.engine import Engine
 from mvmr.serve.fetch import Remote
 from mvmr.serve.problems import Problem
@@ -46,16 +46,19 @@ def create_app(engine: Engine, settings: Settings, index: Index | None = None) -
             await service.stop()
 
     # No pages of documentation: FastAPI's load their scripts from elsewhere.
-    app = FastAPI(title="mvmr", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="mvmr", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
     app.state.service, app.state.index = service, index
     _answer_problems(app, service)
     for part in (status, embeddings, inference):
         app.include_router(part.router)
-    if settings.cors:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=settings.cors, allow_methods=["GET", "POST"], allow_headers=["*"]
-        )
     app.add_middleware(Edge, service=service)
+    if settings.cors:  # around the edge: a browser's question beforehand never carries a key
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.cors, allow_methods=["GET", "POST"], allow_headers=["*"],
+            expose_headers=[SPACE, "x-shape", "x-errors", "retry-after"],
+        )  # fmt: skip
     return app
 
 

@@ -6,11 +6,10 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +22,10 @@ from mvmr.serve.batcher import Batcher
 from mvmr.serve.decode import Prepared, Rejected, prepare
 from mvmr.serve.engine import TOLERANCE, Engine, read_heads
 from mvmr.serve.metrics import Metrics
-from mvmr.serve.payload import Payload
+from mvmr.serve.payload import Payload, Take
 from mvmr.serve.problems import Problem, busy
 from mvmr.serve.settings import Settings
+from mvmr.serve.together import together
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,6 @@ class Embedded:
 
 
 Outcome = Embedded | Rejected
-Result = TypeVar("Result")
 
 
 class Service:
@@ -92,7 +91,7 @@ class Service:
         logger.info("heads reloaded: %s", ", ".join(heads) or "none")
 
     @contextmanager
-    def memory(self) -> Iterator[Callable[[int], None]]:
+    def memory(self) -> Iterator[Take]:
         """Yield ``take(bytes)``, for a request to call as its body arrives; given back when the block ends.
 
         The call raises Problem where the bodies under way would take more memory than they may.
@@ -117,12 +116,12 @@ class Service:
         Raises: Problem when there is no room for them, or the engine fails.
         """
         with self._batcher.room(len(payloads)):
-            return await _all([self._outcome(payload) for payload in payloads])
+            return await together([self._outcome(payload) for payload in payloads])
 
     async def infer(self, pixels: Pixels) -> Floats:
         """Embed prepared images: uint8 [N, S, S, 3] -> float32 [N, D]. Raises: as `embed`."""
         with self._batcher.room(len(pixels)):
-            rows = await _all([self._embed(each) for each in pixels])
+            rows = await together([self._embed(each) for each in pixels])
         self.metrics.images.labels("embedded").inc(len(pixels))
         return np.stack(rows) if rows else np.empty((0, self.engine.dim), np.float32)
 
@@ -180,16 +179,3 @@ class Service:
 
     def _run(self, pixels: Pixels) -> Floats:
         return self.engine(pixels)
-
-
-async def _all(works: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """Run them together; when one fails, the others are not run to their end for nobody."""
-    if len(works) == 1:
-        return [await works[0]]
-    tasks = [asyncio.ensure_future(work) for work in works]
-    try:
-        return await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        raise
