@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
+_JOIN_SECONDS = 0.01
 _MEMORY = 0.8  # of the measured rate: the share that each new batch leaves of what was known
 
 
@@ -64,13 +65,17 @@ class Batcher:
         for worker in self._workers:
             worker.start()
 
-    async def stop(self) -> None:
-        """End the workers, after what they are doing now."""
+    async def stop(self, seconds: float) -> None:
+        """End the workers, after what they are doing now; one that takes longer than `seconds` is left behind."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
-        for worker in self._workers:
-            await asyncio.to_thread(worker.join)
+        end = time.monotonic() + seconds
+        while any(worker.is_alive() for worker in self._workers):
+            if time.monotonic() > end:
+                logger.error("the engine is still at a batch after %g s; it is left behind", seconds)
+                return
+            await asyncio.sleep(_JOIN_SECONDS)
 
     @property
     def busy_seconds(self) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+_MOST = 100_000
 _ENV = {"auto_envvar_prefix": "MVMR"}
 
 
@@ -50,6 +51,9 @@ def serve(
     from mvmr.serve.run import serve as run
     from mvmr.serve.settings import Settings, read_keys
 
+    for name, value in (("--max-body-mb", max_body_mb), ("--max-megapixels", max_megapixels)):
+        if not 0 < value < _MOST:  # NaN, too
+            raise click.BadParameter(f"{value} must lie between 0 and {_MOST}", param_hint=name)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     for_the_engine = {name: options.pop(name) for name in ("precision", "provider")}
     files = {name: options.pop(name) for name in ("index", "tls_cert", "tls_key")}

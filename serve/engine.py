@@ -208,6 +208,11 @@ def _reference(bundle: Bundle, place: str) -> Floats | None:
     file = bundle.file(report_of(place))
     try:
         report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return decode_canary(report["canary"]) if "canary" in report else None
+        if "canary" not in report:
+            return None
+        reference = decode_canary(report["canary"])
+        if reference.shape != (bundle.manifest.embedding_dim,):
+            raise ValueError(f"its canary has {reference.size} values")
+        return reference
     except (OSError, ValueError, TypeError) as error:
         raise MvmrError(f"{file} is not the report of an export ({error}); export again") from error

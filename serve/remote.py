@@ -17,7 +17,7 @@ _TRIES = 3
 
 def is_address(text: str) -> bool:
     """Say whether `text` is an address such as ``s3://bucket/prefix`` and no path."""
-    return "://" in text or "::" in text
+    return "://" in text
 
 
 def file_system(address: str) -> Any:

@@ -8,9 +8,9 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -108,23 +108,32 @@ def _index(path: str | os.PathLike[str]) -> Index:
 
 @contextlib.contextmanager
 def _door(settings: Settings) -> Iterator[socket.socket]:
-    try:
-        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        door = socket.socket(found[0], found[1], found[2])
-        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        door.bind(found[4])
-    except OverflowError as error:
-        raise MvmrError(f"port {settings.port} is none; give one from 0 to 65535") from error
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise MvmrError(f"cannot listen at {settings.host}:{settings.port}: {why}; give another --port") from error
-    with door:
+    """A socket that listens, so that what is wrong with the address shows before the engine is loaded."""
+    with contextlib.ExitStack() as stack:
+        try:
+            found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+                0
+            ]
+            door = stack.enter_context(socket.socket(found[0], found[1], found[2]))
+            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            door.bind(found[4])
+            door.listen()
+        except OverflowError as error:
+            raise MvmrError(f"port {settings.port} is none; give one from 0 to 65535") from error
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise MvmrError(f"cannot listen at {settings.host}:{settings.port}: {why}; give another --port") from error
         yield door
 
 
 def _check_tls(cert: str | None, key: str | None) -> None:
     if bool(cert) != bool(key):
         raise MvmrError("https takes both --tls-cert and --tls-key")
-    for file in filter(None, (cert, key)):
-        if not Path(file).is_file():
-            raise MvmrError(f"{file} is not there; give a PEM file")
+    if cert and key:
+        try:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key)
+        except OSError as error:  # ssl's own error is one, too
+            why = error.strerror or str(error)
+            raise MvmrError(
+                f"cannot use {cert} with {key}: {why}; give the PEM files of a certificate and its key"
+            ) from error

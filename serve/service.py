@@ -77,7 +77,7 @@ class Service:
 
     async def stop(self) -> None:
         """End all threads; to be called when nothing is under way any more."""
-        await self._batcher.stop()
+        await self._batcher.stop(self.settings.grace)
         self._decoders.shutdown(cancel_futures=True)
 
     def reload_heads(self) -> None:

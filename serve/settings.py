@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from mvmr.errors import MvmrError
 from mvmr.serve.decode import MAX_PIXELS
 
 _FEWEST_LETTERS = 16
+_LONGEST = 3600
+_ORIGIN = re.compile(r"\*|https?://[^/\s]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,12 @@ class Settings:
         for name in ("queue", "max_items", "max_body", "max_pixels"):
             if getattr(self, name) < 1:
                 raise MvmrError(f"{name} = {getattr(self, name)} must be at least 1")
+        for name in ("drain", "grace", "body_seconds", "stuck_seconds"):
+            if not 0 <= getattr(self, name) <= _LONGEST:  # NaN, too
+                raise MvmrError(f"{name} = {getattr(self, name)} must lie between 0 and {_LONGEST} seconds")
+        for origin in self.cors:
+            if not _ORIGIN.fullmatch(origin):
+                raise MvmrError(f"cors: {origin!r} is no origin; give one such as https://app.example, or *")
         if self.max_items > self.queue:
             raise MvmrError(
                 f"max_items = {self.max_items} is more than queue = {self.queue} holds: such a request could never be "
