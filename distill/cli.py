@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from mvmr.commands import finished, say_plan, slug, told_all
+from mvmr.commands import finished, slug, told_all
 from mvmr.options import LABELLED, MAX_UNREADABLE, TRAINING
+from mvmr.progress import say_plan
 
 
 @click.command()

@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-from mvmr.commands import say_plan
 from mvmr.export.contract import FORMATS
 from mvmr.options import MAX_UNREADABLE
+from mvmr.progress import say_plan
 
 
 @click.command()

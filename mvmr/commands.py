@@ -20,6 +20,7 @@ from mvmr.options import (
     options,
     recipe_options,
 )
+from mvmr.progress import say_plan
 
 
 @click.command()
@@ -154,12 +155,6 @@ def told(name: str, value: float) -> str:
 def told_all(values: Mapping[str, float]) -> str:
     """The figures of a protocol on one line."""
     return ", ".join(f"{name} {told(name, value)}" for name, value in values.items())
-
-
-def say_plan(**named: object) -> None:
-    """What is about to be done, before it starts."""
-    for name, value in named.items():
-        click.echo(f"{name:<8} {value}", err=True)
 
 
 def finished(path: object, data: str) -> None:

@@ -70,5 +70,11 @@ def say(line: str, *, shown: bool = True) -> None:
         sys.stderr.flush()
 
 
+def say_plan(**named: object) -> None:
+    """What is about to be done, before it starts."""
+    for name, value in named.items():
+        say(f"{name:<8} {value}")
+
+
 def _silent(done: int, note: str = "") -> None:
     pass

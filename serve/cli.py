@@ -16,6 +16,7 @@ _ENV = {"auto_envvar_prefix": "MVMR"}
 @click.argument("bundle", required=False, envvar="MVMR_BUNDLE")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 for all.")
 @click.option("--port", default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--name", help="Name of the model in answers; that of BUNDLE's folder when left out.")
 @click.option(
     "--precision", help="fp32, fp16 or int8; left out, int8 on a processor, fp16 on a GPU, where there is one."
 )
@@ -51,11 +52,11 @@ def serve(
     from mvmr.serve.run import serve as run
     from mvmr.serve.settings import Settings, read_keys
 
-    for name, value in (("--max-body-mb", max_body_mb), ("--max-megapixels", max_megapixels)):
+    for flag, value in (("--max-body-mb", max_body_mb), ("--max-megapixels", max_megapixels)):
         if not 0 < value < _MOST:  # NaN, too
-            raise click.BadParameter(f"{value} must lie between 0 and {_MOST}", param_hint=name)
+            raise click.BadParameter(f"{value} must lie between 0 and {_MOST}", param_hint=flag)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    for_the_engine = {name: options.pop(name) for name in ("precision", "provider")}
+    for_the_engine = {name: options.pop(name) for name in ("name", "precision", "provider")}
     files = {name: options.pop(name) for name in ("index", "tls_cert", "tls_key")}
     # A batch on one thread costs a tenth less than on two, which wait for one another (docs/serving.md).
     workers = workers or (usable_cores() if for_the_engine["provider"] == "cpu" else 1)

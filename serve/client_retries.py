@@ -20,7 +20,7 @@ from mvmr.errors import MvmrError
 T = TypeVar("T")
 
 FIRST_WAIT, LONGEST_WAIT = 0.25, 10.0  # seconds: what the random wait is drawn from doubles from one to the other
-_LONGEST_ASKED = 60.0  # seconds of Retry-After that a client is ready for
+_LONGEST_ASKED = 300.0  # seconds of Retry-After that a client is ready for
 _BUSY = (429, 503)
 _AGAIN = (httpx2.NetworkError, httpx2.RemoteProtocolError, httpx2.ConnectTimeout)
 _KIND = "urn:mvmr:problem:"

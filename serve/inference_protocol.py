@@ -6,6 +6,7 @@ Source: github.com/kserve/open-inference-protocol, and Triton's binary tensor da
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Annotated, Any
 
 import numpy as np
@@ -154,16 +155,22 @@ def _from_json(given: InputTensor, count: int, raw: bytes) -> npt.NDArray[np.uin
     if raw:
         raise Problem("malformed", f"{len(raw)} bytes follow the JSON, which names no binary_data_size")
     data = given.data or []
-    if len(data) != count:  # before anything is made of them
-        told = f"inputs.0.data has {len(data)} values; shape {given.shape} takes {count}, in one flat list"
-        raise Problem("invalid", told)
-    try:
-        values = np.array(data)
-    except ValueError:  # lists of several lengths
-        values = np.array("")
-    if values.dtype.kind not in "iu" or values.ndim != 1 or values.min() < 0 or values.max() > 255:
+    if len(data) != count:  # not flat, then: a list to each dimension, looked at before anything is made of it
+        data = _flat(data, given.shape)
+    if set(map(type, data)) != {int} or min(data) < 0 or max(data) > 255:  # true and false are not numbers
         raise Problem("invalid", "inputs.0.data must hold whole numbers from 0 to 255")
-    return values.astype(np.uint8).reshape(given.shape)
+    return np.array(data, np.uint8).reshape(given.shape)
+
+
+def _flat(data: list[Any], shape: list[int]) -> list[Any]:
+    fits = len(data) == shape[0]
+    for size in shape[1:]:
+        if not fits or not all(isinstance(each, list) and len(each) == size for each in data):
+            raise Problem(
+                "invalid", f"inputs.0.data is not of shape {shape}; give a flat list, or one to each dimension"
+            )
+        data = list(chain.from_iterable(data))
+    return data
 
 
 def _output(name: str, engine: Engine, embeddings: Floats) -> Floats:

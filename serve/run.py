@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
@@ -32,6 +33,7 @@ def serve(
     bundle: str | os.PathLike[str],
     *,
     settings: Settings,
+    name: str | None = None,
     precision: str | None = None,
     provider: str = "cpu",
     threads: int | None = None,
@@ -42,6 +44,7 @@ def serve(
     """Serve a bundle's exported student until SIGTERM or Ctrl-C; returns when all that was accepted is answered.
 
     Args:
+        name: of the model in answers; None takes that of the bundle's folder.
         precision, provider, threads: as for :meth:`mvmr.serve.Engine.load`.
         index: of `mvmr index`, for /v1/search.
         tls_cert, tls_key: PEM files; given both, the service speaks https.
@@ -51,6 +54,7 @@ def serve(
     _check_tls(tls_cert, tls_key)
     with _door(settings) as door:
         engine = Engine.load(bundle, precision=precision, provider=provider, threads=threads)
+        engine = dataclasses.replace(engine, name=name or engine.name)
         app = create_app(engine, settings, None if index is None else _index(index))
         host, port = door.getsockname()[:2]
         config = uvicorn.Config(

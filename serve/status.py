@@ -32,6 +32,7 @@ async def readyz(request: Request) -> Response:
 @router.get("/metrics", responses=openapi.TEXT)
 async def prometheus(request: Request) -> Response:
     """Counters for Prometheus."""
+    await service_of(request).fault()  # whether it is ready is among them
     return Response(service_of(request).metrics.text(), media_type=metrics.CONTENT_TYPE)
 
 

@@ -1,0 +1,91 @@
+"""The subcommands over many images: embed, index, search."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from mvmr.options import options
+from mvmr.progress import say_plan
+
+ENGINE = options(
+    click.option("--precision", help="fp32, fp16 or int8; left out, int8 on a processor, fp16 on a GPU, where it is."),
+    click.option("--provider", default="cpu", show_default=True, help="cpu, cuda or tensorrt, of onnxruntime."),
+    click.option("--threads", type=click.IntRange(1), help="Cores of the processor that embed; all when left out."),
+)
+
+
+@click.command()
+@click.argument("bundle")
+@click.argument("images")
+@click.option("--out", required=True, metavar="DIR|FILE", help="Folder of parts, FILE.parquet or FILE.npy.")
+@ENGINE
+@click.option("--head", "heads", multiple=True, metavar="all|NAME", help="Head whose best class becomes a column.")
+@click.option("--dtype", default="float32", show_default=True, help="Of the embeddings: float32 or float16.")
+@click.option("--shard", metavar="I/N", help="Only piece I of N, from 0, for array jobs.")
+@click.option("--resume", is_flag=True, help="Go on with what a stopped run left.")
+@click.option("--part-rows", default=4096, show_default=True, type=click.IntRange(1), help="Images to a part.")
+@click.option("--max-megapixels", default=50.0, show_default=True, help="Of an image, by its header.")
+def embed(bundle: str, images: str, out: str, shard: str | None, max_megapixels: float, **options: Any) -> None:
+    """Embed IMAGES by BUNDLE's exported file.
+
+    IMAGES: a folder, a quoted glob, a .txt list of paths (- for standard input), tar files (shards:PATTERN, with
+    {000..009}), or an address such as s3://bucket/prefix.
+    """
+    from mvmr.serve.embed import embed as run
+    from mvmr.serve.embed import read_shard
+
+    piece = read_shard(shard) if shard else None
+    say_plan(bundle=bundle, images=images, out=out)
+    made = run(bundle, images, out=out, shard=piece, max_pixels=int(max_megapixels * 1e6), progress=True, **options)
+    rate = f", {made.added / made.seconds:,.1f} a second" if made.added else ""
+    click.echo(f"{made.path}: {made.rows} embeddings of width {made.dim}, {made.added} images now{rate}")
+    if made.errors:
+        click.echo(f"{made.errors} images could not be read: {made.errors_file}", err=True)
+    click.echo(f"next: mvmr index {out} --out INDEX{' (after the other shards)' if piece else ''}", err=True)
+
+
+@click.command()
+@click.argument("embeddings")
+@click.option("--out", required=True, metavar="INDEX", help="Folder of the index.")
+@click.option("--kind", default="exact", show_default=True, help="exact, ivf or hnsw.")
+@click.option("--lists", type=click.IntRange(1), help="Of ivf; 4 * sqrt(N) when left out.")
+@click.option("--probes", type=click.IntRange(1), help="Lists that ivf looks into; a sixteenth when left out.")
+@click.option(
+    "--links", default=32, show_default=True, type=click.IntRange(1), help="Neighbours a vector has, of hnsw."
+)
+@click.option("--ef-search", default=128, show_default=True, type=click.IntRange(1), help="Candidates hnsw keeps.")
+@click.option("--overwrite", is_flag=True, help="Replace the index that --out holds.")
+def index(embeddings: str, out: str, **options: Any) -> None:
+    """Index EMBEDDINGS, as `mvmr embed` wrote them, for `mvmr search` and the service."""
+    from mvmr.serve.index import build
+
+    made = build(embeddings, out, progress=True, **options)
+    told = "" if made.kind == "exact" else f", recall@10 {made.recall:.3f}"
+    click.echo(f"{made.path}: {len(made)} vectors of width {made.dim}, {made.kind}{told}")
+    click.echo(f"next: mvmr search {made.path} IMAGE   mvmr serve --index {made.path}", err=True)
+
+
+@click.command()
+@click.argument("index")
+@click.argument("image")
+@click.option("-k", default=10, show_default=True, type=click.IntRange(1), help="How many neighbours.")
+@click.option("--bundle", metavar="B", help="Bundle that embeds IMAGE; the one that made the index when left out.")
+@ENGINE
+@click.option("--probes", type=click.IntRange(1), help="Lists that ivf looks into; as built when left out.")
+@click.option("--ef-search", type=click.IntRange(1), help="Candidates hnsw keeps; as built when left out.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def search(index: str, image: str, as_json: bool, **options: Any) -> None:
+    """Print the images of INDEX that are nearest to IMAGE, by cosine similarity."""
+    import json
+    from dataclasses import asdict
+
+    from mvmr.serve.search import search as run
+
+    hits = run(index, image, **options)
+    if as_json:
+        click.echo(json.dumps([asdict(hit) for hit in hits], ensure_ascii=False))
+        return
+    for hit in hits:
+        click.echo(f"{hit.score:.4f}  {hit.path}")

@@ -1,0 +1,563 @@
+"""The batch job's rows are the student's embeddings, each exactly once, whatever happens on the way."""
+
+import errno
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from click.testing import CliRunner
+from filelock import FileLock
+from PIL import Image
+
+from mvmr import bundle as bundles
+from mvmr.cli import COMMANDS, main
+from mvmr.encoder import EncoderConfig, build_encoder
+from mvmr.errors import MvmrError
+from mvmr.export.run import export
+from mvmr.preprocess import Preprocess
+from mvmr.serve import embed as job
+from mvmr.serve import parts as parts_module
+from mvmr.serve.embed import embed, read_shard
+from mvmr.serve.engine import Engine
+from mvmr.serve.index import build
+from mvmr.serve.vectors import open_embeddings
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DIM, CLASSES = 512, tuple("abcde")
+COUNT, PART = 23, 5
+BAD = {"08.png": b"", "09.png": b"not an image", "14.png": None}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A resnet18 at 16 px with a head, exported to fp32."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("runs") / "mine"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = build_encoder(EncoderConfig(architecture="resnet18"))
+    partial = out.with_name("mine.partial")
+    partial.mkdir()
+    bundles.write(
+        partial, architecture="resnet18", small_kernel=False, embedding_dim=DIM, preprocessing=Preprocess.for_size(16),
+        training={}, encoder_state=encoder.state_dict(),
+    )  # fmt: skip
+    bundles.publish(partial, out)
+    weight = np.random.default_rng(0).normal(size=(len(CLASSES), DIM))
+    said = {"command": "c", "data": "d", "protocol": "linear", "values": {"top1": 1.0}}
+    bundles.add_head(bundles.load(out), "photos", weight, np.zeros(len(CLASSES)), CLASSES, said)
+    export(out, formats=["onnx"], data="sample:digits", images=20)
+    return out
+
+
+def picture(number: int) -> Image.Image:
+    """Smooth colours, so that two of them are far apart and a shift of a pixel is seen."""
+    generator = np.random.default_rng(number)
+    coarse = Image.fromarray(generator.integers(0, 256, (3, 4, 3), dtype=np.uint8))
+    return coarse.resize((24 + number % 5, 20), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(COUNT):
+        picture(number).save(folder / f"{number:02}.png")
+    for name, content in BAD.items():
+        (folder / name).unlink()
+        if content is None:
+            (folder / name).symlink_to("nowhere.png")
+        else:
+            (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.fixture
+def undisturbed(bundle: Path, photos: Path, tmp_path: Path) -> Path:
+    run(bundle, photos, tmp_path / "undisturbed")
+    return tmp_path / "undisturbed"
+
+
+def run(bundle: Path, images: Path | str, out: Path, **options: Any) -> job.Summary:
+    return embed(bundle, images, out=out, **{"part_rows": PART, "heads": ["photos"], "threads": 2, **options})
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [row for part in sorted(folder.glob("part-*.parquet")) for row in pq.read_table(part).to_pylist()]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files but the manifest, which tells the time."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name[0] != "."}
+    assert not [path for path in folder.iterdir() if path.is_dir()]
+    files.pop("manifest.json")
+    return files
+
+
+def refused(bundle: Path, images: Path | str, out: Path, **options: Any) -> str:
+    with pytest.raises(MvmrError) as caught:
+        run(bundle, images, out, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_rows_are_the_students_embeddings_with_their_paths_sizes_and_hashes(
+    bundle: Path, photos: Path, undisturbed: Path
+) -> None:
+    good = [path for path in sorted(photos.iterdir()) if path.name not in BAD]
+    found = rows(undisturbed)
+    assert [row["path"] for row in found] == [str(path) for path in good]
+    student = bundles.load(bundle).student()
+    wanted = student.embed(good).numpy()
+    seen = np.array([row["embedding"] for row in found], np.float32)
+    np.testing.assert_allclose(seen, wanted, rtol=1e-3, atol=1e-4)
+    assert [row["sha256"] for row in found] == [hashlib.sha256(path.read_bytes()).hexdigest() for path in good]
+    sizes = [picture(int(path.stem)).size for path in good]
+    assert [(row["width"], row["height"]) for row in found] == sizes
+    assert {row["space_id"] for row in found} == {bundles.load(bundle).space_id}
+    head = bundles.load(bundle).head("photos")
+    likely = torch.softmax(torch.from_numpy(wanted @ head.weight.T + head.bias), 1).max(1)
+    assert [row["photos"] for row in found] == [CLASSES[int(number)] for number in likely.indices]
+    np.testing.assert_allclose([row["photos_probability"] for row in found], likely.values, rtol=1e-2)
+
+
+def test_what_cannot_be_read_is_in_errors_with_its_reason(photos: Path, undisturbed: Path) -> None:
+    found = pq.read_table(undisturbed / "errors.parquet").to_pylist()
+    assert [row["path"] for row in found] == [str(photos / name) for name in BAD]
+    assert [row["code"] for row in found] == ["empty", "not-an-image", "unreadable"]
+    assert all(row["reason"] for row in found)
+
+
+def test_the_schema_says_what_the_docs_promise(bundle: Path, undisturbed: Path) -> None:
+    schema = pq.read_schema(undisturbed / "part-00000.parquet")
+    assert {field.name: str(field.type) for field in schema} == {
+        "path": "string",
+        "embedding": f"fixed_size_list<element: float>[{DIM}]",
+        "width": "int32",
+        "height": "int32",
+        "sha256": "string",
+        "space_id": "dictionary<values=string, indices=int32, ordered=0>",
+        "photos": "dictionary<values=string, indices=int32, ordered=0>",
+        "photos_probability": "float",
+    }
+    said = {key.decode(): value.decode() for key, value in schema.metadata.items()}
+    assert (said["space_id"], said["precision"]) == (bundles.load(bundle).space_id, "fp32")
+    assert json.loads(said["preprocessing"]) == Preprocess.for_size(16).to_dict()
+
+
+def test_parts_hold_their_stretch_and_the_manifest_lists_them(undisturbed: Path) -> None:
+    says = json.loads((undisturbed / "manifest.json").read_text())
+    assert says["state"] == "finished"
+    assert (says["rows"], says["errors"]) == (COUNT - 3, 3)
+    assert [part["rows"] + part["errors"] for part in says["parts"]] == [5, 5, 5, 5, 3]
+    for part in says["parts"]:
+        content = (undisturbed / part["file"]).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (part["bytes"], part["sha256"])
+        assert pq.read_metadata(undisturbed / part["file"]).num_rows == part["rows"]
+
+
+def test_the_number_of_cores_and_the_size_of_parts_leave_the_rows_as_they_are(
+    bundle: Path, photos: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run(bundle, photos, tmp_path / "one", threads=1)
+    assert contents(tmp_path / "one") == contents(undisturbed)
+    run(bundle, photos, tmp_path / "large", part_rows=1000)
+    for mine, other in zip(rows(tmp_path / "large"), rows(undisturbed), strict=True):
+        np.testing.assert_allclose(mine.pop("embedding"), other.pop("embedding"), rtol=1e-4, atol=1e-5)
+        assert mine.pop("photos_probability") == pytest.approx(other.pop("photos_probability"), rel=1e-3)
+        assert mine == other
+
+
+class Died(BaseException):
+    """Like a death, and not caught by anything that catches errors."""
+
+
+@pytest.mark.parametrize("name", ["out", "out.parquet", "out.npy"])
+def test_stopped_before_any_renaming_it_goes_on_and_ends_alike(
+    bundle: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_fsync: None, name: str
+) -> None:
+    options: dict[str, Any] = {"heads": (), "part_rows": 10}
+    engine = Engine.load(bundle, threads=1)
+    monkeypatch.setattr(Engine, "load", lambda *arguments, **options: engine)  # which takes most of the time
+    run(bundle, photos, tmp_path / "whole" / name, **options)
+    real, left = os.replace, [0]
+
+    def replace(*arguments: Any) -> None:
+        if not left[0]:
+            raise Died
+        left[0] -= 1
+        real(*arguments)
+
+    monkeypatch.setattr(os, "replace", replace)
+    deaths = 0
+    while True:
+        left[0] = deaths
+        try:
+            run(bundle, photos, tmp_path / f"{deaths}" / name, **options)
+            break
+        except Died:
+            deaths += 1
+        left[0] = 1000
+        run(bundle, photos, tmp_path / f"{deaths - 1}" / name, resume=True, **options)
+        for beside in (tmp_path / "whole").iterdir():
+            again = tmp_path / f"{deaths - 1}" / beside.name
+            if beside.is_dir():
+                assert contents(again) == contents(beside)
+            elif not beside.name.endswith("manifest.json"):
+                assert again.read_bytes() == beside.read_bytes()
+    assert deaths > 2 * 3
+    assert len(list((tmp_path / "0").iterdir())) == len(list((tmp_path / "whole").iterdir()))
+
+
+def test_a_part_that_was_lost_damaged_or_never_listed_is_made_again(
+    bundle: Path, photos: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    wanted = contents(undisturbed)
+    (undisturbed / "part-00002.parquet").unlink()
+    (undisturbed / "part-00003.parquet").write_bytes(b"cut")
+    (undisturbed / ".part-00009.0123abcd.partial.parquet").write_bytes(b"left over")
+    assert run(bundle, photos, undisturbed, resume=True).rows == COUNT - 3
+    assert contents(undisturbed) == wanted
+    assert not list(undisturbed.glob(".part*"))
+    (undisturbed / "errors.parquet").unlink()
+    run(bundle, photos, undisturbed, resume=True)
+    assert contents(undisturbed) == wanted
+
+
+def test_a_finished_run_is_resumed_without_any_work(bundle: Path, photos: Path, undisturbed: Path) -> None:
+    before = contents(undisturbed)
+    made = run(bundle, photos, undisturbed, resume=True)
+    assert (made.added, made.rows, made.errors) == (0, COUNT - 3, 3)
+    assert contents(undisturbed) == before
+
+
+def test_one_parquet_file_holds_all_rows(bundle: Path, photos: Path, undisturbed: Path, tmp_path: Path) -> None:
+    made = run(bundle, photos, tmp_path / "all.parquet")
+    assert pq.read_table(tmp_path / "all.parquet").to_pylist() == rows(undisturbed)
+    assert (made.rows, made.errors) == (COUNT - 3, 3)
+    assert made.errors_file.read_bytes() == (undisturbed / "errors.parquet").read_bytes()
+    names = {"all.parquet", "all.errors.parquet", "all.manifest.json", "undisturbed"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert "holds finished embeddings (20 rows)" in refused(bundle, photos, tmp_path / "all.parquet")
+    again = run(bundle, photos, tmp_path / "all.parquet", resume=True)
+    assert (again.added, again.rows) == (0, COUNT - 3)
+    assert "dtype" in refused(bundle, photos, tmp_path / "all.parquet", resume=True, dtype="float16")
+
+
+def test_one_npy_file_comes_with_its_paths(bundle: Path, photos: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run(bundle, photos, tmp_path / "all.npy", heads=())
+    found = np.load(tmp_path / "all.npy", mmap_mode="r")
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, np.array([row["embedding"] for row in rows(undisturbed)], np.float32))
+    paths = (tmp_path / "all.paths.txt").read_text().splitlines()
+    assert paths == [row["path"] for row in rows(undisturbed)]
+    assert "give FILE.parquet" in refused(bundle, photos, tmp_path / "other.npy")
+
+
+def test_half_precision_is_the_rounded_float32(bundle: Path, photos: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run(bundle, photos, tmp_path / "half", dtype="float16")
+    schema = pq.read_schema(tmp_path / "half" / "part-00000.parquet")
+    assert str(schema.field("embedding").type) == f"fixed_size_list<element: halffloat>[{DIM}]"
+    halves = np.array([row["embedding"] for row in rows(tmp_path / "half")], np.float16)
+    wanted = np.array([row["embedding"] for row in rows(undisturbed)], np.float32).astype(np.float16)
+    np.testing.assert_array_equal(halves, wanted)
+
+
+def test_what_float16_cannot_hold_is_refused(
+    bundle: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "_check_engine", lambda engine: None)
+    real = Engine.__call__
+    monkeypatch.setattr(Engine, "__call__", lambda self, pixels: real(self, pixels) + np.float32(1e6))
+    message = refused(bundle, photos, tmp_path / "half", dtype="float16")
+    assert f"the embedding of {photos}/00.png holds NaN or infinity in float16; take --dtype float32" in message
+
+
+def test_shards_make_up_the_whole(bundle: Path, photos: Path, undisturbed: Path, tmp_path: Path) -> None:
+    for number in (2, 0, 1):
+        run(bundle, photos, tmp_path / "out", shard=(number, 3))
+    folders = sorted((tmp_path / "out").iterdir())
+    assert [folder.name for folder in folders] == [f"shard-0000{number}-of-00003" for number in range(3)]
+    paths = [row["path"] for folder in folders for row in rows(folder)]
+    assert paths == [row["path"] for row in rows(undisturbed)]
+    assert open_embeddings(tmp_path / "out").count == COUNT - 3
+    assert "counted from 0" in refused(bundle, photos, tmp_path / "out", shard=(3, 3))
+    assert "give a folder" in refused(bundle, photos, tmp_path / "all.parquet", shard=(0, 3))
+    assert read_shard("0/4") == (0, 4)
+    for wrong in ("4/4", "1", "a/b", "-1/3", "1/0"):
+        with pytest.raises(MvmrError, match="is not i/n"):
+            read_shard(wrong)
+
+
+def test_tar_shards_and_addresses_give_the_same_rows(
+    bundle: Path, photos: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    good = [path for path in sorted(photos.iterdir()) if path.exists()]
+    fs = fsspec.filesystem("memory")
+    for number in range(2):
+        with tarfile.open(tmp_path / f"s-{number}.tar", "w") as archive:
+            for path in good[11 * number : 11 * (number + 1)]:
+                archive.add(path, path.name)
+    for path in good:
+        fs.pipe_file(f"/photos/{path.name}", path.read_bytes())
+    run(bundle, f"shards:{tmp_path}/s-{{0..1}}.tar", tmp_path / "tars")
+    run(bundle, "memory://photos", tmp_path / "memory")
+    fs.rm("/photos", recursive=True)
+    for found in (rows(tmp_path / "tars"), rows(tmp_path / "memory")):
+        assert [Path(row["path"]).name for row in found] == [Path(row["path"]).name for row in rows(undisturbed)]
+        assert [row["sha256"] for row in found] == [row["sha256"] for row in rows(undisturbed)]
+        for row, other in zip(found, rows(undisturbed), strict=True):
+            np.testing.assert_allclose(row["embedding"], other["embedding"], rtol=1e-4, atol=1e-5)
+    assert rows(tmp_path / "tars")[-1]["path"] == f"{tmp_path}/s-1.tar/22.png"
+    (tmp_path / "tars" / "part-00003.parquet").unlink()
+    before = contents(tmp_path / "memory")
+    run(bundle, f"shards:{tmp_path}/s-{{0..1}}.tar", tmp_path / "tars", resume=True)
+    assert contents(tmp_path / "tars").keys() == before.keys()
+
+
+def test_other_settings_are_refused_by_name(bundle: Path, photos: Path, undisturbed: Path, tmp_path: Path) -> None:
+    before = contents(undisturbed)
+    assert "holds finished embeddings (20 rows); give another --out" in refused(bundle, photos, undisturbed)
+    assert 'dtype ("float32" there, "float16" now)' in refused(
+        bundle, photos, undisturbed, resume=True, dtype="float16"
+    )
+    assert "part_rows (5 there, 6 now)" in refused(bundle, photos, undisturbed, resume=True, part_rows=6)
+    assert "heads" in refused(bundle, photos, undisturbed, resume=True, heads=())
+    shutil.copytree(photos, tmp_path / "changed", symlinks=True)
+    message = refused(bundle, tmp_path / "changed", undisturbed, resume=True)
+    assert f"{undisturbed} holds another run, it differs in images (" in message
+    assert contents(undisturbed) == before
+
+
+def test_bad_arguments_are_one_line_and_leave_nothing(bundle: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "unknown head 'phtos'; did you mean 'photos'?" in refused(bundle, photos, out, heads=["phtos"])
+    assert "unknown dtype 'float8'" in refused(bundle, photos, out, dtype="float8")
+    assert "has no int8 file; make it by `mvmr export" in refused(bundle, photos, out, precision="int8")
+    assert "no bundle at" in refused(tmp_path / "none", photos, out)
+    assert "no images at" in refused(bundle, tmp_path / "none", out)
+    assert "part_rows = 0" in refused(bundle, photos, out, part_rows=0)
+    (tmp_path / "empty").mkdir()
+    assert "it is empty" in refused(bundle, tmp_path / "empty", out)
+    with tarfile.open(tmp_path / "empty.tar", "w"):
+        pass
+    assert "no images in" in refused(bundle, tmp_path / "empty.tar", out)
+    (tmp_path / "file").write_text("x")
+    assert "is a file; give a folder" in refused(bundle, photos, tmp_path / "file")
+    (tmp_path / "taken.parquet").write_text("x")
+    assert "no taken.manifest.json beside it" in refused(bundle, photos, tmp_path / "taken.parquet")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    assert "holds 'thesis.tex' and no run of mvmr embed" in refused(bundle, photos, tmp_path / "mine", resume=True)
+    (tmp_path / "mine" / "manifest.json").write_text("{}")
+    assert "is not the manifest of a run" in refused(bundle, photos, tmp_path / "mine", resume=True)
+    names = {"empty", "empty.tar", "file", "taken.parquet", "mine"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_a_damaged_bundle_is_named_with_its_file(bundle: Path, photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle, tmp_path / "copy")
+    with (tmp_path / "copy" / "onnx" / "encoder.fp32.onnx").open("ab") as file:
+        file.write(b"x")
+    assert "onnx/encoder.fp32.onnx has changed" in refused(tmp_path / "copy", photos, tmp_path / "out")
+
+
+def test_an_engine_that_does_not_do_what_was_verified_is_refused(
+    bundle: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Engine.__call__
+    monkeypatch.setattr(Engine, "__call__", lambda self, pixels: real(self, pixels) * np.float32(1.5))
+    assert "is off by 0.5 from what was verified" in refused(bundle, photos, tmp_path / "out")
+
+
+def test_two_processes_do_not_share_a_folder(bundle: Path, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".lock"):
+        assert "another process is writing in" in refused(bundle, photos, tmp_path / "out", resume=True)
+    run(bundle, photos, tmp_path / "out")
+
+
+def test_a_full_disk_names_the_part_and_the_job_goes_on_later(
+    bundle: Path, photos: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        real = parts_module.columns.writer
+
+        def full(path: Path, columns: Any) -> Any:
+            if path.name.startswith(".part-00002."):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(path, columns)
+
+        patch.setattr(parts_module.columns, "writer", full)
+        message = refused(bundle, photos, tmp_path / "out")
+    where = tmp_path / "out" / "part-00002.parquet"
+    assert f"cannot write {where}: the disk is full; the 2 parts before it are whole: mend this and go on" in message
+    assert "holds an unfinished run; go on with it by --resume" in refused(bundle, photos, tmp_path / "out")
+    assert run(bundle, photos, tmp_path / "out", resume=True).added == COUNT - 2 * PART
+    assert contents(tmp_path / "out") == contents(undisturbed)
+
+
+def test_a_real_full_disk_is_one_line_too(bundle: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if shutil.which("mount") is None or os.geteuid() != 0:
+        pytest.skip("needs root to mount a small disk")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "none", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        images = tmp_path / "many"
+        images.mkdir()
+        for number in range(150):
+            picture(number).save(images / f"{number:03}.png")
+        message = refused(bundle, images, disk / "out", part_rows=20)
+        assert "the disk is full" in message
+        assert "parts before it are whole" in message
+        subprocess.run(["mount", "-o", "remount,size=5m", str(disk)], check=True)
+        assert run(bundle, images, disk / "out", part_rows=20, resume=True).rows == 150
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_it_and_says_how_to_go_on(
+    bundle: Path,
+    photos: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+) -> None:
+    calls = iter(range(1000))
+    real = Engine.__call__
+
+    def signalled(self: Engine, pixels: np.ndarray) -> Any:
+        if next(calls) == 6:
+            os.kill(os.getpid(), number)
+        return real(self, pixels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "__call__", signalled)
+        with pytest.raises(KeyboardInterrupt, match=r"\d+ images are saved in .*/out; go on with --resume"):
+            run(bundle, photos, tmp_path / "out")
+    assert threading.active_count() == 1 or not [t for t in threading.enumerate() if t.name.startswith(("dec", "emb"))]
+    run(bundle, photos, tmp_path / "out", resume=True)
+    assert contents(tmp_path / "out") == contents(undisturbed)
+
+
+def test_the_command_says_what_it_made_and_what_to_run_next(
+    bundle: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("embed", "index", "search"):
+        monkeypatch.setitem(COMMANDS, name, (f"mvmr.serve.jobs_cli:{name}", ""))
+    out = tmp_path / "out"
+    done = CliRunner().invoke(main, ["embed", str(bundle), str(photos), "--out", str(out), "--head", "all"])
+    assert done.exit_code == 0, done.output
+    assert f"{out}: 20 embeddings of width 512, 23 images now, " in done.stdout
+    assert f"3 images could not be read: {out}/errors.parquet" in done.stderr
+    assert "img/s  eta" in done.stderr
+    assert "photos" in pq.read_schema(out / "part-00000.parquet").names
+    again = CliRunner().invoke(main, ["embed", str(bundle), str(photos), "--out", str(out)])
+    assert again.exit_code == 1
+    assert again.stderr.splitlines()[-1].startswith(f"error: {out} holds finished embeddings")
+    made = CliRunner().invoke(main, ["index", str(out), "--out", str(tmp_path / "index")])
+    assert made.exit_code == 0, made.output
+    assert "20 vectors of width 512, exact" in made.stdout
+    found = CliRunner().invoke(main, ["search", str(tmp_path / "index"), str(photos / "05.png"), "-k", "3"])
+    assert found.exit_code == 0, found.output
+    lines = found.stdout.splitlines()
+    assert lines[0] == f"1.0000  {photos}/05.png"
+    assert len(lines) == 3
+    hits = CliRunner().invoke(main, ["search", str(tmp_path / "index"), str(photos / "05.png"), "--json"])
+    assert len(json.loads(hits.stdout)) == 10
+    assert json.loads(hits.stdout)[0]["path"] == f"{photos}/05.png"
+
+
+def test_search_refuses_another_space_and_a_bundle_that_is_gone(bundle: Path, photos: Path, tmp_path: Path) -> None:
+    from mvmr.serve.search import search
+
+    shutil.copytree(bundle, tmp_path / "moved")
+    run(tmp_path / "moved", photos, tmp_path / "out")
+    build(tmp_path / "out", tmp_path / "index")
+    shutil.rmtree(tmp_path / "moved")
+    with pytest.raises(MvmrError, match=r"moved, the bundle that made the index .* is not there; give it by --bundle"):
+        search(tmp_path / "index", photos / "05.png")
+    assert search(tmp_path / "index", photos / "05.png", bundle=bundle)[0].path == f"{photos}/05.png"
+    with pytest.raises(MvmrError, match="cannot read image"):
+        search(tmp_path / "index", photos / "08.png", bundle=bundle)
+    says = json.loads((tmp_path / "index" / "index.json").read_text()) | {"space_id": "f" * 32}
+    (tmp_path / "index" / "index.json").write_text(json.dumps(says))
+    with pytest.raises(MvmrError, match=r"gives vectors of another embedding space \(\w{12}\) than the index .*ffff"):
+        search(tmp_path / "index", photos / "05.png", bundle=bundle)
+
+
+def test_the_job_needs_no_torch(bundle: Path, photos: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from mvmr.serve import jobs_cli; from mvmr.serve.embed import embed; "
+        "from mvmr.serve.index import build; from mvmr.serve.search import search; "
+        "bundle, images, out = sys.argv[1:]; embed(bundle, images, out=out, heads=['all']); "
+        "build(out, out + '-index', kind='hnsw'); search(out + '-index', images + '/05.png'); "
+        "bad = {'torch', 'torchvision', 'scipy', 'sklearn', 'skimage', 'pandas', 's3fs'} & set(sys.modules); "
+        "assert not bad, bad"
+    )
+    arguments = [str(bundle), str(photos), str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments_rows_are_those_of_an_undisturbed_run(bundle: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(5000):
+        buffer = io.BytesIO()
+        Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(buffer, "BMP")
+        content = b"broken" if number % 97 == 0 else buffer.getvalue()
+        (images / f"{number:04}.bmp").write_bytes(content)
+    options = {"heads": ["photos"], "part_rows": 50, "resume": True, "threads": 2}
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    run(bundle, images, whole, part_rows=50)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mvmr.serve.embed"])
+    chance = random.Random(0)
+    kills = 0
+    while kills < 20:
+        process = context.Process(target=embed, args=(str(bundle), str(images)), kwargs={"out": str(out), **options})
+        process.start()
+        wanted = len(list(out.glob("part-*"))) + chance.randrange(5)
+        until = time.monotonic() + 30
+        while len(list(out.glob("part-*"))) < wanted and time.monotonic() < until:
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, 0.1))
+        assert process.is_alive(), "it must not end by itself yet"
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        kills += 1
+    assert 5 < len(list(out.glob("part-*"))) < 100
+    process = context.Process(target=embed, args=(str(bundle), str(images)), kwargs={"out": str(out), **options})
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    paths = [row["path"] for row in rows(out)]
+    errors = pq.read_table(out / "errors.parquet")["path"].to_pylist()
+    assert sorted(paths + errors) == [str(path) for path in sorted(images.iterdir())]
+    assert len(errors) == 52
+    assert contents(out) == contents(whole)
