@@ -64,7 +64,18 @@ def main(
             found = _fire(service, range(first, first + count), clients)
         found |= {"log": service.tracebacks(), "exit_status": service.status}
     found |= {"machine": measure.machine("cpu"), "core_wait": wait.share()}
-    for key in ("files", "seconds", "statuses", "codes", "failures", "readiness", "threads", "rss_mib", "same_after"):
+    for key in (
+        "files",
+        "seconds",
+        "statuses",
+        "codes",
+        "failures",
+        "readiness",
+        "threads",
+        "rss_mib",
+        "rss_peak_mib",
+        "same_after",
+    ):
         console.print(f"{key:<12} {found[key]}")
     measure.save("serve_fuzz", found, out, console)
 
@@ -201,7 +212,7 @@ def _repaired_png(content: bytes, random: np.random.Generator) -> bytes:
     head[:8] = np.frombuffer(random.integers(0, 200, 2).astype(">u4").tobytes(), np.uint8)
     data = zlib.compress(random.integers(0, 256, random.integers(1, 4000), np.uint8).tobytes())
     kinds = [b"tRNS", b"PLTE", b"gAMA", b"iCCP", b"eXIf", b"zTXt", b"acTL", b"fdAT", b"cHRM", b"pHYs"]
-    extra = [chunk(kinds[each], random.bytes(random.integers(40))) for each in random.integers(len(kinds), size=2)]
+    extra = [chunk(kinds[each], random.bytes(int(random.integers(40)))) for each in random.integers(len(kinds), size=2)]
     return b"".join([PNG, chunk(b"IHDR", head.tobytes()), *extra, chunk(b"IDAT", data), chunk(b"IEND", b"")])
 
 
@@ -210,7 +221,7 @@ def _another_type(content: bytes, random: np.random.Generator) -> bytes:
         b"<html><body>hello</body></html>", b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", b"PK\x03\x04" + content, b"BZh9",
         b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n",
         b"\0\0\0\x20ftypmp42" + content, b"RIFF\xff\xff\xff\xffWAVEfmt ", b"GIF89a", base64.b64encode(content), b"{}",
-        random.bytes(random.integers(1, 5000)), bytes(random.integers(1, 5000)), b"\xff" * 1000, b"\xff\xd8\xff",
+        random.bytes(int(random.integers(1, 5000))), bytes(random.integers(1, 5000)), b"\xff" * 1000, b"\xff\xd8\xff",
     ]  # fmt: skip
     return others[random.integers(len(others))]
 
@@ -315,7 +326,8 @@ class Service:
 
     def __init__(self, bundle: Path, folder: Path) -> None:
         self._command = [sys.executable, "-m", "mvmr", "serve", str(bundle), "--port", "0", "--drain", "0"]
-        self._log, self.status = folder / "log", None
+        self._log = folder / "log"
+        self.status: int | None = None
 
     def __enter__(self) -> Service:
         with self._log.open("wb") as log:
@@ -330,7 +342,7 @@ class Service:
 
     def __exit__(self, *error: object) -> None:
         self._running.terminate()
-        self.status: int | None = self._running.wait(_SECONDS)
+        self.status = self._running.wait(_SECONDS)
 
     def tracebacks(self) -> list[str]:
         """The last line of every trace in the log: there should be none."""
@@ -361,6 +373,7 @@ def _fire(service: Service, numbers: range, clients: int) -> dict[str, Any]:
 
     def fire(number: int) -> None:
         name, content = mutated(number)
+        status: int | str
         try:
             status, answer = _ask(service, "POST", "/v1/embed", *_packed(number, content))
         except (OSError, http.client.HTTPException) as error:
@@ -373,14 +386,14 @@ def _fire(service: Service, numbers: range, clients: int) -> dict[str, Any]:
                 failures.append(f"{number} {name}: {status} {answer[:200]!r}")
             if done % max(1, len(numbers) // 100) == 0:
                 readiness[str(_ask(service, "GET", "/readyz")[0])] += 1
-            if done in (len(numbers) // 4, len(numbers) // 2, 3 * len(numbers) // 4):
-                memory[f"after {done}"] = service.memory
 
     with ThreadPoolExecutor(clients) as pool:
         list(pool.map(lambda _: _ask(service, "POST", "/v1/embed", good), range(200)))  # all its threads are there
-        before, memory = _ask(service, "POST", "/v1/embed", good), {"start": service.memory}
+        before, memory = _ask(service, "POST", "/v1/embed", good), [service.memory]
         threads, began = service.process.num_threads(), time.perf_counter()
-        list(pool.map(fire, numbers))
+        for start in range(0, len(numbers), max(1, len(numbers) // 4)):
+            list(pool.map(fire, numbers[start : start + max(1, len(numbers) // 4)]))
+            memory.append(service.memory)  # while nothing is under way
         seconds = time.perf_counter() - began
     readiness[str(_ask(service, "GET", "/readyz")[0])] += 1
     after = _ask(service, "POST", "/v1/embed", good)
@@ -394,7 +407,8 @@ def _fire(service: Service, numbers: range, clients: int) -> dict[str, Any]:
         "failures": failures[:100],
         "readiness": dict(readiness),
         "threads": [threads, service.process.num_threads()],
-        "rss_mib": memory | {"end": service.memory, "peak": service.peak},
+        "rss_mib": memory,
+        "rss_peak_mib": service.peak,
         "same_after": before == after and before[0] == 200,
     }
 

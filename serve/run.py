@@ -67,6 +67,7 @@ def serve(
         )
         # odd metadata in strangers' images: what matters is whether the pixels decode
         warnings.filterwarnings("ignore", module=r"PIL\.")
+        logging.getLogger("PIL").setLevel(logging.CRITICAL)
         Image.MAX_IMAGE_PIXELS = settings.max_pixels  # for images inside images, whose size is read late
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
             runner.run(_run(_Server(config), app.state.service, door))
@@ -78,6 +79,13 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for connection in list(self.server_state.connections):
+            # to close an idle connection takes an answer of its client under TLS, and idle clients give none
+            if (cycle := getattr(connection, "cycle", None)) is None or cycle.response_complete:
+                connection.transport.abort()
+        await super().shutdown(sockets)
 
 
 async def _run(server: _Server, service: Service, door: socket.socket) -> None:
@@ -122,8 +130,6 @@ def _door(settings: Settings) -> Iterator[socket.socket]:
             door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             door.bind(found[4])
             door.listen()
-        except OverflowError as error:
-            raise MvmrError(f"port {settings.port} is none; give one from 0 to 65535") from error
         except OSError as error:
             why = error.strerror or str(error)
             raise MvmrError(f"cannot listen at {settings.host}:{settings.port}: {why}; give another --port") from error

@@ -48,6 +48,8 @@ class Settings:
         for name in ("queue", "max_items", "max_body", "max_pixels"):
             if getattr(self, name) < 1:
                 raise MvmrError(f"{name} = {getattr(self, name)} must be at least 1")
+        if not 0 <= self.port <= 65535:
+            raise MvmrError(f"port {self.port} is none; give one from 0 to 65535")
         for name in ("drain", "grace", "body_seconds", "stuck_seconds"):
             if not 0 <= getattr(self, name) <= _LONGEST:  # NaN, too
                 raise MvmrError(f"{name} = {getattr(self, name)} must lie between 0 and {_LONGEST} seconds")

@@ -11,6 +11,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -546,13 +547,16 @@ def busy(engine: Engine) -> httpx2.Response:
 
 
 def internal(engine: Engine) -> httpx2.Response:
-    index = Index(engine.space_id)
-    index.search = lambda found, k: 1 // 0  # type: ignore[method-assign,assign]
+    class Broken(Index):
+        def search(self, found: Floats, k: int) -> list[list[Any]]:
+            raise ZeroDivisionError
+
+    index = Broken(engine.space_id)
     with serve(engine, index) as client:
         return client.post("/v1/search", content=jpeg())
 
 
-ONE_JPEG = {"content": jpeg()}
+ONE_JPEG: dict[str, Any] = {"content": jpeg()}
 PRODUCED: dict[str, list[Ask]] = {
     "malformed": [
         asking("POST", "/v1/embed", content="{", headers={"content-type": "application/json"}),
@@ -720,12 +724,16 @@ def asked_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "_CANARY_SECONDS", -1.0)
 
 
+def drifted(factor: float, pixels: Pixels) -> Floats:
+    return serving.embedded(pixels) * np.float32(factor)
+
+
 @pytest.mark.usefixtures("asked_every_time")
 def test_it_is_not_ready_while_its_engine_drifts(engine: Engine) -> None:
     session = Session()
     with serve(session.within(engine)) as client:
         for factor, status in ((1.0, 200), (1.0 + 1e-2, 503), (1.0, 200)):
-            session.result = lambda pixels, factor=factor: serving.embedded(pixels) * np.float32(factor)
+            session.result = partial(drifted, factor)
             answer = client.get("/readyz")
             assert answer.status_code == status
             assert serving.counted(client.get("/metrics").text, "mvmr_ready")[""] == (status == 200)
