@@ -1,11 +1,13 @@
 """Claim: over HTTP the service embeds nearly as many images as the same decoding and engine do in one process.
 
-Both have the same cores, JPEGs and exported file, and take turns; the clients that put the load on have a process of
-their own, on the same cores.
+Two ways of doing it in one process: the service's own threads and queue without HTTP, and the plainest there is, a
+thread to a core that decodes a batch and runs the engine on it. All have the same cores, JPEGs and exported file, and
+take turns; the clients that put the load on have a process of their own, on the same cores.
 """
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import subprocess
@@ -27,6 +29,8 @@ from PIL import Image
 from mvmr.cores import usable_cores
 from mvmr.serve import Engine
 from mvmr.serve.decode import Prepared, prepare
+from mvmr.serve.service import Service as Pipeline
+from mvmr.serve.settings import Settings
 
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket")
 CLIENTS = 16
@@ -38,22 +42,23 @@ CLIENTS = 16
 )
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--seconds", default=8.0, show_default=True, help="Of each turn.")
+@click.option("--flag", "flags", multiple=True, help="Of `mvmr serve`: --flag=--decode-threads=1.")
 @click.option("--accept", default="application/x-mvmr-float32", show_default=True, help="What clients ask for.")
 @click.option("--out", type=click.Path(path_type=Path), default=measure.RESULTS, help="Folder of the JSON.")
-def main(bundle: Path | None, rounds: int, seconds: float, accept: str, out: Path) -> None:
+def main(bundle: Path | None, rounds: int, seconds: float, flags: tuple[str, ...], accept: str, out: Path) -> None:
     """Measure throughput over HTTP beside that of the same work in process."""
     with tempfile.TemporaryDirectory() as folder:
         path = bundle or export_resnet50(Path(folder), 224)
         files = photographs(Path(folder))
         wait = measure.CoreWait()
-        with Service(path) as service:
+        with Service(path, *flags) as service:
             found = _rounds(path, service, files, rounds, seconds, accept)
         found["core_wait"] = wait.share()
     found |= {"benchmark": "serve", "machine": measure.machine("cpu"), "accept": accept, "clients": CLIENTS}
     console = measure.output()
-    for key in ("images_per_s_in_process", "images_per_s_http", "ratio", "http_processor_ms_per_image"):
-        console.print(f"{key:<30} {found[key]}")
-    console.print(f"batches of the service: {found['batches']}")
+    for key, value in found.items():
+        if key not in ("machine", "core_wait"):
+            console.print(f"{key:<32} {value}")
     measure.save("serve", found, out, console)
 
 
@@ -61,7 +66,7 @@ def _rounds(
     path: Path, service: Service, files: list[Path], rounds: int, seconds: float, accept: str
 ) -> dict[str, Any]:
     engine, bodies = Engine.load(path, threads=1), [file.read_bytes() for file in files]
-    inside, over, extra = [], [], []
+    inside, piped, over, extra = [], [], [], []
     in_process(engine, bodies, 2.0)
     for _ in range(rounds):
         own = psutil.Process()
@@ -69,18 +74,19 @@ def _rounds(
         rate, count = in_process(engine, bodies, seconds)
         inside.append(rate)
         cost = (sum(own.cpu_times()[:2]) - before) / count
+        piped.append(asyncio.run(without_http(engine, bodies, seconds)))
         before = service.processor_seconds()
         answers = put_load(service, files, seconds, CLIENTS, accept)
         done = answers["statuses"]["200"]
         over.append(done / answers["seconds"])
         extra.append(1000 * ((service.processor_seconds() - before) / done - cost))
-    ratios = measure.Spread.of([a / b for a, b in zip(over, inside, strict=True)])
     return {
         "rounds": rounds,
-        "images_per_s_in_process": str(measure.Spread.of(inside)),
         "images_per_s_http": str(measure.Spread.of(over)),
-        "ratio": str(ratios),
-        "ratio_rounds": list(ratios.rounds),
+        "images_per_s_same_without_http": str(measure.Spread.of(piped)),
+        "images_per_s_thread_to_a_core": str(measure.Spread.of(inside)),
+        "http_to_same_without_http": str(measure.Spread.of([a / b for a, b in zip(over, piped, strict=True)])),
+        "http_to_thread_to_a_core": str(measure.Spread.of([a / b for a, b in zip(over, inside, strict=True)])),
         "http_processor_ms_per_image": str(measure.Spread.of(extra)),
         "batches": service.batches(),
     }
@@ -102,6 +108,24 @@ def in_process(engine: Engine, bodies: list[bytes], seconds: float) -> tuple[flo
         for worker in [pool.submit(work, number) for number in range(len(done))]:
             worker.result()
     return sum(done) / (time.perf_counter() - began), sum(done)
+
+
+async def without_http(engine: Engine, bodies: list[bytes], seconds: float) -> float:
+    """Images a second of the service's own decoding, queue and engine, asked by as many clients, without HTTP."""
+    service = Pipeline(engine, Settings(workers=usable_cores()))
+    await service.start()
+    began, done = time.perf_counter(), 0
+
+    async def client(place: int) -> None:
+        nonlocal done
+        while time.perf_counter() - began < seconds:
+            await service.embed([bodies[place % len(bodies)]])
+            place, done = place + 1, done + 1
+
+    await asyncio.gather(*(client(number) for number in range(CLIENTS)))
+    rate = done / (time.perf_counter() - began)
+    await service.stop()
+    return rate
 
 
 def photographs(folder: Path, count: int = 32) -> list[Path]:

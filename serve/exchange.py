@@ -14,6 +14,7 @@ from mvmr.serve import payload
 from mvmr.serve.problems import Problem
 from mvmr.serve.service import Service
 
+_LEFT = "the client has gone"
 _GONE = Response(status_code=499)  # nobody reads it; the number shows in the metrics
 
 
@@ -47,16 +48,17 @@ async def posted(request: Request, work: Callable[[bytes, payload.Take], Awaitab
         except ClientDisconnect:
             service.metrics.errors.labels("client-gone").inc()
             return _GONE
-        working = asyncio.ensure_future(work(body, take))
+        here = asyncio.current_task()
         gone = asyncio.ensure_future(_gone(request))
+        gone.add_done_callback(lambda watch: None if watch.cancelled() or here is None else here.cancel(_LEFT))
         try:
-            await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
-            if working.done():
-                return working.result()
+            return await work(body, take)
+        except asyncio.CancelledError as stopped:
+            if stopped.args != (_LEFT,):
+                raise
             service.metrics.errors.labels("client-gone").inc()
             return _GONE
         finally:
-            working.cancel()
             gone.cancel()
 
 

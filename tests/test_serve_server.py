@@ -69,9 +69,9 @@ class Session:
     batches: how many images each batch had
     """
 
-    def __init__(self, result: Callable[[Pixels], Floats] = serving.embedded, *, held: bool = False) -> None:
+    def __init__(self, result: Callable[[Pixels], Floats] = serving.embedded) -> None:
         self.batches: list[int] = []
-        self.result, self._held = result, held
+        self.result, self._held = result, False
         self._begun, self._go = queue.SimpleQueue[None](), threading.Semaphore(0)
 
     def __call__(self, pixels: Pixels) -> dict[str, Floats]:
@@ -87,6 +87,17 @@ class Session:
 
     def let_go(self, batches: int = 1) -> None:
         self._go.release(batches)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """From here on, after the canary at the start, each batch waits for `let_go`; until the block ends."""
+        self.begun()
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+            self.let_go(999)
 
     def within(self, engine: Engine) -> Engine:
         """The engine, running this."""
@@ -437,6 +448,7 @@ DATA = ONE.ravel().tolist()
         (tensor(ONE, name="x", data=DATA), "the input is x UINT8"),
         (tensor(ONE, datatype="FP32", data=DATA), "the input is image FP32"),
         (tensor(ONE, shape=[1, SIZE, SIZE], data=DATA), "the input's shape is"),
+        (tensor(ONE, shape=[1, SIZE, SIZE, 1], data=DATA), "the input's shape is"),
         (tensor(ONE, shape=[0, SIZE, SIZE, 3], data=[]), "the input's shape is"),
         (tensor(ONE, shape=[-1, SIZE, SIZE, 3], data=DATA), "the input's shape is"),
         (tensor(ONE, shape=[2**62, SIZE, SIZE, 3], data=DATA), "inputs.0.data is not of shape"),
@@ -533,14 +545,12 @@ def slow(engine: Engine) -> httpx2.Response:
 def busy(engine: Engine) -> httpx2.Response:
     session = Session()
     with serve(session.within(engine), queue=1, max_items=1) as client:
-        session._held = True
         answers: list[httpx2.Response] = []
         first = threading.Thread(target=lambda: answers.append(client.post("/v1/embed", content=jpeg())))
-        session.begun()  # the canary, at the start
-        first.start()
-        session.begun()
-        refused = client.post("/v1/embed", content=jpeg())
-        session.let_go(9)
+        with session.held():
+            first.start()
+            session.begun()
+            refused = client.post("/v1/embed", content=jpeg())
         first.join()
     assert answers[0].status_code == 200
     return refused
@@ -746,32 +756,35 @@ def test_it_is_not_ready_while_its_engine_drifts(engine: Engine) -> None:
 def test_it_is_not_ready_while_its_engine_is_stuck(engine: Engine) -> None:
     session = Session()
     with serve(session.within(engine), stuck_seconds=0.05) as client:
-        session.begun()
-        session._held = True
-        assert "has not answered for 0.05 s" in client.get("/readyz").json()["detail"]
-        session.begun()
-        assert "has been at one batch for" in client.get("/readyz").json()["detail"]
-        session._held = False
-        session.let_go()
+        with session.held():
+            assert "has not answered for 0.05 s" in client.get("/readyz").json()["detail"]
+            session.begun()
+            assert "has been at one batch for" in client.get("/readyz").json()["detail"]
         serving.wait_until(lambda: client.get("/readyz").status_code == 200, "the engine")
 
 
 @pytest.mark.usefixtures("asked_every_time")
-def test_it_is_ready_while_all_its_room_is_taken(engine: Engine) -> None:
+def test_it_is_ready_while_all_its_room_is_taken_and_a_probe_waits_for_no_request(engine: Engine) -> None:
     session = Session()
-    with serve(session.within(engine), queue=1, max_items=1) as client:
-        session.begun()
-        session._held = True
-        asking = threading.Thread(target=lambda: client.post("/v1/embed", content=jpeg()))
-        asking.start()
-        session.begun()
+    with serve(session.within(engine), queue=4, max_items=1, max_batch=1) as client:
+        running: service.Service = client.app.state.service  # type: ignore[attr-defined]
+        waiting = running._batcher._waiting
         probes: list[int] = []
+        asking = [threading.Thread(target=lambda: client.post("/v1/embed", content=jpeg())) for _ in range(4)]
         probing = threading.Thread(target=lambda: probes.append(client.get("/readyz").status_code))
-        probing.start()
-        session.let_go(9)
-        probing.join()
-        asking.join()
-    assert probes == [200]
+        with session.held():
+            for thread in asking:
+                thread.start()
+            session.begun()
+            serving.wait_until(lambda: len(waiting) == 3, "the requests")
+            probing.start()
+            serving.wait_until(lambda: len(waiting) == 4, "the probe")
+            session.let_go(2)  # the batch at hand, and the one after it
+            probing.join(SECONDS)
+            assert probes == [200]
+            assert len(waiting) >= 2
+        for thread in asking:
+            thread.join()
 
 
 def test_probes_cost_the_engine_one_image_a_second(engine: Engine) -> None:
@@ -886,17 +899,16 @@ def test_who_has_gone_is_dropped_before_inference(engine: Engine, place: str) ->
 
     async def whole() -> list[int]:
         async with app.router.lifespan_context(app):
-            session.begun()
-            session._held, gone = True, asyncio.Event()
-            first = asyncio.create_task(post(app, bodies[place], place=place))
-            await asyncio.to_thread(session.begun)
-            second = asyncio.create_task(post(app, bodies[place], gone=gone, place=place))
-            third = asyncio.create_task(post(app, bodies[place], place=place))
-            await until(lambda: count(app, "mvmr_queue_images") == 3)
-            gone.set()
-            statuses = [(await second).status_code]
-            await until(lambda: count(app, "mvmr_queue_images") == 2)
-            session.let_go(9)
+            gone = asyncio.Event()
+            with session.held():
+                first = asyncio.create_task(post(app, bodies[place], place=place))
+                await asyncio.to_thread(session.begun)
+                second = asyncio.create_task(post(app, bodies[place], gone=gone, place=place))
+                third = asyncio.create_task(post(app, bodies[place], place=place))
+                await until(lambda: count(app, "mvmr_queue_images") == 3)
+                gone.set()
+                statuses = [(await second).status_code]
+                await until(lambda: count(app, "mvmr_queue_images") == 2)
             return [*statuses, (await first).status_code, (await third).status_code]
 
     assert asyncio.run(whole()) == [499, 200, 200]
