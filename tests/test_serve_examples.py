@@ -85,8 +85,9 @@ def test_each_variable_sets_what_its_flag_sets(monkeypatch: pytest.MonkeyPatch, 
     keys = tmp_path / "keys"
     keys.write_text("0123456789abcdef\n")
     variables = {
-        "BUNDLE": "b", "HOST": "0.0.0.0", "PORT": "9", "NAME": "n", "PRECISION": "fp32", "PROVIDER": "cuda", "WORKERS": "2",
-        "THREADS": "3", "DECODE_THREADS": "4", "MAX_BATCH": "5", "QUEUE": "100", "MAX_ITEMS": "6", "MAX_BODY_MB": "1.5",
+        "BUNDLE": "b", "HOST": "0.0.0.0", "PORT": "9", "NAME": "n", "PRECISION": "fp32", "PROVIDER": "cuda",
+        "WORKERS": "2", "THREADS": "3", "DECODE_THREADS": "4", "MAX_BATCH": "5", "QUEUE": "100", "MAX_ITEMS": "6",
+        "MAX_BODY_MB": "1.5",
         "MAX_MEGAPIXELS": "2", "API_KEYS": str(keys), "CORS": "https://a https://b", "URL_HOSTS": "c d", "INDEX": "i",
         "TLS_CERT": "t", "TLS_KEY": "k", "DRAIN": "7", "GRACE": "8",
     }  # fmt: skip
@@ -106,7 +107,8 @@ def test_each_variable_sets_what_its_flag_sets(monkeypatch: pytest.MonkeyPatch, 
     assert options.pop("settings") == expected
     assert (bundle, other, others["settings"].port) == ("b", "other", 10)  # what is typed wins
     assert options == {
-        "name": "n", "precision": "fp32", "provider": "cuda", "threads": 3, "index": "i", "tls_cert": "t", "tls_key": "k",
+        "name": "n", "precision": "fp32", "provider": "cuda", "threads": 3, "index": "i",
+        "tls_cert": "t", "tls_key": "k",
     }  # fmt: skip
 
 
