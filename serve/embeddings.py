@@ -33,7 +33,7 @@ class EmbeddingsRequest(payload.Input):
 
     model: str
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = Field(None, description="Refused unless it is the model's own.")
+    dimensions: int | None = Field(None, ge=1, description="Refused unless it is the model's own.")
     user: str | None = None
 
 

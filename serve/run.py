@@ -7,12 +7,14 @@ import contextlib
 import dataclasses
 import logging
 import os
+import resource
 import signal
 import socket
 import ssl
+import time
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from PIL import Image
@@ -69,6 +71,7 @@ def serve(
         warnings.filterwarnings("ignore", module=r"PIL\.")
         logging.getLogger("PIL").setLevel(logging.CRITICAL)
         Image.MAX_IMAGE_PIXELS = settings.max_pixels  # for images inside images, whose size is read late
+        _allow_connections()
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
             runner.run(_run(_Server(config), app.state.service, door))
 
@@ -109,7 +112,28 @@ async def _run(server: _Server, service: Service, door: socket.socket) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     loop.add_signal_handler(signal.SIGHUP, service.reload_heads)
+    watch = loop.create_task(_close_silent(server, service.settings.head_seconds))
     await server.serve(sockets=[door])
+    watch.cancel()
+
+
+async def _close_silent(server: _Server, seconds: float) -> None:
+    """Close connections on which no whole head of a request comes: uvicorn keeps them until there is no room."""
+    since: dict[Any, float] = {}
+    while True:
+        await asyncio.sleep(seconds / 4)
+        now = time.monotonic()
+        waiting = [each for each in server.server_state.connections if getattr(each, "cycle", None) is None]
+        since = {each: since.get(each, now) for each in waiting}
+        for connection in [each for each, first in since.items() if now - first > seconds]:
+            connection.transport.abort()
+
+
+def _allow_connections() -> None:
+    """Raise the number of files and sockets this process may open to what it may raise it to."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # a system with a limit of its own below
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _index(path: str | os.PathLike[str]) -> Index:

@@ -14,7 +14,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mvmr import __version__
-from mvmr.errors import MvmrError
 from mvmr.serve import embeddings, inference, status
 from mvmr.serve.edge import SPACE, Edge
 from mvmr.serve.engine import Engine
@@ -32,9 +31,8 @@ def create_app(engine: Engine, settings: Settings, index: Index | None = None) -
 
     Raises: MvmrError for an index of another embedding space than the engine's.
     """
-    if index is not None and index.space_id != engine.space_id:
-        told = f"the index is of space {index.space_id[:12]}, {engine.name} of {engine.space_id[:12]}"
-        raise MvmrError(f"{told}; index embeddings of this bundle: `mvmr embed`, then `mvmr index`")
+    if index is not None:
+        index.check_space(engine.space_id, engine.name)
     service = Service(engine, settings)
 
     @asynccontextmanager

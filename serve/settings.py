@@ -24,6 +24,8 @@ class Settings:
     max_items: images to a request; max_body: bytes; max_pixels: of an image
     api_keys: one of them must come with each request, none: open to all
     cors: origins whose pages may ask; url_hosts: hosts that images may be fetched from
+    head_seconds: for a request's head to arrive, else its connection is closed; body_seconds: for its body, else 408
+    stuck_seconds: that the engine may take for a batch before the service is not ready
     drain: seconds between SIGTERM and the closing of the door; grace: seconds for what was accepted to end
     """
 
@@ -36,6 +38,7 @@ class Settings:
     max_items: int = 64
     max_body: int = 64 * 2**20
     max_pixels: int = MAX_PIXELS
+    head_seconds: float = 15.0
     body_seconds: float = 30.0
     stuck_seconds: float = 30.0
     api_keys: tuple[str, ...] = ()
@@ -50,7 +53,7 @@ class Settings:
                 raise MvmrError(f"{name} = {getattr(self, name)} must be at least 1")
         if not 0 <= self.port <= 65535:
             raise MvmrError(f"port {self.port} is none; give one from 0 to 65535")
-        for name in ("drain", "grace", "body_seconds", "stuck_seconds"):
+        for name in ("drain", "grace", "head_seconds", "body_seconds", "stuck_seconds"):
             if not 0 <= getattr(self, name) <= _LONGEST:  # NaN, too
                 raise MvmrError(f"{name} = {getattr(self, name)} must lie between 0 and {_LONGEST} seconds")
         for origin in self.cors:
