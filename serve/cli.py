@@ -39,8 +39,6 @@ _ENV = {"auto_envvar_prefix": "MVMR"}
 @click.option("--grace", default=30.0, show_default=True, help="Seconds for accepted requests to end after that.")
 def serve(
     bundle: str | None,
-    workers: int | None,
-    threads: int | None,
     max_body_mb: float,
     max_megapixels: float,
     api_keys: str | None,
@@ -48,7 +46,6 @@ def serve(
 ) -> None:
     """Serve embeddings of BUNDLE (the newest below runs/ when left out) over HTTP, by its exported file."""
     from mvmr.bundle import newest
-    from mvmr.cores import usable_cores
     from mvmr.serve.run import serve as run
     from mvmr.serve.settings import Settings, read_keys
 
@@ -56,16 +53,12 @@ def serve(
         if not 0 < value < _MOST:  # NaN, too
             raise click.BadParameter(f"{value} must lie between 0 and {_MOST}", param_hint=flag)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    for_the_engine = {name: options.pop(name) for name in ("name", "precision", "provider")}
+    for_the_engine = {name: options.pop(name) for name in ("name", "precision", "provider", "threads")}
     files = {name: options.pop(name) for name in ("index", "tls_cert", "tls_key")}
-    # A batch on one thread costs a tenth less than on two, which wait for one another (docs/serving.md).
-    workers = workers or (usable_cores() if for_the_engine["provider"] == "cpu" else 1)
-    threads = threads or max(1, usable_cores() // workers)
     settings = Settings(
-        workers=workers,
         max_body=int(max_body_mb * 2**20),
         max_pixels=int(max_megapixels * 1e6),
         api_keys=read_keys(api_keys) if api_keys else (),
         **options,
     )
-    run(bundle or newest(), settings=settings, threads=threads, **for_the_engine, **files)
+    run(bundle or newest(), settings=settings, **for_the_engine, **files)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 from PIL import Image
 
+from mvmr.cores import usable_cores
 from mvmr.errors import MvmrError
 from mvmr.serve.engine import Engine
 from mvmr.serve.server import create_app
@@ -47,7 +48,9 @@ def serve(
 
     Args:
         name: of the model in answers; None takes that of the bundle's folder.
-        precision, provider, threads: as for :meth:`mvmr.serve.Engine.load`.
+        precision, provider: as for :meth:`mvmr.serve.Engine.load`.
+        threads: of one batch; None shares the cores among the workers, of which there is by default one to a core, and
+            one on a GPU.
         index: of `mvmr index`, for /v1/search.
         tls_cert, tls_key: PEM files; given both, the service speaks https.
 
@@ -55,6 +58,10 @@ def serve(
     """
     _check_tls(tls_cert, tls_key)
     with _door(settings) as door:
+        # A batch on one thread costs less than on two, which wait for one another (benchmarks/export_speed.py).
+        workers = settings.workers or (usable_cores() if provider == "cpu" else 1)
+        settings = dataclasses.replace(settings, workers=workers)
+        threads = threads or max(1, usable_cores() // workers)
         engine = Engine.load(bundle, precision=precision, provider=provider, threads=threads)
         engine = dataclasses.replace(engine, name=name or engine.name)
         app = create_app(engine, settings, None if index is None else _index(index))

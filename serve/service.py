@@ -59,10 +59,10 @@ class Service:
         self.draining = False
         self._decoders = ThreadPoolExecutor(settings.decode_threads or usable_cores(), "mvmr-decode")
         self._batcher = Batcher(
-            self._run,
+            engine,
             at_once=settings.max_batch or engine.at_once,
             bound=settings.queue,
-            workers=settings.workers,
+            workers=settings.workers or 1,
             metrics=self.metrics,
         )
         self._verdict: tuple[float, str | None] = (-1e9, "not asked yet")
@@ -176,6 +176,3 @@ class Service:
         if not np.isfinite(row).all():
             raise Problem("engine-failed", "an embedding is not finite; see /readyz")
         return row
-
-    def _run(self, pixels: Pixels) -> Floats:
-        return self.engine(pixels)

@@ -20,7 +20,8 @@ class Settings:
 
     queue: images accepted and not yet answered at most, above which requests get 429
     max_batch: images to a batch of the engine; None: 4 on a processor, 32 on a GPU
-    workers: threads that run the engine, each a batch of its own; decode_threads: None: as many as cores
+    workers: threads that run the engine, each a batch of its own; None: `serve` takes one to a core, or one on a GPU
+    decode_threads: None: as many as cores
     max_items: images to a request; max_body: bytes; max_pixels: of an image
     api_keys: one of them must come with each request, none: open to all
     cors: origins whose pages may ask; url_hosts: hosts that images may be fetched from
@@ -33,7 +34,7 @@ class Settings:
     port: int = 8000
     queue: int = 256
     max_batch: int | None = None
-    workers: int = 1
+    workers: int | None = None
     decode_threads: int | None = None
     max_items: int = 64
     max_body: int = 64 * 2**20

@@ -27,7 +27,7 @@ from filelock import FileLock
 from PIL import Image
 
 from mvmr import bundle as bundles
-from mvmr.cli import COMMANDS, main
+from mvmr.cli import main
 from mvmr.encoder import EncoderConfig, build_encoder
 from mvmr.errors import MvmrError
 from mvmr.export.run import export
@@ -461,11 +461,7 @@ def test_a_signal_stops_it_and_says_how_to_go_on(
     assert contents(tmp_path / "out") == contents(undisturbed)
 
 
-def test_the_command_says_what_it_made_and_what_to_run_next(
-    bundle: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("embed", "index", "search"):
-        monkeypatch.setitem(COMMANDS, name, (f"mvmr.serve.jobs_cli:{name}", ""))
+def test_the_command_says_what_it_made_and_what_to_run_next(bundle: Path, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = CliRunner().invoke(main, ["embed", str(bundle), str(photos), "--out", str(out), "--head", "all"])
     assert done.exit_code == 0, done.output
