@@ -42,9 +42,9 @@ FORMATS = {"fp32": "onnx", "int8": "int8"}
 
 @click.command()
 @click.option("--size", default=224, show_default=True, help="Side of the images in pixels.")
-@click.option("--images", default=384, show_default=True)
+@click.option("--images", default=1024, show_default=True)
 @click.option("--precision", "precisions", multiple=True, type=click.Choice(list(FORMATS)), default=tuple(FORMATS))
-@click.option("--rounds", default=5, show_default=True)
+@click.option("--rounds", default=3, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=measure.RESULTS, help="Folder of the JSON.")
 def main(size: int, images: int, precisions: tuple[str, ...], rounds: int, out: Path) -> None:
     """Time decoding, the engine and the whole job on the same images, in turn."""

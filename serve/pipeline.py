@@ -1,7 +1,8 @@
 """Reading, decoding and embedding at the same time, with results in the order of the images.
 
 On a processor every core embeds a batch of its own, on one thread: cores then never wait for one another within a
-batch, which makes more of them than one batch on all cores does. Decoding threads take turns with them.
+batch, which makes more of them than one batch on all cores does. The same threads decode, in turn: more threads than
+cores only take each other's caches. Images that come from far away and GPUs leave a core idle; there, others decode.
 """
 
 from __future__ import annotations
@@ -81,11 +82,13 @@ class Pipeline:
 
         Raises: MvmrError when a source can't be read on.
         """
-        engines = self.cores if self.engine.provider == "cpu" else 1
+        on_cores = self.engine.provider == "cpu"
+        engines = self.cores if on_cores else 1
         decoders = max(self.cores, usable_cores(), _READERS if self.distant else 1)
         ahead = _READ_AHEAD * self.engine.at_once * engines + decoders
-        decoding = ThreadPoolExecutor(decoders, "decode")
         embedding = ThreadPoolExecutor(engines, "embed")
+        shared = on_cores and not self.distant and engines == decoders
+        decoding = embedding if shared else ThreadPoolExecutor(decoders, "decode")
         try:
             decoded = in_order(decoding, self._decode, items, ahead)
             yield from in_order(embedding, self._embed, self._batches(decoded), 2 * engines)

@@ -21,6 +21,7 @@ from PIL import Image
 
 from mvmr.cores import usable_cores
 from mvmr.errors import MvmrError
+from mvmr.serve.door import open_door, url_of
 from mvmr.serve.engine import Engine
 from mvmr.serve.server import create_app
 from mvmr.serve.service import Service
@@ -57,7 +58,7 @@ def serve(
     Raises: MvmrError, before the door opens, for a bundle, an index, a certificate or a port that can't be had.
     """
     _check_tls(tls_cert, tls_key)
-    with _door(settings) as door:
+    with open_door(settings.host, settings.port) as door:
         # A batch on one thread costs less than on two, which wait for one another (benchmarks/export_speed.py).
         workers = settings.workers or (usable_cores() if provider == "cpu" else 1)
         settings = dataclasses.replace(settings, workers=workers)
@@ -65,12 +66,11 @@ def serve(
         engine = Engine.load(bundle, precision=precision, provider=provider, threads=threads)
         engine = dataclasses.replace(engine, name=name or engine.name)
         app = create_app(engine, settings, None if index is None else _index(index))
-        host, port = door.getsockname()[:2]
         config = uvicorn.Config(
             app, log_config=None, access_log=False, timeout_graceful_shutdown=max(1, round(settings.grace)),
             ssl_certfile=tls_cert, ssl_keyfile=tls_key, server_header=False,
         )  # fmt: skip
-        at = f"http{'s' if tls_cert else ''}://{f'[{host}]' if ':' in host else host}:{port}"
+        at = url_of(door, tls=bool(tls_cert))
         logger.info(
             "%s (%s, %s, %d heads) at %s", engine.name, engine.precision, engine.provider, len(engine.heads), at
         )
@@ -147,24 +147,6 @@ def _index(path: str | os.PathLike[str]) -> Index:
     from mvmr.serve.index import Index  # here, for faiss and pyarrow take their time to import
 
     return Index.load(path)
-
-
-@contextlib.contextmanager
-def _door(settings: Settings) -> Iterator[socket.socket]:
-    """A socket that listens, so that what is wrong with the address shows before the engine is loaded."""
-    with contextlib.ExitStack() as stack:
-        try:
-            found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-                0
-            ]
-            door = stack.enter_context(socket.socket(found[0], found[1], found[2]))
-            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            door.bind(found[4])
-            door.listen()
-        except OSError as error:
-            why = error.strerror or str(error)
-            raise MvmrError(f"cannot listen at {settings.host}:{settings.port}: {why}; give another --port") from error
-        yield door
 
 
 def _check_tls(cert: str | None, key: str | None) -> None:
