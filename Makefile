@@ -1,4 +1,4 @@
-# Two commands for a stranger: `make quickstart` and `make test`. What they make stays in this folder.
+# Three commands for a stranger: `make quickstart`, `make app` and `make test`. What they make stays in this folder.
 # Needs Python 3.11 or newer; another interpreter: make PYTHON=python3.12 quickstart
 
 PYTHON ?= python3
@@ -6,11 +6,16 @@ BIN := .venv/bin
 UV := $(BIN)/python -m uv pip
 PINNED := --constraint constraints.txt --build-constraint constraints.txt
 
-.PHONY: quickstart test test-fast lint format constraints clean
+.PHONY: quickstart app test test-fast lint format constraints clean
 .DELETE_ON_ERROR:
 
 quickstart: .venv/.train
 	$(BIN)/mvmr quickstart
+
+# Teacher and student side by side in the browser, on the quickstart's bundle, which is made first where it is not there.
+app: .venv/.app
+	@test -f runs/quickstart/student/bundle.json || $(BIN)/mvmr quickstart
+	$(BIN)/mvmr app runs/quickstart/student
 
 # All that this machine can run: tests marked gpu skip themselves where there is none.
 test: .venv/.dev
@@ -54,6 +59,11 @@ clean:
 .venv/.train: .venv/.uv pyproject.toml
 	@echo "== packages for training (PyTorch is large: the first time takes some minutes)"
 	$(UV) install --python $(BIN)/python $(PINNED) --editable '.[train]'
+	@touch $@
+
+.venv/.app: .venv/.train
+	@echo "== packages for the app"
+	$(UV) install --python $(BIN)/python $(PINNED) --editable '.[app]'
 	@touch $@
 
 .venv/.dev: .venv/.train

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mvmr import bundle as bundles
-from mvmr.bundle import Bundle
-from mvmr.distillation.teacher import Teacher
+from mvmr.distillation.recorded import teacher_of
 from mvmr.distillation.zeroshot import fit_space_map, store_map, templates_for, zero_shot_logits
 from mvmr.errors import MvmrError
 from mvmr.evaluation import open_labelled, record
@@ -101,30 +100,3 @@ def _split(
         raise MvmrError(f"protocol {ZERO_SHOT} takes one label to an image, {labelled.train.name} has several")
     shared = [name for name in protocols if name != ZERO_SHOT]
     return protocols_for(labelled, shared, ks=ks), ZERO_SHOT in protocols
-
-
-def teacher_of(
-    bundle: Bundle, name: str | Path | None, pretrained: str | Path | None, device: str, *, text: bool
-) -> Teacher:
-    """Load the teacher named, or else the one the bundle records.
-
-    Raises:
-        MvmrError: the bundle records none, its weights can't be had, or they are not the ones it was distilled from.
-    """
-    if name is not None:
-        return Teacher.load(name, pretrained, device=device, text=text)
-    recorded = bundle.manifest.training.get("teachers")
-    described = recorded.get("teacher") if isinstance(recorded, Mapping) else None
-    if not isinstance(described, Mapping) or not {"name", "weights", "identity"} <= set(described):
-        raise MvmrError(f"bundle {bundle.path} names no teacher to compare with; give one: --teacher ViT-B-16")
-    file = Path(described["weights"])
-    if (file.parent / "open_clip_config.json").is_file():  # a folder in open_clip's hub format
-        loaded = Teacher.load(file.parent, device=device, text=text)
-    else:
-        loaded = Teacher.load(described["name"], described["weights"], device=device, text=text)
-    if loaded.identity != described["identity"]:
-        raise MvmrError(
-            f"teacher {described['name']} with weights {described['weights']} is not the one {bundle.path} was "
-            "distilled from (other weights, or another preprocessing); give the right one: --teacher, --pretrained"
-        )
-    return loaded

@@ -16,9 +16,10 @@ from mvmr import __version__
 from mvmr import bundle as bundles
 from mvmr.cores import usable_cores
 from mvmr.distillation.fidelity import Figures, dependence, neighbours, predictions, spectrum
+from mvmr.distillation.images import SEED
 from mvmr.distillation.page import write_page
 from mvmr.distillation.stages import STAGES, split, stages_of, untrained
-from mvmr.distillation.subject import SEED, Subject
+from mvmr.distillation.subject import Subject
 from mvmr.errors import MvmrError
 from mvmr.files import write_json
 from mvmr.protocols import Measured

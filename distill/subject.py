@@ -14,16 +14,15 @@ import numpy as np
 
 from mvmr.bundle import Bundle
 from mvmr.checkpoint import METRICS
-from mvmr.data import ImageSet, Split, open_images
-from mvmr.distillation.comparison import teacher_of
+from mvmr.data import ImageSet, open_images
+from mvmr.distillation.images import SEED, Open, drawn, evaluated
+from mvmr.distillation.recorded import teacher_of
 from mvmr.distillation.teacher import Teacher
 from mvmr.errors import MvmrError
 from mvmr.protocols import Labelled
 from mvmr.student import Student
 
 T = TypeVar("T")
-Open = Callable[[Split], ImageSet]
-SEED = 0
 _FEWEST = 4  # images; the unbiased estimator is not defined below
 _RECORDS = 300
 
@@ -71,9 +70,8 @@ class Subject:
         """
         missing: dict[str, str] = {}
         open_split: Open = partial(open_images, data, max_unreadable=max_unreadable, progress=progress)
-        test = open_split("test")
-        whole = test if test.classes is not None else open_split("unlabelled")
-        images = _drawn(whole, limit, k)
+        whole = evaluated(open_split)
+        images = _some_of(whole, limit, k)
         single = whole.labels is not None and whole.labels.ndim == 1
         unlabelled = "the probe" if single else "the probe, and figures by label"
         load = partial(teacher_of, bundle, teacher, pretrained, device, text=False)
@@ -125,8 +123,8 @@ class Subject:
         }
 
 
-def _drawn(images: ImageSet, limit: int, k: int) -> ImageSet:
-    """All images, or ``limit`` of them drawn by the seed, in their order."""
+def _some_of(images: ImageSet, limit: int, k: int) -> ImageSet:
+    """The images of a report; refused where there are too few of them."""
     count, fewest = min(len(images), limit), max(_FEWEST, k + 1)
     if k < 1 or count < fewest:
         of = f"{count} of the {len(images)}" if count < len(images) else f"{count}"
@@ -134,9 +132,7 @@ def _drawn(images: ImageSet, limit: int, k: int) -> ImageSet:
             f"{of} images of {images.name} and k = {k} nearest neighbours: a report takes k of 1 or more, and "
             f"{fewest} images or more"
         )
-    if count == len(images):
-        return images
-    return images.subset(np.sort(np.random.default_rng(SEED).choice(len(images), count, replace=False)))
+    return drawn(images, limit)
 
 
 def _labelled(open_split: Open, test: ImageSet) -> Labelled:

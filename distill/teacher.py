@@ -62,6 +62,11 @@ class Teacher:
         self._full: nn.Module | None = None
         self._tokenizer: Callable[[list[str]], Tensor] | None = None
 
+    @property
+    def parameters(self) -> int:
+        """How many parameters the image tower has."""
+        return sum(each.numel() for each in self._visual.parameters())
+
     @classmethod
     def load(
         cls,

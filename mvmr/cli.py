@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "index": ("mvmr.serve.jobs_cli:index", "Index embeddings, to find the nearest."),
     "search": ("mvmr.serve.jobs_cli:search", "Find the images of an index nearest to one."),
     "serve": ("mvmr.serve.cli:serve", "Serve embeddings over HTTP."),
+    "app": ("mvmr.app.cli:app", "Compare teacher and student in the browser."),
     "bench": ("mvmr.export.cli:bench", "Measure speed on this machine."),
     "info": ("mvmr.commands:info", "Show what a bundle is and how it was made."),
     "doctor": ("mvmr.doctor:doctor", "Show what this machine has, and what each command lacks."),

@@ -31,6 +31,7 @@ DISTRIBUTIONS = {
     "open_clip": "open_clip_torch",
     "skimage": "scikit-image",
     "sklearn": "scikit-learn",
+    "umap": "umap-learn",
 }
 
 # Command -> the extra it needs, None for a bare install.
@@ -48,6 +49,7 @@ NEEDS: dict[str, str | None] = {
     "index": None,
     "search": None,
     "serve": None,
+    "app": "app",
     "bench": "export",
     "info": None,
     "doctor": None,

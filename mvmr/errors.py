@@ -52,6 +52,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "threadpoolctl",
     ),
     "export": ("onnx", "onnxscript", "tritonclient"),
+    "app": ("gradio", "plotly", "umap"),
     "s3": ("s3fs",),
 }
 

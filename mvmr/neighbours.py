@@ -8,15 +8,51 @@ import numpy as np
 from mvmr.errors import MvmrError
 
 
+class Bank:
+    """Features to be searched by cosine, exactly: normalised and put into a FAISS index once. Threads may share it.
+
+    Shapes:
+        features: [N, D] float32, not normalised.
+    """
+
+    def __init__(self, features: np.ndarray) -> None:
+        rows = _normalised(features)
+        self._index = faiss.IndexFlatIP(rows.shape[1])
+        self._index.add(rows)
+
+    def __len__(self) -> int:
+        return int(self._index.ntotal)
+
+    def search(
+        self, queries: np.ndarray, k: int, *, without: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines and row numbers of the k features most similar to each query, most similar first.
+
+        Args:
+            without: for each query a row that is not to be found: its own, where it is one of the features.
+
+        Shapes:
+            queries: [M, D] float32, not normalised; without: [M] integers; returns [M, k] float32 and int64, with fewer
+            columns where there are not k features, ``without`` left out.
+        """
+        count = min(k + (without is not None), len(self))
+        similarity, neighbour = self._index.search(_normalised(queries), count)
+        if without is None:
+            return similarity, neighbour
+        own = neighbour == without[:, None]
+        # A row with as many copies or more may not be among its own nearest: then the last of them is one too many.
+        own[~own.any(1), -1] = True
+        shape = (len(queries), count - 1)
+        return similarity[~own].reshape(shape), neighbour[~own].reshape(shape)
+
+
 def nearest(features: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and row numbers of the k features most similar to each query, most similar first; exact.
 
     Shapes:
         features: [N, D], queries: [M, D] float32, not normalised; returns [M, min(k, N)] float32 and int64.
     """
-    bank, asked = _normalised(features), _normalised(queries)
-    similarity, neighbour = faiss.knn(asked, bank, min(k, len(bank)), metric=faiss.METRIC_INNER_PRODUCT)
-    return similarity, neighbour
+    return Bank(features).search(queries, k)
 
 
 def others(features: np.ndarray, k: int) -> np.ndarray:
@@ -30,11 +66,7 @@ def others(features: np.ndarray, k: int) -> np.ndarray:
     """
     if not 1 <= k < len(features):
         raise MvmrError(f"{k} neighbours of each of {len(features)} images: give a k from 1 to {len(features) - 1}")
-    found = nearest(features, features, k + 1)[1]
-    own = found == np.arange(len(features))[:, None]
-    # A row with k + 1 copies or more may not be among its own nearest: then the last of them is one too many.
-    own[~own.any(1), -1] = True
-    return found[~own].reshape(len(features), k)
+    return Bank(features).search(features, k, without=np.arange(len(features)))[1]
 
 
 def neighbour_overlap(a: np.ndarray, b: np.ndarray, k: int) -> np.ndarray:

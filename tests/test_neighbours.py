@@ -1,12 +1,15 @@
 """kNN is scikit-learn's, by cosine, with weights and without."""
 
+import threading
+
+import faiss
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
 from mvmr.errors import MvmrError
-from mvmr.neighbours import knn_predict, nearest, neighbour_overlap, others, votes
+from mvmr.neighbours import Bank, knn_predict, nearest, neighbour_overlap, others, votes
 
 Split = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
@@ -66,6 +69,78 @@ def test_nearest_come_in_order_of_their_cosine(digits: Split) -> None:
     np.testing.assert_allclose(similarity, -np.sort(-cosines, axis=1)[:, :7], atol=1e-5)
     np.testing.assert_allclose(np.take_along_axis(cosines, neighbour, 1), similarity, atol=1e-5)
     assert nearest(x[:3], queries[:2], 7)[1].shape == (2, 3)  # no more than there are
+
+
+def test_a_bank_gives_the_very_cosines_and_rows_of_faiss(digits: Split) -> None:
+    x, _, queries, _ = digits
+    rows, asked = x.copy(), queries.copy()
+    for each in (rows, asked):
+        faiss.normalize_L2(each)
+    before = x.copy(), queries.copy()
+    bank = Bank(x)
+    assert len(bank) == len(x)
+    for count in (1, 7, 200):
+        for k in (1, 10, 150, 5000):
+            found = bank.search(queries[:count], k)
+            wanted = faiss.knn(asked[:count], rows, min(k, len(x)), metric=faiss.METRIC_INNER_PRODUCT)
+            assert all(np.array_equal(*pair) for pair in zip(found, wanted, strict=True))
+            assert all(np.array_equal(*pair) for pair in zip(found, nearest(x, queries[:count], k), strict=True))
+    assert found[0].dtype == np.float32
+    assert found[1].dtype == np.int64
+    assert np.array_equal(x, before[0])
+    assert np.array_equal(queries, before[1])
+
+
+def test_a_bank_leaves_out_the_row_that_asks(digits: Split) -> None:
+    x = digits[0][:300]
+    asking = np.array([7, 0, 299, 7])
+    cosines, rows = Bank(x).search(x[asking], 12, without=asking)
+    exact = unit(x.astype(np.float64)) @ unit(x.astype(np.float64)).T
+    for row, cosine, own in zip(rows, cosines, asking, strict=True):
+        wanted = [other for other in np.argsort(-exact[own]) if other != own][:12]
+        assert row.tolist() == wanted
+        np.testing.assert_allclose(cosine, exact[own, wanted], atol=1e-6)
+    every = Bank(x).search(x, 12, without=np.arange(300))[1]
+    assert np.array_equal(every, others(x, 12))
+
+
+def test_a_bank_with_fewer_rows_than_are_asked_for_gives_all_there_are() -> None:
+    x = np.eye(4, dtype=np.float32) + 0.1
+    assert Bank(x).search(x[:2], 9)[1].shape == (2, 4)
+    cosines, rows = Bank(x).search(x[:2], 9, without=np.array([0, 1]))
+    assert [sorted(row) for row in rows.tolist()] == [[1, 2, 3], [0, 2, 3]]
+    assert cosines.shape == (2, 3)
+    assert Bank(x[:1]).search(x[:1], 3, without=np.array([0]))[1].shape == (1, 0)
+
+
+@pytest.mark.parametrize("copies", [2, 5, 30])
+def test_a_bank_leaves_out_one_row_however_many_copies_it_has(digits: Split, copies: int) -> None:
+    x = digits[0][:60].copy()
+    x[:copies] = x[0]
+    rows = Bank(x).search(x[:copies], 5, without=np.arange(copies))[1]
+    assert rows.shape == (copies, 5)
+    assert not (rows == np.arange(copies)[:, None]).any()
+    assert all(len(set(row)) == 5 for row in rows.tolist())
+
+
+def test_threads_may_share_a_bank(digits: Split) -> None:
+    x, _, queries, _ = digits
+    bank = Bank(x)
+    wanted = [bank.search(queries[start : start + 40], 9) for start in range(0, 160, 40)]
+    wrong: list[int] = []
+
+    def ask(number: int) -> None:
+        for _ in range(50):
+            found = bank.search(queries[40 * number : 40 * number + 40], 9)
+            if not all(np.array_equal(*pair) for pair in zip(found, wanted[number], strict=True)):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(60)
+    assert not wrong
 
 
 def test_overlap_is_that_of_a_plain_loop(digits: Split) -> None:

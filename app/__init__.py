@@ -1,0 +1,1 @@
+"""The comparison app: teacher and student side by side, in the browser."""

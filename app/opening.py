@@ -1,0 +1,84 @@
+"""From what was typed after `mvmr app` to a workbench whose embeddings are at hand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from mvmr import bundle as bundles
+from mvmr.app.encoders import TEACHER
+from mvmr.app.engines import Engines
+from mvmr.app.gallery import Gallery, cache_folder
+from mvmr.app.teacher_side import TeacherSide, load_teacher
+from mvmr.app.workbench import Workbench
+from mvmr.bundle import Bundle
+from mvmr.errors import MvmrError
+from mvmr.progress import say_plan
+
+
+def open_workbench(
+    bundle: str | os.PathLike[str] | None,
+    *,
+    teacher: str | Path | None = None,
+    pretrained: str | Path | None = None,
+    gallery: str | os.PathLike[str] | None = None,
+    service: str | None = None,
+    api_key: str | None = None,
+    limit: int = 20_000,
+    k: int = 10,
+    device: str = "cpu",
+    progress: bool = False,
+) -> Workbench:
+    """Open bundle or service, teacher and gallery, and embed the gallery under both sides where that is not done yet.
+
+    Args:
+        bundle: None takes the newest below runs/, unless there is a service.
+        teacher, pretrained: as `mvmr report` takes them; one that can't be had leaves the app without its side.
+        gallery: as of `Gallery.open`; None takes the data the bundle was trained on.
+        service: URL of an embedding service, in the place of the bundle's student.
+
+    Raises:
+        MvmrError: no bundle, no gallery, a service that can't be reached, or k below 1.
+    """
+    if k < 1:
+        raise MvmrError(f"k = {k}: give 1 or more neighbours to compare")
+    opened = None if service is not None and bundle is None else bundles.load(bundle or bundles.newest())
+    engines = Engines(opened, device=device, service=service, api_key=api_key)
+    images = Gallery.open(os.fspath(gallery) if gallery else _trained_on(opened), limit=limit, progress=progress)
+    side, reason = _teacher(opened, teacher, pretrained, device)
+    say_plan(
+        student=f"{engines.name} ({engines.choices[0].label})", teacher=reason if side is None else side.label,
+        gallery=f"{images.name}, {len(images):,} images",
+    ) if progress else None  # fmt: skip
+    bench = Workbench(
+        bundle=opened,
+        engines=engines,
+        gallery=images,
+        folder=cache_folder(opened or engines.space_id),
+        teacher=side,
+        no_teacher=reason,
+        k=min(k, max(1, len(images) - 1)),
+    )
+    for key in ([TEACHER] if side else []) + [engines.default]:
+        bench.rows(key, progress=progress)
+    return bench
+
+
+def _teacher(
+    bundle: Bundle | None, teacher: str | Path | None, pretrained: str | Path | None, device: str
+) -> tuple[TeacherSide | None, str]:
+    if bundle is None and teacher is None:
+        return None, "a service does not say what its student was distilled from; name the teacher: --teacher ViT-B-16"
+    try:
+        return load_teacher(bundle, teacher, pretrained, device), ""
+    except MvmrError as error:
+        return None, str(error)
+
+
+def _trained_on(bundle: Bundle | None) -> str:
+    data = bundle.manifest.training.get("data") if bundle is not None else None
+    name = data.get("name") if isinstance(data, Mapping) else None
+    if not isinstance(name, str):
+        raise MvmrError("there is no gallery: give images to search, --gallery photos/ (or the output of `mvmr embed`)")
+    return name

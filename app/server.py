@@ -1,0 +1,106 @@
+"""The app over HTTP: Gradio's page, and beside it thumbnails, maps and tables by number, never by path."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+
+import gradio as gr
+import plotly
+import uvicorn
+from fastapi import FastAPI, Query, Request
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.staticfiles import StaticFiles
+
+from mvmr.app.maps_service import METHODS, Maps
+from mvmr.app.ui import STATIC, build
+from mvmr.app.workbench import Workbench
+from mvmr.errors import MvmrError
+from mvmr.progress import say
+from mvmr.serve.door import url_of
+
+MAX_UPLOAD = "64mb"
+_SYSTEM_FONTS = ("ui-sans-serif", "system-ui", "sans-serif")
+_MONO = ("ui-monospace", "Consolas", "monospace")
+_FOREVER = {"cache-control": "private, max-age=86400"}  # their addresses name the gallery's fingerprint
+
+
+def create_app(bench: Workbench) -> FastAPI:
+    """The app as an ASGI application."""
+    maps = Maps(bench)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        maps.close()
+        bench.engines.close()
+
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+
+    @app.exception_handler(MvmrError)
+    def told(request: Request, error: MvmrError) -> Response:
+        return PlainTextResponse(str(error), 404)
+
+    @app.get("/thumb/{row}")
+    def thumb(row: int) -> Response:
+        if not 0 <= row < len(bench.gallery):
+            raise MvmrError(f"the gallery has no image {row}; it has {len(bench.gallery)}, counted from 0")
+        return Response(bench.gallery.thumbnail(row), media_type="image/webp", headers=_FOREVER)
+
+    @app.get("/map.json")
+    def map_of(engine: str, method: str = METHODS[0], k: Annotated[int, Query(ge=1)] = bench.k) -> Response:
+        found = maps.json(engine, method, k)
+        return (
+            JSONResponse({"state": "computing"}, 202)
+            if found is None
+            else Response(found, media_type="application/json")
+        )
+
+    @app.get("/disagreements/{table}.csv")
+    def csv(table: str, engine: str, k: Annotated[int, Query(ge=1)] = bench.k) -> Response:
+        from mvmr.app.disagreement_page import tables  # here, for scikit-learn takes seconds
+
+        name = f"{table}-{engine}-k{k}.csv"
+        headers = {"content-disposition": f'attachment; filename="{name}"'}
+        return Response(tables(bench, table, engine, k), media_type="text/csv; charset=utf-8", headers=headers)
+
+    @app.get("/figures.csv")
+    def figures() -> Response:
+        from mvmr.app.figures_page import table_csv
+
+        headers = {"content-disposition": 'attachment; filename="figures.csv"'}
+        return Response(table_csv(bench), media_type="text/csv; charset=utf-8", headers=headers)
+
+    @app.get("/mvmr/plotly.min.js")
+    def plotly_js() -> Response:
+        return FileResponse(Path(plotly.__file__).parent / "package_data" / "plotly.min.js", headers=_FOREVER)
+
+    app.mount("/mvmr", StaticFiles(directory=STATIC))
+    no_docs = {"docs_url": None, "redoc_url": None, "openapi_url": None}
+    theme = gr.themes.Base(
+        primary_hue="blue", neutral_hue="slate", font=_SYSTEM_FONTS, font_mono=_MONO, radius_size="sm"
+    )  # fmt: skip
+    gr.mount_gradio_app(
+        app, build(bench), path="/", theme=theme, css_paths=[STATIC / "style.css", STATIC / "map.css"],
+        footer_links=[], run_history=False, ssr_mode=False, mcp_server=False, pwa=False, show_error=False,
+        enable_monitoring=False, max_file_size=MAX_UPLOAD, allowed_paths=[], app_kwargs=no_docs,
+    )  # fmt: skip
+    return app
+
+
+def run(bench: Workbench, door: socket.socket) -> None:
+    """Serve the app at an open door until Ctrl-C or SIGTERM; what visitors have uploaded is gone then."""
+    with tempfile.TemporaryDirectory(prefix="mvmr-app-") as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = uploads
+        server = uvicorn.Server(
+            uvicorn.Config(create_app(bench), log_level="warning", timeout_graceful_shutdown=2, server_header=False)
+        )
+        say(f"the app is at {url_of(door)} (Ctrl-C ends it)")
+        server.run(sockets=[door])

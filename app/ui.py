@@ -1,0 +1,285 @@
+"""The page: its controls, and what happens when they are used. What a visitor brings stays with that visitor."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+
+from mvmr.app import fragments
+from mvmr.app.classify import Guess, best, names_of, zero_shot
+from mvmr.app.encoders import TEACHER
+from mvmr.app.uploads import opened
+from mvmr.app.workbench import Workbench
+from mvmr.errors import MvmrError
+
+logger = logging.getLogger(__name__)
+
+STATIC = Path(__file__).parent / "static"
+_PICKS = 24
+_PREVIEW_SECONDS = 5.0
+_PROGRESS = gr.Progress()  # a default by which Gradio knows where the bar goes
+_FIRST_NAMES = "cat, dog, car, house, tree, person"
+_ASK = "Upload, paste or photograph an image, or click one of the gallery: its nearest neighbours appear here."
+_CHOOSE = "Choose an image on the page Neighbours, then classify it here."
+_ROW_CLICKED = """
+element.addEventListener('click', event => {
+  const chosen = event.target.closest('[data-row]');
+  if (chosen) trigger('select', {row: Number(chosen.dataset.row)});
+});
+for (const kind of ['mouseover', 'mouseout']) element.addEventListener(kind, event => {
+  const card = event.target.closest('.card');
+  if (card) for (const each of element.querySelectorAll(`.card[data-row="${card.dataset.row}"]`))
+    each.classList.toggle('hovered', kind === 'mouseover');
+});
+"""
+_MAP = """
+let shown = null, taken = Promise.resolve();
+const show = () => { taken = taken.then(async () => {
+  const {mount} = await import(new URL('mvmr/map.js', document.baseURI));
+  if (shown?.destroy) shown.destroy();
+  const place = element.querySelector('.map');
+  place.replaceChildren();
+  shown = mount(place, {data: element.querySelector('[data-source]').dataset.source, thumbs: 'thumb/'});
+}); };
+show();
+watch('value', show);
+"""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The image a visitor asks about, kept in memory for that visit only: a PIL image, or a row of the gallery."""
+
+    image: Image.Image | int
+    name: str
+    notes: tuple[str, ...] = ()
+
+
+def build(bench: Workbench) -> gr.Blocks:
+    """Put the page together for a workbench."""
+    usable = [(each.label, each.key) for each in bench.engines.choices if each.why is None]
+    most = max(1, min(50, len(bench.gallery) - 1))
+    with gr.Blocks(
+        title=f"mvmr: {bench.engines.name}", fill_width=True, analytics_enabled=False, delete_cache=(600, 600)
+    ) as page:
+        _html(fragments.header(bench))
+        asked = gr.State(None, time_to_live=3600)
+        with gr.Row(elem_classes="controls"):
+            engine = gr.Dropdown(usable, value=bench.engines.default, label="Student runs as", elem_id="engine")
+            k = gr.Slider(1, most, min(bench.k, most), step=1, label="Neighbours (k)", elem_id="k")
+        with gr.Tab("Neighbours", id="neighbours"):
+            _neighbours_tab(bench, asked, engine, k)
+        with gr.Tab("Map", id="map"):
+            _map_tab(bench, engine, k)
+        with gr.Tab("Disagreements", id="disagreements") as tab:
+            _disagreements_tab(bench, tab, engine, k)
+        with gr.Tab("Classify", id="classify"):
+            _classify_tab(bench, asked, engine)
+        with gr.Tab("Figures", id="figures") as tab:
+            _figures_tab(bench, tab)
+    return page
+
+
+def _neighbours_tab(bench: Workbench, asked: gr.State, engine: gr.Dropdown, k: gr.Slider) -> None:
+    with gr.Row():
+        with gr.Column(scale=1, min_width=260):
+            picture = gr.Image(
+                label="Your image", sources=["upload", "clipboard", "webcam"], type="filepath", height=240,
+                buttons=[], elem_id="picture", placeholder="Drop an image here\nor click to upload",
+            )  # fmt: skip
+            # Gradio's own way decodes the file before anybody knows how many pixels it has
+            picture.preprocess = _taken  # type: ignore[method-assign, assignment]
+            strip = _html(fragments.strip(bench, _some(bench)), js_on_load=_ROW_CLICKED, elem_id="strip")
+            other = gr.Button("Other images of the gallery", size="sm", variant="secondary")
+        with gr.Column(scale=4, min_width=320):
+            result = _html(fragments.message(_ASK), js_on_load=_ROW_CLICKED, elem_id="result")
+
+    def show(what: Asked | None, key: str, count: int, progress: gr.Progress) -> str:
+        if what is None:
+            return fragments.message(_ASK)
+        compared = bench.compare(what.image, key, int(count), _bar(progress))
+        return fragments.neighbours(bench, key, what.image, what.name, what.notes, compared)
+
+    def upload(
+        content: bytes | MvmrError | None, before: Asked | None, key: str, count: int, progress: Any = _PROGRESS
+    ) -> tuple[Asked | None, str, None]:
+        if content is None:  # the visitor took the image away
+            return before, _told(lambda: show(before, key, count, progress)), None
+        try:
+            if isinstance(content, MvmrError):
+                raise content
+            found = opened(content)
+        except MvmrError as error:
+            return before, fragments.message(str(error), fragments.PROBLEM), None
+        size = f"{found.width} x {found.height} pixels"
+        what = Asked(found.image, "Your image", (size, *found.notes))
+        return what, _told(lambda: show(what, key, count, progress)), None
+
+    def pick(event: gr.EventData, key: str, count: int, progress: Any = _PROGRESS) -> tuple[Asked | None, str]:
+        row = int(event.row)
+        if not 0 <= row < len(bench.gallery):
+            return None, fragments.message(f"the gallery has no image {row}", fragments.PROBLEM)
+        what = Asked(row, bench.gallery.keys[row])
+        return what, _told(lambda: show(what, key, count, progress))
+
+    def again(what: Asked | None, key: str, count: int, progress: Any = _PROGRESS) -> str:
+        return _told(lambda: show(what, key, count, progress))
+
+    private: dict[str, Any] = {"api_visibility": "private"}
+    picture.input(upload, [picture, asked, engine, k], [asked, result, picture], **private)
+    for each in (strip, result):
+        each.select(pick, [engine, k], [asked, result], **private)
+    other.click(lambda: fragments.strip(bench, _some(bench)), None, strip, **private)
+    engine.change(again, [asked, engine, k], result, **private)
+    k.change(again, [asked, engine, k], result, trigger_mode="always_last", **private)
+
+
+def _map_tab(bench: Workbench, engine: gr.Dropdown, k: gr.Slider) -> None:
+    def source(key: str, count: int) -> str:
+        return f'<div data-source="map.json?engine={key}&amp;k={int(count)}"></div><div class="map"></div>'
+
+    shown = _html(source(bench.engines.default, bench.k), js_on_load=_MAP, elem_id="map")
+    for event in (engine.change, k.change):
+        event(source, [engine, k], shown, trigger_mode="always_last", api_visibility="private")
+
+
+def _classify_tab(bench: Workbench, asked: gr.State, engine: gr.Dropdown) -> None:
+    has_text = bench.teacher is not None and bench.teacher.has_text
+    names = gr.Textbox(
+        ", ".join(bench.gallery.classes or ()) or _FIRST_NAMES, visible=has_text, lines=2, elem_id="names",
+        label="Class names for the teacher, separated by commas",
+    )  # fmt: skip
+    with gr.Row():
+        ask = gr.Button("Classify the image", variant="primary", elem_id="classify", scale=0, min_width=220)
+    result = _html(
+        fragments.message("Choose an image on the page Neighbours, then classify it here."), elem_id="classes"
+    )
+
+    def classify(what: Asked | None, key: str, typed: str) -> str:
+        if what is None:
+            return fragments.message(_CHOOSE)
+        guesses: list[Guess] | None = None
+        why = "" if has_text else "Zero-shot: the teacher has no text tower, or there is no teacher."
+        if has_text and bench.teacher is not None:
+            try:
+                guesses = zero_shot(bench.teacher.teacher, bench.embed(what.image, TEACHER), names_of(typed))
+            except MvmrError as error:
+                why = str(error)
+        heads = []
+        if bench.engines.heads:
+            embedding = np.asarray(bench.embed(what.image, key), np.float32)
+            picture = bench.gallery.load(what.image) if isinstance(what.image, int) else what.image
+            for name, classes in bench.engines.heads.items():
+                chances = bench.engines.classify(embedding[None], name, [picture])[0]
+                heads.append((name, best(chances, tuple(classes)), f"on features of {bench.engines.get(key).label}"))
+        none = f"No linear head in the bundle: fit one with `mvmr probe {bench.engines.name} --data DATA --head NAME`."
+        return fragments.classified(bench, what.image, what.name, heads, none, guesses, why)
+
+    ask.click(lambda *given: _told(lambda: classify(*given)), [asked, engine, names], result, api_visibility="private")
+
+
+def _figures_tab(bench: Workbench, tab: gr.Tab) -> None:
+    with gr.Row():
+        measure = gr.Button(
+            "Measure speed, dCor and CKA here", variant="primary", elem_id="measure", scale=0, min_width=300
+        )
+
+    shown = _html(fragments.message("Reading the bundle's reports."), elem_id="figures")
+
+    def run(measured: bool, progress: Any = _PROGRESS) -> str:
+        from mvmr.app.figures_page import figures_table  # here, for scikit-learn takes seconds
+
+        return _told(lambda: figures_table(bench, _bar(progress), measure=measured))
+
+    private: dict[str, Any] = {"api_visibility": "private"}
+    tab.select(lambda: run(False), None, shown, **private)
+    measure.click(lambda progress=_PROGRESS: run(True, progress), None, shown, **private)
+
+
+def _disagreements_tab(bench: Workbench, tab: gr.Tab, engine: gr.Dropdown, k: gr.Slider) -> None:
+    """Made when somebody looks at it, and again when engine or k change."""
+    seen = gr.State(False)
+    with gr.Row():
+        fit = gr.Button(
+            "Fit linear probes of both sides", elem_id="fit", scale=0, min_width=300,
+            visible=bench.gallery.labels is not None,
+        )  # fmt: skip
+
+    shown = _html(fragments.message("Comparing all images of the gallery."), elem_id="disagreements")
+
+    def make(key: str, count: int, progress: Any) -> str:
+        from mvmr.app.disagreement_page import disagreement  # here, for scikit-learn takes seconds
+
+        bench.rows(key, _bar(progress))
+        return disagreement(bench, key, int(count))
+
+    def show(key: str, count: int, progress: Any = _PROGRESS) -> tuple[bool, str]:
+        return True, _told(lambda: make(key, count, progress))
+
+    def again(was: bool, key: str, count: int, progress: Any = _PROGRESS) -> Any:
+        return _told(lambda: make(key, count, progress)) if was else gr.skip()
+
+    def probe(key: str, count: int, progress: Any = _PROGRESS) -> str:
+        from mvmr.app.fidelity_service import fit_probes
+
+        def probed() -> str:
+            fit_probes(bench, key, _bar(progress, "embedding the training images"))
+            return make(key, count, progress)
+
+        return _told(probed)
+
+    private: dict[str, Any] = {"api_visibility": "private"}
+    tab.select(show, [engine, k], [seen, shown], **private)
+    engine.change(again, [seen, engine, k], shown, **private)
+    k.change(again, [seen, engine, k], shown, trigger_mode="always_last", **private)
+    fit.click(probe, [engine, k], shown, **private)
+
+
+def _html(value: str, **options: Any) -> gr.HTML:
+    return gr.HTML(value, apply_default_css=False, **options)
+
+
+def _taken(payload: Any) -> bytes | MvmrError | None:
+    """The bytes of an upload, whose file goes as soon as the browser has shown it: nothing of a visitor's is kept."""
+    if payload is None or payload.path is None:
+        return None
+    file = Path(payload.path)
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        return MvmrError(f"the upload can't be read ({error.strerror}); upload the image again")
+    finally:
+        removal = threading.Timer(_PREVIEW_SECONDS, file.unlink, kwargs={"missing_ok": True})
+        removal.daemon = True
+        removal.start()
+
+
+def _told(make: Callable[[], str]) -> str:
+    """What is made, or why it can't be."""
+    try:
+        return make()
+    except MvmrError as error:
+        return fragments.message(str(error), fragments.PROBLEM)
+    except Exception:
+        logger.exception("a page could not be made")
+        return fragments.message("this is a fault of the app; its log has the trace", fragments.PROBLEM)
+
+
+def _bar(progress: Any, what: str = "embedding the gallery") -> Callable[[int, int], None]:
+    def advance(done: int, of: int) -> None:
+        progress((done, of), desc=what, unit="images")
+
+    return advance
+
+
+def _some(bench: Workbench) -> Iterator[int]:
+    count = len(bench.gallery)
+    return map(int, np.random.default_rng().choice(count, min(_PICKS, count), replace=False))

@@ -1,0 +1,94 @@
+"""An image that a visitor brings: from the bytes of any file to RGB pixels, or a sentence on why not."""
+
+from __future__ import annotations
+
+import io
+from contextlib import suppress
+from dataclasses import dataclass
+
+from PIL import Image, UnidentifiedImageError
+
+from mvmr.data import decoding
+from mvmr.errors import MvmrError
+from mvmr.preprocess import to_rgb
+from mvmr.serve.decode import MAX_PIXELS
+
+_SIDE = 512  # pixels that the short side of a small image is enlarged to, at most, by a preprocessing
+_ORIENTATION = 0x0112
+_ANOTHER = "give a photograph as JPEG, PNG, WebP, TIFF or GIF"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An image as it is shown and embedded.
+
+    image: RGB, upright, without any metadata
+    notes: what was done to it, in words for the page: "the first of 12 frames"
+    width, height: the file's, in pixels, as they are stored
+    """
+
+    image: Image.Image
+    notes: tuple[str, ...]
+    width: int
+    height: int
+
+
+def opened(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Opened:
+    """Decode the file `data`; how many pixels it has is read from its header, before anything is decoded.
+
+    Raises: MvmrError, a sentence for the page: no image, empty, cut off, or with too many pixels.
+    """
+    if not data:
+        raise MvmrError(f"this file is empty (0 bytes); {_ANOTHER}")
+    try:
+        return _decoded(data, max_pixels)
+    except MvmrError:
+        raise
+    except UnidentifiedImageError as error:
+        raise MvmrError(f"this file is not an image, or is damaged in its header; {_ANOTHER}") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own limits
+        raise MvmrError(_too_many("this image has more pixels than", max_pixels)) from error
+    except Exception as error:  # Pillow's plugins raise whatever their parsing meets
+        raise MvmrError(f"this image is damaged ({decoding.reason(error)}); save it again, or give another") from error
+
+
+def _decoded(data: bytes, max_pixels: int) -> Opened:
+    with Image.open(io.BytesIO(data), formats=decoding.formats()) as file:
+        width, height = file.size
+        if width * height > max_pixels:
+            raise MvmrError(_too_many(f"this image has {width} x {height} pixels, more than", max_pixels))
+        # thin images are enlarged until their short side fits: 1 x 100,000 pixels would become 512 x 51,200,000
+        if width * height * max(1.0, _SIDE / max(1, min(width, height))) ** 2 > max_pixels:
+            raise MvmrError(f"this image of {width} x {height} pixels is too thin to be embedded; crop it")
+        mode, animated = file.mode, bool(getattr(file, "is_animated", False)) and file.format != "MPO"
+        turned = False
+        with suppress(Exception):  # a broken EXIF block raises a dozen kinds of error; the pixels are still good
+            turned = file.getexif().get(_ORIENTATION, 1) in range(2, 9)
+        file.load()
+        image = to_rgb(file)
+        image = image.copy() if image is file else image
+        image.info.clear()
+        notes = []
+        if animated:
+            frames = 0
+            with suppress(Exception):  # its later frames may be damaged, the first is not
+                frames = int(getattr(file, "n_frames", 0))
+            kind = "pages" if file.format == "TIFF" else "frames"
+            notes.append(f"the first of {frames} {kind}" if frames > 1 else f"the first of its {kind}")
+    if turned:
+        notes.append("turned upright, as its EXIF data say")
+    if note := _converted(mode):
+        notes.append(note)
+    return Opened(image, tuple(notes), width, height)
+
+
+def _converted(mode: str) -> str | None:
+    if mode == "CMYK":
+        return "CMYK colours turned into RGB"
+    if mode == "F" or mode.startswith("I"):
+        return "more than 8 bits a channel reduced to 8"
+    return None
+
+
+def _too_many(what: str, max_pixels: int) -> str:
+    return f"{what} the {max_pixels / 1e6:g} million that are allowed: scale it down"

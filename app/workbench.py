@@ -1,0 +1,119 @@
+"""What one running app works on: gallery, teacher, engines and their embeddings; shared by all visitors."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from mvmr.app.compare import Comparison, Side, compare
+from mvmr.app.encoders import TEACHER, Encoder
+from mvmr.app.engines import Engines
+from mvmr.app.gallery import Gallery
+from mvmr.app.teacher_side import TeacherSide
+from mvmr.bundle import Bundle
+from mvmr.errors import MvmrError
+from mvmr.neighbours import Bank, neighbour_overlap
+from mvmr.serve.engine import Floats
+
+T = TypeVar("T")
+Advance = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A comparison, and the seconds it took each side to embed the image; none where that was at hand."""
+
+    found: Comparison
+    seconds: dict[str, float]
+
+
+@dataclass(eq=False)
+class Workbench:
+    """Holds nothing about its visitors; what it computes is kept, and computed once however many ask at a time.
+
+    bundle: None where a service stands in its place
+    folder: where embeddings and maps are kept; teacher: None where it can't be had, then `no_teacher` says why
+    k: neighbours that are compared unless a visitor asks for another number
+    """
+
+    bundle: Bundle | None
+    engines: Engines
+    gallery: Gallery
+    folder: Path
+    teacher: TeacherSide | None
+    no_teacher: str
+    k: int
+    _kept: dict[tuple[object, ...], object] = field(default_factory=dict, repr=False)
+    _locks: defaultdict[tuple[object, ...], threading.Lock] = field(
+        default_factory=lambda: defaultdict(threading.Lock), repr=False
+    )
+
+    def encoder(self, key: str) -> Encoder:
+        """The teacher, or the student under an engine; raises MvmrError where it can't be had."""
+        if key != TEACHER:
+            return self.engines.get(key)
+        if self.teacher is None:
+            raise MvmrError(self.no_teacher)
+        return self.teacher
+
+    def rows(self, key: str, advance: Advance | None = None, *, progress: bool = False) -> Floats:
+        """Embeddings of the gallery, float32 [N, D]; computed the first time, which `advance(done, of)` hears of."""
+        return self.once(
+            ("rows", key), lambda: self.gallery.embeddings(self.encoder(key), self.folder, advance, progress=progress)
+        )
+
+    def ready(self, key: str) -> bool:
+        """Whether the gallery's embeddings under it are at hand."""
+        return ("rows", key) in self._kept
+
+    def bank(self, key: str) -> Bank:
+        """The gallery under it, to be searched."""
+        return self.once(("bank", key), lambda: Bank(self.rows(key)))
+
+    def overlap(self, key: str, k: int) -> npt.NDArray[np.float64]:
+        """Neighbour overlap of every image in percent, [N]; raises MvmrError without a teacher or k other images."""
+        self.encoder(TEACHER)
+        return self.once(
+            ("overlap", key, k),
+            lambda: np.asarray(100 * neighbour_overlap(self.rows(TEACHER), self.rows(key), k), np.float64),
+        )
+
+    def compare(self, image: Image.Image | int, key: str, k: int, advance: Advance | None = None) -> Compared:
+        """The neighbours of an image, or of the gallery's image of that number, under teacher and student."""
+        sides: dict[str, Side] = {}
+        seconds: dict[str, float] = {}
+        for each in (TEACHER, key) if self.teacher is not None else (key,):
+            self.rows(each, advance)
+            began = time.perf_counter()
+            query = self.embed(image, each)
+            if not isinstance(image, int):
+                seconds[each] = time.perf_counter() - began
+            sides[each] = Side(self.bank(each), query)
+        without = image if isinstance(image, int) else None
+        return Compared(compare(sides.get(TEACHER), sides[key], k, without=without), seconds)
+
+    def embed(self, image: Image.Image | int, key: str) -> Floats:
+        """The embedding of an image, or of the gallery's image of that number: float32 [D]."""
+        if isinstance(image, int):
+            return np.asarray(self.rows(key)[image])
+        return self.encoder(key).embed([image])[0]
+
+    def known(self, key: tuple[object, ...]) -> Any:
+        """What `once` has made under a key, None where it has not yet."""
+        return self._kept.get(key)
+
+    def once(self, key: tuple[object, ...], make: Callable[[], T]) -> T:
+        """What `make` returns, made once for each key, however many ask at a time."""
+        with self._locks[key]:
+            if key not in self._kept:
+                self._kept[key] = make()
+            return self._kept[key]  # type: ignore[return-value]
