@@ -30,6 +30,7 @@ COPY mvmr mvmr/
 COPY distill distill/
 COPY export export/
 COPY serve serve/
+COPY app app/
 RUN tools/bin/pip wheel --no-deps --no-build-isolation --wheel-dir wheels . \
     && python -m pip --python /opt/mvmr/bin/python install --no-compile --no-deps --no-index \
         --prefix /opt/application wheels/*.whl \

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mvmr.distillation.teacher import Teacher
-from mvmr.distillation.zeroshot import templates_for, zero_shot_logits
 from mvmr.errors import MvmrError
 from mvmr.serve.engine import Floats
+
+if TYPE_CHECKING:
+    from mvmr.distillation.teacher import Teacher
 
 MOST_NAMES = 200
 _LONGEST_NAME = 80
@@ -51,6 +53,8 @@ def zero_shot(teacher: Teacher, embedding: Floats, names: tuple[str, ...], count
     Shapes: embedding float32 [K], the teacher's, not normalised.
     Raises: MvmrError where the teacher has no text tower.
     """
+    from mvmr.distillation.zeroshot import templates_for, zero_shot_logits  # here, for torch takes seconds
+
     columns = teacher.zero_shot_classifier(names, templates_for(teacher))
     logits = _SCALE * zero_shot_logits(embedding[None], columns)[0]
     powers = np.exp(logits - logits.max())

@@ -9,11 +9,10 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from mvmr import bundle as bundles
-from mvmr.app.encoders import SERVICE, TENSORRT, TORCH, Encoder, Written, identity_of, in_torch
+from mvmr.app.encoders import SERVICE, TENSORRT, TORCH, Encoder, Written, device_type, identity_of, in_torch, once
 from mvmr.app.served import Served, classified
 from mvmr.bundle import ENCODER, Bundle
 from mvmr.errors import MvmrError, unknown
@@ -113,7 +112,7 @@ class Engines:
     def _offer(self, bundle: Bundle, device: str) -> None:
         files = bundle.manifest.files
         self._add(TORCH, "torch float32", None, _size(bundle, ENCODER), partial(_student, bundle, device))
-        provider = "cuda" if torch.device(device).type == "cuda" else "cpu"
+        provider = "cuda" if device_type(device) == "cuda" else "cpu"
         for precision, option in _EXPORTS.items():
             place, why = artifact(precision), None
             if place not in files:
@@ -138,15 +137,15 @@ class Engines:
 
 
 def _student(bundle: Bundle, device: str) -> Encoder:
-    student = bundle.student(device)
+    student = once(lambda: bundle.student(device))  # embeddings that were computed before need no weights
     return Encoder(
         key=TORCH,
         label="torch float32",
-        identity=identity_of(bundle.space_id, TORCH, torch.device(device).type),
-        dim=student.dim,
+        identity=identity_of(bundle.space_id, TORCH, device_type(device)),
+        dim=bundle.manifest.embedding_dim,
         nbytes=_size(bundle, ENCODER),
-        prepare=student.prepare,
-        forward=partial(in_torch, student, student.dim, device),
+        prepare=lambda image: student().prepare(image),
+        forward=lambda prepared: in_torch(student(), student().dim, device, prepared),
     )
 
 

@@ -75,7 +75,7 @@ def _keys(bench: Workbench) -> list[str]:
 
 def _label(bench: Workbench, key: str) -> str:
     if key == TEACHER and bench.teacher is not None:
-        return f"teacher {bench.teacher.label}"
+        return f"teacher: {bench.teacher.label}"
     return next(choice.label for choice in bench.engines.choices if choice.key == key)
 
 

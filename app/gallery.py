@@ -16,10 +16,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
 from PIL import Image
 from pyarrow import parquet
-from torch import Tensor
 
 from mvmr.app.encoders import BATCH, Encoder
 from mvmr.bundle import Bundle
@@ -30,7 +28,7 @@ from mvmr.data.scan import Files, Packed, stat_files
 from mvmr.distillation.images import drawn, evaluated
 from mvmr.errors import MvmrError
 from mvmr.files import cache_dir
-from mvmr.row_cache import cached_rows
+from mvmr.row_store import cached_rows
 from mvmr.serve.engine import Floats
 from mvmr.serve.onefile import SUFFIXES, manifest_file
 from mvmr.serve.pipeline import in_order
@@ -145,10 +143,10 @@ class Gallery:
         """
         count = len(self)
 
-        def batches(start: int) -> Iterator[Tensor]:
+        def batches(start: int) -> Iterator[Floats]:
             done = start
             for rows in self._rows(encoder, start):
-                yield torch.from_numpy(rows)
+                yield rows
                 done += len(rows)
                 if advance is not None:
                     advance(done, count)

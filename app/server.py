@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
+from importlib.resources import files
 from typing import Annotated
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import gradio as gr
-import plotly
 import uvicorn
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
@@ -38,6 +38,7 @@ def create_app(bench: Workbench) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        threading.Thread(target=bench.warm, daemon=True).start()
         yield
         maps.close()
         bench.engines.close()
@@ -80,7 +81,7 @@ def create_app(bench: Workbench) -> FastAPI:
 
     @app.get("/mvmr/plotly.min.js")
     def plotly_js() -> Response:
-        return FileResponse(Path(plotly.__file__).parent / "package_data" / "plotly.min.js", headers=_FOREVER)
+        return FileResponse(str(files("plotly") / "package_data" / "plotly.min.js"), headers=_FOREVER)
 
     app.mount("/mvmr", StaticFiles(directory=STATIC))
     no_docs = {"docs_url": None, "redoc_url": None, "openapi_url": None}

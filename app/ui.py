@@ -152,27 +152,29 @@ def _map_tab(bench: Workbench, engine: gr.Dropdown, k: gr.Slider) -> None:
 
 
 def _classify_tab(bench: Workbench, asked: gr.State, engine: gr.Dropdown) -> None:
-    has_text = bench.teacher is not None and bench.teacher.has_text
+    known = ", ".join(bench.gallery.classes or ()) or _FIRST_NAMES
     names = gr.Textbox(
-        ", ".join(bench.gallery.classes or ()) or _FIRST_NAMES, visible=has_text, lines=2, elem_id="names",
-        label="Class names for the teacher, separated by commas",
+        known, label="Class names for the teacher, separated by commas", lines=2, visible=bench.teacher is not None,
+        elem_id="names",
     )  # fmt: skip
     with gr.Row():
         ask = gr.Button("Classify the image", variant="primary", elem_id="classify", scale=0, min_width=220)
-    result = _html(
-        fragments.message("Choose an image on the page Neighbours, then classify it here."), elem_id="classes"
-    )
+    result = _html(fragments.message(_CHOOSE), elem_id="classes")
+
+    def told_by_names(what: Asked, typed: str) -> tuple[list[Guess] | None, str]:
+        if bench.teacher is None:
+            return None, ""
+        try:
+            if not bench.teacher.has_text:
+                return None, "The teacher has no text tower, so there is no zero-shot classification."
+            return zero_shot(bench.teacher.teacher, bench.embed(what.image, TEACHER), names_of(typed)), ""
+        except MvmrError as error:
+            return None, str(error)
 
     def classify(what: Asked | None, key: str, typed: str) -> str:
         if what is None:
             return fragments.message(_CHOOSE)
-        guesses: list[Guess] | None = None
-        why = "" if has_text else "Zero-shot: the teacher has no text tower, or there is no teacher."
-        if has_text and bench.teacher is not None:
-            try:
-                guesses = zero_shot(bench.teacher.teacher, bench.embed(what.image, TEACHER), names_of(typed))
-            except MvmrError as error:
-                why = str(error)
+        guesses, why = told_by_names(what, typed)
         heads = []
         if bench.engines.heads:
             embedding = np.asarray(bench.embed(what.image, key), np.float32)
@@ -189,7 +191,7 @@ def _classify_tab(bench: Workbench, asked: gr.State, engine: gr.Dropdown) -> Non
 def _figures_tab(bench: Workbench, tab: gr.Tab) -> None:
     with gr.Row():
         measure = gr.Button(
-            "Measure speed, dCor and CKA here", variant="primary", elem_id="measure", scale=0, min_width=300
+            "Measure speed, dCor and CKA here", variant="primary", elem_id="measure", scale=0, min_width=380
         )
 
     shown = _html(fragments.message("Reading the bundle's reports."), elem_id="figures")
@@ -209,7 +211,7 @@ def _disagreements_tab(bench: Workbench, tab: gr.Tab, engine: gr.Dropdown, k: gr
     seen = gr.State(False)
     with gr.Row():
         fit = gr.Button(
-            "Fit linear probes of both sides", elem_id="fit", scale=0, min_width=300,
+            "Fit linear probes of both sides", elem_id="fit", scale=0, min_width=380,
             visible=bench.gallery.labels is not None,
         )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import defaultdict
@@ -23,6 +24,8 @@ from mvmr.bundle import Bundle
 from mvmr.errors import MvmrError
 from mvmr.neighbours import Bank, neighbour_overlap
 from mvmr.serve.engine import Floats
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Advance = Callable[[int, int], None]
@@ -106,6 +109,14 @@ class Workbench:
         if isinstance(image, int):
             return np.asarray(self.rows(key)[image])
         return self.encoder(key).embed([image])[0]
+
+    def warm(self) -> None:
+        """Load the teacher and the engine that is shown first, so that the first visitor does not wait for them."""
+        for key in (TEACHER, self.engines.default):
+            try:
+                self.encoder(key).embed([self.gallery.load(0)])
+            except MvmrError as error:  # whoever asks for it will be told, too
+                logger.warning("%s", error)
 
     def known(self, key: tuple[object, ...]) -> Any:
         """What `once` has made under a key, None where it has not yet."""

@@ -19,7 +19,8 @@ from torch import Tensor
 from mvmr import row_cache
 from mvmr.data.images import Arrays, ImageSet, Numbered
 from mvmr.errors import MvmrError
-from mvmr.row_cache import cached_rows, represent
+from mvmr.row_cache import represent
+from mvmr.row_store import cached_rows
 
 COUNT, WIDTH = 10, 3
 ROWS = torch.arange(COUNT * WIDTH, dtype=torch.float32).reshape(COUNT, WIDTH) / 7
@@ -61,7 +62,7 @@ def test_rows_are_computed_once_and_read_only(tmp_path: Path) -> None:
 
 
 def test_any_floating_type_is_kept_as_float32(tmp_path: Path) -> None:
-    rows = cached_rows(tmp_path / "r.npy", key=KEY, count=COUNT, batches=lambda start: iter([ROWS.bfloat16()]))
+    rows = cached_rows(tmp_path / "r.npy", key=KEY, count=COUNT, batches=lambda start: iter([ROWS.double()]))
     assert np.array_equal(rows, ROWS.bfloat16().float())
 
 
@@ -100,7 +101,7 @@ def test_a_run_stopped_after_its_last_row_only_renames(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys, torch
 from pathlib import Path
-from mvmr.row_cache import cached_rows
+from mvmr.row_store import cached_rows
 
 def dying(start):
     for row in range(4):

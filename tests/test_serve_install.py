@@ -40,7 +40,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the commands of an environment that holds the wheel, built outside the checkout, and what it brings."""
     place = tmp_path_factory.mktemp("clean")
     source, environment = place / "source", place / "environment"
-    for name in ("mvmr", "distill", "export", "serve"):
+    for name in ("mvmr", "distill", "export", "serve", "app"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
