@@ -19,7 +19,7 @@ import click
 @click.option("--limit", default=20_000, show_default=True, help="Of more images than these, so many are drawn.")
 @click.option("--k", default=10, show_default=True, help="Neighbours that are compared at first.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 for all.")
-@click.option("--port", default=7860, show_default=True, help="0 takes a free one.")
+@click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="0 takes a free one.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda, of teacher and torch.")
 def app(
     bundle: str | None,

@@ -14,7 +14,7 @@ from mvmr.app.teacher_side import TeacherSide, load_teacher
 from mvmr.app.workbench import Workbench
 from mvmr.bundle import Bundle
 from mvmr.errors import MvmrError
-from mvmr.progress import say_plan
+from mvmr.progress import say, say_plan
 
 
 def open_workbench(
@@ -47,10 +47,12 @@ def open_workbench(
     engines = Engines(opened, device=device, service=service, api_key=api_key)
     images = Gallery.open(os.fspath(gallery) if gallery else _trained_on(opened), limit=limit, progress=progress)
     side, reason = _teacher(opened, teacher, pretrained, device)
-    say_plan(
-        student=f"{engines.name} ({engines.choices[0].label})", teacher=reason if side is None else side.label,
-        gallery=f"{images.name}, {len(images):,} images",
-    ) if progress else None  # fmt: skip
+    if progress:
+        say_plan(
+            student=f"{engines.name} ({engines.choices[0].label})",
+            teacher=reason if side is None else side.label,
+            gallery=f"{images.name}, {len(images):,} images",
+        )
     bench = Workbench(
         bundle=opened,
         engines=engines,
@@ -60,8 +62,13 @@ def open_workbench(
         no_teacher=reason,
         k=min(k, max(1, len(images) - 1)),
     )
-    for key in ([TEACHER] if side else []) + [engines.default]:
-        bench.rows(key, progress=progress)
+    if side is not None:
+        try:
+            bench.rows(TEACHER, progress=progress)
+        except MvmrError as error:  # its weights are not those that the bundle was distilled from
+            bench.teacher, bench.no_teacher = None, str(error)
+            say(f"without a teacher: {error}", shown=progress)
+    bench.rows(engines.default, progress=progress)
     return bench
 
 

@@ -25,6 +25,11 @@ def teacher_of(
     if not isinstance(described, Mapping) or not {"name", "weights", "identity"} <= set(described):
         raise MvmrError(f"bundle {bundle.path} names no teacher to compare with; give one: --teacher ViT-B-16")
     file = Path(described["weights"])
+    if file.suffix and len(file.parts) > 1 and not file.exists():  # a tag is neither
+        raise MvmrError(
+            f"the teacher that {bundle.path} was distilled from is not at {file} any more (looked from {Path.cwd()}); "
+            "say where: --teacher NAME|FOLDER, and --pretrained FILE"
+        )
     if (file.parent / "open_clip_config.json").is_file():  # a folder in open_clip's hub format
         loaded = Teacher.load(file.parent, device=device, text=text)
     else:
