@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,11 +34,13 @@ def best(probabilities: Floats, classes: tuple[str, ...], count: int = 5) -> lis
 
 
 def names_of(typed: str) -> tuple[str, ...]:
-    """Class names from what was typed, a line or a comma to each; empty and repeated ones are left out.
+    """Class names from what was typed: a line to each, or commas between them where there is one line.
+
+    Empty and repeated ones are left out.
 
     Raises: MvmrError for fewer than two, for too many, or for one that is too long to be a name.
     """
-    names = tuple(dict.fromkeys(" ".join(each.split()) for each in typed.replace("\n", ",").split(",") if each.strip()))
+    names = tuple(dict.fromkeys(" ".join(each.split()) for each in _parts(typed) if each.strip()))
     if len(names) < 2:
         raise MvmrError("type two class names or more, with commas between them: an image is told from others")
     if len(names) > MOST_NAMES:
@@ -45,6 +48,17 @@ def names_of(typed: str) -> tuple[str, ...]:
     if long := [name for name in names if len(name) > _LONGEST_NAME]:
         raise MvmrError(f"{long[0][:30]!r}... is longer than the {_LONGEST_NAME} characters of a class name")
     return names
+
+
+def suggested(classes: Sequence[str]) -> str:
+    """Class names as they may be typed for `names_of`: those that it takes, at most as many as it takes."""
+    fit = [name for name in classes if len(name) <= _LONGEST_NAME][:MOST_NAMES]
+    return ("\n" if any("," in name for name in fit) else ", ").join(fit)
+
+
+def _parts(typed: str) -> list[str]:
+    text = typed.strip()
+    return text.split("\n" if "\n" in text else ",")
 
 
 def zero_shot(teacher: Teacher, embedding: Floats, names: tuple[str, ...], count: int = 5) -> list[Guess]:

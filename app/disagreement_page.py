@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import numpy as np
@@ -35,10 +36,13 @@ def disagreement(bench: Workbench, engine: str, k: int) -> str:
             "label": fragments.label_of(bench, row), "shared": shared,
             "sides": [("teacher", near[TEACHER][:shown]), ("student", near[engine][:shown])],
         })  # fmt: skip
+    command = ""
+    if bench.bundle is not None and not gallery.embedded:
+        command = f"mvmr report {bench.path} --data {shlex.quote(gallery.name)} --k {k} --limit {len(gallery)}"
     return fragments.render(
         "disagreements", found=found, cases=cases, engine=engine, engine_name=bench.engines.get(engine).label,
-        probed=found.probes is not None, version=gallery.fingerprint[:8], count=len(gallery),
-        command=f"mvmr report {bench.engines.name} --data {gallery.name} --k {k} --limit {len(gallery)}",
+        probed=found.probes is not None, version=fragments.version(bench), count=len(gallery),
+        command=command,
     )  # fmt: skip
 
 

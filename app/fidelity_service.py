@@ -14,11 +14,12 @@ def fidelity(bench: Workbench, engine: str, k: int) -> Fidelity:
 
     Raises: MvmrError where there is no teacher, or not k other images.
     """
+    overlap = bench.overlap(engine, k)  # refuses what can't be had, so that nothing is kept for it
     probes: Probes | None = bench.known(("probes", engine))
 
     def make() -> Fidelity:
         gallery = bench.gallery
-        return Fidelity.of(bench.overlap(engine, k), k, gallery.labels, gallery.classes, probes=probes)
+        return Fidelity.of(overlap, k, gallery.labels, gallery.classes, probes=probes)
 
     return bench.once(("fidelity", engine, k, probes is not None), make)
 

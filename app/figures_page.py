@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 
 from mvmr.app import fragments
 from mvmr.app.encoders import TEACHER
@@ -21,13 +23,17 @@ from mvmr.app.figures import (
 from mvmr.app.probes import Training
 from mvmr.app.records import Records
 from mvmr.app.workbench import Advance, Workbench
+from mvmr.errors import MvmrError
 
 _IMAGES = 32  # that speed is measured with
+_TAKES_LONG = ("p50", "p99", "throughput", "dcor", "cka")
 
 
 def figures_table(bench: Workbench, advance: Advance | None = None, *, measure: bool = False) -> str:
-    """The table as HTML. What takes long is measured when asked for, once, and then shown to everybody."""
-    rows = _measured(bench, advance) if measure else bench.known(("figures",)) or _lines(bench, {})
+    """The table as HTML. What takes long is measured when asked for, and then shown to everybody."""
+    if measure:
+        _measure(bench, advance)
+    rows = _rows(bench)
     absent: dict[str, list[str]] = {}
     for row in rows:
         for why in {cell.why for cell in row.cells.values()} - {"", NOT_YET}:
@@ -37,27 +43,43 @@ def figures_table(bench: Workbench, advance: Advance | None = None, *, measure: 
 
 def table_csv(bench: Workbench) -> str:
     """The table as it stands, as CSV."""
-    return figures_csv(bench.known(("figures",)) or _lines(bench, {}))
+    return figures_csv(_rows(bench))
 
 
-def _measured(bench: Workbench, advance: Advance | None) -> list[Row]:
-    def make() -> list[Row]:
-        usable = [key for key in _keys(bench) if _why(bench, key) is None]
-        for key in usable:
-            bench.rows(key, advance)
-        return _lines(bench, dict.fromkeys(usable, advance))
+def _measure(bench: Workbench, advance: Advance | None) -> None:
+    """Measure every engine that can be had; one that fails leaves the others."""
+    usable, failed = [], {}
+    for key in _keys(bench):
+        try:
+            if _why(bench, key) is None:
+                bench.rows(key, advance)
+                bench.encoder(key).embed([bench.gallery.load(0)])
+                usable.append(key)
+        except MvmrError as error:
+            failed[key] = str(error)
+    for row in _lines(bench, usable, advance, failed):
+        bench.keep(("measured", row.key), {key: row.cells[key] for key in _TAKES_LONG})
 
-    return bench.once(("figures",), make)
+
+def _rows(bench: Workbench) -> list[Row]:
+    """The table with all that is known by now: what was measured, and accuracies, whose records are read anew."""
+    rows = _lines(bench)
+    return [replace(row, cells={**row.cells, **(bench.known(("measured", row.key)) or {})}) for row in rows]
 
 
-def _lines(bench: Workbench, measured: Mapping[str, Advance | None]) -> list[Row]:
+def _lines(
+    bench: Workbench,
+    measured: Sequence[str] = (),
+    advance: Advance | None = None,
+    failed: Mapping[str, str] = MappingProxyType({}),
+) -> list[Row]:
     drawn = drawn_rows(len(bench.gallery))
     lines = [
         Line(
             key=key,
             label=_label(bench, key),
             encoder=bench.encoder(key) if key in measured else None,
-            why=_why(bench, key) or "",
+            why=_why(bench, key) or failed.get(key, ""),
             parameters=_parameters(bench, key),
             nbytes=_nbytes(bench, key),
             rows=bench.rows(key)[drawn] if key in measured else None,
@@ -66,7 +88,7 @@ def _lines(bench: Workbench, measured: Mapping[str, Advance | None]) -> list[Row
         for key in _keys(bench)
     ]
     images = [bench.gallery.load(i) for i in range(min(_IMAGES, len(bench.gallery)))] if measured else []
-    return figures(lines, _records(bench), images, advance=next(iter(measured.values()), None))
+    return figures(lines, _records(bench), images, advance=advance if measured else None)
 
 
 def _keys(bench: Workbench) -> list[str]:

@@ -56,10 +56,21 @@ def described(bench: Workbench) -> str:
     return f"{bench.bundle.manifest.architecture}, {bench.engines.dim} features"
 
 
+def version(bench: Workbench) -> str:
+    """What the addresses of thumbnails name, so that a browser never shows those of another gallery."""
+    return bench.gallery.fingerprint[:12]
+
+
+def map_source(bench: Workbench, engine: str, k: int) -> str:
+    """Where the map's script finds what it draws; different after probes are fitted, for the map has a colour more."""
+    probed = int(bench.known(("probes", engine)) is not None)
+    return render("map", engine=engine, k=k, probed=probed, version=version(bench))
+
+
 def strip(bench: Workbench, rows: Iterable[int]) -> str:
     """Images of the gallery to choose from."""
     images = [{"row": row, "key": bench.gallery.keys[row]} for row in rows]
-    return render("strip", images=images, version=bench.gallery.fingerprint[:8])
+    return render("strip", images=images, version=version(bench))
 
 
 def neighbours(
@@ -100,7 +111,7 @@ def neighbours(
         teacher_name="" if bench.teacher is None else bench.teacher.label,
         student=cards(found.student, "teacher"),
         student_name=student.label,
-        version=bench.gallery.fingerprint[:8],
+        version=version(bench),
     )
 
 
@@ -129,7 +140,7 @@ def classified(
 def picture(bench: Workbench, image: Image.Image | int) -> str:
     """Where the browser finds the image; one that a visitor brought is put into the page, and nowhere else."""
     if isinstance(image, int):
-        return f"thumb/{image}?v={bench.gallery.fingerprint[:8]}"
+        return f"thumb/{version(bench)}/{image}"
     small = image.copy()
     small.thumbnail((_PREVIEW * 2, _PREVIEW * 2))
     content = io.BytesIO()

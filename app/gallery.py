@@ -49,13 +49,22 @@ class Gallery:
 
     images: those of the gallery; available: how many there were to draw them from
     labels: int64 [N], numbers into `classes`; both None where there is not one label to an image
+    embedded: whether it was opened from what `mvmr embed` has made
     """
 
-    def __init__(self, images: ImageSet, *, available: int | None = None, written: _Written | None = None) -> None:
+    def __init__(
+        self,
+        images: ImageSet,
+        *,
+        available: int | None = None,
+        written: _Written | None = None,
+        embedded: bool = False,
+    ) -> None:
         """Take opened images; `Gallery.open` is the way to get one."""
         if len(images) < 2:
             raise MvmrError(f"the gallery {images.name} has {len(images)} image; give a folder of 2 images or more")
         self.images, self._written = images, written
+        self.embedded = embedded
         self.available = len(images) if available is None else available
         single = images.labels is not None and images.labels.ndim == 1
         self.labels = images.labels if single else None
@@ -90,7 +99,7 @@ class Gallery:
         if files.times.max() > min(file.stat().st_mtime_ns for file in stored.files):
             logger.warning("an image of %s is newer than its embedding: they are computed again", spec)
             written = None
-        return cls(chosen, available=len(images), written=written)
+        return cls(chosen, available=len(images), written=written, embedded=True)
 
     def __len__(self) -> int:
         return len(self.images)

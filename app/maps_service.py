@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -14,6 +14,7 @@ from mvmr.app.encoders import TEACHER
 from mvmr.app.maps import Map, Method, cached_map, map_json, stored_map
 from mvmr.app.workbench import Workbench
 from mvmr.errors import MvmrError, unknown
+from mvmr.serve.engine import Floats
 
 METHODS: tuple[Method, ...] = get_args(Method)
 _SLOW: Literal["umap"] = "umap"
@@ -27,6 +28,8 @@ class Maps:
         self._made: dict[str, Future[Map]] = {}
         self._lock = threading.Lock()
         self._process: ProcessPoolExecutor | None = None
+        self._embedding: dict[str, Future[Floats]] = {}
+        self._behind = ThreadPoolExecutor(1, "mvmr-map")
 
     def json(self, engine: str, method: str, k: int) -> bytes | None:
         """The map as the page takes it; None while it is being made.
@@ -38,6 +41,10 @@ class Maps:
         bench = self._bench
         if bench.teacher is None:
             raise MvmrError(f"a map lays two sides over one another, and there is no teacher: {bench.no_teacher}")
+        bench.engines.get(engine)
+        if not (bench.ready(TEACHER) and bench.ready(engine)):
+            self._begin(engine)
+            return None
         found = self._slow(engine) if method == _SLOW else self._at_once(engine)
         if found is None:
             return None
@@ -46,8 +53,20 @@ class Maps:
         compared = fidelity(bench, engine, min(k, len(bench.gallery) - 1))
         return orjson.dumps(map_json(found, bench.gallery, compared.overlap, compared.right, k=compared.k))
 
+    def _begin(self, engine: str) -> None:
+        """Embed the gallery behind the page, which asks again; raises MvmrError when that has failed."""
+        with self._lock:
+            if engine not in self._embedding:
+                self._embedding[engine] = self._behind.submit(self._bench.rows, engine)
+            begun = self._embedding[engine]
+            if begun.done() and begun.exception() is not None:
+                del self._embedding[engine]
+        if begun.done():
+            begun.result()
+
     def close(self) -> None:
-        """End the process that makes slow maps, at whatever it is."""
+        """End what is made behind the page, at whatever it is."""
+        self._behind.shutdown(wait=False, cancel_futures=True)
         if self._process is not None:
             for each in list(self._process._processes.values()):  # there is no public way before Python 3.14
                 each.terminate()

@@ -19,6 +19,7 @@ from fastapi import FastAPI, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.staticfiles import StaticFiles
 
+from mvmr.app import fragments
 from mvmr.app.maps_service import METHODS, Maps
 from mvmr.app.ui import STATIC, build
 from mvmr.app.workbench import Workbench
@@ -40,6 +41,7 @@ def create_app(bench: Workbench) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         threading.Thread(target=bench.warm, daemon=True).start()
         yield
+        bench.ending.set()
         maps.close()
         bench.engines.close()
 
@@ -49,8 +51,10 @@ def create_app(bench: Workbench) -> FastAPI:
     def told(request: Request, error: MvmrError) -> Response:
         return PlainTextResponse(str(error), 404)
 
-    @app.get("/thumb/{row}")
-    def thumb(row: int) -> Response:
+    @app.get("/thumb/{version}/{row}")
+    def thumb(version: str, row: int) -> Response:
+        if version != fragments.version(bench):
+            raise MvmrError("the gallery is another one now; load the page again")
         if not 0 <= row < len(bench.gallery):
             raise MvmrError(f"the gallery has no image {row}; it has {len(bench.gallery)}, counted from 0")
         return Response(bench.gallery.thumbnail(row), media_type="image/webp", headers=_FOREVER)
@@ -89,7 +93,7 @@ def create_app(bench: Workbench) -> FastAPI:
         primary_hue="blue", neutral_hue="slate", font=_SYSTEM_FONTS, font_mono=_MONO, radius_size="sm"
     )  # fmt: skip
     gr.mount_gradio_app(
-        app, build(bench), path="/", theme=theme, css_paths=[STATIC / "style.css", STATIC / "map.css"],
+        app, build(bench), path="/", theme=theme, css_paths=STATIC / "style.css",
         footer_links=[], run_history=False, ssr_mode=False, mcp_server=False, pwa=False, show_error=False,
         enable_monitoring=False, max_file_size=MAX_UPLOAD, allowed_paths=[], app_kwargs=no_docs,
     )  # fmt: skip

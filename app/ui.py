@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,9 @@ import numpy as np
 from PIL import Image
 
 from mvmr.app import fragments
-from mvmr.app.classify import Guess, best, names_of, zero_shot
+from mvmr.app.classify import Guess, best, names_of, suggested, zero_shot
 from mvmr.app.encoders import TEACHER
-from mvmr.app.uploads import opened
+from mvmr.app.uploads import opened, taken
 from mvmr.app.workbench import Workbench
 from mvmr.errors import MvmrError
 
@@ -24,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 STATIC = Path(__file__).parent / "static"
 _PICKS = 24
-_PREVIEW_SECONDS = 5.0
+_AT_ONCE = 8  # events of a kind
 _PROGRESS = gr.Progress()  # a default by which Gradio knows where the bar goes
 _FIRST_NAMES = "cat, dog, car, house, tree, person"
 _ASK = "Upload, paste or photograph an image, or click one of the gallery: its nearest neighbours appear here."
@@ -44,10 +43,11 @@ _MAP = """
 let shown = null, taken = Promise.resolve();
 const show = () => { taken = taken.then(async () => {
   const {mount} = await import(new URL('mvmr/map.js', document.baseURI));
-  if (shown?.destroy) shown.destroy();
-  const place = element.querySelector('.map');
+  const start = shown?.state();
+  shown?.destroy();
+  const place = element.querySelector('.map'), source = element.querySelector('[data-source]');
   place.replaceChildren();
-  shown = mount(place, {data: element.querySelector('[data-source]').dataset.source, thumbs: 'thumb/'});
+  shown = mount(place, {data: source.dataset.source, thumbs: source.dataset.thumbs, start});
 }); };
 show();
 watch('value', show);
@@ -56,35 +56,43 @@ watch('value', show);
 
 @dataclass(frozen=True)
 class Asked:
-    """The image a visitor asks about, kept in memory for that visit only: a PIL image, or a row of the gallery."""
+    """The image a visitor asks about: the bytes of a file, decoded when they are needed, or a row of the gallery."""
 
-    image: Image.Image | int
+    content: bytes | int
     name: str
     notes: tuple[str, ...] = ()
+
+    @property
+    def image(self) -> Image.Image | int:
+        """The image in RGB, or its row."""
+        return self.content if isinstance(self.content, int) else opened(self.content).image
 
 
 def build(bench: Workbench) -> gr.Blocks:
     """Put the page together for a workbench."""
     usable = [(each.label, each.key) for each in bench.engines.choices if each.why is None]
-    most = max(1, min(50, len(bench.gallery) - 1))
     with gr.Blocks(
-        title=f"mvmr: {bench.engines.name}", fill_width=True, analytics_enabled=False, delete_cache=(600, 600)
+        title=f"mvmr: {bench.engines.name}", fill_width=True, analytics_enabled=False, delete_cache=(60, 60)
     ) as page:
         _html(fragments.header(bench))
         asked = gr.State(None, time_to_live=3600)
         with gr.Row(elem_classes="controls"):
             engine = gr.Dropdown(usable, value=bench.engines.default, label="Student runs as", elem_id="engine")
-            k = gr.Slider(1, most, min(bench.k, most), step=1, label="Neighbours (k)", elem_id="k")
+            k = gr.Slider(
+                1, max(2, bench.most), bench.k, step=1, label="Neighbours (k)", elem_id="k", visible=bench.most > 1
+            )
         with gr.Tab("Neighbours", id="neighbours"):
             _neighbours_tab(bench, asked, engine, k)
         with gr.Tab("Map", id="map"):
-            _map_tab(bench, engine, k)
+            maps = _map_tab(bench, engine, k)
         with gr.Tab("Disagreements", id="disagreements") as tab:
-            _disagreements_tab(bench, tab, engine, k)
+            _disagreements_tab(bench, tab, engine, k, maps)
         with gr.Tab("Classify", id="classify"):
             _classify_tab(bench, asked, engine)
         with gr.Tab("Figures", id="figures") as tab:
             _figures_tab(bench, tab)
+    page.queue(default_concurrency_limit=_AT_ONCE)  # else one visitor's long wait is everybody's
+    page.has_launched = True  # Gradio refuses paths outside its own folders only then, and mounting does not say so
     return page
 
 
@@ -96,7 +104,7 @@ def _neighbours_tab(bench: Workbench, asked: gr.State, engine: gr.Dropdown, k: g
                 buttons=[], elem_id="picture", placeholder="Drop an image here\nor click to upload",
             )  # fmt: skip
             # Gradio's own way decodes the file before anybody knows how many pixels it has
-            picture.preprocess = _taken  # type: ignore[method-assign, assignment]
+            picture.preprocess = taken  # type: ignore[method-assign, assignment]
             strip = _html(fragments.strip(bench, _some(bench)), js_on_load=_ROW_CLICKED, elem_id="strip")
             other = gr.Button("Other images of the gallery", size="sm", variant="secondary")
         with gr.Column(scale=4, min_width=320):
@@ -105,8 +113,9 @@ def _neighbours_tab(bench: Workbench, asked: gr.State, engine: gr.Dropdown, k: g
     def show(what: Asked | None, key: str, count: int, progress: gr.Progress) -> str:
         if what is None:
             return fragments.message(_ASK)
-        compared = bench.compare(what.image, key, int(count), _bar(progress))
-        return fragments.neighbours(bench, key, what.image, what.name, what.notes, compared)
+        image = what.image
+        compared = bench.compare(image, key, int(count), _bar(progress))
+        return fragments.neighbours(bench, key, image, what.name, what.notes, compared)
 
     def upload(
         content: bytes | MvmrError | None, before: Asked | None, key: str, count: int, progress: Any = _PROGRESS
@@ -120,13 +129,13 @@ def _neighbours_tab(bench: Workbench, asked: gr.State, engine: gr.Dropdown, k: g
         except MvmrError as error:
             return before, fragments.message(str(error), fragments.PROBLEM), None
         size = f"{found.width} x {found.height} pixels"
-        what = Asked(found.image, "Your image", (size, *found.notes))
+        what = Asked(content, "Your image", (size, *found.notes))
         return what, _told(lambda: show(what, key, count, progress)), None
 
-    def pick(event: gr.EventData, key: str, count: int, progress: Any = _PROGRESS) -> tuple[Asked | None, str]:
+    def pick(event: gr.EventData, key: str, count: int, progress: Any = _PROGRESS) -> tuple[Any, str]:
         row = int(event.row)
         if not 0 <= row < len(bench.gallery):
-            return None, fragments.message(f"the gallery has no image {row}", fragments.PROBLEM)
+            return gr.skip(), fragments.message(f"the gallery has no image {row}", fragments.PROBLEM)
         what = Asked(row, bench.gallery.keys[row])
         return what, _told(lambda: show(what, key, count, progress))
 
@@ -142,48 +151,54 @@ def _neighbours_tab(bench: Workbench, asked: gr.State, engine: gr.Dropdown, k: g
     k.change(again, [asked, engine, k], result, trigger_mode="always_last", **private)
 
 
-def _map_tab(bench: Workbench, engine: gr.Dropdown, k: gr.Slider) -> None:
+def _map_tab(bench: Workbench, engine: gr.Dropdown, k: gr.Slider) -> gr.HTML | None:
+    if bench.teacher is None:
+        _html(fragments.message(f"A map lays two sides over one another. {bench.no_teacher}", fragments.PROBLEM))
+        return None
+
     def source(key: str, count: int) -> str:
-        return f'<div data-source="map.json?engine={key}&amp;k={int(count)}"></div><div class="map"></div>'
+        return fragments.map_source(bench, key, int(count))
 
     shown = _html(source(bench.engines.default, bench.k), js_on_load=_MAP, elem_id="map")
     for event in (engine.change, k.change):
         event(source, [engine, k], shown, trigger_mode="always_last", api_visibility="private")
+    return shown
 
 
 def _classify_tab(bench: Workbench, asked: gr.State, engine: gr.Dropdown) -> None:
-    known = ", ".join(bench.gallery.classes or ()) or _FIRST_NAMES
+    known = suggested(bench.gallery.classes or ()) or _FIRST_NAMES
     names = gr.Textbox(
-        known, label="Class names for the teacher, separated by commas", lines=2, visible=bench.teacher is not None,
-        elem_id="names",
+        known, label="Class names for the teacher, separated by commas or a line to each", lines=2, max_lines=6,
+        visible=bench.teacher is not None, elem_id="names",
     )  # fmt: skip
     with gr.Row():
         ask = gr.Button("Classify the image", variant="primary", elem_id="classify", scale=0, min_width=220)
     result = _html(fragments.message(_CHOOSE), elem_id="classes")
 
-    def told_by_names(what: Asked, typed: str) -> tuple[list[Guess] | None, str]:
+    def told_by_names(image: Image.Image | int, typed: str) -> tuple[list[Guess] | None, str]:
         if bench.teacher is None:
             return None, ""
         try:
             if not bench.teacher.has_text:
                 return None, "The teacher has no text tower, so there is no zero-shot classification."
-            return zero_shot(bench.teacher.teacher, bench.embed(what.image, TEACHER), names_of(typed)), ""
+            return zero_shot(bench.teacher.teacher, bench.embed(image, TEACHER), names_of(typed)), ""
         except MvmrError as error:
             return None, str(error)
 
     def classify(what: Asked | None, key: str, typed: str) -> str:
         if what is None:
             return fragments.message(_CHOOSE)
-        guesses, why = told_by_names(what, typed)
+        image = what.image
+        guesses, why = told_by_names(image, typed)
         heads = []
         if bench.engines.heads:
-            embedding = np.asarray(bench.embed(what.image, key), np.float32)
-            picture = bench.gallery.load(what.image) if isinstance(what.image, int) else what.image
+            embedding = np.asarray(bench.embed(image, key), np.float32)
+            picture = bench.gallery.load(image) if isinstance(image, int) else image
             for name, classes in bench.engines.heads.items():
                 chances = bench.engines.classify(embedding[None], name, [picture])[0]
                 heads.append((name, best(chances, tuple(classes)), f"on features of {bench.engines.get(key).label}"))
-        none = f"No linear head in the bundle: fit one with `mvmr probe {bench.engines.name} --data DATA --head NAME`."
-        return fragments.classified(bench, what.image, what.name, heads, none, guesses, why)
+        none = f"No linear head in the bundle: fit one with `mvmr probe {bench.path} --data DATA --head NAME`."
+        return fragments.classified(bench, image, what.name, heads, none, guesses, why)
 
     ask.click(lambda *given: _told(lambda: classify(*given)), [asked, engine, names], result, api_visibility="private")
 
@@ -206,7 +221,7 @@ def _figures_tab(bench: Workbench, tab: gr.Tab) -> None:
     measure.click(lambda progress=_PROGRESS: run(True, progress), None, shown, **private)
 
 
-def _disagreements_tab(bench: Workbench, tab: gr.Tab, engine: gr.Dropdown, k: gr.Slider) -> None:
+def _disagreements_tab(bench: Workbench, tab: gr.Tab, engine: gr.Dropdown, k: gr.Slider, maps: gr.HTML | None) -> None:
     """Made when somebody looks at it, and again when engine or k change."""
     seen = gr.State(False)
     with gr.Row():
@@ -242,26 +257,13 @@ def _disagreements_tab(bench: Workbench, tab: gr.Tab, engine: gr.Dropdown, k: gr
     tab.select(show, [engine, k], [seen, shown], **private)
     engine.change(again, [seen, engine, k], shown, **private)
     k.change(again, [seen, engine, k], shown, trigger_mode="always_last", **private)
-    fit.click(probe, [engine, k], shown, **private)
+    fitted = fit.click(probe, [engine, k], shown, **private)
+    if maps is not None:  # which gain a colour: the side whose probe is right
+        fitted.then(lambda key, count: fragments.map_source(bench, key, int(count)), [engine, k], maps, **private)
 
 
 def _html(value: str, **options: Any) -> gr.HTML:
     return gr.HTML(value, apply_default_css=False, **options)
-
-
-def _taken(payload: Any) -> bytes | MvmrError | None:
-    """The bytes of an upload, whose file goes as soon as the browser has shown it: nothing of a visitor's is kept."""
-    if payload is None or payload.path is None:
-        return None
-    file = Path(payload.path)
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        return MvmrError(f"the upload can't be read ({error.strerror}); upload the image again")
-    finally:
-        removal = threading.Timer(_PREVIEW_SECONDS, file.unlink, kwargs={"missing_ok": True})
-        removal.daemon = True
-        removal.start()
 
 
 def _told(make: Callable[[], str]) -> str:

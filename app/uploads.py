@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import io
+import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from gradio.utils import get_upload_folder
 from PIL import Image, UnidentifiedImageError
 
 from mvmr.data import decoding
@@ -13,6 +18,7 @@ from mvmr.errors import MvmrError
 from mvmr.preprocess import to_rgb
 from mvmr.serve.decode import MAX_PIXELS
 
+_PREVIEW_SECONDS = 5.0
 _SIDE = 512  # pixels that the short side of a small image is enlarged to, at most, by a preprocessing
 _ORIENTATION = 0x0112
 _ANOTHER = "give a photograph as JPEG, PNG, WebP, TIFF or GIF"
@@ -50,6 +56,34 @@ def opened(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Opened:
         raise MvmrError(_too_many("this image has more pixels than", max_pixels)) from error
     except Exception as error:  # Pillow's plugins raise whatever their parsing meets
         raise MvmrError(f"this image is damaged ({decoding.reason(error)}); save it again, or give another") from error
+
+
+def taken(payload: Any) -> bytes | MvmrError | None:
+    """The bytes of a file that Gradio has stored for a visitor, None where there is none; or what went wrong.
+
+    The file goes as soon as the browser has shown it. Payloads come from strangers: one that names a file elsewhere is
+    neither read nor removed.
+    """
+    if payload is None or payload.path is None:
+        return None
+    file = Path(payload.path).resolve()
+    if not file.is_relative_to(Path(get_upload_folder()).resolve()):
+        return MvmrError("this is no upload; give the image itself")
+    read = time.time()
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        return MvmrError(f"the upload can't be read ({error.strerror}); upload the image again")
+    finally:
+        removal = threading.Timer(_PREVIEW_SECONDS, _remove, (file, read))
+        removal.daemon = True
+        removal.start()
+
+
+def _remove(file: Path, read: float) -> None:
+    with suppress(OSError):
+        if file.stat().st_mtime <= read:  # else the same image has been uploaded again
+            file.unlink()
 
 
 def _decoded(data: bytes, max_pixels: int) -> Opened:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import threading
 import time
 from collections import defaultdict
@@ -45,7 +46,7 @@ class Workbench:
 
     bundle: None where a service stands in its place
     folder: where embeddings and maps are kept; teacher: None where it can't be had, then `no_teacher` says why
-    k: neighbours that are compared unless a visitor asks for another number
+    k: neighbours that are compared unless a visitor asks for another number; ending: set when long work is to stop
     """
 
     bundle: Bundle | None
@@ -55,6 +56,7 @@ class Workbench:
     teacher: TeacherSide | None
     no_teacher: str
     k: int
+    ending: threading.Event = field(default_factory=threading.Event, repr=False)
     _kept: dict[tuple[object, ...], object] = field(default_factory=dict, repr=False)
     _locks: defaultdict[tuple[object, ...], threading.Lock] = field(
         default_factory=lambda: defaultdict(threading.Lock), repr=False
@@ -70,8 +72,15 @@ class Workbench:
 
     def rows(self, key: str, advance: Advance | None = None, *, progress: bool = False) -> Floats:
         """Embeddings of the gallery, float32 [N, D]; computed the first time, which `advance(done, of)` hears of."""
+
+        def heard(done: int, of: int) -> None:
+            if self.ending.is_set():
+                raise MvmrError("the app is ending")
+            if advance is not None:
+                advance(done, of)
+
         return self.once(
-            ("rows", key), lambda: self.gallery.embeddings(self.encoder(key), self.folder, advance, progress=progress)
+            ("rows", key), lambda: self.gallery.embeddings(self.encoder(key), self.folder, heard, progress=progress)
         )
 
     def ready(self, key: str) -> bool:
@@ -85,6 +94,9 @@ class Workbench:
     def overlap(self, key: str, k: int) -> npt.NDArray[np.float64]:
         """Neighbour overlap of every image in percent, [N]; raises MvmrError without a teacher or k other images."""
         self.encoder(TEACHER)
+        self.engines.get(key)
+        if not 1 <= k <= self.most:
+            raise MvmrError(f"k = {k}: with this gallery give 1 to {self.most} neighbours")
         return self.once(
             ("overlap", key, k),
             lambda: np.asarray(100 * neighbour_overlap(self.rows(TEACHER), self.rows(key), k), np.float64),
@@ -110,6 +122,16 @@ class Workbench:
             return np.asarray(self.rows(key)[image])
         return self.encoder(key).embed([image])[0]
 
+    @property
+    def most(self) -> int:
+        """The largest k that may be asked for."""
+        return max(1, min(max(50, self.k), len(self.gallery) - 1))
+
+    @property
+    def path(self) -> str:
+        """Of the bundle, for commands."""
+        return "BUNDLE" if self.bundle is None else shlex.quote(str(self.bundle.path))
+
     def warm(self) -> None:
         """Load the teacher and the engine that is shown first, so that the first visitor does not wait for them."""
         for key in (TEACHER, self.engines.default):
@@ -121,6 +143,11 @@ class Workbench:
     def known(self, key: tuple[object, ...]) -> Any:
         """What `once` has made under a key, None where it has not yet."""
         return self._kept.get(key)
+
+    def keep(self, key: tuple[object, ...], value: object) -> None:
+        """Keep what is `known` from now on under a key, in the place of what was."""
+        with self._locks[key]:
+            self._kept[key] = value
 
     def once(self, key: tuple[object, ...], make: Callable[[], T]) -> T:
         """What `make` returns, made once for each key, however many ask at a time."""

@@ -7,6 +7,8 @@ import numpy as np
 
 from mvmr.errors import MvmrError
 
+_COMPARED = 10**7
+
 
 class Bank:
     """Features to be searched by cosine, exactly: normalised and put into a FAISS index once. Threads may share it.
@@ -83,8 +85,12 @@ def neighbour_overlap(a: np.ndarray, b: np.ndarray, k: int) -> np.ndarray:
     """
     if len(a) != len(b):
         raise ValueError(f"neighbours are compared row by row: got {len(a)} and {len(b)} of them")
-    shared: np.ndarray = (others(a, k)[:, :, None] == others(b, k)[:, None, :]).any(2).mean(1)
-    return shared
+    ours, theirs = others(a, k), others(b, k)
+    step = max(1, _COMPARED // k**2)  # rows at a time: all at once would take N k^2 bytes
+    parts = [
+        (ours[i : i + step, :, None] == theirs[i : i + step, None, :]).any(2).mean(1) for i in range(0, len(ours), step)
+    ]
+    return np.concatenate(parts)
 
 
 def votes(similarity: np.ndarray, labels: np.ndarray, classes: int, *, temperature: float | None) -> np.ndarray:

@@ -6,6 +6,7 @@ import csv
 import io
 import re
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -316,8 +317,9 @@ def test_nothing_that_is_uploaded_stays_on_the_disk(bundle: Path, browser: Brows
 @pytest.mark.parametrize(
     "path",
     [
-        "gradio_api/file={bundle}/bundle.json", "gradio_api/file=/etc/passwd", "file={bundle}/bundle.json", "thumb/680",
-        "thumb/-1", "thumb/..%2F..%2Fetc%2Fpasswd", "mvmr/..%2Fui.py", "mvmr/%2e%2e/ui.py", "map.json?engine=nonsense",
+        "gradio_api/file={bundle}/bundle.json", "gradio_api/file=/etc/passwd", "file={bundle}/bundle.json", "thumb/0",
+        "thumb/nonsense/0", "map.json?engine=torch&k=0", "map.json?engine=torch&k=999", "map.json?engine=teacher",
+        "thumb/..%2F..%2Fetc%2Fpasswd", "mvmr/..%2Fui.py", "mvmr/%2e%2e/ui.py", "map.json?engine=nonsense",
         "disagreements/nonsense.csv?engine=torch", "docs", "openapi.json",
     ],
 )  # fmt: skip
@@ -326,6 +328,26 @@ def test_no_path_outside_the_gallery_is_served(app: Running, bundle: Path, path:
     assert 400 <= answer.status_code < 500, answer.text[:200]
     assert b"root:" not in answer.content
     assert b"space_id" not in answer.content
+
+
+@pytest.mark.parametrize("meta", [{}, {"meta": {"_type": "gradio.FileData"}}], ids=["bare", "as Gradio's"])
+def test_a_path_of_a_strangers_choice_is_neither_read_nor_removed(
+    app: Running, tmp_path: Path, meta: dict[str, Any]
+) -> None:
+    victim = tmp_path / "victim.png"
+    victim.write_bytes(encoded(Image.new("RGB", (48, 47), "red")))
+    event = {"data": [{"path": str(victim), **meta}, None, "torch", 5], "fn_index": 0, "session_hash": f"s{len(meta)}"}
+    httpx2.post(f"{app.url}/gradio_api/queue/join", json=event)
+    said = ""
+    with httpx2.stream("GET", f"{app.url}/gradio_api/queue/data?session_hash=s{len(meta)}", timeout=60) as answers:
+        for line in answers.iter_lines():
+            said += line
+            if "process_completed" in line:
+                break
+    assert "process_completed" in said
+    assert "48 x 47" not in said
+    time.sleep(7)  # longer than an upload is kept for the browser
+    assert victim.exists()
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -358,18 +380,21 @@ def test_without_a_teacher_the_student_is_shown_and_the_page_says_why(
         expect(page.locator("#disagreements .problem")).to_contain_text("gone")
 
 
-def test_a_gallery_smaller_than_k_shows_what_there_is(bundle: Path, browser: Browser, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_gallery_smaller_than_k_shows_what_there_is(
+    bundle: Path, browser: Browser, tmp_path: Path, count: int
+) -> None:
     folder = tmp_path / "few"
     folder.mkdir()
-    for number in range(3):
+    for number in range(count):
         photograph().rotate(30 * number).save(folder / f"{number}.jpg")
     with running(str(bundle), "--gallery", str(folder)) as app, visit(browser, app.url) as seen:
         page = seen.page
-        expect(page.locator(".mvmr-title")).to_contain_text("3 images of")
+        expect(page.locator(".mvmr-title")).to_contain_text(f"{count} images of")
         give(page, encoded(photograph()))
-        expect(page.locator("#result .side.student .card")).to_have_count(2)
+        expect(page.locator("#result .side.student .card")).to_have_count(count - 1)
         open_tab(page, "Disagreements")
-        expect(page.locator("#disagreements .summary")).to_contain_text("2 nearest neighbours")
+        expect(page.locator("#disagreements .summary")).to_contain_text(f"{count - 1} nearest neighbours")
 
 
 def test_a_service_takes_the_students_place(bundle: Path, browser: Browser, tmp_path: Path) -> None:

@@ -43,8 +43,8 @@ body { margin: 0; padding: 12px; font-family: sans-serif }</style>
 <script type="module">
 import { mount } from "./static/map.js";
 window.told = [];
-window.start = () => {
-  const options = { data: "map.json?engine=torch&k=10", thumbs: "thumb/", names: { teacher: "ViT-B-16" } };
+window.start = (start) => {
+  const options = { start, data: "map.json?engine=torch&k=10", thumbs: "thumb/", names: { teacher: "ViT-B-16" } };
   options.onselect = (ids) => told.push(ids);
   window.handle = mount(document.getElementById("map"), options);
 };
@@ -373,8 +373,8 @@ def test_an_entry_of_the_legend_selects_its_images(visit: Opened) -> None:
 def test_of_many_classes_the_most_frequent_have_colours_and_the_others_can_be_selected(
     visit: Opened, site: Site
 ) -> None:
-    labels = [*range(15), *range(5, 15), *(label for label in range(5, 15) for _ in range(3))]
-    names = [*(f"kind {i}" for i in range(14)), VILE]
+    labels = [*range(25), *(label for label in range(5, 25) for _ in range(3))]
+    names = [*(f"kind {i}" for i in range(24)), VILE]
     site.maps["pca"] = content(len(labels), labels=labels, classes=names)
     page = visit()
     assert [each.inner_text().split("\n")[0] for each in page.query_selector_all(".map-entry")] == names[5:]
@@ -384,8 +384,14 @@ def test_of_many_classes_the_most_frequent_have_colours_and_the_others_can_be_se
     selected(page, [3])
     assert page.input_value(".map-other select") == "5 other classes…"
     page.click(".map-entry:last-of-type")
-    selected(page, [i for i, label in enumerate(labels) if label == 14])
+    selected(page, [i for i, label in enumerate(labels) if label == 24])
     assert page.evaluate("window.vile") is None
+    for dark in ("remove", "add"):
+        page.evaluate(f"document.body.classList.{dark}('dark')")
+        dots = page.evaluate(
+            "[...document.querySelectorAll('.map-legend .map-dot')].map(each => getComputedStyle(each).backgroundColor)"
+        )
+        assert len(set(dots)) == 21
 
 
 def test_names_are_text(visit: Opened, site: Site) -> None:
@@ -511,6 +517,7 @@ def test_beside_one_another_on_a_laptop_and_stacked_on_a_phone(visit: Opened) ->
     assert boxes[0]["x"] == boxes[1]["x"]
     assert boxes[1]["y"] >= boxes[0]["y"] + boxes[0]["height"]
     assert boxes[0]["width"] > 350
+    assert "Tap a point" in phone.inner_text(".map-count")
     phone.evaluate("handle.select([...Array(64).keys()])")
     assert phone.evaluate("document.documentElement.scrollWidth") == 390
     for side, image in (("teacher", 12), ("student", 33)):
@@ -588,11 +595,12 @@ def test_colours_follow_the_page_into_the_dark(visit: Opened) -> None:
     assert brightness[0] > brightness[1] > brightness[2]
 
 
-def test_a_map_in_a_tab_that_is_not_shown_is_drawn_when_it_is(visit: Opened) -> None:
+def test_a_map_in_a_tab_that_is_not_shown_is_drawn_when_it_is(visit: Opened, site: Site) -> None:
     page = visit("#hidden", ready=False)
     page.wait_for_function("window.handle")
     page.wait_for_timeout(800)
     assert page.get_attribute("#map", "data-ready") is None
+    assert not [path for path in site.asked if "map.json" in path]  # nor is anything computed for it
     page.evaluate("document.getElementById('tab').style.display = ''")
     page.wait_for_selector("[data-ready=pca]")
     click(page, "student", 44)
@@ -625,6 +633,28 @@ def test_a_second_mount_takes_the_place_of_the_first_and_destroy_leaves_nothing(
     page.wait_for_timeout(2500)
     assert len(site.asked) == asked  # nobody waits for the UMAP any more
     assert page.evaluate("told") == [[2], [3]]
+
+
+def test_a_map_of_another_engine_goes_on_where_this_one_was(visit: Opened, site: Site) -> None:
+    site.maps["umap"] = content(method="umap")
+    page = visit()
+    page.select_option(".map-by select", "right")
+    page.evaluate("handle.select([6, 30])")
+    page.wait_for_function("!document.querySelector('.map-method input[value=umap]').disabled")
+    page.click(".map-method label:has-text('UMAP')")
+    page.wait_for_selector("[data-ready=umap]")
+    page.evaluate("start(handle.state())")
+    page.wait_for_selector("[data-ready=umap]")
+    selected(page, [6, 30])
+    assert sorted(cards(page)) == [6, 30]
+    assert page.input_value(".map-by select") == "right"
+    assert "both right" in page.inner_text(".map-legend")
+    site.maps["pca"] = site.maps["umap"] = content(20, right=None)  # a smaller gallery, without what was chosen
+    page.evaluate("start(handle.state())")
+    page.wait_for_selector("[data-ready]")
+    page.wait_for_function("document.querySelectorAll('.map-card').length === 1")
+    selected(page, [6])
+    assert page.input_value(".map-by select") == "class"
 
 
 def test_without_webgl_the_maps_are_drawn_all_the_same(visit: Opened) -> None:

@@ -2,7 +2,7 @@
 // Nothing a visitor selects leaves the browser.
 
 const MOST_THUMBS = 60;
-const MOST_COLOURS = 10; // of classes; the rest share one grey
+const MOST_COLOURS = 20; // of classes; the rest share one grey
 const SIDES = ["teacher", "student"];
 const RIGHT = ["neither right", "teacher only", "student only", "both right"];
 const mounted = new WeakMap();
@@ -17,8 +17,9 @@ let mounts = 0;
  * options.thumbs    what stands before an image's number in the address of its thumbnail, such as "thumb/"
  * options.names     optional {teacher, student}: what the two are called beside their titles
  * options.onselect  optional, called with the numbers of the selected images, ascending
+ * options.start     optional, what state() of an earlier mount returned: the same method, colours and selection again
  *
- * Returns {select(ids), clear(), destroy()}. `element.dataset.ready` is the method that is drawn, and
+ * Returns {select(ids), clear(), state(), destroy()}. `element.dataset.ready` is the method that is drawn, and
  * `element.dataset.selected` the selected numbers with commas between them.
  */
 export function mount(element, options) {
@@ -27,6 +28,7 @@ export function mount(element, options) {
   const handle = {
     select: (ids) => made.select(ids),
     clear: () => made.select([]),
+    state: () => ({ method: made.method, by: made.by, selected: made.selected }),
     destroy: () => made.destroy(),
   };
   mounted.set(element, handle);
@@ -35,15 +37,16 @@ export function mount(element, options) {
 }
 
 class LinkedMaps {
-  constructor(element, { data, thumbs, names = {}, onselect = null }) {
+  constructor(element, { data, thumbs, names = {}, onselect = null, start = {} }) {
     this.element = element;
     this.address = data;
     this.thumbs = thumbs;
     this.onselect = onselect;
     this.maps = {}; // method -> its JSON
-    this.method = null;
-    this.by = null;
-    this.selected = [];
+    this.method = null; // the one that is drawn
+    this.wanted = start.method ?? "pca";
+    this.by = start.by ?? null;
+    this.selected = start.selected ?? [];
     this.marking = 0; // selections that are being drawn
     this.plots = {}; // side -> the element Plotly draws in
     this.ended = new AbortController(); // everything that listens or waits ends with it
@@ -65,7 +68,7 @@ class LinkedMaps {
     for (const method of ["pca", "umap"]) {
       const input = make("input");
       Object.assign(input, { type: "radio", name: group, value: method, disabled: true });
-      input.addEventListener("change", () => this.draw(method));
+      input.addEventListener("change", () => this.draw((this.wanted = method)));
       const wait = make("span", "map-wait");
       methods.append(make("label", "", input, make("span", "", method.toUpperCase()), wait));
       this.methods[method] = { input, wait };
@@ -85,10 +88,10 @@ class LinkedMaps {
       this.shown[side] = make("span", "map-variance");
       this.plots[side] = make("div", "map-plot");
       this.rings[side] = make("div", "map-ring");
-      const title = make("figcaption", "", make("b", `map-${side}`, side === "teacher" ? "Teacher" : "Student"));
+      const title = make("span", "", make("b", `map-${side}`, side === "teacher" ? "Teacher" : "Student"));
       if (names[side]) title.append(make("span", "map-name", names[side]));
-      title.append(this.shown[side]);
-      this.pair.append(make("figure", "map-side", title, make("div", "map-box", this.plots[side], this.rings[side])));
+      const caption = make("figcaption", "", title, this.shown[side]);
+      this.pair.append(make("figure", "map-side", caption, make("div", "map-box", this.plots[side], this.rings[side])));
     }
     this.tip = make("div", "map-tip");
     this.tip.hidden = true;
@@ -118,11 +121,9 @@ class LinkedMaps {
   async start() {
     this.say("Loading the map…");
     try {
-      const [map] = await Promise.all([
-        this.fetched("pca", (words) => this.say(words)),
-        loadPlotly(),
-        styled(this.element, this.ended.signal),
-      ]);
+      await styled(this.element, this.ended.signal); // what nobody looks at is not computed either
+      const [map] = await Promise.all([this.fetched("pca", (words) => this.say(words)), loadPlotly()]);
+      if (this.ended.signal.aborted) return;
       this.maps.pca = map;
       this.methods.pca.input.disabled = false;
       this.prepare(map);
@@ -141,6 +142,7 @@ class LinkedMaps {
       });
       wait.textContent = "";
       input.disabled = false;
+      if (this.wanted === "umap") this.draw("umap");
     } catch (error) {
       if (!this.ended.signal.aborted) wait.textContent = `can't be had: ${error.message}`;
     }
@@ -184,7 +186,11 @@ class LinkedMaps {
       ...choices.map(([, value, words]) => Object.assign(make("option", "", words), { value })),
     );
     this.chooserLabel.hidden = choices.length < 1;
-    this.by = choices.length ? choices[0][1] : null;
+    const values = choices.map(([, value]) => value);
+    this.by = values.includes(this.by) ? this.by : (values[0] ?? null);
+    if (this.by) this.chooser.value = this.by;
+    this.selected = this.selected.filter((id) => id < map.n);
+    this.element.dataset.selected = this.selected.join(",");
     this.groups = { class: classGroups(map), right: rightGroups(map) };
   }
 
@@ -267,15 +273,17 @@ class LinkedMaps {
 
   /** A finger that would scroll the page must not draw on the map, unless the visitor has asked for that. */
   dragmode() {
-    return window.matchMedia("(pointer: coarse)").matches ? false : "lasso";
+    return coarse() ? false : "lasso";
   }
 
+  /** Few selected points are drawn larger; of many images, those not selected are drawn paler. */
   emphasis() {
-    const size = dotSize(this.images.n);
-    return {
-      selected: { marker: { opacity: 1, size: this.selected.length > 200 ? size : Math.max(size + 3, 8) } },
-      unselected: { marker: { opacity: 0.12 } },
-    };
+    const { n } = this.images;
+    const size = dotSize(n);
+    const count = this.selected.length;
+    const larger = count > 2000 ? size : count > 200 ? Math.max(size + 1.5, 5.5) : Math.max(size + 3, 8);
+    const pale = Math.min(0.12, Math.max(0.04, 5 / Math.sqrt(n)));
+    return { selected: { marker: { opacity: 1, size: larger } }, unselected: { marker: { opacity: pale } } };
   }
 
   painted() {
@@ -410,8 +418,8 @@ class LinkedMaps {
     this.list.replaceChildren();
     this.more.textContent = "";
     if (!selected.length) {
-      this.count.textContent =
-        "Click a point, or drag a line round several: the same images are marked in the other map and shown here.";
+      const how = coarse() ? "Tap a point, or take the lasso of a map and" : "Click a point, or";
+      this.count.textContent = `${how} draw round several: the same images are marked in the other map and shown here.`;
       return;
     }
     const words = [`${many(selected.length)} of ${many(n)} images`];
@@ -634,6 +642,11 @@ function pausing(milliseconds, signal) {
   });
 }
 
+/** Whether the visitor points with a finger. */
+function coarse() {
+  return window.matchMedia("(pointer: coarse)").matches;
+}
+
 /** What an answer says to people: plain text, or the message of its JSON. */
 async function saidIn(answer) {
   const text = await answer.text();
@@ -683,7 +696,7 @@ function styled(element, signal) {
     const look = () => {
       if (signal.aborted) reject(signal.reason);
       else if (element.clientWidth && getComputedStyle(element).containerType === "inline-size") resolve();
-      else setTimeout(look, 50);
+      else setTimeout(look, 100);
     };
     look();
   });
