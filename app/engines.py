@@ -99,10 +99,7 @@ class Engines:
             if len(images) != len(embeddings):
                 raise ValueError(f"a service classifies images: {len(images)} came with {len(embeddings)} embeddings")
             return classified(self._client, images, head, self.heads[head])
-        chosen = self._heads[head]
-        logits = embeddings @ chosen.weight.T + chosen.bias
-        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return np.asarray(powers / powers.sum(axis=1, keepdims=True), np.float32)
+        return self._heads[head].probabilities(embeddings)
 
     def close(self) -> None:
         """Close the connections to a service."""

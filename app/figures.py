@@ -87,7 +87,7 @@ class Line:
 
     encoder: to be timed; None where it shall not be, or can't be had: then `why` says so
     parameters: None where nobody knows, as of a service; nbytes: of the file it runs from
-    rows: its embeddings of the images drawn by :func:`drawn_rows`, float32 [n, D]; None while they are not computed
+    rows: its embeddings of the images that `mvmr report` draws, float32 [n, D]; None while they are not computed
     accuracies: what :func:`accuracies` gave for it, where that was asked for
     """
 
@@ -177,13 +177,6 @@ def speed(
     counted = batches[1:] or batches
     p50, p99 = np.percentile(1000 * np.array(single), [50, 99])
     return Speed(float(p50), float(p99), _BATCH * len(counted) / sum(counted), len(single), len(counted))
-
-
-def drawn_rows(count: int, limit: int = LIMIT) -> Labels:
-    """Numbers of the images that `mvmr report` compares, of `count`: all, or `limit` of them drawn by its seed."""
-    if count <= limit:
-        return np.arange(count)
-    return np.sort(np.random.default_rng(SEED).choice(count, limit, replace=False))
 
 
 def accuracies(

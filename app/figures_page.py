@@ -11,11 +11,11 @@ from mvmr.app import fragments
 from mvmr.app.encoders import TEACHER
 from mvmr.app.figures import (
     COLUMNS,
+    LIMIT,
     NOT_YET,
     Line,
     Row,
     accuracies,
-    drawn_rows,
     figures,
     figures_csv,
     student_parameters,
@@ -23,6 +23,7 @@ from mvmr.app.figures import (
 from mvmr.app.probes import Training
 from mvmr.app.records import Records
 from mvmr.app.workbench import Advance, Workbench
+from mvmr.distillation.images import drawn_rows
 from mvmr.errors import MvmrError
 
 _IMAGES = 32  # that speed is measured with
@@ -73,7 +74,7 @@ def _lines(
     advance: Advance | None = None,
     failed: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Row]:
-    drawn = drawn_rows(len(bench.gallery))
+    drawn = drawn_rows(len(bench.gallery), LIMIT)
     lines = [
         Line(
             key=key,

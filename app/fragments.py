@@ -21,6 +21,7 @@ PROBLEM, NOTE = "problem", "note"
 _SHADES = (
     "#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ee8866", "#44bb99", "#aaaa00", "#99ddff",
 )  # fmt: skip
+_FEW = 10  # neighbours that one would compare, where there are images enough
 _PREVIEW = 128  # pixels
 _KILO = 1000.0
 _UP, _DOWN = "\N{BLACK UP-POINTING SMALL TRIANGLE}", "\N{BLACK DOWN-POINTING SMALL TRIANGLE}"
@@ -41,10 +42,12 @@ def header(bench: Workbench) -> str:
         no_teacher=bench.no_teacher,
         count=f"{len(gallery):,}",
         gallery=gallery.name,
+        drawn_of=f"{gallery.available:,}" if gallery.available > len(gallery) else "",
         classes=None if gallery.classes is None else len(gallery.classes),
         architecture=described(bench),
         space=engines.space_id[:12],
         skipped=len(gallery.skipped),
+        few=bench.most if bench.most < _FEW else 0,
         absent=[choice for choice in engines.choices if choice.why is not None],
     )
 

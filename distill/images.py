@@ -18,8 +18,15 @@ def evaluated(open_split: Open) -> ImageSet:
     return test if test.classes is not None else open_split("unlabelled")
 
 
+def drawn_rows(count: int, limit: int) -> np.ndarray:
+    """Numbers of the images that are compared, of ``count``: all, or ``limit`` of them drawn by the seed; int64."""
+    if count <= limit:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(SEED).choice(count, limit, replace=False))
+
+
 def drawn(images: ImageSet, limit: int) -> ImageSet:
     """All images, or ``limit`` of them drawn by the seed, in their order."""
     if len(images) <= limit:
         return images
-    return images.subset(np.sort(np.random.default_rng(SEED).choice(len(images), limit, replace=False)))
+    return images.subset(drawn_rows(len(images), limit))

@@ -56,6 +56,12 @@ class Head:
                 f"head {self.name} has the class {strange[0]!r}, which is no Unicode text; rename its folder"
             )
 
+    def probabilities(self, features: Floats) -> Floats:
+        """Softmax of the logits: float32 [N, D] -> float32 [N, C], rows sum to 1."""
+        logits = features @ self.weight.T + self.bias
+        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return np.asarray(powers / powers.sum(axis=1, keepdims=True), np.float32)
+
     def to_files(self) -> dict[str, bytes]:
         """Return the content of the head's files, by path inside the bundle."""
         folder = f"heads/{self.name}"

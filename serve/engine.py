@@ -144,10 +144,7 @@ class Engine:
         """
         if head not in self.heads:
             raise unknown("head", head, self.heads)
-        chosen = self.heads[head]
-        logits = embeddings @ chosen.weight.T + chosen.bias
-        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return np.asarray(powers / powers.sum(axis=1, keepdims=True), np.float32)
+        return self.heads[head].probabilities(embeddings)
 
     def canary_error(self, found: Floats) -> float:
         """Relative error of the canary's embedding, float32 [D], against that of the export; 0 where it kept none.

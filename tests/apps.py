@@ -33,7 +33,7 @@ _FLAGS = (
     "--disable-sync", "--no-first-run", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader",
 )  # fmt: skip
 _SECONDS = 120
-_OPEN = ("centred_cosine_mean=-1", "overlap=-1", "accuracy_drop=100")  # a student of two epochs need not export well
+_OPEN = ("centred_cosine_mean=-1", "overlap=-1", "accuracy_drop=100")  # a student of one epoch need not export well
 # Of Gradio's own frontend, on a page without a frame around it.
 _HARMLESS = ("Method not implemented",)
 

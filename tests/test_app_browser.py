@@ -391,6 +391,7 @@ def test_a_gallery_smaller_than_k_shows_what_there_is(
     with running(str(bundle), "--gallery", str(folder)) as app, visit(browser, app.url) as seen:
         page = seen.page
         expect(page.locator(".mvmr-title")).to_contain_text(f"{count} images of")
+        expect(page.locator(".mvmr-title")).to_contain_text(f"no more than k = {count - 1}; give more images")
         give(page, encoded(photograph()))
         expect(page.locator("#result .side.student .card")).to_have_count(count - 1)
         open_tab(page, "Disagreements")

@@ -23,7 +23,6 @@ from mvmr.app.figures import (
     Line,
     Row,
     accuracies,
-    drawn_rows,
     figures,
     figures_csv,
     speed,
@@ -36,6 +35,7 @@ from mvmr.bundle import Bundle
 from mvmr.distillation import comparison, subject
 from mvmr.distillation import report as report_module
 from mvmr.distillation.comparison import compare
+from mvmr.distillation.images import drawn_rows
 from mvmr.distillation.report import report
 from mvmr.errors import MvmrError
 from mvmr.evaluation import record
@@ -124,8 +124,8 @@ def test_the_images_drawn_are_those_of_the_report(tmp_path: Path) -> None:
     images = Gallery.open(str(pictures(tmp_path / "photos", 40))).images
     keys = [images.keys[i] for i in drawn_rows(len(images), 7)]
     assert keys == list(subject.drawn(images, 7).keys)
-    assert drawn_rows(5).tolist() == [0, 1, 2, 3, 4]
-    assert len(np.unique(drawn_rows(30_000))) == 1000
+    assert drawn_rows(5, 1000).tolist() == [0, 1, 2, 3, 4]
+    assert len(np.unique(drawn_rows(30_000, 1000))) == 1000
 
 
 def test_three_images_are_too_few_for_dependence(tmp_path: Path) -> None:
