@@ -40,6 +40,7 @@ class Engines:
     Cheap to make: an engine is loaded at its first use. Threads may share it.
 
     space_id: of the embeddings; name: of the bundle or of the served model; dim: width of an embedding
+    background: what the student is shown behind transparent images
     choices: all engines, also those that can't be had here, with the reason; default: key of the first to show
     heads: classes of the linear heads, by name
     """
@@ -62,11 +63,11 @@ class Engines:
                 says = Served.ask(asking, service)
             self._client = Client(service, api_key=api_key)
             self.space_id, self.name, self.default, self.dim = says.space_id, says.name, SERVICE, says.dim
-            self.heads = says.heads
+            self.heads, self.background = says.heads, says.preprocess.background
             self._add(SERVICE, says.label, None, None, partial(says.encoder, self._client))
         elif bundle is not None:
             self.space_id, self.name, self.default = bundle.space_id, bundle.path.resolve().name, TORCH
-            self.dim = bundle.manifest.embedding_dim
+            self.dim, self.background = bundle.manifest.embedding_dim, bundle.manifest.preprocessing.background
             self._heads = read_heads(bundle)
             self.heads = {name: head.classes for name, head in self._heads.items()}
             self._offer(bundle, device)

@@ -34,7 +34,10 @@ def fit_probes(bench: Workbench, engine: str, advance: Advance | None = None) ->
     def make() -> Probes:
         if gallery.labels is None:
             raise MvmrError(f"{gallery.name} has no labels (one to an image), and a probe is fitted on labels")
-        training = bench.once(("training",), lambda: Training.open(gallery.name, gallery.classes))
+        training = bench.once(
+            ("training",),
+            lambda: Training.open(gallery.name, gallery.classes, background=gallery.images.background),
+        )
         labels = gallery.labels
 
         def ask(key: str) -> Probed:

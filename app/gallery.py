@@ -23,11 +23,12 @@ from mvmr.app.encoders import BATCH, Encoder
 from mvmr.bundle import Bundle
 from mvmr.cores import usable_cores
 from mvmr.data import ImageSet, Skipped, open_images
-from mvmr.data.images import digest
+from mvmr.data.images import background_mark, digest
 from mvmr.data.scan import Files, Packed, stat_files
 from mvmr.distillation.images import drawn, evaluated
 from mvmr.errors import MvmrError
 from mvmr.files import cache_dir
+from mvmr.preprocess import WHITE, Background
 from mvmr.row_store import cached_rows
 from mvmr.serve.engine import Floats
 from mvmr.serve.onefile import SUFFIXES, manifest_file
@@ -72,7 +73,15 @@ class Gallery:
         self._thumbnails = lru_cache(_THUMBNAILS)(self._thumbnail)
 
     @classmethod
-    def open(cls, spec: str, *, limit: int = LIMIT, max_unreadable: float = 0.01, progress: bool = False) -> Gallery:
+    def open(
+        cls,
+        spec: str,
+        *,
+        background: Background = WHITE,
+        limit: int = LIMIT,
+        max_unreadable: float = 0.01,
+        progress: bool = False,
+    ) -> Gallery:
         """Open the images of `spec`, or `limit` of them, always the same.
 
         spec: images as :func:`mvmr.data.open_images` takes them, of which those are opened that `mvmr report` measures;
@@ -83,16 +92,24 @@ class Gallery:
         if limit < 2:
             raise MvmrError(f"a gallery of {limit} images: give a limit of 2 or more")
         if _is_embedded(Path(spec)):
-            return cls._of_embedded(spec, limit)
-        whole = evaluated(partial(open_images, spec, max_unreadable=max_unreadable, progress=progress))
+            return cls._of_embedded(spec, background, limit)
+        whole = evaluated(
+            partial(open_images, spec, background=background, max_unreadable=max_unreadable, progress=progress)
+        )
         return cls(drawn(whole, limit), available=len(whole))
 
     @classmethod
-    def _of_embedded(cls, spec: str, limit: int) -> Gallery:
+    def _of_embedded(cls, spec: str, background: Background, limit: int) -> Gallery:
         stored = open_embeddings(spec)
         files = _files_of(spec, stored)
         stamps = np.stack([files.sizes, files.times]).astype("<i8").tobytes()
-        images = ImageSet(name=spec, split="unlabelled", source=files, fingerprint=digest([stamps, *files.names]))
+        images = ImageSet(
+            name=spec,
+            split="unlabelled",
+            source=files,
+            fingerprint=digest([stamps, *files.names, *background_mark(background)]),
+            background=background,
+        )
         chosen = drawn(images, limit)
         numbers = np.arange(len(images)) if chosen.chosen is None else chosen.chosen
         written = _Written.of(stored, numbers)

@@ -45,7 +45,8 @@ def open_workbench(
         raise MvmrError(f"k = {k}: give 1 or more neighbours to compare")
     opened = None if service is not None and bundle is None else bundles.load(bundle or bundles.newest())
     engines = Engines(opened, device=device, service=service, api_key=api_key)
-    images = Gallery.open(os.fspath(gallery) if gallery else _trained_on(opened), limit=limit, progress=progress)
+    spec = os.fspath(gallery) if gallery else _trained_on(opened)
+    images = Gallery.open(spec, background=engines.background, limit=limit, progress=progress)
     side, reason = _teacher(opened, teacher, pretrained, device)
     if progress:
         say_plan(

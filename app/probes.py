@@ -21,6 +21,7 @@ from mvmr.data import ImageSet
 from mvmr.errors import MvmrError
 from mvmr.evaluation import open_labelled
 from mvmr.files import write_json
+from mvmr.preprocess import Background
 from mvmr.scores import top_k
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -37,13 +38,15 @@ class Training:
     classes: tuple[str, ...]
 
     @classmethod
-    def open(cls, data: str, classes: Sequence[str] | None, *, max_unreadable: float = 0.01) -> Training:
-        """Open the training split of the gallery's `data`; classes: the gallery's.
+    def open(
+        cls, data: str, classes: Sequence[str] | None, *, background: Background, max_unreadable: float = 0.01
+    ) -> Training:
+        """Open the training split of the gallery's `data`; classes, background: the gallery's.
 
         Raises:
             MvmrError: there is none that a probe can be fitted on, for the reasons that `mvmr evaluate` gives.
         """
-        found = open_labelled(data, max_unreadable=max_unreadable)
+        found = open_labelled(data, background=background, max_unreadable=max_unreadable)
         if found.several:
             raise MvmrError(f"an image of {data} has several labels, and a probe takes one: see mvmr evaluate")
         if tuple(classes or ()) != found.classes:

@@ -77,7 +77,7 @@ class Served:
 
 def _shrunk(preprocess: Preprocess, image: Image.Image) -> Image.Image:
     """The image as the service's own preprocessing would resize it: less to send, and the same pixels in the end."""
-    picture = to_rgb(image)
+    picture = to_rgb(image, preprocess.background)
     width, height = picture.size
     short = min(width, height)
     if short <= preprocess.resize:

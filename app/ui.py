@@ -18,6 +18,7 @@ from mvmr.app.encoders import TEACHER
 from mvmr.app.uploads import opened, taken
 from mvmr.app.workbench import Workbench
 from mvmr.errors import MvmrError
+from mvmr.preprocess import Background
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +63,9 @@ class Asked:
     name: str
     notes: tuple[str, ...] = ()
 
-    @property
-    def image(self) -> Image.Image | int:
-        """The image in RGB, or its row."""
-        return self.content if isinstance(self.content, int) else opened(self.content).image
+    def image(self, background: Background) -> Image.Image | int:
+        """The image in RGB, its transparent parts on the background, or its row."""
+        return self.content if isinstance(self.content, int) else opened(self.content, background=background).image
 
 
 def build(bench: Workbench) -> gr.Blocks:
@@ -113,7 +113,7 @@ def _neighbours_tab(bench: Workbench, asked: gr.State, engine: gr.Dropdown, k: g
     def show(what: Asked | None, key: str, count: int, progress: gr.Progress) -> str:
         if what is None:
             return fragments.message(_ASK)
-        image = what.image
+        image = what.image(bench.gallery.images.background)
         compared = bench.compare(image, key, int(count), _bar(progress))
         return fragments.neighbours(bench, key, image, what.name, what.notes, compared)
 
@@ -125,7 +125,7 @@ def _neighbours_tab(bench: Workbench, asked: gr.State, engine: gr.Dropdown, k: g
         try:
             if isinstance(content, MvmrError):
                 raise content
-            found = opened(content)
+            found = opened(content, background=bench.gallery.images.background)
         except MvmrError as error:
             return before, fragments.message(str(error), fragments.PROBLEM), None
         size = f"{found.width} x {found.height} pixels"
@@ -188,7 +188,7 @@ def _classify_tab(bench: Workbench, asked: gr.State, engine: gr.Dropdown) -> Non
     def classify(what: Asked | None, key: str, typed: str) -> str:
         if what is None:
             return fragments.message(_CHOOSE)
-        image = what.image
+        image = what.image(bench.gallery.images.background)
         guesses, why = told_by_names(image, typed)
         heads = []
         if bench.engines.heads:

@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from mvmr.data import decoding
 from mvmr.errors import MvmrError
-from mvmr.preprocess import to_rgb
+from mvmr.preprocess import WHITE, Background, laid_on, to_rgb
 from mvmr.serve.decode import MAX_PIXELS
 
 _PREVIEW_SECONDS = 5.0
@@ -39,15 +39,17 @@ class Opened:
     height: int
 
 
-def opened(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Opened:
+def opened(data: bytes, *, background: Background = WHITE, max_pixels: int = MAX_PIXELS) -> Opened:
     """Decode the file `data`; how many pixels it has is read from its header, before anything is decoded.
+
+    background: what shows through a transparent image, as the student's preprocessing says
 
     Raises: MvmrError, a sentence for the page: no image, empty, cut off, or with too many pixels.
     """
     if not data:
         raise MvmrError(f"this file is empty (0 bytes); {_ANOTHER}")
     try:
-        return _decoded(data, max_pixels)
+        return _decoded(data, background, max_pixels)
     except MvmrError:
         raise
     except UnidentifiedImageError as error:
@@ -86,7 +88,7 @@ def _remove(file: Path, read: float) -> None:
             file.unlink()
 
 
-def _decoded(data: bytes, max_pixels: int) -> Opened:
+def _decoded(data: bytes, background: Background, max_pixels: int) -> Opened:
     with Image.open(io.BytesIO(data), formats=decoding.formats()) as file:
         width, height = file.size
         if width * height > max_pixels:
@@ -94,12 +96,13 @@ def _decoded(data: bytes, max_pixels: int) -> Opened:
         # thin images are enlarged until their short side fits: 1 x 100,000 pixels would become 512 x 51,200,000
         if width * height * max(1.0, _SIDE / max(1, min(width, height))) ** 2 > max_pixels:
             raise MvmrError(f"this image of {width} x {height} pixels is too thin to be embedded; crop it")
-        mode, animated = file.mode, bool(getattr(file, "is_animated", False)) and file.format != "MPO"
+        mode, transparent = file.mode, file.has_transparency_data
+        animated = bool(getattr(file, "is_animated", False)) and file.format != "MPO"
         turned = False
         with suppress(Exception):  # a broken EXIF block raises a dozen kinds of error; the pixels are still good
             turned = file.getexif().get(_ORIENTATION, 1) in range(2, 9)
         file.load()
-        image = to_rgb(file)
+        image = to_rgb(file, background)
         image = image.copy() if image is file else image
         image.info.clear()
         notes = []
@@ -113,6 +116,8 @@ def _decoded(data: bytes, max_pixels: int) -> Opened:
         notes.append("turned upright, as its EXIF data say")
     if note := _converted(mode):
         notes.append(note)
+    if transparent and background is not None:
+        notes.append(f"transparent parts {laid_on(background)}")
     return Opened(image, tuple(notes), width, height)
 
 

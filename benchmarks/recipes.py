@@ -1,212 +1,211 @@
-"""Which recipe? Every trial behind docs/method.md: `python benchmarks/recipes.py distil|pretrain [--seeds 0,1,2]`.
+"""Which recipe? The trials behind docs/method.md: `python benchmarks/recipes.py distil|pretrain [--table]`.
 
-Students are trained on patches from the left 38 % of each photograph of `sample:patches` and scored on patches from
-40 to 60 %: both inside the training part, so the test split decides nothing. The student is a ResNet18 of half width,
-at 32 px, for these are many runs; the winner is confirmed at full size by `mvmr quickstart --seeds 3`. Results are
-appended to benchmarks/results/recipes.jsonl; `--table` prints them.
+A trial trains a ResNet18 by `mvmr.pretraining.fit` on a part of a set's training split and scores its frozen features
+on the rest of it, so that no test split decides anything; `--test` trains on the whole training split and reads the
+test split, at the end. Each result is a line of benchmarks/results/recipes.jsonl: what is there is not run again, so
+a run that was stopped goes on by the same command. Sets, teachers and trials: benchmarks/trials.py.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import click
 import torch
-from lightning_fabric import Fabric
-from torchvision.models.resnet import BasicBlock, ResNet
+from objectives import Observed
+from trials import DISTIL, PRETRAIN, SETS, Trial, splits_of, teacher_of
 
+from mvmr import pretraining, views
 from mvmr.config import assign, parse
-from mvmr.data import ImageSet
-from mvmr.data.samples import strip
-from mvmr.distillation.teacher import Teacher
-from mvmr.distillation.tiny_clip import TinyClip, train_tiny_clip
-from mvmr.encoder import build_projector
-from mvmr.learner import Learner
-from mvmr.neighbours import knn_predict
-from mvmr.objective import Objective
+from mvmr.encoder import build_encoder, feature_dim
+from mvmr.errors import MvmrError
 from mvmr.preprocess import Preprocess
-from mvmr.pretraining import recalibrate
 from mvmr.protocols import Labelled, Measured
 from mvmr.recipe import Recipe
-from mvmr.representations import Representation
+from mvmr.representations import Pretrained, Representation
 from mvmr.student import Student
-from mvmr.targets import Targets, WithRows
-from mvmr.trainer import train
-from mvmr.views import Views
 
 RESULTS = Path(__file__).parent / "results" / "recipes.jsonl"
-TEACHER = TinyClip(width=16, steps=60)
-WIDTH = 256
-COMMON = {"train": {"epochs": 20, "batch_size": 64, "optimizer": "adam", "precision": "bf16-mixed", "workers": 0}}
-
-_off = "objective.invariance=0 objective.variance=0 objective.dependence=0"
-_h = f"{_off} objective.space=features"
-_reg = f"{_h} objective.regression.teacher=1"
-_z = "projector=[1024,1024,1024]"
-_all = " ".join(
-    f"objective.representations.{name}=1" for name in ("augmented_pixels", "pixels", "scattering", "hog", "local_std")
-)
-_cf = "views.policy=crop+flip"
-_T, _S, _H = (f"objective.representations.{name}" for name in ("teacher", "scattering", "hog"))
-# label -> assignments to an empty recipe; the paper's weights are the defaults
-TRIALS: dict[str, dict[str, str | None]] = {
-    "distil": {
-        "the teacher itself": None,
-        "paper": f"{_z} {_T}=1",
-        "paper, views crop+flip": f"{_z} {_T}=1 {_cf}",
-        "paper, unbiased, crop+flip": f"{_z} {_T}=1 {_cf} objective.estimator=unbiased",
-        "paper, invariance 0.1, crop+flip": f"{_z} {_T}=1 {_cf} objective.invariance=0.1",
-        "dCor on h": f"{_h} {_T}=1 {_cf}",
-        "dCor on h, unbiased": f"{_h} {_T}=1 {_cf} objective.estimator=unbiased",
-        "dCor on h + decorrelation 0.04": f"{_h} {_T}=1 {_cf} objective.decorrelation=0.04",
-        "regression": f"{_reg} {_cf}",
-        "regression, paper's views": f"{_reg}",
-        "regression, batch 256": f"{_reg} {_cf} train.batch_size=256",
-        "regression, lr 3e-4": f"{_reg} {_cf} train.lr=3e-4",
-        "regression, lr 3e-3": f"{_reg} {_cf} train.lr=3e-3",
-        "regression, 60 epochs": f"{_reg} {_cf} train.epochs=60",
-        "regression + 0.3 dCor(teacher)": f"{_reg} {_T}=0.3 {_cf}",
-        "regression + 1.0 dCor(teacher)": f"{_reg} {_T}=1 {_cf}",
-        "regression + 0.3 dCor(teacher), unbiased": f"{_reg} {_T}=0.3 {_cf} objective.estimator=unbiased",
-        "regression + 1.0 dCor(teacher), unbiased": f"{_reg} {_T}=1 {_cf} objective.estimator=unbiased",
-        "regression + 1.0 dCor(teacher), lr 3e-3": f"{_reg} {_T}=1 {_cf} train.lr=3e-3",
-        "regression + 1.0 dCor(teacher), 60 epochs": f"{_reg} {_T}=1 {_cf} train.epochs=60",
-        "regression + 1.0 dCor(teacher) + 1.0 dCor(views)": f"{_reg} {_T}=1 {_cf} objective.dependence=1",
-        "regression + 3.0 dCor(teacher)": f"{_reg} {_T}=3 {_cf}",
-        "regression + 3.0 dCor(teacher), unbiased": f"{_reg} {_T}=3 {_cf} objective.estimator=unbiased",
-        "regression + 0.3 dCor(teacher, HOG)": f"{_reg} {_T}=0.3 {_H}=0.3 {_cf}",
-        "regression + 0.3 dCor(teacher, HOG, scattering)": f"{_reg} {_T}=0.3 {_H}=0.3 {_S}=0.3 {_cf}",
-        "regression + 0.3 dCor(teacher) + decorrelation 0.04": f"{_reg} {_T}=0.3 {_cf} objective.decorrelation=0.04",
-    },
-    "pretrain": {
-        "paper": f"{_z} {_all}",
-        "paper, unbiased": f"{_z} {_all} objective.estimator=unbiased",
-        "paper, invariance 0.1": f"{_z} {_all} objective.invariance=0.1",
-        "paper, no L3": f"{_z}",
-        "paper, views crop+flip": f"{_z} {_all} {_cf}",
-        "paper, invariance 0.1, crop+flip": f"{_z} {_all} {_cf} objective.invariance=0.1",
-        "paper, scattering and HOG only": f"{_z} {_S}=1 {_H}=1",
-        "paper, invariance 0.1 + decorrelation": f"{_z} {_all} objective.invariance=0.1 objective.decorrelation=0.04",
-        "paper, batch 256": f"{_z} {_all} train.batch_size=256",
-        "paper, lr 3e-4": f"{_z} {_all} train.lr=3e-4",
-    },
-}
+RUNS = Path(__file__).resolve().parents[1] / "runs" / "trials"
+TRIALS = {"distil": DISTIL, "pretrain": PRETRAIN}
 BASELINE = {"distil": "regression", "pretrain": "paper"}
-
-
-class Narrow(ResNet):
-    """torchvision's ResNet18 with half as many channels after the stem: 256 features."""
-
-    def __init__(self) -> None:
-        super().__init__(BasicBlock, [2, 2, 2, 2], zero_init_residual=True)
-        self.fc = torch.nn.Identity()  # type: ignore[assignment]
-
-    def _make_layer(self, block: Any, planes: int, *args: Any, **kwargs: Any) -> Any:
-        return super()._make_layer(block, planes // 2, *args, **kwargs)
+COMMON = {
+    "model": {"architecture": "resnet18"},
+    "train": {"batch_size": 64, "lr": 1e-3, "workers": 0, "checkpoint_steps": 10**9},
+}
+_NEIGHBOURS = 5
+_KEY = ("kind", "set", "teacher", "trial", "seed", "size", "split")
 
 
 @click.command()
 @click.argument("kind", type=click.Choice(list(TRIALS)))
+@click.option("--sets", default=",".join(SETS), show_default=True)
+@click.option("--teachers", help="Only these, such as lite2.")
 @click.option("--seeds", default="0,1,2", show_default=True)
-@click.option("--only", help="Trials whose name holds this text.")
+@click.option("--only", multiple=True, help="Trials of this name; may be given several times.")
+@click.option("--size", default=32, show_default=True, help="Side of the images in pixels.")
+@click.option("--test", is_flag=True, help="Train on the whole training split, and read the test split.")
 @click.option("--threads", default=1, show_default=True)
 @click.option("--table", is_flag=True, help="Print what has been measured, as Markdown, and stop.")
-def main(kind: str, seeds: str, only: str | None, threads: int, table: bool) -> None:
+def main(
+    kind: str, sets: str, teachers: str | None, seeds: str, only: tuple[str, ...], size: int, test: bool,
+    threads: int, table: bool,
+) -> None:  # fmt: skip
     """Run the trials of KIND that have not been run yet, and append their results."""
+    split, chosen = "test" if test else "validation", sets.split(",")
     if table:
-        print_table(kind)
+        print_tables(kind, size, split)
         return
     torch.set_num_threads(threads)
-    fit, val = strip(0.0, 0.38, 80, seed=0), strip(0.40, 0.60, 40, seed=1)
-    for seed in (int(seed) for seed in seeds.split(",")):
-        for label, text in TRIALS[kind].items():
-            if (only and only not in label) or any(r["trial"] == label and r["seed"] == seed for r in read(kind)):
-                continue
-            measured = run(text.split(), fit, val, seed) if text else score(teacher_of(fit, seed), fit, val)
-            record = {"kind": kind, "trial": label, "seed": seed, **measured}
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            print(record, flush=True)
+    try:
+        for name in chosen:
+            if name not in SETS:
+                raise MvmrError(f"there is no set {name!r}; there are {', '.join(SETS)}")
+        if unknown := [trial for trial in only if trial not in TRIALS[kind]]:
+            raise MvmrError(f"there is no trial {unknown[0]!r} of {kind}; see TRIALS in benchmarks/trials.py")
+        for seed in map(int, seeds.split(",")):
+            for label in only or TRIALS[kind]:
+                for name in chosen:
+                    named = SETS[name].teachers if kind == "distil" else ("none",)
+                    for teacher in named if teachers is None else [t for t in named if t in teachers.split(",")]:
+                        key = dict(zip(_KEY, (kind, name, teacher, label, seed, size, split), strict=True))
+                        carry_out(key, TRIALS[kind][label])
+    except MvmrError as error:
+        raise click.ClickException(str(error)) from error
 
 
-def run(assignments: list[str], fit: ImageSet, val: ImageSet, seed: int) -> dict[str, Any]:
-    """Train one student and score its frozen features."""
-    recipe = parse(Recipe, assign(COMMON, [*assignments, f"train.seed={seed}"]), where="trial")
-    preprocess, cpu = Preprocess.for_size(32), torch.device("cpu")
-    teachers: dict[str, Representation] = (
-        {"teacher": teacher_of(fit, seed)} if "teacher" in recipe.objective.targets else {}
-    )
-    targets = Targets(
-        recipe.objective.targets, fit, preprocess, teachers=teachers, cache_gb=4, device=cpu, workers=0, progress=False
-    )
-    views = WithRows(Views(fit, preprocess, recipe.views.policy, seed=seed, second=targets.second), targets.rows)
-    torch.manual_seed(seed)
-    regressed = {name: targets.statistics(name) for name in recipe.objective.regression}
-    objective = Objective(recipe.objective, WIDTH, regressed)
-    learner = Learner(Narrow(), build_projector(WIDTH, recipe.projector), objective, preprocess)
+def carry_out(key: dict[str, Any], trial: Trial | None) -> None:
+    """Run a trial unless its result is there, and append it."""
+    if any(all(record[k] == key[k] for k in _KEY) for record in read()):
+        return
+    record = key | measure(key, trial)
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    print({k: record[k] for k in (*_KEY, "linear", "knn", "seconds") if k in record}, flush=True)
+
+
+def measure(key: dict[str, Any], trial: Trial | None) -> dict[str, Any]:
+    """Train one student and score its frozen features; without a trial score the teacher, or a random encoder."""
+    train, held = splits_of(key["set"], test=key["split"] == "test")
+    data, seed = Labelled.of(train, held), key["seed"]
+    teacher = None if key["teacher"] == "none" else teacher_of(key["teacher"], train, seed, RUNS)
+    if trial is None:
+        return score(teacher or random_encoder(key["size"], seed, data), data)
+    epochs = SETS[key["set"]].epochs * trial.epochs
+    where = [f"train.seed={seed}", f"train.epochs={epochs}", f"views.size={key['size']}"]
+    recipe = parse(Recipe, assign(COMMON, [*trial.assign.split(), *where]), where="trial")
+    if teacher is not None and trial.teacher is not None:
+        teacher = trial.teacher(teacher, train)
+    teachers: dict[str, Pretrained] = {} if teacher is None else {"teacher": teacher}
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as name:
-        fabric = Fabric(accelerator="cpu", precision=recipe.train.precision)
-        train(learner, views, targets.of, recipe.train, fabric=fabric, folder=Path(name))
-        last = json.loads((Path(name) / "metrics.jsonl").read_text().splitlines()[-1])
-    seconds = time.perf_counter() - began
-    recalibrate(learner.encoder, fit, preprocess, batch_size=256, workers=0, device=cpu)
-    student = Student(learner.encoder, preprocess, dim=WIDTH, name="trial", identity=f"{time.time_ns():x}")
-    kept = {key: last[key] for key in last if key.startswith(("rank", "biased", "unbiased"))}
-    return score(student, fit, val) | {"seconds": round(seconds), "steps": int(last["step"])} | kept
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as patches:
+        observed = partial(Observed, steps=recipe.train.steps(len(train)), **trial.objective)
+        patches.enter_context(patch.object(pretraining, "Objective", observed))
+        if trial.crop is not None:
+            patches.enter_context(patch.object(views, "CROP_AREA", (trial.crop, 1.0)))
+        bundle = pretraining.fit(train, Path(scratch) / "bundle", recipe, teachers=teachers, device="cpu")
+        seconds = time.perf_counter() - began
+        last = json.loads((bundle.path / "metrics.jsonl").read_text().splitlines()[-1])
+        found = score(bundle.student(), data)
+    kept = ("rank", "biased", "unbiased", "regression", "dcor", "pull", "std_h")
+    return (
+        found
+        | {"seconds": round(seconds), "steps": last["step"]}
+        | {k: v for k, v in last.items() if k.startswith(kept)}
+    )
 
 
-def teacher_of(images: ImageSet, seed: int) -> Teacher:
-    """The tiny CLIP of this seed, trained once."""
-    place = RESULTS.parent.parent.parent / "runs" / "trials" / f"teacher-{seed}"
-    return Teacher.load(train_tiny_clip(images, place, config=TEACHER, seed=seed))
+def random_encoder(size: int, seed: int, data: Labelled) -> Student:
+    """A student that was not trained but for its batch-norm statistics."""
+    model, preprocess = parse(Recipe, COMMON, where="trial").model, Preprocess.for_size(size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = build_encoder(model)
+    pretraining.recalibrate(encoder, data.train, preprocess, batch_size=64, workers=0, device=torch.device("cpu"))
+    identity = hashlib.sha256(f"random {model} {size} {seed} {data.train.fingerprint}".encode()).hexdigest()
+    return Student(encoder, preprocess, dim=feature_dim(model), name="random", identity=identity)
 
 
-def score(representation: Representation, fit: ImageSet, val: ImageSet) -> dict[str, float]:
-    """Linear probe and kNN, top-1 on the validation part in percent."""
-    data = Labelled.of(fit, val)
+def score(representation: Representation, data: Labelled) -> dict[str, float]:
+    """Linear probe and kNN, top-1 in percent, by the protocols of `mvmr evaluate`."""
     measured = Measured(representation, data)
-    voted = knn_predict(measured.features, data.labels, measured.test_features, len(data.classes), temperature=0.1)
-    knn = 100 * float((voted == data.test_labels).mean())
+    knn = measured.knn([_NEIGHBOURS])[f"top1_weighted_k{_NEIGHBOURS}"]
     return {"linear": round(measured.linear()["top1"], 1), "knn": round(knn, 1)}
 
 
-def read(kind: str) -> list[dict[str, Any]]:
+def read() -> list[dict[str, Any]]:
     """The results so far."""
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
-def print_table(kind: str) -> None:
-    """Mean and sample standard deviation over seeds, best first by linear probe and kNN together.
-
-    Differences are taken seed by seed: the teacher of a seed is the same in all its trials.
-    """
-    rows: dict[str, dict[int, dict[str, Any]]] = {}
-    for record in read(kind):
-        rows.setdefault(record["trial"], {})[record["seed"]] = record
-    base = rows[BASELINE[kind]]
-    print(f"| trial | seeds | linear | kNN | linear, against `{BASELINE[kind]}` | kNN, against it | rank h / z |")
-    print("|---|---|---|---|---|---|---|")
-
-    def merit(item: tuple[str, dict[int, dict[str, Any]]]) -> float:
-        return -statistics.mean(run["linear"] + run["knn"] for run in item[1].values())
-
-    for label, runs in sorted(rows.items(), key=merit):
-        figures = [_mean([run[key] for run in runs.values()]) for key in ("linear", "knn")]
-        for key in ("linear", "knn"):
-            figures.append(_mean([run[key] - base[seed][key] for seed, run in runs.items() if seed in base], "+"))
-        ranks = [statistics.mean(run.get(key, 0) for run in runs.values()) for key in ("rank_h", "rank_z")]
-        shown = " / ".join(f"{rank:.0f}" for rank in ranks if rank)
-        print(f"| {label} | {len(runs)} | {' | '.join(figures)} | {shown} |")
+Runs = dict[str, dict[int, dict[str, Any]]]  # trial -> seed -> result
 
 
-def _mean(values: list[float], sign: str = "") -> str:
+def print_tables(kind: str, size: int, split: str) -> None:
+    """A table over all sets and teachers, then one for each of them, best first."""
+    combos: dict[tuple[str, str], Runs] = defaultdict(lambda: defaultdict(dict))
+    for record in read():
+        if (record["kind"], record["size"], record["split"]) == (kind, size, split):
+            combos[record["set"], record["teacher"]][record["trial"]][record["seed"]] = record
+    labels = [label for label in TRIALS[kind] if any(label in runs for runs in combos.values())]
+    ranks: dict[str, list[int]] = defaultdict(list)
+    shared = [label for label in labels if all(label in runs for runs in combos.values())]
+    for runs in combos.values():
+        for rank, label in enumerate(sorted(shared, key=lambda label: -merit(runs[label])), 1):
+            ranks[label].append(rank)
+    names = [f"{name}, {teacher}" if kind == "distil" else name for name, teacher in combos]
+    print(f"Linear / kNN minus `{BASELINE[kind]}`'s, seed by seed, mean ± deviation; its own line: accuracies.\n")
+    print(f"| trial | {' | '.join(names)} | mean | mean rank |\n|{'---|' * (len(names) + 3)}")
+    order = sorted(labels, key=lambda label: statistics.mean(ranks[label]) if label in ranks else len(labels))
+    for label in order:
+        cells = [_cell(runs, label, BASELINE[kind]) for runs in combos.values()]
+        gains = [gain for runs in combos.values() for gain in _gains(runs, label, BASELINE[kind])]
+        mean = f"{statistics.mean(gains):+.1f}" if gains and label in shared else ""
+        rank = f"{statistics.mean(ranks[label]):.1f}" if label in ranks else ""
+        print(f"| {label} | {' | '.join(cells)} | {mean} | {rank} |")
+
+
+def merit(runs: dict[int, dict[str, Any]]) -> float:
+    """Linear and kNN together, over the seeds."""
+    return statistics.mean((run["linear"] + run["knn"]) / 2 for run in runs.values())
+
+
+def _cell(runs: Runs, label: str, baseline: str) -> str:
+    if label not in runs:
+        return ""
+    differ = label != baseline and baseline in runs
+    texts = []
+    for measure in ("linear", "knn"):
+        values = [
+            run[measure] - (runs[baseline][seed][measure] if differ else 0)
+            for seed, run in runs[label].items()
+            if not differ or seed in runs[baseline]
+        ]
+        texts.append(_mean(values, "+" if differ else ""))
+    return " / ".join(texts)
+
+
+def _gains(runs: Runs, label: str, baseline: str) -> list[float]:
+    if label not in runs or baseline not in runs:
+        return []
+    both = runs[label].keys() & runs[baseline].keys()
+    return [merit({0: runs[label][seed]}) - merit({0: runs[baseline][seed]}) for seed in both]
+
+
+def _mean(values: Sequence[float], sign: str) -> str:
+    if not values:
+        return "-"
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{sign}.1f}{spread}"
 

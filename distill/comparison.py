@@ -51,7 +51,8 @@ def compare(
         MvmrError: as :func:`mvmr.evaluate`; or the bundle names no teacher, or its teacher can't be had.
     """
     opened = bundles.load(bundle)
-    labelled = open_labelled(data, max_unreadable=max_unreadable, progress=progress)
+    background = opened.manifest.preprocessing.background
+    labelled = open_labelled(data, background=background, max_unreadable=max_unreadable, progress=progress)
     measures, with_text = _split(labelled, protocols, ks)
     loaded = teacher_of(opened, teacher, pretrained, device, text=with_text or keep_map)
     described: dict[str, Representation] = {"teacher": loaded, "student": opened.student(device)}

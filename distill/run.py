@@ -42,7 +42,9 @@ def distill(
     The other arguments, and what is raised: as in :func:`mvmr.pretraining.pretrain`.
     """
     resolved = load_recipe(recipe, "mvmr.distillation", assign)
-    images = open_images(data, "unlabelled", max_unreadable=max_unreadable, progress=progress)
+    images = open_images(
+        data, "unlabelled", background=resolved.views.background, max_unreadable=max_unreadable, progress=progress
+    )
     cuda = device != "cpu" and torch.cuda.is_available()
     loaded = Teacher.load(teacher, pretrained, device="cuda" if cuda else "cpu")
     return fit(

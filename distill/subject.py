@@ -69,7 +69,10 @@ class Subject:
             MvmrError: no images or too few; a teacher that was named and can't be had.
         """
         missing: dict[str, str] = {}
-        open_split: Open = partial(open_images, data, max_unreadable=max_unreadable, progress=progress)
+        background = bundle.manifest.preprocessing.background
+        open_split: Open = partial(
+            open_images, data, background=background, max_unreadable=max_unreadable, progress=progress
+        )
         whole = evaluated(open_split)
         images = _some_of(whole, limit, k)
         single = whole.labels is not None and whole.labels.ndim == 1

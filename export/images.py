@@ -44,7 +44,9 @@ def to_verify_with(
     split = trained_on if ours else "unlabelled"
     seen = _open(bundle, data, split, "--data", max_unreadable=max_unreadable, progress=progress)
     try:
-        test = open_images(seen.name, "test", max_unreadable=max_unreadable, progress=progress)
+        test = open_images(
+            seen.name, "test", background=seen.background, max_unreadable=max_unreadable, progress=progress
+        )
     except MvmrError:
         test = seen
     apart = set(test.keys).isdisjoint(seen.keys)
@@ -85,7 +87,10 @@ def _open(
     if not name:
         raise MvmrError(f"bundle {bundle.path} doesn't say what it was trained on; give images: {option}")
     try:
-        return open_images(name, split, max_unreadable=max_unreadable, progress=progress)
+        return open_images(
+            name, split, background=bundle.manifest.preprocessing.background, max_unreadable=max_unreadable,
+            progress=progress,
+        )  # fmt: skip
     except MvmrError as error:
         if data is not None:
             raise

@@ -96,8 +96,9 @@ def ablate(
         for seed in range(seeds)
         for row in rows
     }
-    images = open_images(data, "unlabelled", max_unreadable=max_unreadable, progress=progress)
-    labelled = open_labelled(data, max_unreadable=max_unreadable, progress=progress)
+    background = common.views.background
+    images = open_images(data, "unlabelled", background=background, max_unreadable=max_unreadable, progress=progress)
+    labelled = open_labelled(data, background=background, max_unreadable=max_unreadable, progress=progress)
     protocols_for(labelled, list(ACCURACIES))
     _check_trainable(runs.values(), images)
     settings = _settings(grid, (images, labelled.train, labelled.test), common, keep=keep, device=device)

@@ -109,6 +109,7 @@ def info(bundle: str | None, as_json: bool) -> None:
     import json
 
     from mvmr import bundle as bundles
+    from mvmr.preprocess import laid_on
 
     opened = bundles.load(bundle or bundles.newest())
     says = opened.manifest
@@ -122,7 +123,8 @@ def info(bundle: str | None, as_json: bool) -> None:
         "bundle": opened.path,
         "encoder": says.architecture + (", small kernel" if says.small_kernel else ""),
         "features": says.embedding_dim,
-        "images": f"{image.crop} px, resized to {image.resize} px first ({image.interpolation})",
+        "images": f"{image.crop} px, resized to {image.resize} px first ({image.interpolation}), transparent ones "
+        f"{laid_on(image.background)}",
         "trained": f"{_said(training, 'method')}, recipe {_said(training, 'recipe', 'name')}, "
         f"{_said(training, 'steps')} steps",
         "teacher": ", ".join(f"{_said(each, 'name')}, weights {_said(each, 'weights')}" for each in named) or "none",

@@ -11,6 +11,7 @@ from typing import Any
 from mvmr import bundle as bundles
 from mvmr.bundle import Bundle
 from mvmr.data import open_images
+from mvmr.preprocess import Background
 from mvmr.protocols import Labelled, Measured, Values, check_protocols, protocols_for
 
 
@@ -41,7 +42,8 @@ def evaluate(
     """
     check_protocols(protocols or ())
     opened = bundles.load(bundle)
-    labelled = open_labelled(data, max_unreadable=max_unreadable, progress=progress)
+    background = opened.manifest.preprocessing.background
+    labelled = open_labelled(data, background=background, max_unreadable=max_unreadable, progress=progress)
     chosen = protocols_for(labelled, protocols, ks=ks)
     measured = Measured(opened.student(device), labelled, device=device, progress=progress)
     results = {}
@@ -72,7 +74,8 @@ def probe(
         The bundle as it is now, and the head's figures on the test split, as :func:`evaluate` names them.
     """
     opened = bundles.load(bundle)
-    labelled = open_labelled(data, max_unreadable=max_unreadable, progress=progress)
+    background = opened.manifest.preprocessing.background
+    labelled = open_labelled(data, background=background, max_unreadable=max_unreadable, progress=progress)
     measured = Measured(opened.student(device), labelled, device=device, progress=progress)
     protocol = "voc07" if labelled.several else "linear"
     values = protocols_for(labelled, [protocol])[protocol](measured)
@@ -83,10 +86,13 @@ def probe(
     return bundles.add_head(opened, name, fitted.weight, fitted.bias, labelled.classes, described), values
 
 
-def open_labelled(data: str, *, max_unreadable: float = 0.01, progress: bool = False) -> Labelled:
+def open_labelled(
+    data: str, *, background: Background, max_unreadable: float = 0.01, progress: bool = False
+) -> Labelled:
     """Open the training and the test split of ``data`` with their labels; raises as ``Labelled.of`` does."""
     train, test = (
-        open_images(data, split, max_unreadable=max_unreadable, progress=progress) for split in ("train", "test")
+        open_images(data, split, background=background, max_unreadable=max_unreadable, progress=progress)
+        for split in ("train", "test")
     )
     return Labelled.of(train, test)
 

@@ -145,7 +145,8 @@ def _plan(
     make_policy(resolved.views.policy, start.manifest.preprocessing.crop, start.manifest.preprocessing)
     if Path(out).resolve() == start.path.resolve():
         raise MvmrError(f"{out} is the bundle to start from, which is kept as it is: give another --out")
-    labelled = open_labelled(data, max_unreadable=max_unreadable, progress=progress)
+    background = start.manifest.preprocessing.background
+    labelled = open_labelled(data, background=background, max_unreadable=max_unreadable, progress=progress)
     if isinstance(chosen, Path):
         rows = listed(labelled.train, chosen)
         told = f"{len(rows)} files"

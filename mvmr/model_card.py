@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mvmr.manifest import Manifest
+from mvmr.preprocess import laid_on
 
 _HEADER = """\
 ---
@@ -100,6 +101,7 @@ def _model_table(manifest: Manifest, space_id: str) -> str:
             ("architecture", f"{manifest.architecture}, {stem}"),
             ("embedding", f"{manifest.embedding_dim} x float32, not normalised"),
             ("preprocessing", f"RGB, short side to {preprocess.resize} px, centre crop {preprocess.crop} px"),
+            ("transparent images", laid_on(preprocess.background)),
             ("interpolation", preprocess.interpolation),
             ("mean, std", f"{_numbers(preprocess.mean)}; {_numbers(preprocess.std)} (images in [0, 1])"),
             ("embedding-space id", f"`{space_id}`"),

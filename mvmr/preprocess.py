@@ -14,6 +14,9 @@ from PIL import Image, ImageOps
 from mvmr.errors import MvmrError, unknown
 
 Interpolation = Literal["bilinear", "bicubic"]
+# What shows through a transparent picture, sRGB; None: its hidden colours do, as in bundles that record no background.
+Background = tuple[int, int, int] | None
+WHITE = (255, 255, 255)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -24,12 +27,13 @@ _STRIP = 64  # rows
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocess:
-    """Resize the short side to `resize` pixels (antialiased), crop the centre `crop` x `crop`, normalise.
+    """Lay on `background`, resize the short side to `resize` pixels (antialiased), crop the centre, normalise.
 
     `image` equals torchvision's `Resize(resize)` and `CenterCrop(crop)` on a PIL image, byte for byte.
     Images smaller than `resize` are enlarged. `mean` and `std` are in units of [0, 1].
 
-    Raises: MvmrError for sizes below 1, a crop larger than the resized image, unknown interpolation, std <= 0.
+    Raises: MvmrError for sizes below 1, a crop larger than the resized image, unknown interpolation, std <= 0, or a
+        background that is no colour.
     """
 
     resize: int
@@ -37,8 +41,10 @@ class Preprocess:
     interpolation: Interpolation = "bilinear"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    background: Background = WHITE
 
     def __post_init__(self) -> None:
+        check_background(self.background)
         if not 1 <= self.crop <= self.resize:
             raise MvmrError(f"preprocessing: crop = {self.crop} must lie between 1 and resize = {self.resize}")
         if self.interpolation not in get_args(Interpolation):
@@ -47,16 +53,16 @@ class Preprocess:
             raise MvmrError(f"preprocessing: mean = {self.mean} and std = {self.std} must be 3 numbers each, std > 0")
 
     @classmethod
-    def for_size(cls, size: int) -> "Preprocess":
+    def for_size(cls, size: int, background: Background = WHITE) -> "Preprocess":
         """The usual preprocessing at `size`: no margin below 128 px, else ImageNet's 256/224 before the crop."""
-        return cls(resize=size if size < 128 else round(size * 256 / 224), crop=size)
+        return cls(resize=size if size < 128 else round(size * 256 / 224), crop=size, background=background)
 
     def image(self, image: Image.Image) -> npt.NDArray[np.uint8]:
         """Resize and crop one image of any mode.
 
         Shapes: PIL image -> uint8 [crop, crop, 3], sRGB in [0, 255], not normalised.
         """
-        picture = to_rgb(image)
+        picture = to_rgb(image, self.background)
         width, height = picture.size
         short = min(width, height)
         if short != self.resize:
@@ -89,8 +95,12 @@ class Preprocess:
         return scaled
 
     def to_dict(self) -> dict[str, object]:
-        """Return plain values for JSON; `from_dict` takes them back."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """Return plain values for JSON; `from_dict` takes them back.
+
+        No background is no key: bundles that were written before there was one keep the id of their embedding space.
+        """
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {key: value for key, value in values.items() if value is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> "Preprocess":
@@ -102,7 +112,7 @@ class Preprocess:
         for key in values:
             if key not in fields:
                 raise unknown("key in preprocessing", key, fields)
-        missing = [key for key in fields if key not in values]
+        missing = [key for key in fields if key not in values and key != "background"]
         if missing:
             raise MvmrError(f"preprocessing lacks {', '.join(missing)}; has {', '.join(values) or 'nothing'}")
         interpolation = str(values["interpolation"])
@@ -114,29 +124,67 @@ class Preprocess:
             interpolation="bicubic" if interpolation == "bicubic" else "bilinear",
             mean=_triple("mean", values["mean"]),
             std=_triple("std", values["std"]),
+            background=_background(values.get("background")),
         )
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return the image upright and in mode RGB, 8 bits a channel; an RGB image without EXIF comes back as it is.
+def check_background(background: Background) -> None:
+    """Refuse what is no colour.
 
-    The EXIF orientation is applied. 16-bit values are divided by 257, so that 65535 becomes 255. 32-bit integers
-    are taken as 16-bit ones when they fit, else scaled by their largest value. Floats are taken as [0, 1] when they
-    fit, as [0, 255] when they fit, else scaled by their largest value; what is negative or not finite becomes 0.
-    CMYK, Lab, palette, grey and black-and-white are converted by Pillow; an alpha channel is dropped.
+    Raises: MvmrError.
+    """
+    if background is not None and not (len(background) == 3 and all(0 <= value <= 255 for value in background)):
+        raise MvmrError(f"background = {background} must be 3 whole numbers from 0 to 255, such as [255, 255, 255]")
+
+
+def laid_on(background: Background) -> str:
+    """Say in words what becomes of transparent images."""
+    if background is None:
+        return "without their alpha channel"
+    return "laid on white" if background == WHITE else f"laid on RGB {', '.join(map(str, background))}"
+
+
+def to_rgb(image: Image.Image, background: Background = WHITE) -> Image.Image:
+    """Return the image upright, laid on `background`, in mode RGB; an RGB image without EXIF comes back as it is.
+
+    Equals Pillow's `alpha_composite` of the upright image on the background. As `upright` otherwise.
+
+    background: None leaves an alpha channel away instead, so that hidden colours show
 
     Raises: ValueError where Pillow has no conversion.
     """
-    upright = image
-    if _orientation(image) != 1:
-        upright = ImageOps.exif_transpose(image)
-    if upright.mode == "RGB":
-        return upright
-    if upright.mode == "F" or upright.mode.startswith("I"):
-        return Image.fromarray(_eight_bits(np.asarray(upright))).convert("RGB")
-    if upright.mode == "P" and "transparency" in upright.info:
-        upright = upright.convert("RGBA")  # the straight way makes Pillow warn
-    return upright.convert("RGB")
+    picture = upright(image)
+    if picture.mode == "RGBA" and background is not None:
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (*background, 255)), picture)
+    return picture.convert("RGB") if picture.mode == "RGBA" else picture
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Return the image with its EXIF orientation applied, 8 bits a channel, in mode RGB, or RGBA where it has alpha.
+
+    16-bit values are divided by 257, so that 65535 becomes 255. 32-bit integers are taken as 16-bit ones when they
+    fit, else scaled by their largest value. Floats are taken as [0, 1] when they fit, as [0, 255] when they fit, else
+    scaled by their largest value; what is negative or not finite becomes 0. CMYK, Lab, palette, grey and
+    black-and-white are converted by Pillow, a colour that the file declares transparent becomes alpha. An RGB image
+    that needs none of this comes back as it is.
+
+    Raises: ValueError where Pillow has no conversion.
+    """
+    turned = image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
+    if turned.mode == "F" or turned.mode.startswith("I"):
+        return _from_numbers(turned)
+    if turned.has_transparency_data:
+        return turned if turned.mode == "RGBA" else turned.convert("RGBA")
+    return turned if turned.mode == "RGB" else turned.convert("RGB")
+
+
+def _from_numbers(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    picture = Image.fromarray(_eight_bits(values)).convert("RGB")
+    hidden = image.info.get("transparency")  # a 16-bit grey PNG may declare one value transparent
+    if isinstance(hidden, int) and not isinstance(hidden, bool):
+        picture.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
+    return picture
 
 
 def _orientation(image: Image.Image) -> int:
@@ -160,6 +208,16 @@ def _eight_bits(values: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
 
 def _known(values: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:
     return np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0).clip(min=0)
+
+
+def _background(value: object) -> Background:
+    if value is None:
+        return None
+    channels = list(value) if isinstance(value, list | tuple) else []
+    if len(channels) != 3:
+        raise MvmrError(f"preprocessing: background = {value!r} must be 3 whole numbers")
+    red, green, blue = (_whole("background", channel) for channel in channels)
+    return (red, green, blue)
 
 
 def _whole(name: str, value: object) -> int:

@@ -69,8 +69,10 @@ def pretrain(
         MvmrError: anything a user can mend, from an unknown recipe to a loss that is not finite.
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM; ``resume`` goes on.
     """
-    images = open_images(data, "unlabelled", max_unreadable=max_unreadable, progress=progress)
     resolved = load_recipe(recipe, "mvmr", assign)
+    images = open_images(
+        data, "unlabelled", background=resolved.views.background, max_unreadable=max_unreadable, progress=progress
+    )
     return fit(
         images, out, resolved, init=init, resume=resume, overwrite=overwrite, device=device, devices=devices,
         progress=progress,
@@ -93,9 +95,15 @@ def fit(
     """Train a student of ``images`` by ``recipe``; never reads a label. Arguments as in :func:`pretrain`.
 
     Args:
-        teachers: further representations by the name the recipe calls them.
+        teachers: further representations by the name the recipe calls them. Each is shown what ``images`` give: the
+            original image, RGB, upright, on the background of the recipe.
     """
     teachers = teachers or {}
+    if images.background != recipe.views.background:
+        raise MvmrError(
+            f"{images.name} was opened on background {images.background}, and [views] background = "
+            f"{recipe.views.background}: open the images on the recipe's"
+        )
     precision = native_precision(recipe.train.precision, device)
     fabric = launch(device, devices, precision)
     size = (images.native_size or 224) if recipe.views.size is None else recipe.views.size
@@ -104,7 +112,7 @@ def fit(
         views=replace(recipe.views, size=size),
         train=replace(recipe.train, precision=precision),
     )
-    result, preprocess = Path(out), Preprocess.for_size(size)
+    result, preprocess = Path(out), Preprocess.for_size(size, images.background)
     # Refuse what can't be before anything is computed.
     if unused := sorted(set(teachers) - set(recipe.objective.targets)):
         raise MvmrError(f"recipe {recipe.name} has no use for a {unused[0]}: take another, or run `mvmr pretrain`")

@@ -13,6 +13,7 @@ from mvmr.config import assign, parse, read_toml
 from mvmr.encoder import EncoderConfig
 from mvmr.errors import MvmrError, unknown
 from mvmr.objective import ObjectiveConfig
+from mvmr.preprocess import WHITE, check_background
 from mvmr.trainer import TrainConfig
 
 T = TypeVar("T")
@@ -24,6 +25,10 @@ class ViewsConfig:
 
     policy: str = "paper"  # a name or steps of mvmr.views
     size: int | None = None  # pixels; none: the data's own (CIFAR 32, samples 64, STL10 96), 224 for photographs
+    background: tuple[int, int, int] = WHITE  # what transparent images are laid on
+
+    def __post_init__(self) -> None:
+        check_background(self.background)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,7 +64,7 @@ class Policy:
         """
         size = self.preprocess.crop
         if "crop" in self.steps:
-            picture = to_rgb(image)
+            picture = to_rgb(image, self.preprocess.background)
             box = crop_box(picture.width, picture.height, random)
             picture = picture.crop(box).resize((size, size), Image.Resampling.BILINEAR)
         else:
@@ -134,7 +134,7 @@ class Views(Dataset[dict[str, torch.Tensor]]):
         [0, 255], not normalised.
         """
         epoch, index = item
-        image = to_rgb(self.images.load(index))
+        image = self.images.load(index)
         views = {
             "index": torch.tensor(index),
             "original": _channels_first(self.preprocess.image(image)),

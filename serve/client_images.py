@@ -14,7 +14,7 @@ from PIL import Image
 
 from mvmr.data import decoding
 from mvmr.errors import MvmrError
-from mvmr.preprocess import to_rgb
+from mvmr.preprocess import upright
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]
 Images = Iterable[ImageLike] | npt.NDArray[np.uint8]
@@ -47,7 +47,8 @@ class Sent:
 def parts(images: Images, most: int, most_bytes: int) -> Iterator[list[Sent | ImageError]]:
     """Read the images in order and pack them: at most `most` to a part, and `most_bytes` unless one alone is more.
 
-    Paths and bytes stay as they are; PIL images and arrays uint8 [H, W, 3] become PNG, upright and RGB.
+    Paths and bytes stay as they are; PIL images and arrays uint8 [H, W, 3] become PNG, upright, RGB or
+    RGBA: what a transparent image is laid on is the service's to say.
 
     Raises: MvmrError for one image in place of several, or what is no image at all.
     """
@@ -88,7 +89,7 @@ def _read(index: int, image: object) -> Sent | ImageError:
         raise MvmrError(f"the client takes paths, bytes, PIL images and uint8 arrays, {name} is a {kind}")
     try:
         file = io.BytesIO()
-        to_rgb(image).save(file, "PNG", compress_level=1)
+        upright(image).save(file, "PNG", compress_level=1)
     except Exception as error:  # a file that Pillow opened but has not read yet may raise whatever its parsing meets
         return ImageError(index, name, "undecodable", decoding.reason(error))
     return Sent(index, name, file.getvalue())

@@ -70,7 +70,7 @@ KINDS: dict[str, tuple[Callable[[], Image.Image], str, tuple[str, ...]]] = {
     "grey": (lambda: picture().convert("L"), "PNG", ()),
     "black and white": (lambda: picture().convert("1"), "PNG", ()),
     "palette": (lambda: picture().quantize(16), "PNG", ()),
-    "alpha": (see_through, "PNG", ()),
+    "alpha": (see_through, "PNG", ("transparent parts laid on white",)),
     "cmyk": (lambda: picture().convert("CMYK"), "JPEG", ("CMYK colours turned into RGB",)),
     "16-bit png": (sixteen_bits, "PNG", REDUCED),
     "16-bit tiff": (sixteen_bits, "TIFF", REDUCED),

@@ -145,7 +145,7 @@ def test_a_palette_with_transparency_does_not_warn() -> None:
     assert again.mode == "P"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert np.array_equal(np.asarray(to_rgb(again)), np.asarray(image.convert("RGB")))
+        assert np.array_equal(np.asarray(to_rgb(again, None)), np.asarray(image.convert("RGB")))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -6,7 +6,7 @@ from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
-from mvmr.preprocess import to_rgb
+from mvmr.preprocess import upright
 
 # EPS would run Ghostscript on strangers' files, and IPTC holds a file of any other kind and size; the others are
 # recognised by Pillow but need a reader it lacks
@@ -29,13 +29,13 @@ def extensions() -> frozenset[bytes]:
 
 
 def read(path: bytes) -> Image.Image:
-    """Return the image (the first frame of an animation) upright, in mode RGB.
+    """Return the image (the first frame of an animation) upright, in mode RGB, or RGBA where it has alpha.
 
     Raises: what the operating system or Pillow raises; `reason` turns it into words.
     """
     with open(path, "rb") as file, _open(file) as image:
         image.load()
-        return to_rgb(image)
+        return upright(image)
 
 
 def check(path: bytes) -> int:
@@ -48,7 +48,7 @@ def check(path: bytes) -> int:
         # a JPEG is decoded at an eighth of its size: every byte is still read, so a cut file is still found
         image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
         image.load()
-        to_rgb(image)
+        upright(image)
         return short
 
 

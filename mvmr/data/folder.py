@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mvmr.data.checking import Verdicts, check_files
-from mvmr.data.images import ImageSet, Labels, Skipped, Split, digest
+from mvmr.data.images import ImageSet, Labels, Skipped, Split, background_mark, digest
 from mvmr.data.scan import Files, Keys, Scan, printable, scan
 from mvmr.errors import MvmrError
+from mvmr.preprocess import Background
 
 TEST_SHARE = 0.2
 _NAMED = 3  # unreadable files named in an error
@@ -20,10 +21,11 @@ _NAMED = 3  # unreadable files named in an error
 
 @dataclass(frozen=True, kw_only=True)
 class Opening:
-    """How to open: the name as typed, the split, the share of unreadable files allowed, a progress bar or not."""
+    """How to open: the name as typed, split, background, share of unreadable files allowed, a progress bar or not."""
 
     name: str
     split: Split
+    background: Background
     max_unreadable: float
     progress: bool
 
@@ -103,7 +105,10 @@ def _image_set(
         name=opening.name,
         split=opening.split,
         source=files,
-        fingerprint=digest([stamps, *(files.names[int(index)] for index in chosen)]),
+        fingerprint=digest(
+            [stamps, *(files.names[int(index)] for index in chosen), *background_mark(opening.background)]
+        ),
+        background=opening.background,
         read_labels=None if classes is None else partial(folder_labels, files, below, classes),
         classes=None if classes is None else tuple(Keys(classes)),
         short_sides=verdicts.short_sides[chosen],

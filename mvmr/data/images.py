@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from mvmr.preprocess import WHITE, Background, to_rgb
+
 Split = Literal["train", "test", "unlabelled"]
 Labels = npt.NDArray[np.int64]
 
@@ -26,7 +28,10 @@ class Skipped:
 
 
 class Source(Protocol):
-    """Where the images of an `ImageSet` come from; must be picklable, for workers are started with a copy."""
+    """Where the images of an `ImageSet` come from; must be picklable, for workers are started with a copy.
+
+    load: image `index`, upright, in mode RGB, or RGBA where it has alpha
+    """
 
     @property
     def keys(self) -> Sequence[str]: ...
@@ -44,6 +49,7 @@ class ImageSet:
     name: the data as the user typed it, "stl10:/data" or "photos/"
     split: "train", "test" or "unlabelled"
     classes: names of the classes, None when there are no labels
+    background: what shows through transparent images, as a bundle's preprocessing says it
     native_size: side in pixels when all images are squares of one size, else None
     short_sides: int32 [N], the short side of each image in pixels; None when `native_size` says it
     fingerprint: hex sha256 that changes when an image is added, removed, renamed or rewritten
@@ -58,6 +64,7 @@ class ImageSet:
     fingerprint: str
     read_labels: Callable[[], Labels] | None = field(default=None, repr=False)
     classes: tuple[str, ...] | None = None
+    background: Background = WHITE
     native_size: int | None = None
     short_sides: npt.NDArray[np.int32] | None = field(default=None, repr=False)
     skipped: tuple[Skipped, ...] = ()
@@ -67,11 +74,11 @@ class ImageSet:
         return len(self.source.keys) if self.chosen is None else len(self.chosen)
 
     def load(self, index: int) -> Image.Image:
-        """Return image `index` in mode RGB, upright (EXIF orientation applied).
+        """Return image `index` in mode RGB, upright (EXIF orientation applied), laid on the background.
 
         Raises: IndexError outside 0 to N - 1; MvmrError when the file cannot be read (any more).
         """
-        return self.source.load(self._at(index))
+        return to_rgb(self.source.load(self._at(index)), self.background)
 
     @property
     def keys(self) -> Sequence[str]:
@@ -175,6 +182,11 @@ class _Chosen(Sequence[str]):
         if isinstance(index, slice):
             return [self.names[int(i)] for i in self.indices[index]]
         return self.names[int(self.indices[index])]
+
+
+def background_mark(background: Background) -> tuple[bytes, ...]:
+    """What a fingerprint of images that may be transparent holds of their background: without one, nothing."""
+    return () if background is None else (f"background {background}".encode(),)
 
 
 def digest(parts: Iterable[bytes]) -> str:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import get_args
 
@@ -9,6 +10,7 @@ from mvmr.data import samples, standard
 from mvmr.data.folder import Opening, open_folder
 from mvmr.data.images import ImageSet, Split
 from mvmr.errors import MvmrError, nearest, unknown
+from mvmr.preprocess import WHITE, Background, check_background
 
 SAMPLES: dict[str, Callable[[Split], ImageSet]] = {"patches": samples.patches, "digits": samples.digits}
 STANDARD: dict[str, Callable[[str, Opening], ImageSet]] = {
@@ -23,7 +25,12 @@ DEFAULT_ROOT = "data"
 
 
 def open_images(
-    spec: str | os.PathLike[str], split: Split = "train", *, max_unreadable: float = 0.01, progress: bool = False
+    spec: str | os.PathLike[str],
+    split: Split = "train",
+    *,
+    background: Background = WHITE,
+    max_unreadable: float = 0.01,
+    progress: bool = False,
 ) -> ImageSet:
     """Open images by a short description.
 
@@ -31,6 +38,8 @@ def open_images(
         "data"); `sample:patches` or `sample:digits`. A folder called "stl10" is "./stl10".
     split: "train" or "test", with labels where there are any, or "unlabelled": all there is to pretrain on, which is
         "train" wherever the data have a split of their own, with STL10's unlabelled images added
+    background: what shows through transparent images: sRGB in [0, 255]; None shows their hidden colours. For a student,
+        what its bundle's preprocessing says
     max_unreadable: the share of the files, 0 to 1, that may be unreadable; they are left out and listed in `skipped`
     progress: show a progress bar on stderr while the files of a folder are checked for the first time
 
@@ -41,14 +50,16 @@ def open_images(
         raise unknown("split", split, get_args(Split))
     if not 0 <= max_unreadable <= 1:
         raise MvmrError(f"max_unreadable = {max_unreadable} must lie between 0 and 1")
+    check_background(background)
     kind, colon, rest = text.partition(":")
     if kind == "sample" and colon:
         if rest not in SAMPLES:
             raise unknown("sample", text, [f"sample:{name}" for name in SAMPLES])
-        return SAMPLES[rest](split)
-    opening = Opening(name=text, split=split, max_unreadable=max_unreadable, progress=progress)
+        return replace(SAMPLES[rest](split), background=background)
+    opening = Opening(name=text, split=split, background=background, max_unreadable=max_unreadable, progress=progress)
     if kind in STANDARD:
-        return STANDARD[kind](os.path.expanduser(rest or DEFAULT_ROOT), opening)
+        found = STANDARD[kind](os.path.expanduser(rest or DEFAULT_ROOT), opening)
+        return replace(found, background=background)
     if not os.path.exists(os.path.expanduser(text)) and os.sep not in kind:
         known = [*STANDARD, *(f"sample:{name}" for name in SAMPLES)]
         if nearest(text, known) or nearest(kind, known):

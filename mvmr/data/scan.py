@@ -90,7 +90,7 @@ class Files:
         return os.path.join(self.root, self.names[index])
 
     def load(self, index: int) -> Image.Image:
-        """Return the image in mode RGB. Raises: MvmrError when the file cannot be read."""
+        """Return the image in mode RGB or RGBA. Raises: MvmrError when the file cannot be read."""
         try:
             return decoding.read(self.path(index))
         except Exception as error:  # Pillow's plugins raise whatever their parsing meets
