@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 BATCH = 64  # as `mvmr.row_cache.represent` has it: figures equal those of `mvmr report` to the last digit
 TORCH, TENSORRT, SERVICE, TEACHER = "torch", "tensorrt-fp16", "service", "teacher"
+TENSORRT_RTX = "tensorrt-rtx-fp16"
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Written:
 class Encoder:
     """The student under some engine, or the teacher. Threads may share it.
 
-    key: "torch", "onnx-fp32", "onnx-fp16", "onnx-int8", "tensorrt-fp16", "service" or "teacher"
+    key: "torch", "onnx-fp32", "onnx-fp16", "onnx-int8", "tensorrt-fp16", "tensorrt-rtx-fp16", "service" or "teacher"
     label: for people; identity: hex, changes with the weights, the engine and its file
     dim: width D of an embedding, None of a teacher that is not loaded yet
     nbytes: of the file it runs from, None where nobody knows

@@ -12,11 +12,22 @@ import numpy as np
 from PIL import Image
 
 from mvmr import bundle as bundles
-from mvmr.app.encoders import SERVICE, TENSORRT, TORCH, Encoder, Written, device_type, identity_of, in_torch, once
+from mvmr.app.encoders import (
+    SERVICE,
+    TENSORRT,
+    TENSORRT_RTX,
+    TORCH,
+    Encoder,
+    Written,
+    device_type,
+    identity_of,
+    in_torch,
+    once,
+)
 from mvmr.app.served import Served, classified
 from mvmr.bundle import ENCODER, Bundle
 from mvmr.errors import MvmrError, unknown
-from mvmr.export import tensorrt
+from mvmr.export import rtx_provider, tensorrt
 from mvmr.export.contract import EMBEDDING, Precision, artifact
 from mvmr.serve.client import Client
 from mvmr.serve.engine import Engine, Floats, read_heads
@@ -115,8 +126,10 @@ class Engines:
             place, why = artifact(precision), None
             if place not in files:
                 why = f"the bundle has no such file; run `mvmr export {bundle.path} --{option}`, then start again"
-            make = partial(_exported, bundle, precision, provider)
-            self._add(f"onnx-{precision}", f"ONNX {precision}", why, _size(bundle, place), make)
+            key, label = f"onnx-{precision}", f"ONNX {precision}"
+            self._add(
+                key, label, why, _size(bundle, place), partial(_exported, bundle, precision, provider, key, label)
+            )
         engines = [name for name in files if name.endswith(".engine")]
         try:
             if not engines:
@@ -128,6 +141,18 @@ class Engines:
             self._add(TENSORRT, "TensorRT fp16", None, found.path.stat().st_size, partial(_tensorrt, bundle, found))
         except MvmrError as error:
             self._add(TENSORRT, "TensorRT fp16", str(error), None, partial(_tensorrt, bundle, None))
+        self._offer_rtx(bundle)
+
+    def _offer_rtx(self, bundle: Bundle) -> None:
+        place, label, why = artifact("fp16"), "TensorRT for RTX fp16", None
+        try:
+            if place not in bundle.manifest.files:
+                raise MvmrError(f"it runs the fp16 file; run `mvmr export {bundle.path} --fp16`, then start again")
+            rtx_provider.device()
+        except MvmrError as error:
+            why = str(error)
+        make = partial(_exported, bundle, "fp16", rtx_provider.NAME, TENSORRT_RTX, label)
+        self._add(TENSORRT_RTX, label, why, _size(bundle, place), make)
 
     def _add(self, key: str, label: str, why: str | None, nbytes: int | None, make: Callable[[], Encoder]) -> None:
         self.choices += (Choice(key, label, why, nbytes),)
@@ -147,7 +172,7 @@ def _student(bundle: Bundle, device: str) -> Encoder:
     )
 
 
-def _exported(bundle: Bundle, precision: Precision, provider: str) -> Encoder:
+def _exported(bundle: Bundle, precision: Precision, provider: str, key: str, label: str) -> Encoder:
     engine = Engine.load(bundle.path, precision=precision, provider=provider)
     now, place = bundles.load(bundle.path, verify=False), artifact(precision)
     if engine.space_id != bundle.space_id:
@@ -159,10 +184,10 @@ def _exported(bundle: Bundle, precision: Precision, provider: str) -> Encoder:
             rows.append(engine(np.stack(prepared[start : start + engine.at_once])))
         return np.concatenate(rows)
 
-    key, digest = f"onnx-{precision}", now.manifest.files[place]
+    digest = now.manifest.files[place]
     return Encoder(
         key=key,
-        label=f"ONNX {precision}",
+        label=label,
         identity=identity_of(bundle.space_id, key, provider, digest),
         dim=engine.dim,
         nbytes=_size(now, place),

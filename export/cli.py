@@ -16,7 +16,9 @@ from mvmr.progress import say_plan
 @click.option("--onnx", is_flag=True, help="ONNX in float32; what is exported when no format is given.")
 @click.option("--fp16", is_flag=True, help="ONNX in half precision, for GPUs.")
 @click.option("--int8", is_flag=True, help="ONNX in 8 bits, for CPUs.")
-@click.option("--trt", is_flag=True, help="A TensorRT engine in half precision, for this machine's GPU.")
+@click.option(
+    "--trt", is_flag=True, help="A TensorRT engine in half precision, for this machine's GPU; or for RTX cards."
+)
 @click.option("--triton", metavar="DIR", help="A Triton model repository, which the last format is added to.")
 @click.option("--heads", multiple=True, metavar="all|NAME", help="Linear heads whose logits the graph gives, too.")
 @click.option("--data", help="Images to verify with; left out, the test split of what BUNDLE was trained on.")
@@ -30,7 +32,10 @@ from mvmr.progress import say_plan
 @click.option("--workspace-gb", default=4.0, show_default=True, help="GPU memory to build the engine in.")
 @click.option("--rebuild", is_flag=True, help="Build the engine again.")
 @click.option(
-    "--device", default="cpu", show_default=True, help="Where fp32 and fp16 are verified: cpu, cuda, tensorrt."
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="Where fp32 and fp16 are verified: cpu, cuda, tensorrt, tensorrt-rtx.",
 )
 @MAX_UNREADABLE
 def export(bundle: str | None, min_batch: int, opt_batch: int, max_batch: int, **options: Any) -> None:
@@ -44,6 +49,13 @@ def export(bundle: str | None, min_batch: int, opt_batch: int, max_batch: int, *
     say_plan(bundle=path, formats=", ".join(formats))
     reports = run(path, formats=formats, batches=(min_batch, opt_batch, max_batch), progress=True, **options)
     for report in reports.values():
+        if report["passed"] is None:
+            click.echo(
+                f"{path / report['artifact']}  TensorRT for RTX {report['tensorrt_rtx']} builds it in "
+                f"{report['engine_seconds']:.1f} s, an engine of {report['engine_bytes'] / 1e6:.1f} MB; not run: "
+                f"no GPU here. Where there is one: mvmr serve {path} --provider tensorrt-rtx"
+            )
+            continue
         latency = ", ".join(f"{value:.1f} ms at batch {size}" for size, value in report["latency_ms"].items())
         click.echo(
             f"{path / report['artifact']}  {report['bytes'] / 1e6:.1f} MB  cosine {report['cosine_min']:.6f} or more, "

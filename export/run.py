@@ -40,6 +40,7 @@ from mvmr.export.contract import (
 from mvmr.export.drift import first_drift
 from mvmr.export.graph import rounded, to_onnx
 from mvmr.export.images import IMAGES, to_calibrate_with, to_verify_with
+from mvmr.export.rtx_provider import NAME as RTX
 from mvmr.export.session import PROVIDERS, Session, check_provider
 from mvmr.export.verification import LARGEST, Gates, Reference, Report, Run, verify
 from mvmr.files import write_json
@@ -75,7 +76,8 @@ def export(
     """Export a bundle's student and put each artifact into the bundle, beside a report, once it has passed its gate.
 
     Args:
-        formats: of ``onnx`` (fp32), ``fp16``, ``int8`` and ``trt``, which brings fp16 along.
+        formats: of ``onnx`` (fp32), ``fp16``, ``int8`` and ``trt``, which brings fp16 along. Where TensorRT or its GPU
+            is missing and TensorRT for RTX is here, ``trt`` stands for that: see `docs/export.md`.
         heads: names of linear heads to put into the graph, or ``all``.
         data: images to verify with; left out, the test split of what the student was trained on, or all of it.
         calibration: images that int8's ranges are taken from, at least 100; left out, the training data.
@@ -84,7 +86,8 @@ def export(
         triton: folder of a Triton model repository, which the last of the formats is added to.
         batches: the smallest, the usual and the largest batch of an engine; workspace_gb: memory to build it in.
         rebuild: build the engine again even where the bundle has one that fits.
-        device: ``cpu``, ``cuda`` or ``tensorrt``, onnxruntime's provider that fp32 and fp16 are verified on.
+        device: onnxruntime's provider that fp32 and fp16 are verified on: ``cpu``, ``cuda``, ``tensorrt`` or
+            ``tensorrt-rtx``.
 
     Returns:
         The reports by format, as they stand beside the artifacts.
@@ -98,7 +101,7 @@ def export(
     opened = bundles.load(bundle)
     wanted = [name for name in FORMATS if name in formats or (name == "fp16" and "trt" in formats)]
     limits = {name: Gates.of(FORMATS[name], gates) for name in wanted}
-    _check_machine(wanted, opened, batches=batches, triton=triton, device=device)
+    rtx = _check_machine(wanted, opened, batches=batches, triton=triton, device=device)
     served = _heads(opened, heads)
     chosen, drawn = to_verify_with(opened, data, count=images, max_unreadable=max_unreadable, progress=progress)
     ranges = None
@@ -118,7 +121,9 @@ def export(
     )
     reports: dict[str, Report] = {}
     for name in wanted:
-        if name == "trt":
+        if name == "trt" and rtx:
+            reports[name] = work.rtx(batches=batches, workspace_gb=workspace_gb)
+        elif name == "trt":
             reports[name] = work.engine(batches=batches, workspace_gb=workspace_gb, rebuild=rebuild)
         elif name == "int8" and ranges is not None:
             reports[name] = work.int8(ranges)
@@ -182,6 +187,28 @@ class _Work:
             raise self.refuse(report, "its layers can't be looked into; the fp16 ONNX it was built from has passed")
         return self.accept(report, built.to_files(report))
 
+    def rtx(self, *, batches: tuple[int, int, int], workspace_gb: float) -> Report:
+        """Have TensorRT for RTX build the fp16 ONNX; where it finds a GPU, verify the file as it will be served."""
+        from mvmr.export import rtx_build
+
+        place = artifact("fp16")
+        file = bundles.load(self.bundle.path).file(place)
+        model = file.read_bytes()
+        built = rtx_build.build(model, size=self.student.preprocess.crop, batches=batches, workspace_gb=workspace_gb)
+        try:
+            check_provider(RTX)
+        except MvmrError as error:
+            found: Report = {"passed": None, "not_run": str(error)}
+        else:
+            found = self.compare(Session(file, provider=RTX), "trt")
+        report = {**built, **self.describe("trt", found, place, model), "provider": RTX}
+        if report["passed"] is False:
+            raise self.refuse(report, "the same file has passed on the processor")
+        bundles.add_files(self.bundle, {rtx_build.report_name(built["tensorrt_rtx"]): _json(report)})
+        told = f"TensorRT for RTX {built['tensorrt_rtx']} builds it in {built['engine_seconds']:.1f} s"
+        say(f"{self.bundle.path / place}: {told}", shown=self.progress)
+        return report
+
     def graph(self, precision: Precision) -> bytes:
         says = metadata(self.bundle, self.heads, precision)
         say(f"exporting {precision}, opset {self.opset}", shown=self.progress)
@@ -241,8 +268,11 @@ def _check_machine(
     batches: tuple[int, int, int],
     triton: str | os.PathLike[str] | None,
     device: str,
-) -> None:
-    """Refuse what this machine can't do: missing packages, no GPU for an engine or a provider."""
+) -> bool:
+    """Refuse what this machine can't do: missing packages, no GPU for an engine or a provider.
+
+    Returns: whether TensorRT for RTX stands in for TensorRT, which or whose GPU is not here.
+    """
     for package in ("onnxscript", *(["tritonclient"] if triton is not None else [])):
         if find_spec(package) is None:
             error = ModuleNotFoundError(f"No module named {package!r}", name=package)
@@ -250,11 +280,19 @@ def _check_machine(
     if device not in DEVICES:
         raise unknown("device", device, DEVICES)
     check_provider(device)
-    if "trt" in wanted:
-        from mvmr.export import tensorrt
+    if "trt" not in wanted:
+        return False
+    from mvmr.export import rtx_build, tensorrt
 
-        tensorrt.profile(batches, bundle.manifest.preprocessing.crop)
+    tensorrt.profile(batches, bundle.manifest.preprocessing.crop)
+    try:
         tensorrt.package(tensorrt.device())
+    except MvmrError:
+        if not rtx_build.installed() or (triton is not None and wanted[-1] == "trt"):  # Triton takes TensorRT's engines
+            raise
+        rtx_build.package()
+        return True
+    return False
 
 
 def _heads(bundle: Bundle, names: Sequence[str] | str) -> list[Head]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,18 +13,25 @@ import onnxruntime
 
 from mvmr.cores import usable_cores
 from mvmr.errors import MvmrError, unknown
+from mvmr.export import rtx_provider
 from mvmr.export.contract import EMBEDDING, IMAGE, LOGITS
 from mvmr.files import cache_dir
 from mvmr.preprocess import Preprocess
 
 Outputs = dict[str, npt.NDArray[np.float32]]
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    rtx_provider.NAME: rtx_provider.PROVIDER,
+}
 _CURES = {
     "cpu": "pip install --force-reinstall onnxruntime",
     "cuda": "pip install onnxruntime-gpu in place of onnxruntime, with the CUDA and cuDNN it names, or use cpu",
     "tensorrt": "pip install onnxruntime-gpu and the TensorRT major version it was built for (see `ldd` of its "
     "libonnxruntime_providers_tensorrt.so), or use cuda",
+    rtx_provider.NAME: f"{rtx_provider.INSTALL}, or use cpu",
 }
 _ERRORS_ONLY = 4  # of onnxruntime's log: what fails is raised
 
@@ -36,7 +44,8 @@ class Session:
 
     Args:
         model: the file, or its bytes.
-        provider: ``cpu``, ``cuda`` or ``tensorrt``; where it can't be had that is an error, never another one instead.
+        provider: ``cpu``, ``cuda``, ``tensorrt`` or ``tensorrt-rtx``; where it can't be had that is an error, never
+            another one instead.
         threads: of one image batch; None takes all cores of this process.
         options: onnxruntime's options of the provider.
 
@@ -57,7 +66,9 @@ class Session:
             raise unknown("provider", provider, PROVIDERS)
         if isinstance(model, Path) and not model.is_file():
             raise MvmrError(f"{model} is not there; make it with `mvmr export`")
-        self._session = _start(model, self.name, provider, threads, dict(options or _options(provider)))
+        self._session = _start(model, self.name, provider, threads, options)
+        # TensorRT for RTX has compiled for so many images; a larger batch goes through in parts.
+        self._most = rtx_provider.BATCHES[2] if provider == rtx_provider.NAME else None
         self._check_contract()
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         self.heads: dict[str, tuple[str, ...]] = self._read_heads()
@@ -85,7 +96,12 @@ class Session:
         names = [output.name for output in self._session.get_outputs()]
         if not len(images):
             return {name: np.empty((0, width), np.float32) for name, width in self._widths().items()}
-        return dict(zip(names, self._session.run(names, {IMAGE: images}), strict=True))
+        step = self._most or len(images)
+        parts = [
+            self._session.run(names, {IMAGE: images[start : start + step]}) for start in range(0, len(images), step)
+        ]
+        rows = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
+        return dict(zip(names, rows, strict=True))
 
     def _widths(self) -> dict[str, int]:
         return {output.name: output.shape[1] for output in self._session.get_outputs()}
@@ -120,41 +136,57 @@ class Session:
 
 
 def check_provider(provider: str) -> None:
-    """Refuse, in one line with the cure, a provider that this onnxruntime was built without."""
+    """Refuse, in one line with the cure, a provider that this onnxruntime or this machine does not have."""
     if provider not in PROVIDERS:
         raise unknown("provider", provider, PROVIDERS)
-    if PROVIDERS[provider] not in onnxruntime.get_available_providers():
+    if provider == rtx_provider.NAME:  # a plug-in: onnxruntime was built without it, always
+        rtx_provider.device()
+    elif PROVIDERS[provider] not in onnxruntime.get_available_providers():
         raise MvmrError(f"onnxruntime {onnxruntime.__version__} here has no {provider}: {_CURES[provider]}")
 
 
-def _options(provider: str) -> dict[str, str]:
+def _options(provider: str, model: Path | bytes) -> dict[str, str]:
     if provider == "cuda":  # parity with float32 comes first: TF32 rounds every product to 10 bits
         return {"use_tf32": "0"}
-    if provider == "tensorrt":  # else it builds its engine again at every start, for minutes
-        return {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache_dir() / "tensorrt")}
+    if provider == "tensorrt":
+        # Else it builds its engine again at every start, for minutes. It names a cached engine after the names in the
+        # graph, not after the weights (its issue 32254): a student trained again would be given the old one's.
+        content = model if isinstance(model, bytes) else model.read_bytes()
+        folder = cache_dir() / "tensorrt" / hashlib.sha256(content).hexdigest()[:12]
+        return {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(folder)}
     return {}
 
 
 def _start(
-    model: Path | bytes, name: str, provider: str, threads: int | None, options: dict[str, str]
+    model: Path | bytes, name: str, provider: str, threads: int | None, options: Mapping[str, str] | None
 ) -> onnxruntime.InferenceSession:
     check_provider(provider)
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = threads or usable_cores()
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads must not burn a core
     settings.log_severity_level = _ERRORS_ONLY
-    wanted: list[tuple[str, dict[str, str]]] = [(PROVIDERS[provider], options)]
+    wanted = [(PROVIDERS[provider], dict(options or _options(provider, model)))]
     if provider == "tensorrt":
-        wanted.append((PROVIDERS["cuda"], _options("cuda")))
+        wanted.append((PROVIDERS["cuda"], _options("cuda", model)))
+    elif provider == rtx_provider.NAME:
+        # The images' size must be known before it compiles: the file is looked at, and checked, on the processor.
+        rtx_provider.add_to(settings, model, size=Session(model, threads=1).size, options=options or {})
     try:
         session = onnxruntime.InferenceSession(
-            model if isinstance(model, bytes) else str(model), settings, providers=wanted, enable_fallback=0
+            model if isinstance(model, bytes) else str(model),
+            settings,
+            providers=None if provider == rtx_provider.NAME else wanted,  # a plug-in's stand in the settings
+            enable_fallback=0,
         )
     except Exception as error:  # onnxruntime raises a dozen kinds, all of them derived from Exception alone
         reason = " ".join(str(error).split())
         if "opset" in reason:
             known = f"onnxruntime {onnxruntime.__version__} doesn't know the opset of {name}"
             raise MvmrError(f"{known}; upgrade onnxruntime, or export again with --opset 20") from error
+        if "fallback to CPU EP has been explicitly disabled" in reason:
+            raise MvmrError(
+                f"{provider} leaves a part of {name} to the processor; use cpu, or another provider"
+            ) from error
         told = reason.removeprefix("[ONNXRuntimeError] : ")[:200]
         raise MvmrError(f"onnxruntime cannot load {name} on {provider} ({told}); export it again") from error
     # Where a provider's libraries are missing, onnxruntime goes on without it and says nothing.

@@ -1,7 +1,8 @@
-"""Build a TensorRT FP16 engine from the fp16 ONNX, with TensorRT's own builder: 10.x and 11.x by the same calls.
+"""Build a TensorRT FP16 engine from the fp16 ONNX, with TensorRT's own builder: 10.x, 11.x and RTX by the same calls.
 
-Precision comes from the ONNX alone: the network is strongly typed, because TensorRT 11 has no precision flags. Not yet
-run on hardware: see `mvmr.export.tensorrt`.
+Precision comes from the ONNX alone: the network is strongly typed, because TensorRT 11 has no precision flags. The
+tests build with the builder of TensorRT for RTX, which needs no GPU; no engine has run on hardware yet: see
+`mvmr.export.tensorrt`.
 """
 
 import hashlib
@@ -80,35 +81,59 @@ def build(
     Raises: MvmrError for batches out of order, a file that is no fp16 ONNX of mvmr of this size, no CUDA device, no
         TensorRT, a file TensorRT cannot parse, or a build that fails; the last two in TensorRT's own words.
     """
-    wanted, workspace = profile(batches, size), _workspace(workspace_gb)
-    described = _describe(fp16_onnx, size)
+    described = describe(fp16_onnx, size, batches, workspace_gb)
     gpu = device()
     trt = trt or package(gpu)
+    engine, cache = plan(trt, fp16_onnx, size, batches, workspace_gb, timing_cache=timing_cache or b"")
+    sidecar = {
+        "precision": "fp16",
+        **gpu.to_json(),
+        "tensorrt": str(trt.__version__),
+        "engine_sha256": hashlib.sha256(engine).hexdigest(),
+        **described,
+    }
+    return Built(engine=engine, timing_cache=cache, sidecar=sidecar)
+
+
+def describe(fp16_onnx: bytes, size: int, batches: Batches, workspace_gb: float) -> dict[str, Any]:
+    """Return what a sidecar says of an engine whoever builds it: JSON values; refuses what could not become one.
+
+    Raises: MvmrError for batches out of order, no workspace, or a file that is no fp16 ONNX of mvmr of this size.
+    """
+    wanted = profile(batches, size)
+    if not workspace_gb > 0:
+        raise MvmrError(f"a TensorRT workspace of {workspace_gb:g} GiB is too small; give more than 0 (--workspace-gb)")
+    return {
+        "profile": wanted,
+        "workspace_gb": workspace_gb,
+        "onnx_sha256": hashlib.sha256(fp16_onnx).hexdigest(),
+        **_origin(fp16_onnx, size),
+        "mvmr_version": __version__,
+    }
+
+
+def plan(
+    trt: Any, fp16_onnx: bytes, size: int, batches: Batches, workspace_gb: float, *, timing_cache: bytes | None
+) -> tuple[bytes, bytes]:
+    """Have a TensorRT parse the ONNX and build the engine: returns it, and the timing cache.
+
+    timing_cache: kept from an earlier build, b"" for a new one; None builds without, as TensorRT for RTX wants it.
+
+    Raises: MvmrError, in TensorRT's own words, for a file that it cannot parse or a build that fails.
+    """
     log = logger(trt)
     builder = start(trt.Builder, log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     # The parser owns the weights and the builder reads the timing cache: both must live until the engine is built.
     parser = trt.OnnxParser(network, log)
     _parse(parser, fp16_onnx, f"TensorRT {trt.__version__}", log)
-    config = _configure(trt, builder, wanted, workspace, log)
-    cache = _attach_timing_cache(config, timing_cache)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
+    config = _configure(trt, builder, profile(batches, size), int(workspace_gb * 2**30), log)
+    cache = None if timing_cache is None else _attach_timing_cache(config, timing_cache)
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
         cure = f"free GPU memory, lower --max-batch (now {batches[2]}) or raise --workspace-gb (now {workspace_gb:g})"
         raise MvmrError(f"TensorRT {trt.__version__} built no engine: {log.last}; {cure}")
-    engine = bytes(plan)
-    sidecar = {
-        "precision": "fp16",
-        **gpu.to_json(),
-        "tensorrt": str(trt.__version__),
-        "profile": wanted,
-        "workspace_gb": workspace_gb,
-        "onnx_sha256": hashlib.sha256(fp16_onnx).hexdigest(),
-        "engine_sha256": hashlib.sha256(engine).hexdigest(),
-        **described,
-        "mvmr_version": __version__,
-    }
-    return Built(engine=engine, timing_cache=bytes(cache.serialize()), sidecar=sidecar)
+    return bytes(engine), b"" if cache is None else bytes(cache.serialize())
 
 
 def tensorrt_provider_options(cache_folder: Path, batches: Batches, size: int, *, onnx_sha256: str) -> dict[str, str]:
@@ -133,21 +158,17 @@ def tensorrt_provider_options(cache_folder: Path, batches: Batches, size: int, *
 def profile(batches: Batches, size: int) -> dict[str, list[int]]:
     """Return the shapes of the input for the smallest, the tuned and the largest batch: keys min, opt, max.
 
-    Raises: MvmrError when the batches are not in order.
+    Raises: MvmrError when the batches are not in order, or larger than TensorRT counts: it would take 2**33 for 0.
     """
+    if batches[2] >= 2**31:
+        raise MvmrError(f"TensorRT takes batches below {2**31} images, not {batches[2]}; lower --max-batch")
     if not 1 <= batches[0] <= batches[1] <= batches[2]:
         order = "--min-batch, --opt-batch and --max-batch"
         raise MvmrError(f"TensorRT takes batches in the order 1 <= min <= opt <= max, not {batches}; change {order}")
     return {name: [batch, size, size, 3] for name, batch in zip(("min", "opt", "max"), batches, strict=True)}
 
 
-def _workspace(gibibytes: float) -> int:
-    if not gibibytes > 0:
-        raise MvmrError(f"a TensorRT workspace of {gibibytes:g} GiB is too small; give more than 0 (--workspace-gb)")
-    return int(gibibytes * 2**30)
-
-
-def _describe(fp16_onnx: bytes, size: int) -> dict[str, str | None]:
+def _origin(fp16_onnx: bytes, size: int) -> dict[str, str | None]:
     """Return what the ONNX says it is made of, refusing what would become an engine of the wrong kind."""
     import onnx
 
@@ -167,9 +188,14 @@ def _describe(fp16_onnx: bytes, size: int) -> dict[str, str | None]:
 
 def _parse(parser: Any, fp16_onnx: bytes, who: str, log: Any) -> None:
     if not parser.parse(fp16_onnx):
-        said = "; ".join(one_line(parser.get_error(index).desc()) for index in range(parser.num_errors)) or log.last
+        said = "; ".join(_refusal(parser.get_error(index)) for index in range(parser.num_errors)) or log.last
         cure = "install a newer TensorRT, or export with a lower --opset"
         raise MvmrError(f"{who} cannot parse the fp16 ONNX: {said}; {cure}")
+
+
+def _refusal(refused: Any) -> str:
+    # The description alone may be as short as "false".
+    return f"{refused.node_operator()} {refused.node_name()}: {one_line(refused.desc())}"
 
 
 def _configure(trt: Any, builder: Any, wanted: Mapping[str, list[int]], workspace: int, log: Any) -> Any:
@@ -182,8 +208,8 @@ def _configure(trt: Any, builder: Any, wanted: Mapping[str, list[int]], workspac
     return config
 
 
-def _attach_timing_cache(config: Any, kept: bytes | None) -> Any:
-    cache = config.create_timing_cache(kept or b"")
+def _attach_timing_cache(config: Any, kept: bytes) -> Any:
+    cache = config.create_timing_cache(kept)
     if cache is None or not config.set_timing_cache(cache, False):
         # Timed on another GPU or by another TensorRT: begin again.
         cache = config.create_timing_cache(b"")

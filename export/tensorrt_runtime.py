@@ -41,7 +41,8 @@ def device() -> Device:
         why = f" ({one_line(caught[0].message)})" if caught else ""
         raise MvmrError(
             f"TensorRT needs an NVIDIA GPU and its driver, and torch finds no CUDA device here{why}; build the engine "
-            "where there is one, or use `mvmr export --fp16`: onnxruntime's CUDA provider runs that without TensorRT"
+            "where there is one, or use `mvmr export --fp16`: onnxruntime's CUDA provider runs that without TensorRT, "
+            "and TensorRT for RTX (pip install 'mvmr[rtx]') builds from it when it starts"
         )
     card = torch.cuda.get_device_properties(torch.cuda.current_device())
     return Device(

@@ -23,14 +23,17 @@ from mvmr import __version__
 from mvmr.cores import usable_cores
 from mvmr.errors import EXTRAS
 from mvmr.files import cache_dir
+from mvmr.tensorrt_check import TensorRT, data_centre, rtx
 
 # Import name -> distribution name, where they differ.
 DISTRIBUTIONS = {
     "faiss": "faiss-cpu",
     "lightning_fabric": "lightning-fabric",
+    "onnxruntime_ep_nv_tensorrt_rtx": "onnxruntime-ep-nv-tensorrt-rtx-cu13",
     "open_clip": "open_clip_torch",
     "skimage": "scikit-image",
     "sklearn": "scikit-learn",
+    "tensorrt_rtx_bindings": "tensorrt-rtx-cu13-bindings",
     "umap": "umap-learn",
 }
 
@@ -96,7 +99,8 @@ class Report:
     """All that `examine` found.
 
     A version is None where the package is missing, a command's entry what it lacks (None: ready),
-    `onnxruntime` its providers, `tensorrt` its version (None: not installed), `problems` what is there and broken.
+    `onnxruntime` its providers, `tensorrt` that of data centres, `tensorrt_rtx` that of RTX cards, `problems` what is
+    there and broken.
     """
 
     mvmr: str
@@ -104,7 +108,8 @@ class Report:
     devices: tuple[Device, ...]
     extras: dict[str, dict[str, str | None]]
     onnxruntime: tuple[str, ...] | None
-    tensorrt: str | None
+    tensorrt: TensorRT
+    tensorrt_rtx: TensorRT
     cache: Cache
     commands: dict[str, str | None]
     problems: tuple[str, ...]
@@ -120,7 +125,8 @@ def examine() -> Report:
         devices=_devices(problems),
         extras=extras,
         onnxruntime=_onnx_providers(problems),
-        tensorrt=_version("tensorrt"),
+        tensorrt=data_centre(_version("tensorrt")),
+        tensorrt_rtx=rtx(),
         cache=_cache(),
         commands={command: _lacks(extra, extras) for command, extra in NEEDS.items()},
         problems=tuple(problems),
@@ -244,7 +250,9 @@ def _show(report: Report, console: Console) -> None:
     if not report.devices:
         facts.add_row("accelerator", "none found; training runs on the processor")
     facts.add_row("onnxruntime", "not installed" if report.onnxruntime is None else ", ".join(report.onnxruntime))
-    facts.add_row("TensorRT", report.tensorrt or "not installed; `mvmr export --trt` takes it and an NVIDIA GPU")
+    # Text, not a string: rich would read the brackets of `mvmr[rtx]` as markup.
+    facts.add_row("TensorRT", Text(str(report.tensorrt)))
+    facts.add_row("TensorRT for RTX", Text(str(report.tensorrt_rtx)))
     state = "" if cache.writable else ", NOT WRITABLE: set MVMR_CACHE to another folder"
     facts.add_row("cache", f"{cache.path}, {_gigabytes(cache.free)} free{state}")
     console.print(facts)

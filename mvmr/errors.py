@@ -54,6 +54,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "export": ("onnx", "onnxscript", "tritonclient"),
     "app": ("gradio", "plotly", "umap"),
     "s3": ("s3fs",),
+    "rtx": ("onnxruntime_ep_nv_tensorrt_rtx", "tensorrt_rtx_bindings"),
 }
 
 

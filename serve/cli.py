@@ -20,7 +20,7 @@ _ENV = {"auto_envvar_prefix": "MVMR"}
 @click.option(
     "--precision", help="fp32, fp16 or int8; left out, int8 on a processor, fp16 on a GPU, where there is one."
 )
-@click.option("--provider", default="cpu", show_default=True, help="cpu, cuda or tensorrt, of onnxruntime.")
+@click.option("--provider", default="cpu", show_default=True, help="cpu, cuda, tensorrt or tensorrt-rtx.")
 @click.option("--workers", type=click.IntRange(1), help="Batches at a time; left out, one to a core, one on a GPU.")
 @click.option("--threads", type=click.IntRange(1), help="Threads to a batch; left out, the cores among the workers.")
 @click.option("--decode-threads", type=click.IntRange(1), help="Threads that decode; all cores when left out.")

@@ -31,10 +31,12 @@ PREFERRED: dict[str, tuple[Precision, ...]] = {
     "cpu": ("int8", "fp32"),
     "cuda": ("fp16", "fp32"),
     "tensorrt": ("fp16", "fp32"),
+    "tensorrt-rtx": ("fp16", "fp32"),
 }
 # Largest relative error of the canary's embedding: another processor may round otherwise, a broken engine does worse.
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 3e-2, "int8": 0.1}
-_AT_ONCE = {"cpu": 4, "cuda": 32, "tensorrt": 32}  # on a processor larger batches bring nothing (docs/export.md)
+# On a processor larger batches bring nothing (docs/export.md).
+_AT_ONCE = {"cpu": 4, "cuda": 32, "tensorrt": 32, "tensorrt-rtx": 32}
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +74,7 @@ class Engine:
         Args:
             precision: ``fp32``, ``fp16`` or ``int8``; None takes int8 on a processor and fp16 on a GPU where the bundle
                 has them, else fp32.
-            provider: ``cpu``, ``cuda`` or ``tensorrt``, of onnxruntime; never another one instead.
+            provider: ``cpu``, ``cuda``, ``tensorrt`` or ``tensorrt-rtx``, of onnxruntime; never another one instead.
             threads: of one batch; None takes all cores of this process.
 
         Raises: MvmrError for a bundle that is not there or damaged (naming the file), nothing exported, or a provider

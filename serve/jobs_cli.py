@@ -11,7 +11,7 @@ from mvmr.progress import say_plan
 
 ENGINE = options(
     click.option("--precision", help="fp32, fp16 or int8; left out, int8 on a processor, fp16 on a GPU, where it is."),
-    click.option("--provider", default="cpu", show_default=True, help="cpu, cuda or tensorrt, of onnxruntime."),
+    click.option("--provider", default="cpu", show_default=True, help="cpu, cuda, tensorrt or tensorrt-rtx."),
     click.option("--threads", type=click.IntRange(1), help="Cores of the processor that embed; all when left out."),
 )
 

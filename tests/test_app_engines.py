@@ -24,7 +24,7 @@ from mvmr.bundle import Bundle
 from mvmr.data import ImageSet, open_images
 from mvmr.distillation.teacher import Teacher
 from mvmr.errors import MvmrError
-from mvmr.export import tensorrt
+from mvmr.export import rtx_provider, tensorrt
 from mvmr.export.contract import artifact
 from mvmr.row_cache import represent
 from mvmr.serve.client import Client
@@ -33,10 +33,11 @@ from mvmr.serve.engine import Engine
 from tests import serving
 from tests.test_distill_report import a_bundle
 from tests.test_distill_teacher import SMALL, build, write_folder
+from tests.test_export_rtx import Plugin
 from tests.test_export_tensorrt import DIM, SIDE, Double, card, fp16, made, with_engine  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
-KEYS = ["torch", "onnx-fp32", "onnx-fp16", "onnx-int8", "tensorrt-fp16"]
+KEYS = ["torch", "onnx-fp32", "onnx-fp16", "onnx-int8", "tensorrt-fp16", "tensorrt-rtx-fp16"]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,8 @@ def test_every_engine_is_listed_and_what_is_not_there_says_how_to_make_it(traine
     assert engines.default == "torch"
     assert choices["torch"].why is None
     assert choices["torch"].nbytes == (trained.path / "encoder.safetensors").stat().st_size
-    for key, option in {"onnx-fp32": "onnx", "onnx-fp16": "fp16", "onnx-int8": "int8", "tensorrt-fp16": "trt"}.items():
+    options = {"onnx-fp32": "onnx", "onnx-fp16": "fp16", "onnx-int8": "int8", "tensorrt-fp16": "trt"}
+    for key, option in {**options, "tensorrt-rtx-fp16": "fp16"}.items():
         why = choices[key].why
         assert why is not None
         assert f"`mvmr export {trained.path} --{option}`" in why
@@ -243,6 +245,29 @@ def test_an_engine_of_tensorrt_for_another_machine_says_so(
     assert said.endswith(f"mvmr export {bundle.path} --trt --rebuild")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "TensorRT needs an NVIDIA GPU" in refused(Engines(bundle).get, "tensorrt-fp16")
+
+
+def test_tensorrt_for_rtx_runs_the_fp16_file_or_says_what_it_lacks(
+    exported: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(exported.path, tmp_path / "student")
+    content = exported.file(artifact("fp32")).read_bytes()
+    bundle = bundles.add_files(bundles.load(tmp_path / "student"), {artifact("fp16"): content})
+    key = "tensorrt-rtx-fp16"
+    with monkeypatch.context() as patch:
+        patch.setattr(rtx_provider, "version", lambda: None)
+        assert "can't be had: the provider tensorrt-rtx is not installed here" in refused(Engines(bundle).get, key)
+    plugin = Plugin(monkeypatch, tmp_path / "site")
+    engines = Engines(bundle)
+    (choice,) = (each for each in engines.choices if each.key == key)
+    assert choice.label == "TensorRT for RTX fp16"
+    assert choice.nbytes == bundle.file(artifact("fp16")).stat().st_size
+    encoder, other = engines.get(key), engines.get("onnx-fp16")
+    assert ("session", "1") in plugin.calls
+    pictures = [serving.photograph().rotate(9 * number) for number in range(3)]
+    np.testing.assert_allclose(encoder.embed(pictures), other.embed(pictures), rtol=1e-4, atol=1e-4)
+    assert plugin.runs == [3]
+    assert encoder.identity != other.identity
 
 
 # -- a service

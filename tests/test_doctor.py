@@ -11,6 +11,9 @@ from click.testing import CliRunner
 from mvmr.cli import COMMANDS, main
 from mvmr.doctor import NEEDS, examine
 from mvmr.errors import EXTRAS
+from mvmr.export import rtx_build, rtx_provider
+from mvmr.tensorrt_check import TensorRT, data_centre
+from tests import tensorrt_rtx
 
 
 def test_every_command_is_examined() -> None:
@@ -46,9 +49,37 @@ def test_an_install_without_torch_is_told_what_to_install(monkeypatch: pytest.Mo
     assert found["commands"]["distill"].endswith("pip install 'mvmr[train]'")
     shown = CliRunner().invoke(main, ["doctor"])
     assert shown.exit_code == 0
-    if found["tensorrt"] is None:
+    if found["tensorrt"]["version"] is None:
         assert "mvmr export --trt" in " ".join(shown.stdout.split())
     assert "mvmr[train]" in shown.stdout
+
+
+def test_each_tensorrt_says_what_it_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensorrt_rtx.needed()
+    rtx = examine().tensorrt_rtx
+    assert rtx.version == rtx_provider.version()
+    assert rtx.export is None  # takes no GPU
+    monkeypatch.setattr(rtx_build, "bindings_version", lambda: "1.6.0.9")
+    assert "which don't fit it" in str(examine().tensorrt_rtx.export)
+    shown = " ".join(CliRunner().invoke(main, ["doctor"]).stdout.split())
+    assert f"TensorRT for RTX │ {rtx.version}" in shown
+    assert "1.6.0.9" in shown
+    for package in (rtx_provider.PACKAGE, rtx_build.BINDINGS):
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(rtx_build, "bindings_version", lambda: None)
+    assert "not installed: pip install 'mvmr[rtx]'" in str(examine().tensorrt_rtx)
+    assert str(TensorRT(version="11.4.0", export=None, serve="lacks a GPU")) == (
+        "11.4.0\nexport: ready\nserve: lacks a GPU"
+    )
+
+
+def test_the_data_centres_tensorrt_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["TensorrtExecutionProvider"])
+    found = data_centre("11.4.0.106")
+    assert found.version == "11.4.0.106"
+    assert "torch finds no CUDA device" in str(found.export)
+    assert found.serve is None
 
 
 def test_broken_packages_are_reported_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """`export` puts into the bundle what does as torch does, and nothing else, whatever goes wrong on the way."""
 
+import ctypes.util
 import json
 import os
 import shutil
@@ -25,12 +26,13 @@ from mvmr.bundle import Bundle
 from mvmr.data import open_images
 from mvmr.encoder import Architecture, EncoderConfig, build_encoder
 from mvmr.errors import MvmrError
-from mvmr.export import graph, run
+from mvmr.export import graph, rtx_build, rtx_provider, run
 from mvmr.export.cli import export as command
 from mvmr.export.images import to_calibrate_with, to_verify_with
 from mvmr.export.run import export
 from mvmr.export.session import Session
 from mvmr.preprocess import Preprocess
+from tests import tensorrt_rtx
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 
@@ -360,9 +362,28 @@ def test_an_engine_without_a_gpu_is_refused(
     path: Path, nothing_computed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for package in (rtx_provider.PACKAGE, rtx_build.BINDINGS):
+        monkeypatch.setitem(sys.modules, package, None)
     message = refused(path, formats=["trt"])
     assert "no CUDA device here" in message
     assert "mvmr export --fp16" in message
+    assert "pip install 'mvmr[rtx]'" in message
+
+
+def test_tensorrt_for_rtx_without_its_bindings_is_refused(
+    path: Path, nothing_computed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensorrt_rtx.needed()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, rtx_build.BINDINGS, None)
+    assert "is here without its Python bindings: pip install" in refused(path, formats=["trt"])
+
+
+def test_triton_takes_no_tensorrt_for_rtx(
+    path: Path, nothing_computed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA device here" in refused(path, formats=["trt"], triton=tmp_path / "models")
 
 
 def test_damaged_weights_are_refused(path: Path, nothing_computed: None) -> None:
@@ -449,7 +470,7 @@ def test_int8_is_calibrated_on_training_images(path: Path) -> None:
     assert not {*images.keys} & {*to_verify_with(bundles.load(path))[0].keys}
 
 
-# Engines and Triton
+# Engines
 
 
 class Double:
@@ -519,6 +540,84 @@ def test_an_engine_that_drifts_is_not_put_in_place(path: Path, monkeypatch: pyte
     assert message.startswith(f"{double.NAME} does not do what torch does: cosine_min")
     assert not bundles.load(path).manifest.files.keys() & {double.NAME, double.TIMING_CACHE}
     assert f"{FP16}.onnx" in bundles.load(path).manifest.files
+
+
+# TensorRT for RTX
+
+
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensorrt_rtx.needed()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_without_a_gpu_tensorrt_for_rtx_builds_what_has_been_verified(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_gpu(monkeypatch)
+    if ctypes.util.find_library("cuda"):
+        pytest.skip("this machine has an NVIDIA driver")
+    result = CliRunner().invoke(command, [str(path), "--trt", "--images", "16"])
+    assert result.exit_code == 0, result.output
+    fp16, rtx = result.stdout.splitlines()
+    assert fp16.startswith(f"{path / FP16}.onnx  22.4 MB  cosine 0.9999")
+    assert rtx.startswith(f"{path / FP16}.onnx  TensorRT for RTX 1.7.")
+    assert rtx.endswith(f"not run: no GPU here. Where there is one: mvmr serve {path} --provider tensorrt-rtx")
+    bundle = bundles.load(path)
+    (name,) = (name for name in bundle.manifest.files if name.startswith("trt/"))
+    assert name == f"trt/encoder.fp16.rtx{rtx_provider.version()}.json"
+    said = json.loads(bundle.file(name).read_text())
+    assert (said["passed"], said["artifact"], said["provider"]) == (None, f"{FP16}.onnx", "tensorrt-rtx")
+    assert said["onnx_sha256"] == said["sha256"] == bundle.manifest.files[f"{FP16}.onnx"]
+    assert said["bundle_space_id"] == bundle.space_id
+    assert said["profile"]["max"] == [64, 32, 32, 3]
+    assert said["bytes"] < said["engine_bytes"] < 1.25 * said["bytes"]
+    assert "needs an NVIDIA GPU and its driver" in said["not_run"]
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.1])
+def test_with_a_gpu_it_is_verified_as_it_is_served(path: Path, wrong: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_gpu(monkeypatch)  # to torch: the plug-in finds one
+    real, providers = Session, []
+
+    def session(model: Path | bytes, *, provider: str = "cpu") -> Any:
+        providers.append(provider)
+        run = real(model)
+        if provider == "cpu":
+            return run
+        shift = wrong * np.arange(512, dtype=np.float32)
+        return lambda images: {name: rows + shift for name, rows in run(images).items()}
+
+    monkeypatch.setattr(run, "Session", session)
+    monkeypatch.setattr(run, "check_provider", lambda provider: None)
+    report_of = f"trt/encoder.fp16.rtx{rtx_provider.version()}.json"
+    if wrong:
+        assert "does not do what torch does: cosine_min" in refused(path, formats=["trt"], images=16)
+        assert report_of not in bundles.load(path).manifest.files
+    else:
+        found = export(path, formats=["trt"], images=16)["trt"]
+        assert found["passed"] is True
+        assert found["cosine_min"] > 0.9999
+        assert report_of in bundles.load(path).manifest.files
+    assert providers[-1] == "tensorrt-rtx"
+
+
+def test_an_operator_that_tensorrt_for_rtx_lacks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_gpu(monkeypatch)
+    real = rtx_build.plan
+
+    def planted(trt: Any, fp16: bytes, *arguments: Any, **options: Any) -> Any:
+        model = onnx.ModelProto.FromString(fp16)
+        next(node for node in model.graph.node if node.op_type == "Relu").op_type = "Rot13"
+        return real(trt, model.SerializeToString(), *arguments, **options)
+
+    monkeypatch.setattr(rtx_build, "plan", planted)
+    assert "cannot parse the fp16 ONNX: Rot13 " in refused(path, formats=["trt"], images=16)
+    files = bundles.load(path).manifest.files
+    assert f"{FP16}.onnx" in files  # which had passed, and other providers run it
+    assert not [name for name in files if name.startswith("trt/")]
+
+
+# Triton
 
 
 @pytest.mark.slow

@@ -154,6 +154,27 @@ def test_a_silent_fall_back_to_the_cpu_is_an_error(provider: str, monkeypatch: p
     assert f"fell back to CPUExecutionProvider from {provider}: pip install" in refusal(a_model(), provider=provider)
 
 
+def test_onnxruntimes_tensorrt_keeps_the_engines_of_each_file_apart(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It names them after the graph: a student trained again would be given the old one's."""
+    real, names, folders = onnxruntime.InferenceSession, ["TensorrtExecutionProvider", "CUDAExecutionProvider"], []
+
+    def recorded(model: bytes, settings: Any, *, providers: Any, **_: Any) -> Any:
+        assert [name for name, _ in providers] == names
+        folders.append(providers[0][1]["trt_engine_cache_path"])
+        session = real(model, settings, providers=["CPUExecutionProvider"])
+        session.get_providers = lambda: names
+        return session
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", recorded)
+    for model in (a_model(), a_model(), a_model(metadata={**METADATA, "bundle_hash": "1"})):
+        Session(model, provider="tensorrt")
+    assert folders[0] == folders[1] != folders[2]
+    assert {Path(folder).parent for folder in folders} == {cache / "tensorrt"}
+
+
 def test_threads_are_as_asked_and_never_spin(monkeypatch: pytest.MonkeyPatch) -> None:
     real, seen = onnxruntime.InferenceSession, []
 

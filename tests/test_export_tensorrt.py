@@ -1,6 +1,7 @@
-"""TensorRT engines: the calls made, on a double; their names, in TensorRT's bindings; their effect, on a GPU if any.
+"""TensorRT engines: built by NVIDIA's own builder without a GPU; loaded and run on a double; for real on a GPU if any.
 
-What runs without a GPU shows that the calls are those intended and that they exist, not that TensorRT obeys them.
+The builder is that of TensorRT for RTX. What only a GPU shows, a timing cache that fits, an engine that loads and what
+it computes, runs on the double: that shows that the calls are those intended and exist, not that TensorRT obeys.
 """
 
 import ast
@@ -22,6 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
@@ -31,10 +33,13 @@ from mvmr.bundle import Bundle
 from mvmr.data import open_images
 from mvmr.encoder import EncoderConfig, build_encoder
 from mvmr.errors import MvmrError
-from mvmr.export import tensorrt, tensorrt_build, tensorrt_runtime
+from mvmr.export import rtx_build, tensorrt, tensorrt_build, tensorrt_runtime
+from mvmr.export.graph import to_onnx
+from mvmr.head import Head
 from mvmr.manifest import Manifest
 from mvmr.preprocess import Preprocess
 from mvmr.student import Student
+from tests import tensorrt_rtx
 
 SIDE, DIM = 4, 5
 VERSION = "11.4.0.106"
@@ -107,26 +112,14 @@ class Builder(Recorded):
     def create_optimization_profile(self) -> IOptimizationProfile:
         return IOptimizationProfile(self._double)
 
-    def build_serialized_network(self, network: INetworkDefinition, config: IBuilderConfig) -> IHostMemory | None:
-        plan = self._called("build_serialized_network", answer=b"the plan")
-        self._double.say("Error Code 2: no\nimplementation")
-        return None if plan is None else IHostMemory(self._double, plan)
-
-
-class ParserError(Recorded):
-    def desc(self) -> str:
-        return "Unsupported operator:\n  Rot13"
+    def build_serialized_network(self, network: INetworkDefinition, config: IBuilderConfig) -> IHostMemory:
+        self._called("build_serialized_network")
+        return IHostMemory(self._double, b"the plan")
 
 
 class OnnxParser(Recorded):
-    num_errors = 1
-
     def parse(self, model: bytes) -> bool:
         return self._called("parse", hashlib.sha256(model).hexdigest(), answer=True)
-
-    def get_error(self, index: int) -> ParserError:
-        assert index == 0
-        return ParserError(self._double)
 
 
 class ICudaEngine(Recorded):
@@ -237,7 +230,7 @@ class Double:
         return kind(self)
 
 
-RECORDED = (IHostMemory, ITimingCache, IOptimizationProfile, IBuilderConfig, INetworkDefinition, Builder, ParserError)
+RECORDED = (IHostMemory, ITimingCache, IOptimizationProfile, IBuilderConfig, INetworkDefinition, Builder)
 RECORDED += (OnnxParser, ICudaEngine, IExecutionContext, Runtime, ILogger)
 
 
@@ -357,13 +350,11 @@ def test_a_damaged_timing_cache_is_replaced(card):
 @pytest.mark.parametrize(
     ("answers", "texts"),
     [
-        ({"parse": False}, ["cannot parse the fp16 ONNX: Unsupported operator: Rot13", "--opset"]),
-        ({"build_serialized_network": None}, ["built no engine: Error Code 2: no implementation;", "--max-batch"]),
         ({"add_optimization_profile": -1}, ["refuses the input shapes [[1, 4, 4, 3], [8, 4, 4, 3], [64, 4, 4, 3]]"]),
         ({"Builder": None}, ["cannot start on this GPU", "nvidia-smi"]),
     ],
 )
-def test_a_build_that_fails_says_what_tensorrt_said(answers, texts, card):
+def test_what_our_builder_never_does_is_told_too(answers, texts, card):
     message = refusal(tensorrt.build, fp16(), size=SIDE, trt=Double(**answers))
     assert all(text in message for text in texts), message
 
@@ -373,6 +364,7 @@ def test_a_build_that_fails_says_what_tensorrt_said(answers, texts, card):
     [
         (fp16(), {"batches": (8, 1, 64)}, "1 <= min <= opt <= max, not (8, 1, 64)"),
         (fp16(), {"batches": (0, 1, 1)}, "--min-batch"),
+        (fp16(), {"batches": (1, 8, 2**33)}, "below 2147483648 images, not 8589934592; lower --max-batch"),
         (fp16(), {"workspace_gb": 0}, "--workspace-gb"),
         (fp16(), {"workspace_gb": float("nan")}, "--workspace-gb"),
         (fp16(), {"size": 224}, "takes images of [4, 4, 3], not [224, 224, 3]"),
@@ -636,6 +628,85 @@ def test_the_provider_of_onnxruntime_gets_a_folder_to_each_onnx_file(tmp_path):
     assert other["trt_engine_cache_path"] != options["trt_engine_cache_path"]
 
 
+# NVIDIA's own builder, without a GPU
+
+
+@pytest.fixture(scope="module")
+def resnet18() -> bytes:
+    student = small_student()
+    weight, bias = np.ones((3, 512), np.float32), np.zeros(3, np.float32)
+    head = Head(name="x", weight=weight, bias=bias, classes=("a", "b", "c"), metrics={})
+    return to_onnx(student, [head], precision="fp16", metadata={"precision": "fp16"})
+
+
+@pytest.fixture
+def rtx(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The bindings of TensorRT for RTX, in which timing caches are deprecated and do nothing."""
+    tensorrt_rtx.needed()
+    monkeypatch.setattr(tensorrt_build, "device", lambda: tensorrt_rtx.NO_GPU)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Use Deprecated in TensorRT-RTX", DeprecationWarning)
+        yield rtx_build.package()
+
+
+def planted(model: bytes, operator: str, domain: str = "") -> bytes:
+    """The model with its second ReLU replaced by an operator that TensorRT does not have."""
+    graph = onnx.load_model_from_string(model)
+    node = [node for node in graph.graph.node if node.op_type == "Relu"][1]
+    node.op_type, node.domain, node.name = operator, domain, "planted"
+    if domain:
+        graph.opset_import.append(helper.make_opsetid(domain, 1))
+    return graph.SerializeToString()
+
+
+def holds_half_precision_weights(engine: int, model: bytes) -> bool:
+    return 0.95 * len(model) < engine < 1.25 * len(model)
+
+
+def test_tensorrts_own_builder_takes_a_resnet18(resnet18, rtx):
+    built = tensorrt.build(resnet18, size=32, trt=rtx)
+    assert holds_half_precision_weights(len(built.engine), resnet18)
+    assert all(name in built.engine for name in (b"image", b"embedding", b"logits_x"))
+    assert built.sidecar["tensorrt"] == rtx.__version__
+    assert built.sidecar["engine_sha256"] == sha256(built.engine)
+    other = tensorrt.build(resnet18, size=32, batches=(2, 3, 200), timing_cache=b"junk", trt=rtx)
+    assert other.sidecar["profile"]["max"] == [200, 32, 32, 3]
+    assert other.engine != built.engine
+
+
+@pytest.mark.slow
+def test_tensorrts_own_builder_takes_a_resnet50_at_224_pixels(rtx):
+    encoder = build_encoder(EncoderConfig(architecture="resnet50"))
+    student = Student(encoder, Preprocess.for_size(224), dim=2048, name="large", identity="0" * 32)
+    model = to_onnx(student, precision="fp16", metadata={"precision": "fp16"})
+    assert holds_half_precision_weights(len(tensorrt.build(model, size=224, trt=rtx).engine), model)
+
+
+def test_the_data_centres_bindings_take_our_calls(resnet18, tmp_path):
+    (tmp_path / "m.onnx").write_bytes(resnet18)
+    built = tensorrt_rtx.build_under_data_centre_bindings(tmp_path, tmp_path / "m.onnx", 32)
+    assert built["tensorrt"] == VERSION
+    assert holds_half_precision_weights(built["bytes"], resnet18)
+
+
+@pytest.mark.parametrize(
+    ("operator", "domain", "text"),
+    [("Rot13", "mvmr.test", "Plugin not found"), ("Rot13", "", "Plugin not found"), ("Det", "", "Det planted: false")],
+)
+def test_an_operator_that_tensorrt_lacks_is_named_in_its_words(operator, domain, text, resnet18, rtx):
+    message = refusal(tensorrt.build, planted(resnet18, operator, domain), size=32, trt=rtx)
+    assert f"TensorRT {rtx.__version__} cannot parse the fp16 ONNX: {operator} planted: " in message
+    assert text in message
+    assert "--opset" in message
+
+
+def test_a_build_without_memory_says_so(resnet18, rtx):
+    message = refusal(tensorrt.build, resnet18, size=32, workspace_gb=1e-9, trt=rtx)
+    assert "built no engine: " in message
+    assert "OutOfMemory" in message
+    assert "raise --workspace-gb (now 1e-09)" in message
+
+
 # Names and arguments, against the published bindings (data/tensorrt_api.json, made by tensorrt_surface.py)
 
 
@@ -700,6 +771,7 @@ OBJECTS = {
     "config": "IBuilderConfig",
     "shapes": "IOptimizationProfile",
     "cache": "ITimingCache",
+    "refused": "ParserError",
     "engine": "ICudaEngine",
     "context": "IExecutionContext",
     "self._engine": "ICudaEngine",
@@ -748,8 +820,6 @@ def cosines(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 @pytest.mark.gpu
 def test_gpu_a_real_engine_gives_what_torch_gives(tmp_path, record_property):
     pytest.importorskip("tensorrt", reason="TensorRT is not installed, or its libraries are not", exc_type=ImportError)
-    from mvmr.export.graph import to_onnx
-
     student, data = small_student(), open_images("sample:patches", "train")
     images = np.stack([student.preprocess.image(data.load(index)) for index in range(64)])
     wanted = student.embed(images).numpy()

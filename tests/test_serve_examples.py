@@ -176,7 +176,7 @@ ENVIRONMENT = {
 
 def test_all_code_is_run_but_what_needs_a_gpu_or_containers() -> None:
     others = [text for tag, text, _ in blocks() if not tag.endswith((" run", " start"))]
-    assert [text for text in others if not re.search(r"gpu|docker|^kind: Deployment$", text, re.M)] == []
+    assert [text for text in others if not re.search(r"gpu|rtx|docker|^kind: Deployment$", text, re.M)] == []
     assert len(EXAMPLES) + len(others) < len(list(blocks()))  # there are starts
 
 
