@@ -105,9 +105,9 @@ def measure(key: dict[str, Any], trial: Trial | None) -> dict[str, Any]:
     epochs = SETS[key["set"]].epochs * trial.epochs
     where = [f"train.seed={seed}", f"train.epochs={epochs}", f"views.size={key['size']}"]
     recipe = parse(Recipe, assign(COMMON, [*trial.assign.split(), *where]), where="trial")
-    if teacher is not None and trial.teacher is not None:
-        teacher = trial.teacher(teacher, train)
-    teachers: dict[str, Pretrained] = {} if teacher is None else {"teacher": teacher}
+    teachers: dict[str, Pretrained] = {}
+    if teacher is not None:
+        teachers = {name: change(teacher, train) for name, change in trial.teachers.items()}
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as patches:
         observed = partial(Observed, steps=recipe.train.steps(len(train)), **trial.objective)

@@ -81,6 +81,20 @@ class Unit:
         return torch.nn.functional.normalize(self._teacher(batch))
 
 
+class Standardised:
+    """A teacher whose embeddings have mean 0 and deviation 1 in every dimension, over ``rows``, [N, K] of them."""
+
+    def __init__(self, teacher: Pretrained, rows: np.ndarray) -> None:
+        self.name, self.weights, self.prepare = teacher.name, teacher.weights, teacher.prepare
+        self.identity = hashlib.sha256(f"{teacher.identity} standardised".encode() + rows.tobytes()).hexdigest()
+        self._teacher = teacher
+        self._mean, std = (torch.from_numpy(f(rows, 0, np.float64)).float() for f in (np.mean, np.std))
+        self._std = std.clamp(min=1e-6)
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        return (self._teacher(batch) - self._mean) / self._std
+
+
 class Whitened:
     """A teacher whose embeddings are rotated to principal axes, of which the first ``width`` get unit variance.
 

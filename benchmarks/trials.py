@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from teachers import EfficientNetLite, Unit, Whitened, stand_in
+from teachers import EfficientNetLite, Standardised, Unit, Whitened, stand_in
 
 from mvmr.data import ImageSet, open_images
 from mvmr.data.images import Arrays, digest
@@ -23,6 +23,7 @@ from mvmr.row_cache import represent
 DATA = Path(__file__).resolve().parents[1] / "data"
 _LARGEST = 260  # pixels of the short side: what the largest teacher sees
 _HELD_OUT = 0.3
+_WHITENED = 64  # principal axes of a teacher that are kept
 _CLIP = TinyClip(width=16, steps=60)
 
 
@@ -121,23 +122,40 @@ SETS = {
 }
 
 
+Change = Callable[[Pretrained, ImageSet], Pretrained]
+
+
+def _as_it_is(teacher: Pretrained, images: ImageSet) -> Pretrained:
+    return teacher
+
+
+def _unit(teacher: Pretrained, images: ImageSet) -> Pretrained:
+    return Unit(teacher)
+
+
+def _standardised(teacher: Pretrained, images: ImageSet) -> Pretrained:
+    return Standardised(teacher, np.asarray(represent(images, teacher)))
+
+
+def _whitened(teacher: Pretrained, images: ImageSet) -> Pretrained:
+    return Whitened(teacher, np.asarray(represent(images, teacher)), _WHITENED)
+
+
 @dataclass(frozen=True)
 class Trial:
     """A change to the plainest recipe.
 
-    assign: to the recipe; objective: arguments of `objectives.Observed`; teacher: what its embeddings become first;
-    crop: smallest share of the area that a crop keeps, where it is not the views' own 8 %; epochs: times the set's
+    assign: to the recipe; objective: arguments of `objectives.Observed`
+    teachers: what becomes of the teacher, by the name the recipe calls it
+    crop: smallest share of the area that a crop keeps, where it is not the views' own 8 %
+    epochs: times the set's
     """
 
     assign: str = ""
     objective: dict[str, Any] = field(default_factory=dict)
-    teacher: Callable[[Pretrained, ImageSet], Pretrained] | None = None
+    teachers: dict[str, Change] = field(default_factory=lambda: {"teacher": _as_it_is})
     crop: float | None = None
     epochs: int = 1
-
-
-def _whitened(width: int) -> Callable[[Pretrained, ImageSet], Pretrained]:
-    return lambda teacher, images: Whitened(teacher, np.asarray(represent(images, teacher)), width)
 
 
 _OFF = "objective.invariance=0 objective.variance=0 objective.dependence=0"
@@ -159,11 +177,18 @@ DISTIL: dict[str, Trial | None] = {
     "regression, crops of 25 % or more": Trial(_REG, crop=0.25),
     "regression, crops of 50 % or more": Trial(_REG, crop=0.5),
     "regression, views flip": Trial(f"{_REG} views.policy=flip"),
-    "regression, targets of length 1": Trial(_REG, teacher=lambda teacher, _: Unit(teacher)),
+    "regression, targets of length 1": Trial(_REG, teachers={"teacher": _unit}),
     "regression, one scale": Trial(_REG, objective={"one_scale": True}),
-    "regression, targets whitened (64)": Trial(_REG, teacher=_whitened(64)),
+    "regression, targets whitened (64)": Trial(_REG, teachers={"teacher": _whitened}),
     "regression + 0.3 dCor, features of length 1": Trial(f"{_REG} {_T}=0.3", objective={"unit": True}),
     "regression + 1.0 dCor, features of length 1": Trial(f"{_REG} {_T}=1", objective={"unit": True}),
+    "regression + 0.3 dCor, teacher standardised": Trial(
+        f"{_REG} objective.representations.standardised=0.3",
+        teachers={"teacher": _as_it_is, "standardised": _standardised},
+    ),
+    "regression + 0.3 dCor, teacher whitened": Trial(
+        f"{_REG} objective.representations.whitened=0.3", teachers={"teacher": _as_it_is, "whitened": _whitened}
+    ),
     "regression + 1.0 dCor, ramped out": Trial(f"{_REG} {_T}=1", objective={"ramp": "out"}),
     "regression + 1.0 dCor, ramped in": Trial(f"{_REG} {_T}=1", objective={"ramp": "in"}),
     "regression + 0.1 dCor, biased": Trial(f"{_REG} {_T}=0.1 {_BIASED}"),
