@@ -6,7 +6,7 @@ BIN := .venv/bin
 UV := $(BIN)/python -m uv pip
 PINNED := --constraint constraints.txt --build-constraint constraints.txt
 
-.PHONY: quickstart app test test-fast lint format constraints clean
+.PHONY: quickstart app test test-fast lint format constraints gpu-wheels clean
 .DELETE_ON_ERROR:
 
 quickstart: .venv/.train
@@ -43,6 +43,28 @@ constraints: .venv/.uv
 	@echo '# The versions that continuous integration runs and `make` installs. Renewed by `make constraints`.' > $@.new
 	$(UV) compile pyproject.toml --extra all --extra gpu --python $(BIN)/python --no-annotate --no-header >> $@.new
 	mv $@.new $@.txt
+
+# For benchmarks/gpu.sh on a machine without a network, whose torch is there already, and torchvision perhaps.
+GPU_PYTHON ?= 3.12
+GPU_TORCHVISION ?= 0.26.0
+GPU_GLIBC := 5 12 17 24 26 27 28
+GPU_MOST_MB := 60
+
+gpu-wheels: .venv/.uv
+	rm -rf build/lib build/gpu/wheels
+	mkdir -p build/gpu/wheels
+	{ grep -v '^torch' constraints.txt; echo torchvision==$(GPU_TORCHVISION); } > build/gpu/constraints.txt
+	printf 'torch\ntriton\n' > build/gpu/excluded.txt
+	$(UV) compile benchmarks/gpu.txt --quiet --constraint build/gpu/constraints.txt --excludes build/gpu/excluded.txt \
+	    --python-version $(GPU_PYTHON) --python-platform x86_64-manylinux_2_28 --no-header --no-annotate --output-file build/gpu/wheels.txt
+	sed 's/==.*//' build/gpu/wheels.txt > build/gpu/wheels/needed.txt
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) --implementation cp \
+	    $(foreach n,$(GPU_GLIBC),--platform manylinux_2_$(n)_x86_64) --platform manylinux2014_x86_64 \
+	    --dest build/gpu/wheels --requirement build/gpu/wheels.txt
+	$(BIN)/python -m uv build --quiet --wheel --build-constraint constraints.txt --out-dir build/gpu/wheels
+	@rm -f build/gpu/wheels/.gitignore
+	@size=`du -sm build/gpu/wheels | cut -f1`; echo "$$size MB in build/gpu/wheels, for Python $(GPU_PYTHON)"; \
+	    test $$size -lt $(GPU_MOST_MB) || { echo "that is more than $(GPU_MOST_MB) MB: leave something out of benchmarks/gpu.txt"; exit 1; }
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -35,6 +36,7 @@ T = TypeVar("T")
 RESULTS = Path(__file__).parent / "results"
 _MIB = 2**20
 _BUSY = 0.05
+_ENOUGH_SECONDS = 0.1  # of matrix products, to a sample of their rate
 _PACKAGES = ("lightning-fabric", "numpy", "open_clip_torch", "torch", "torchvision")
 
 
@@ -95,6 +97,19 @@ def enough_calls(work: Callable[[], object], device: str, at_least: float) -> in
     """How many calls take ``at_least`` seconds together; warms up on the way."""
     seconds_of(work, device)
     return max(1, round(at_least / max(1e-6, seconds_of(work, device))))
+
+
+def matrix_tflops(device: str, dtype: torch.dtype) -> float:
+    """What the device can do at all, in 1e12 operations a second: the median rate of products of two large matrices.
+
+    They are random, for products of zeros run faster than those of anything else.
+    """
+    side = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    work = partial(torch.mm, a, b)
+    calls = enough_calls(work, device, _ENOUGH_SECONDS)
+    seconds = statistics.median(seconds_of(work, device, calls) for _ in range(5))
+    return _short(2 * side**3 / seconds / 1e12)
 
 
 def synchronize(device: str) -> None:
@@ -171,15 +186,19 @@ def alone(device: str, preload: Sequence[str], work: Callable[P, T], *args: P.ar
         return pool.submit(work, *args, **kwargs).result()
 
 
+def best_device() -> str:
+    """``cuda`` where torch finds one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def options(command: Callable[P, T]) -> Callable[P, T]:
     """The options every benchmark has."""
-    found = "cuda" if torch.cuda.is_available() else "cpu"
     for option in (
         click.option("--out", type=click.Path(path_type=Path), default=RESULTS, help="Folder of the JSON."),
         click.option("--threads", type=click.IntRange(1), help="Threads of the processor; default: the usable cores."),
         click.option("--rounds", type=click.IntRange(1), help="How often every case has its turn."),
         click.option("--quick", is_flag=True, help="Small sizes and few rounds, to try it out on a processor."),
-        click.option("--device", type=click.Choice(["cpu", "cuda", "mps"]), default=found, show_default=True),
+        click.option("--device", type=click.Choice(["cpu", "cuda", "mps"]), default=best_device(), show_default=True),
     ):
         command = option(command)
     return command
@@ -241,7 +260,7 @@ def machine(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "packages": {package: metadata.version(package) for package in _PACKAGES},
+        "packages": {package: _version(package) for package in _PACKAGES},
         "mvmr": __version__,
         "date": datetime.now(UTC).date().isoformat(),
     }
@@ -258,6 +277,13 @@ def machine(device: str) -> dict[str, Any]:
             "tf32_products": torch.backends.cuda.matmul.allow_tf32,
         }
     return facts
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

@@ -3,6 +3,9 @@
     python benchmarks/train_step.py            # sizes for this machine's device
     python benchmarks/train_step.py --quick    # a minute on a processor
 
+Of the trainer's own case it also says what it makes of the device: operations a second, beside those of a product of
+two large matrices, and the share of the step that the objective takes when it is run alone.
+
 The step is the body of :func:`mvmr.trainer.train` on the real learner: forward on both views, objective, backward,
 optimiser. Images, and what the teacher would see of them, lie ready on the device: loading is not in the figures.
 """
@@ -26,6 +29,7 @@ from measure import HighWater, Memory, ratio
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from mvmr import weights
 from mvmr.config import to_mapping
@@ -33,11 +37,12 @@ from mvmr.distillation.teacher import Teacher
 from mvmr.encoder import Architecture, build_encoder, build_projector, feature_dim
 from mvmr.errors import MvmrError, unknown
 from mvmr.learner import Learner
-from mvmr.objective import Objective
+from mvmr.objective import Embeddings, Objective
 from mvmr.preprocess import Preprocess
 from mvmr.recipe import Recipe, load_recipe
 from mvmr.representations import AUGMENTED_PIXELS, HAND_CRAFTED, hand_crafted
 
+_ENOUGH_SECONDS = 0.02  # of the objective alone, to a sample
 _PRELOAD = ("mvmr.distillation.teacher", "mvmr.pretraining", "mvmr.representations.scattering")
 
 
@@ -93,6 +98,7 @@ CASES = {
     "cached, bf16, channels_last": Case(precision="bf16-mixed", channels_last=True),
     "bf16, channels_last": Case(precision="bf16-mixed", channels_last=True, teacher="in the loop"),
 }
+TRAINER = "cached, bf16, channels_last"
 # One change each: the case with it, the case without it.
 CHANGES = {
     "caching, float32": ("cached", PLAIN),
@@ -171,6 +177,21 @@ class Bench:
 
         return step
 
+    def objective(self) -> Callable[[], object]:
+        """The objective's forward and backward alone, on features and projections of the step's own shapes."""
+        learner, device = next(iter(self.learners.values())), self.setup.device
+        h, ha = torch.randn(2, self.setup.batch, feature_dim(self.setup.recipe.model), device=device)
+        with torch.no_grad():
+            z, za = learner.projector(h), learner.projector(ha)
+        views = Embeddings(*(t.detach().requires_grad_() for t in (h, ha, z, za)))
+        trained = (*views, *learner.objective.parameters())
+
+        def once() -> object:
+            terms = learner.objective(views, self.rows)
+            return torch.autograd.grad(torch.stack(list(terms.values())).sum(), trained, allow_unused=True)
+
+        return once
+
     def _targets(self, case: Case) -> Callable[[], dict[str, Tensor]]:
         if case.teacher == "cached":
             return lambda: self.rows
@@ -201,6 +222,28 @@ def turn(bench: Bench, case: Case, warmup: int, steps: int) -> float:
     return measure.seconds_of(step, bench.setup.device, steps)
 
 
+def trainer(bench: Bench, seconds: measure.Spread, rounds: int) -> dict[str, Any]:
+    """What the trainer's case makes of the device, and what of its step the objective takes."""
+    device, matrix = bench.setup.device, measure.matrix_tflops(bench.setup.device, torch.bfloat16)
+    step = bench.step(CASES[TRAINER])
+    step()
+    with FlopCounterMode(display=False) as counted:
+        step()
+    objective = bench.objective()
+    calls = measure.enough_calls(objective, device, _ENOUGH_SECONDS)
+    alone = measure.Spread.of([measure.seconds_of(objective, device, calls) for _ in range(rounds)])
+    tflops = seconds.map(lambda s: counted.get_total_flops() / s / 1e12)
+    return {
+        "case": TRAINER,
+        "operations_per_step": counted.get_total_flops(),
+        "tflops": tflops,
+        "matrix_tflops_bf16": matrix,
+        "share_of_matrix_rate": tflops.map(lambda rate: rate / matrix),
+        "objective_ms": alone.map(lambda s: s * 1e3),
+        "objective_share": round(alone.median / seconds.median, 4),
+    }
+
+
 def run(setup: Setup, rounds: int, warmup: int, steps: int) -> dict[str, Any]:
     """Measure every case: memory first, while this process holds nothing."""
     memory = {
@@ -212,6 +255,7 @@ def run(setup: Setup, rounds: int, warmup: int, steps: int) -> dict[str, Any]:
     wait = measure.CoreWait()
     seconds = measure.interleave(turns, rounds, "time")
     core_wait = wait.share()
+    whole = trainer(bench, seconds[TRAINER], rounds)
     rows = [
         {
             "name": name,
@@ -234,7 +278,7 @@ def run(setup: Setup, rounds: int, warmup: int, steps: int) -> dict[str, Any]:
         }
         for change, (new, old) in CHANGES.items()
     ]
-    return {"core_wait": core_wait, "plain": PLAIN, "cases": rows, "changes": changes}
+    return {"core_wait": core_wait, "plain": PLAIN, "cases": rows, "changes": changes, "trainer": whole}
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -255,6 +299,12 @@ def show(result: dict[str, Any], console: Console) -> None:
     for row in result["changes"]:
         table.add_row(row["change"], row["with"], row["without"], str(row["speed"]), f"{row['memory']:.2f}")
     console.print(table)
+    whole = result["trainer"]
+    console.print(
+        f"{whole['case']}: {whole['tflops']} TFLOP/s, {whole['share_of_matrix_rate'].median:.0%} of the "
+        f"{whole['matrix_tflops_bf16']:.3g} of a bf16 matrix product; the objective alone takes "
+        f"{whole['objective_ms'].median:.3g} ms, {whole['objective_share']:.1%} of the step"
+    )
 
 
 @click.command()

@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from scipy.ndimage import gaussian_filter
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional
 
@@ -184,6 +183,8 @@ def gaussian_blur(pixels: Pixels, kernel: int, sigma: float) -> Pixels:
 
     Shapes: uint8 [H, W, 3] -> uint8 [H, W, 3]; kernel odd.
     """
+    from scipy.ndimage import gaussian_filter  # here: most policies have no blur, and do without scipy
+
     reach = kernel // 2
     blurred = gaussian_filter(pixels.astype(np.float32), (sigma, sigma, 0), mode="mirror", radius=(reach, reach, 0))
     return np.rint(blurred).astype(np.uint8)

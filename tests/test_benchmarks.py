@@ -83,6 +83,13 @@ def test_train_step_writes_every_case_and_every_change(tmp_path: Path) -> None:
     for change in result["changes"]:
         check_spread(change["speed"])
         assert {change["with"], change["without"]} <= set(cases)
+    whole = result["trainer"]
+    assert whole["case"] in cases
+    for name in ("tflops", "share_of_matrix_rate", "objective_ms"):
+        check_spread(whole[name])
+    # a ResNet18 at 32 px: 0.074e9 operations an image forwards, twice that backwards, two views
+    assert whole["operations_per_step"] == pytest.approx(4 * 2 * 3 * 0.074e9, rel=0.05)
+    assert 0 < whole["objective_share"] < 1
     settings = result["settings"]
     assert (settings["student"], settings["size"], settings["batch"], settings["teacher"]) == (
         "resnet18", 32, 4, "ViT-S-32",

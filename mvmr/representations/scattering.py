@@ -1,6 +1,5 @@
 """ScatNet: the wavelet scattering transform, by kymatio."""
 
-from kymatio.torch import Scattering2D
 from torch import Tensor, nn
 
 
@@ -18,6 +17,8 @@ class Scattering(nn.Module):
 
     def __init__(self, size: int):
         super().__init__()
+        from kymatio.torch import Scattering2D  # here: it brings scipy along, which all others can do without
+
         self.size = size
         self.transform = Scattering2D(J=self.J, L=self.L, shape=(size, size))
 

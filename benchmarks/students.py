@@ -1,0 +1,102 @@
+"""Students of random weights, and the ways to run one on a device: uint8 images in host memory in, features out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mvmr import bundle as bundles
+from mvmr.bundle import Bundle
+from mvmr.data import ImageSet
+from mvmr.encoder import Architecture, EncoderConfig, build_encoder, feature_dim
+from mvmr.errors import MvmrError
+from mvmr.preprocess import Preprocess
+from mvmr.pretraining import recalibrate
+
+# [N, S, S, 3] uint8 -> [N, D] float32
+Engine = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
+
+
+def random_bundle(
+    folder: Path, images: ImageSet, *, architecture: Architecture, size: int, device: str = "cpu"
+) -> Path:
+    """A bundle of random weights whose batch norms have seen ``images``."""
+    torch.manual_seed(0)
+    config, preprocess = EncoderConfig(architecture=architecture), Preprocess.for_size(size)
+    encoder = build_encoder(config).to(device)
+    for part in encoder.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(part.weight, 0.2, 0.5)  # else each block is the identity
+    recalibrate(encoder, images, preprocess, batch_size=16, workers=0, device=torch.device(device))
+    working = folder / "student.partial"
+    working.mkdir()
+    bundles.write(
+        working, architecture=architecture, small_kernel=False, embedding_dim=feature_dim(config),
+        preprocessing=preprocess, training={"data": {"name": images.name}}, encoder_state=encoder.state_dict(),
+    )  # fmt: skip
+    bundles.publish(working, folder / "student")
+    return folder / "student"
+
+
+def half(device: str) -> torch.dtype:
+    """The half precision that a device computes fast in: float16, or bfloat16 on a processor."""
+    return torch.float16 if device == "cuda" else torch.bfloat16
+
+
+def torch_engine(
+    bundle: Bundle,
+    device: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    compiled: bool = False,
+) -> Engine:
+    """The student in torch."""
+    student = bundle.student(device)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    encoder = student.encoder.to(dtype=dtype, memory_format=layout)
+    if compiled:
+        encoder = torch.compile(encoder, dynamic=False)
+    preprocess = bundle.manifest.preprocessing
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (preprocess.mean, preprocess.std))
+
+    @torch.inference_mode()
+    def run(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        batch = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous(memory_format=layout)
+        features: npt.NDArray[np.float32] = (
+            encoder(((batch.float() / 255 - mean) / std).to(dtype)).float().cpu().numpy()
+        )
+        return features
+
+    return run
+
+
+def onnx_engines(path: Path, device: str, data: Path) -> dict[str, Engine]:
+    """The student exported in float32 and half precision, on onnxruntime; ``data``: images to verify the export with.
+
+    Raises:
+        MvmrError: onnxruntime is not there or can't use this device, or what exports isn't there.
+    """
+    try:
+        from mvmr.export.contract import EMBEDDING, artifact
+        from mvmr.export.session import Session, check_provider
+
+        check_provider(device)
+        from mvmr.export.run import export
+
+        export(path, formats=["onnx", "fp16"], data=str(data), images=32, device=device)
+    except ImportError as error:
+        raise MvmrError(f"{error.name} is not installed here") from error
+    exported = bundles.load(path)
+
+    def engine(session: Session) -> Engine:
+        return lambda images: session(images)[EMBEDDING]
+
+    return {
+        f"onnxruntime {precision}": engine(Session(exported.file(artifact(precision)), provider=device))
+        for precision in ("fp32", "fp16")
+    }
