@@ -1,4 +1,4 @@
-"""Every measurement that wants a GPU, one after the other within eight minutes, and one table: see gpu.sh, its door.
+"""Every measurement that wants a GPU, one after the other within eight minutes, and one table; started by gpu.sh.
 
 A part that fails, or takes longer than its limit, is named in the table and stops no other.
 """
