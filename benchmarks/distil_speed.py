@@ -131,7 +131,7 @@ def run(sizes: Sizes, device: str, folder: Path) -> dict[str, Any]:
 
     Returns:
         ``input_share``: of the steps' time, that for which the device had nothing to do until the next images lay on
-        it; ``loop_input_share``: the same of the training loop, which asks for images while the device still works.
+        it; ``loop_input_share``: the same of the training loop, which asks for images once it has read the loss.
     """
     files = write_jpegs(folder / "images", sizes.images)
     teacher = folder / "teacher.safetensors"

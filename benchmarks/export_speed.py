@@ -113,7 +113,7 @@ def _on_device(
                 rows = _time({EAGER: engines[EAGER], name: engine}, device, size, batches, rounds)
                 found["rows"] += [row for row in rows if row["engine"] == name]
             except Exception as error:  # a compiler that is not there, and whatever else inductor may stumble over
-                found["not_measured"][name] = str(error).strip().splitlines()[0][:200]
+                found["not_measured"][name] = (str(error).strip() or repr(error)).splitlines()[0][:200]
             found["core_wait"] = wait.share()
     show(found, console)
     measure.save("export", found, out, console)

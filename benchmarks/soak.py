@@ -109,6 +109,9 @@ async def soak(engine: Engine, preprocess: Preprocess, bodies: Sequence[bytes], 
         while time.perf_counter() < end:
             count.memory.append((time.perf_counter(), *_memory(device)))
             await asyncio.sleep(_LOOK)
+        count.memory.append(
+            (time.perf_counter(), *_memory(device))
+        )  # else a busy machine may have seen the start alone
 
     await asyncio.gather(look(), *(client(number) for number in range(2 * sizes.queue)))
     await batcher.stop(5.0)
@@ -135,7 +138,7 @@ def figures(count: Count, seconds: float, device: str) -> dict[str, Any]:
     of_second = [int(((answered >= start + k) & (answered < start + k + 1)).sum()) for k in range(int(seconds))]
     window = max(1, min(10, len(of_second) // 3))
     first, last = statistics.median(of_second[:window]), statistics.median(of_second[-window:])
-    early = next(look for look in count.memory if look[0] >= start + seconds / 6)
+    early = next((look for look in count.memory if look[0] >= start + seconds / 6), count.memory[-1])
     found: dict[str, Any] = {
         "images_per_s": round(float((answered >= start).sum() / (answered[-1] - start)), 1),
         "each_second": of_second,
