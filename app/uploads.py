@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from mvmr.data import decoding
 from mvmr.errors import MvmrError
-from mvmr.preprocess import WHITE, Background, laid_on, to_rgb
+from mvmr.preprocess import WHITE, Background, laid_on, to_rgb, upright
 from mvmr.serve.decode import MAX_PIXELS
 
 _PREVIEW_SECONDS = 5.0
@@ -96,13 +96,14 @@ def _decoded(data: bytes, background: Background, max_pixels: int) -> Opened:
         # thin images are enlarged until their short side fits: 1 x 100,000 pixels would become 512 x 51,200,000
         if width * height * max(1.0, _SIDE / max(1, min(width, height))) ** 2 > max_pixels:
             raise MvmrError(f"this image of {width} x {height} pixels is too thin to be embedded; crop it")
-        mode, transparent = file.mode, file.has_transparency_data
+        mode = file.mode
         animated = bool(getattr(file, "is_animated", False)) and file.format != "MPO"
         turned = False
         with suppress(Exception):  # a broken EXIF block raises a dozen kinds of error; the pixels are still good
             turned = file.getexif().get(_ORIENTATION, 1) in range(2, 9)
         file.load()
         image = to_rgb(file, background)
+        transparent = file.has_transparency_data and upright(file).getchannel("A").getextrema()[0] < 255
         image = image.copy() if image is file else image
         image.info.clear()
         notes = []

@@ -26,7 +26,7 @@ import torch
 from objectives import Observed
 from trials import DISTIL, PRETRAIN, SETS, Trial, splits_of, teacher_of
 
-from mvmr import pretraining, views
+from mvmr import __version__, pretraining, views
 from mvmr.config import assign, parse
 from mvmr.encoder import build_encoder, feature_dim
 from mvmr.errors import MvmrError
@@ -45,22 +45,28 @@ COMMON = {
     "train": {"batch_size": 64, "lr": 1e-3, "workers": 0, "checkpoint_steps": 10**9},
 }
 _NEIGHBOURS = 5
-_KEY = ("kind", "set", "teacher", "trial", "seed", "size", "split")
+_MEASURED = ("linear", "knn")
+_KEY = ("kind", "set", "teacher", "trial", "seed", "size", "split", "device")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
 
 
 @click.command()
 @click.argument("kind", type=click.Choice(list(TRIALS)))
 @click.option("--sets", default=",".join(SETS), show_default=True)
 @click.option("--teachers", help="Only these, such as lite2.")
-@click.option("--seeds", default="0,1,2", show_default=True)
+@click.option("--seeds", default="0,1,2", show_default=True, type=_numbers)
 @click.option("--only", multiple=True, help="Trials of this name; may be given several times.")
 @click.option("--size", default=32, show_default=True, help="Side of the images in pixels.")
 @click.option("--test", is_flag=True, help="Train on the whole training split, and read the test split.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--threads", default=1, show_default=True)
 @click.option("--table", is_flag=True, help="Print what has been measured, as Markdown, and stop.")
 def main(
-    kind: str, sets: str, teachers: str | None, seeds: str, only: tuple[str, ...], size: int, test: bool,
-    threads: int, table: bool,
+    kind: str, sets: str, teachers: str | None, seeds: tuple[int, ...], only: tuple[str, ...], size: int, test: bool,
+    device: str, threads: int, table: bool,
 ) -> None:  # fmt: skip
     """Run the trials of KIND that have not been run yet, and append their results."""
     split, chosen = "test" if test else "validation", sets.split(",")
@@ -74,12 +80,17 @@ def main(
                 raise MvmrError(f"there is no set {name!r}; there are {', '.join(SETS)}")
         if unknown := [trial for trial in only if trial not in TRIALS[kind]]:
             raise MvmrError(f"there is no trial {unknown[0]!r} of {kind}; see TRIALS in benchmarks/trials.py")
-        for seed in map(int, seeds.split(",")):
+        if test and not only:
+            raise MvmrError("--test reads test splits: say for which trials, --only NAME")
+        known = {teacher for each in SETS.values() for teacher in each.teachers}
+        if strange := sorted(set(teachers.split(",") if teachers else ()) - known):
+            raise MvmrError(f"there is no teacher {strange[0]!r}; there are {', '.join(sorted(known))}")
+        for seed in seeds:
             for label in only or TRIALS[kind]:
                 for name in chosen:
                     named = SETS[name].teachers if kind == "distil" else ("none",)
                     for teacher in named if teachers is None else [t for t in named if t in teachers.split(",")]:
-                        key = dict(zip(_KEY, (kind, name, teacher, label, seed, size, split), strict=True))
+                        key = dict(zip(_KEY, (kind, name, teacher, label, seed, size, split, device), strict=True))
                         carry_out(key, TRIALS[kind][label])
     except MvmrError as error:
         raise click.ClickException(str(error)) from error
@@ -89,13 +100,13 @@ def carry_out(key: dict[str, Any], trial: Trial | None) -> None:
     """Run a trial unless its result is there, and append it."""
     if any(all(record[k] == key[k] for k in _KEY) for record in read()):
         return
-    record = key | measure(key, trial)
+    record = key | measure(key, trial, device=key["device"])
     with RESULTS.open("a") as file:
         file.write(json.dumps(record) + "\n")
     print({k: record[k] for k in (*_KEY, "linear", "knn", "seconds") if k in record}, flush=True)
 
 
-def measure(key: dict[str, Any], trial: Trial | None) -> dict[str, Any]:
+def measure(key: dict[str, Any], trial: Trial | None, *, device: str = "cpu") -> dict[str, Any]:
     """Train one student and score its frozen features; without a trial score the teacher, or a random encoder."""
     train, held = splits_of(key["set"], test=key["split"] == "test")
     data, seed = Labelled.of(train, held), key["seed"]
@@ -114,15 +125,17 @@ def measure(key: dict[str, Any], trial: Trial | None) -> dict[str, Any]:
         patches.enter_context(patch.object(pretraining, "Objective", observed))
         if trial.crop is not None:
             patches.enter_context(patch.object(views, "CROP_AREA", (trial.crop, 1.0)))
-        bundle = pretraining.fit(train, Path(scratch) / "bundle", recipe, teachers=teachers, device="cpu")
+        bundle = pretraining.fit(train, Path(scratch) / "bundle", recipe, teachers=teachers, device=device)
         seconds = time.perf_counter() - began
         last = json.loads((bundle.path / "metrics.jsonl").read_text().splitlines()[-1])
         found = score(bundle.student(), data)
-    kept = ("rank", "biased", "unbiased", "regression", "dcor", "pull", "std_h")
+    ran = {"assign": trial.assign, "epochs": epochs, "images": train.fingerprint[:16], "mvmr": __version__}
+    left_out = {"step", "epoch", "lr", "images_per_s", "seconds"}
     return (
         found
         | {"seconds": round(seconds), "steps": last["step"]}
-        | {k: v for k, v in last.items() if k.startswith(kept)}
+        | ran
+        | {name: value for name, value in last.items() if name not in left_out}
     )
 
 
@@ -149,65 +162,67 @@ def read() -> list[dict[str, Any]]:
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
-Runs = dict[str, dict[int, dict[str, Any]]]  # trial -> seed -> result
+Run = tuple[str, int]  # device and seed
+Runs = dict[str, dict[Run, dict[str, Any]]]  # trial -> run -> result
 
 
 def print_tables(kind: str, size: int, split: str) -> None:
-    """A table over all sets and teachers, then one for each of them, best first."""
+    """A table over all sets and teachers, best first.
+
+    Gains are taken run by run against the baseline on the same device and seed; trials are ranked by them.
+    """
     combos: dict[tuple[str, str], Runs] = defaultdict(lambda: defaultdict(dict))
     for record in read():
         if (record["kind"], record["size"], record["split"]) == (kind, size, split):
-            combos[record["set"], record["teacher"]][record["trial"]][record["seed"]] = record
-    labels = [label for label in TRIALS[kind] if any(label in runs for runs in combos.values())]
-    ranks: dict[str, list[int]] = defaultdict(list)
-    shared = [label for label in labels if all(label in runs for runs in combos.values())]
-    for runs in combos.values():
-        for rank, label in enumerate(sorted(shared, key=lambda label: -merit(runs[label])), 1):
-            ranks[label].append(rank)
+            run = record["device"], record["seed"]
+            combos[record["set"], record["teacher"]][record["trial"]][run] = record
+    baseline, labels = (
+        BASELINE[kind],
+        [label for label in TRIALS[kind] if any(label in runs for runs in combos.values())],
+    )
+    gains = {label: [_gain(runs, label, baseline) for runs in combos.values()] for label in labels}
+    everywhere = [label for label in labels if None not in gains[label]]
+    ranks = {label: statistics.mean(_ranks([gains[other][k] for other in everywhere], gains[label][k])
+                                    for k in range(len(combos))) for label in everywhere}  # fmt: skip
     names = [f"{name}, {teacher}" if kind == "distil" else name for name, teacher in combos]
-    print(f"Linear / kNN minus `{BASELINE[kind]}`'s, seed by seed, mean ± deviation; its own line: accuracies.\n")
+    print(f"Linear / kNN minus `{baseline}`'s, run by run, mean ± deviation (runs); its own line: accuracies.\n")
     print(f"| trial | {' | '.join(names)} | mean | mean rank |\n|{'---|' * (len(names) + 3)}")
-    order = sorted(labels, key=lambda label: statistics.mean(ranks[label]) if label in ranks else len(labels))
-    for label in order:
-        cells = [_cell(runs, label, BASELINE[kind]) for runs in combos.values()]
-        gains = [gain for runs in combos.values() for gain in _gains(runs, label, BASELINE[kind])]
-        mean = f"{statistics.mean(gains):+.1f}" if gains and label in shared else ""
-        rank = f"{statistics.mean(ranks[label]):.1f}" if label in ranks else ""
+    for label in sorted(labels, key=lambda label: ranks.get(label, len(labels))):
+        cells = [_cell(runs, label, baseline) for runs in combos.values()]
+        mean = f"{statistics.mean(gains[label]):+.1f}" if label in ranks else ""
+        rank = f"{ranks[label]:.1f}" if label in ranks else ""
         print(f"| {label} | {' | '.join(cells)} | {mean} | {rank} |")
 
 
-def merit(runs: dict[int, dict[str, Any]]) -> float:
-    """Linear and kNN together, over the seeds."""
-    return statistics.mean((run["linear"] + run["knn"]) / 2 for run in runs.values())
+def _ranks(gains: Sequence[float], gain: float) -> float:
+    """1 for the largest; equal ones share the mean of their places."""
+    return 1 + sum(other > gain for other in gains) + (sum(other == gain for other in gains) - 1) / 2
+
+
+def _gain(runs: Runs, label: str, baseline: str) -> float | None:
+    """Linear and kNN together, minus the baseline's on the same runs; None where there is no such run."""
+    both = runs.get(label, {}).keys() & runs.get(baseline, {}).keys()
+    if not both:
+        return None
+    return statistics.mean(
+        (runs[label][run][measured] - runs[baseline][run][measured]) / 2 for run in both for measured in _MEASURED
+    ) * len(_MEASURED)
 
 
 def _cell(runs: Runs, label: str, baseline: str) -> str:
-    if label not in runs:
+    if label == baseline:
+        pairs = [(run, None) for run in runs.get(label, {}).values()]
+    else:
+        both = sorted(runs.get(label, {}).keys() & runs.get(baseline, {}).keys())
+        pairs = [(runs[label][run], runs[baseline][run]) for run in both]
+    if not pairs:
         return ""
-    differ = label != baseline and baseline in runs
     texts = []
-    for measure in ("linear", "knn"):
-        values = [
-            run[measure] - (runs[baseline][seed][measure] if differ else 0)
-            for seed, run in runs[label].items()
-            if not differ or seed in runs[baseline]
-        ]
-        texts.append(_mean(values, "+" if differ else ""))
-    return " / ".join(texts)
-
-
-def _gains(runs: Runs, label: str, baseline: str) -> list[float]:
-    if label not in runs or baseline not in runs:
-        return []
-    both = runs[label].keys() & runs[baseline].keys()
-    return [merit({0: runs[label][seed]}) - merit({0: runs[baseline][seed]}) for seed in both]
-
-
-def _mean(values: Sequence[float], sign: str) -> str:
-    if not values:
-        return "-"
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.1f}{spread}"
+    for measured in _MEASURED:
+        values = [run[measured] - (0 if base is None else base[measured]) for run, base in pairs]
+        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        texts.append(f"{statistics.mean(values):{'' if label == baseline else '+'}.1f}{spread}")
+    return f"{' / '.join(texts)} ({len(pairs)})"
 
 
 if __name__ == "__main__":

@@ -29,12 +29,17 @@ _CLIP = TinyClip(width=16, steps=60)
 
 @dataclass(frozen=True)
 class PictureSet:
-    """A labelled set; epochs: so many that its training part gives about 400 steps of 64; teachers: its trials' own."""
+    """A labelled set.
+
+    open: gives its training and its test split; epochs: so many that its training part gives about 400 steps of 64
+    teachers: those of its trials
+    validation: makes two parts of the training split: to train on, and to score
+    """
 
     open: Callable[[], tuple[ImageSet, ImageSet]]
     epochs: int
     teachers: tuple[str, ...]
-    validation: Callable[[ImageSet], tuple[ImageSet, ImageSet]] | None = None
+    validation: Callable[[ImageSet], tuple[ImageSet, ImageSet]]
 
 
 def splits_of(name: str, *, test: bool) -> tuple[ImageSet, ImageSet]:
@@ -43,10 +48,8 @@ def splits_of(name: str, *, test: bool) -> tuple[ImageSet, ImageSet]:
     Raises: MvmrError: a set that was not fetched.
     """
     chosen = SETS[name]
-    if not test and name == "patches":  # apart in space: two patches of one place are nearly the same picture
-        return strip(0.0, 0.38, 80, seed=0), strip(0.40, 0.60, 40, seed=1)
     train, held = chosen.open()
-    return (_in_memory(train), _in_memory(held)) if test else _halves(_in_memory(train))
+    return (_in_memory(train), _in_memory(held)) if test else chosen.validation(_in_memory(train))
 
 
 def teacher_of(name: str, images: ImageSet, seed: int, runs: Path) -> Pretrained:
@@ -68,7 +71,12 @@ def _sample(name: str) -> tuple[ImageSet, ImageSet]:
     return open_images(f"sample:{name}", "train"), open_images(f"sample:{name}", "test")
 
 
-def _halves(images: ImageSet) -> tuple[ImageSet, ImageSet]:
+def _strips(images: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """Patches of the training part, apart in space: two patches of one place are nearly the same picture."""
+    return strip(0.0, 0.38, 80, seed=0), strip(0.40, 0.60, 40, seed=1)
+
+
+def _by_class(images: ImageSet) -> tuple[ImageSet, ImageSet]:
     """The same 30 % of each class held out in every trial."""
     assert images.labels is not None
     order = np.random.default_rng(0).permutation(len(images))
@@ -114,11 +122,11 @@ def _shrunk(picture: Image.Image) -> Image.Image:
 
 _opened: dict[str, EfficientNetLite] = {}
 SETS = {
-    "patches": PictureSet(partial(_sample, "patches"), 20, ("clip", "lite2")),
-    "digits": PictureSet(partial(_sample, "digits"), 30, ("lite0", "clip")),
-    "emoji": PictureSet(partial(_fetched, "emoji"), 20, ("lite2", "lite0")),
-    "stamps": PictureSet(partial(_fetched, "stamps"), 60, ("lite2", "lite0")),
-    "food": PictureSet(partial(_fetched, "food"), 90, ("lite2", "lite0")),
+    "patches": PictureSet(partial(_sample, "patches"), 20, ("clip", "lite2"), _strips),
+    "digits": PictureSet(partial(_sample, "digits"), 30, ("lite0", "clip"), _by_class),
+    "emoji": PictureSet(partial(_fetched, "emoji"), 20, ("lite2", "lite0"), _by_class),
+    "stamps": PictureSet(partial(_fetched, "stamps"), 60, ("lite2", "lite0"), _by_class),
+    "food": PictureSet(partial(_fetched, "food"), 90, ("lite2", "lite0"), _by_class),
 }
 
 

@@ -52,8 +52,8 @@ def export(bundle: str | None, min_batch: int, opt_batch: int, max_batch: int, *
         if report["passed"] is None:
             click.echo(
                 f"{path / report['artifact']}  TensorRT for RTX {report['tensorrt_rtx']} builds it in "
-                f"{report['engine_seconds']:.1f} s, an engine of {report['engine_bytes'] / 1e6:.1f} MB; not run: "
-                f"no GPU here. Where there is one: mvmr serve {path} --provider tensorrt-rtx"
+                f"{report['engine_seconds']:.1f} s, an engine of {report['engine_bytes'] / 1e6:.1f} MB; not run here: "
+                f"{report['not_run']}. Where it runs: mvmr serve {path} --provider tensorrt-rtx"
             )
             continue
         latency = ", ".join(f"{value:.1f} ms at batch {size}" for size, value in report["latency_ms"].items())

@@ -7,6 +7,7 @@ beside the ONNX. Not yet run on hardware.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -72,8 +73,8 @@ def device() -> Any:
         if each.ep_name == PROVIDER:
             return each  # one of several: the plug-in takes one device to a session
     raise MvmrError(
-        f"TensorRT for RTX {here} finds no GPU here; it takes NVIDIA's from Ampere on (compute capability 8.0) with a "
-        "driver that works, see nvidia-smi; or use cpu"
+        f"TensorRT for RTX {here} finds no GPU here; it takes NVIDIA's of compute capability 8.0, 8.6, 8.9, 12.0 and "
+        "later with a driver that works, see nvidia-smi; or use cpu"
     )
 
 
@@ -104,7 +105,8 @@ def kernels_of(model: Path | bytes, gpu: Any) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError:  # a bundle that is mounted read-only
             continue
-        return folder
+        if os.access(folder, os.W_OK):
+            return folder
     raise MvmrError(f"cannot make {elsewhere} for compiled kernels; set MVMR_CACHE to a folder that can be written to")
 
 

@@ -133,7 +133,10 @@ def check_background(background: Background) -> None:
 
     Raises: MvmrError.
     """
-    if background is not None and not (len(background) == 3 and all(0 <= value <= 255 for value in background)):
+    if background is None:
+        return
+    three = isinstance(background, tuple) and len(background) == 3
+    if not three or any(type(value) is not int or not 0 <= value <= 255 for value in background):
         raise MvmrError(f"background = {background} must be 3 whole numbers from 0 to 255, such as [255, 255, 255]")
 
 

@@ -561,7 +561,8 @@ def test_without_a_gpu_tensorrt_for_rtx_builds_what_has_been_verified(
     fp16, rtx = result.stdout.splitlines()
     assert fp16.startswith(f"{path / FP16}.onnx  22.4 MB  cosine 0.9999")
     assert rtx.startswith(f"{path / FP16}.onnx  TensorRT for RTX 1.7.")
-    assert rtx.endswith(f"not run: no GPU here. Where there is one: mvmr serve {path} --provider tensorrt-rtx")
+    assert "not run here: TensorRT for RTX 1.7.1 needs an NVIDIA GPU and its driver" in rtx
+    assert rtx.endswith(f"Where it runs: mvmr serve {path} --provider tensorrt-rtx")
     bundle = bundles.load(path)
     (name,) = (name for name in bundle.manifest.files if name.startswith("trt/"))
     assert name == f"trt/encoder.fp16.rtx{rtx_provider.version()}.json"

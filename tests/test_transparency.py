@@ -273,6 +273,16 @@ def test_embeddings_of_another_background_are_not_taken_from_the_cache(tmp_path:
     assert len({images.fingerprint for images in opened_on}) == 3
 
 
+@pytest.mark.parametrize("background", [(1.5, 2, 3), (True, 0, 0), "abc", 5, (0, 0)])
+def test_a_background_of_another_type_is_refused(background: Any, tmp_path: Path) -> None:
+    with pytest.raises(MvmrError, match="3 whole numbers from 0 to 255"):
+        open_images(tmp_path, background=background)
+
+
+def test_an_opaque_upload_has_no_note() -> None:
+    assert opened(encoded(photograph().convert("RGBA"), "PNG")).notes == ()
+
+
 @pytest.mark.parametrize("background", [(0, 0, 300), (-1, 0, 0)])
 def test_a_background_that_is_no_colour_is_refused(background: tuple[int, int, int], tmp_path: Path) -> None:
     with pytest.raises(MvmrError, match="3 whole numbers from 0 to 255"):

