@@ -103,7 +103,7 @@ def _decoded(data: bytes, background: Background, max_pixels: int) -> Opened:
             turned = file.getexif().get(_ORIENTATION, 1) in range(2, 9)
         file.load()
         image = to_rgb(file, background)
-        transparent = file.has_transparency_data and upright(file).getchannel("A").getextrema()[0] < 255
+        transparent = file.has_transparency_data and any(upright(file).getchannel("A").histogram()[:255])
         image = image.copy() if image is file else image
         image.info.clear()
         notes = []
