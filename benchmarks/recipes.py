@@ -167,61 +167,77 @@ Runs = dict[str, dict[Run, dict[str, Any]]]  # trial -> run -> result
 
 
 def print_tables(kind: str, size: int, split: str) -> None:
-    """A table over all sets and teachers, best first.
+    """What each trial gains over the baseline, then the same set by set for those that have run on every set.
 
-    Gains are taken run by run against the baseline on the same device and seed; trials are ranked by them.
+    Gains are taken run by run, on the same device and seed; a set with its teacher counts once, however often it ran.
     """
     combos: dict[tuple[str, str], Runs] = defaultdict(lambda: defaultdict(dict))
     for record in read():
         if (record["kind"], record["size"], record["split"]) == (kind, size, split):
             run = record["device"], record["seed"]
             combos[record["set"], record["teacher"]][record["trial"]][run] = record
-    baseline, labels = (
-        BASELINE[kind],
-        [label for label in TRIALS[kind] if any(label in runs for runs in combos.values())],
-    )
-    gains = {label: [_gain(runs, label, baseline) for runs in combos.values()] for label in labels}
-    everywhere = [label for label in labels if None not in gains[label]]
-    ranks = {label: statistics.mean(_ranks([gains[other][k] for other in everywhere], gains[label][k])
-                                    for k in range(len(combos))) for label in everywhere}  # fmt: skip
-    names = [f"{name}, {teacher}" if kind == "distil" else name for name, teacher in combos]
-    print(f"Linear / kNN minus `{baseline}`'s, run by run, mean ± deviation (runs); its own line: accuracies.\n")
-    print(f"| trial | {' | '.join(names)} | mean | mean rank |\n|{'---|' * (len(names) + 3)}")
-    for label in sorted(labels, key=lambda label: ranks.get(label, len(labels))):
-        cells = [_cell(runs, label, baseline) for runs in combos.values()]
-        mean = f"{statistics.mean(gains[label]):+.1f}" if label in ranks else ""
+    base = BASELINE[kind]
+    gains = {label: {name: _gain(runs, label, base) for name, runs in combos.items()} for label in TRIALS[kind]}
+    found = {label: {name: gain for name, gain in of.items() if gain} for label, of in gains.items()}
+    everywhere = [label for label in found if len(found[label]) == len(combos)]
+    ranks = {
+        label: statistics.mean(
+            _rank([sum(found[other][name]) for other in everywhere], sum(found[label][name])) for name in combos
+        )
+        for label in everywhere
+    }
+    print("| trial | sets | runs | linear | kNN | worst set | mean rank |\n|---|---|---|---|---|---|---|")
+    for label in sorted(
+        (label for label in found if found[label]), key=lambda label: _order(found[label], ranks, label)
+    ):
+        values = found[label]
+        runs = sum(len(_pairs(combos[name], label, base)) for name in values)
+        means = " | ".join(f"{statistics.mean(value[k] for value in values.values()):+.1f}" for k in range(2))
+        worst = min(values, key=lambda name: sum(values[name]))
+        shown = f"{' '.join(_named(worst))}: {values[worst][0]:+.1f} / {values[worst][1]:+.1f}"
         rank = f"{ranks[label]:.1f}" if label in ranks else ""
-        print(f"| {label} | {' | '.join(cells)} | {mean} | {rank} |")
+        print(f"| {label} | {len(values)} | {runs} | {means} | {shown} | {rank} |")
+    shown_labels = [label for label in everywhere if label != base]
+    print(f"\n| set | {base} | {' | '.join(shown_labels)} |\n|{'---|' * (len(shown_labels) + 2)}")
+    for name, of in combos.items():
+        cells = [_cell(of, label, base) for label in (base, *shown_labels)]
+        print(f"| {', '.join(_named(name))} | {' | '.join(cells)} |")
 
 
-def _ranks(gains: Sequence[float], gain: float) -> float:
+def _named(combo: tuple[str, str]) -> list[str]:
+    return [part for part in combo if part != "none"]
+
+
+def _order(values: dict[tuple[str, str], tuple[float, float]], ranks: dict[str, float], label: str) -> tuple[Any, ...]:
+    return label not in ranks, ranks.get(label, 0.0), -statistics.mean(sum(value) for value in values.values())
+
+
+def _rank(gains: Sequence[float], gain: float) -> float:
     """1 for the largest; equal ones share the mean of their places."""
     return 1 + sum(other > gain for other in gains) + (sum(other == gain for other in gains) - 1) / 2
 
 
-def _gain(runs: Runs, label: str, baseline: str) -> float | None:
-    """Linear and kNN together, minus the baseline's on the same runs; None where there is no such run."""
-    both = runs.get(label, {}).keys() & runs.get(baseline, {}).keys()
-    if not both:
-        return None
-    return statistics.mean(
-        (runs[label][run][measured] - runs[baseline][run][measured]) / 2 for run in both for measured in _MEASURED
-    ) * len(_MEASURED)
+def _pairs(runs: Runs, label: str, base: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The results of a trial, each with the baseline's of the same run."""
+    both = sorted(runs.get(label, {}).keys() & runs.get(base, {}).keys())
+    return [(runs[label][run], runs[base][run]) for run in both]
 
 
-def _cell(runs: Runs, label: str, baseline: str) -> str:
-    if label == baseline:
-        pairs = [(run, None) for run in runs.get(label, {}).values()]
-    else:
-        both = sorted(runs.get(label, {}).keys() & runs.get(baseline, {}).keys())
-        pairs = [(runs[label][run], runs[baseline][run]) for run in both]
+def _gain(runs: Runs, label: str, base: str) -> tuple[float, float] | None:
+    """Linear and kNN, in points above the baseline; None where no run can be compared."""
+    pairs = _pairs(runs, label, base)
     if not pairs:
-        return ""
-    texts = []
-    for measured in _MEASURED:
-        values = [run[measured] - (0 if base is None else base[measured]) for run, base in pairs]
+        return None
+    linear, knn = (statistics.mean(run[of] - against[of] for run, against in pairs) for of in _MEASURED)
+    return linear, knn
+
+
+def _cell(runs: Runs, label: str, base: str) -> str:
+    texts, pairs = [], _pairs(runs, label, base)
+    for of in _MEASURED:
+        values = [run[of] - (0 if label == base else against[of]) for run, against in pairs]
         spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        texts.append(f"{statistics.mean(values):{'' if label == baseline else '+'}.1f}{spread}")
+        texts.append(f"{statistics.mean(values):{'' if label == base else '+'}.1f}{spread}")
     return f"{' / '.join(texts)} ({len(pairs)})"
 
 

@@ -191,11 +191,14 @@ def test_the_table_compares_the_same_runs(
     recipes.RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines))
     recipes.print_tables("distil", 32, "validation")
     printed = capsys.readouterr().out.splitlines()
-    assert printed[2] == "| trial | emoji, lite2 | digits, lite2 | mean | mean rank |"
-    rows = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in printed[4:]}
-    assert rows["regression"] == ["64.7 ± 22.0 / 63.7 ± 22.0 (3)", "93.7 ± 4.7 / 92.7 ± 4.7 (3)", "+0.0", "1.5"]
-    assert rows["dCor alone"] == ["-1.5 ± 0.7 / -1.5 ± 0.7 (2)", "+3.5 ± 0.7 / +3.5 ± 0.7 (2)", "+1.0", "1.5"]
-    assert rows["paper"][2:] == ["-10.2", "3.0"]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed]
+    assert rows[0] == ["trial", "sets", "runs", "linear", "kNN", "worst set", "mean rank"]
+    assert rows[2] == ["dCor alone", "2", "4", "+1.0", "+1.0", "emoji lite2: -1.5 / -1.5", "1.5"]
+    assert rows[3] == ["regression", "2", "6", "+0.0", "+0.0", "emoji lite2: +0.0 / +0.0", "1.5"]
+    assert rows[4] == ["paper", "2", "4", "-10.2", "-10.2", "emoji lite2: -11.5 / -11.5", "3.0"]
+    assert rows[6] == ["set", "regression", "dCor alone", "paper"]
+    assert rows[8][:3] == ["emoji, lite2", "64.7 ± 22.0 / 63.7 ± 22.0 (3)", "-1.5 ± 0.7 / -1.5 ± 0.7 (2)"]
+    assert rows[9][:3] == ["digits, lite2", "93.7 ± 4.7 / 92.7 ± 4.7 (3)", "+3.5 ± 0.7 / +3.5 ± 0.7 (2)"]
 
 
 def test_what_is_scored_was_not_trained_on_and_is_of_the_training_split(load: Any) -> None:
