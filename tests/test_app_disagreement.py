@@ -25,6 +25,7 @@ from mvmr.distillation import report as report_module
 from mvmr.distillation import subject
 from mvmr.distillation.report import report
 from mvmr.errors import MvmrError
+from mvmr.preprocess import WHITE
 from tests.test_distill_report import COLOURS, Corners, a_bundle
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
@@ -82,7 +83,7 @@ def test_every_figure_is_that_of_the_report_to_the_last_digit(bundle: Bundle, co
     said = report(bundle.path, data, out=tmp_path / "report", k=K, permutations=2)
     gallery, student, teacher = Gallery.open(data), Engines(bundle).get("torch"), side(corners)
     rows = {each.key: gallery.embeddings(each, folder) for each in (teacher, student)}
-    training = Training.open(data, gallery.classes)
+    training = Training.open(data, gallery.classes, background=WHITE)
     assert gallery.labels is not None
     probes = Probes(
         teacher=Probed.of(training.probe(teacher, folder), rows["teacher"], gallery.labels),
@@ -128,7 +129,7 @@ def test_without_labels_the_figures_are_those_of_the_report_too(
     assert (found.classes, found.right, found.agreement) == (None, None, None)
     assert [int(i) for i in found.worst()[:12]] == [each["image"] for each in said["neighbours"]["worst"]]
     with pytest.raises(MvmrError, match="has no labels"):
-        Training.open(str(tmp_path / "flat"), gallery.classes)
+        Training.open(str(tmp_path / "flat"), gallery.classes, background=WHITE)
 
 
 # -- by hand
@@ -195,8 +196,8 @@ def test_a_probe_is_fitted_once_for_a_side_and_again_when_what_it_was_fitted_on_
     fitted: list[int] = []
     real = module.linear_probe
     monkeypatch.setattr(module, "linear_probe", lambda *given: fitted.append(1) or real(*given))
-    first = Training.open(str(data), sorted(COLOURS)).probe(side(corners), folder)
-    again = Training.open(str(data), sorted(COLOURS)).probe(side(corners), folder)
+    first = Training.open(str(data), sorted(COLOURS), background=WHITE).probe(side(corners), folder)
+    again = Training.open(str(data), sorted(COLOURS), background=WHITE).probe(side(corners), folder)
     assert len(fitted) == 1
     assert np.array_equal(first.weight, again.weight)
     assert np.array_equal(first.bias, again.bias)
@@ -207,26 +208,26 @@ def test_a_probe_is_fitted_once_for_a_side_and_again_when_what_it_was_fitted_on_
     whole = kept.read_text()
     for damaged in ("", whole[:-30], "[]", json.dumps(json.loads(whole) | {"shape": [7, 7]})):
         kept.write_text(damaged)
-        mended = Training.open(str(data), sorted(COLOURS)).probe(side(corners), folder)
+        mended = Training.open(str(data), sorted(COLOURS), background=WHITE).probe(side(corners), folder)
         assert np.array_equal(first.weight, mended.weight)
         assert kept.read_text() == whole
     assert len(fitted) == 5
 
     other = Corners()
     other.identity = "d" * 64
-    Training.open(str(data), sorted(COLOURS)).probe(side(other), folder)
+    Training.open(str(data), sorted(COLOURS), background=WHITE).probe(side(other), folder)
     assert len(fitted) == 6
     (data / "red" / "0.png").rename(data / "blue" / "99.png")
-    Training.open(str(data), sorted(COLOURS)).probe(side(corners), folder)
+    Training.open(str(data), sorted(COLOURS), background=WHITE).probe(side(corners), folder)
     assert len(fitted) == 7
 
 
 def test_a_probe_for_a_gallery_of_other_classes_is_refused(tmp_path: Path) -> None:
     data = str(pictures(tmp_path / "photos", 5))
     with pytest.raises(MvmrError, match="the gallery has other classes than the training split of"):
-        Training.open(data, ["blue", "green"])
+        Training.open(data, ["blue", "green"], background=WHITE)
     with pytest.raises(MvmrError, match="the gallery has other classes"):
-        Training.open(data, None)
+        Training.open(data, None, background=WHITE)
 
 
 # -- CSV

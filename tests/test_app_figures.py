@@ -39,6 +39,7 @@ from mvmr.distillation.images import drawn_rows
 from mvmr.distillation.report import report
 from mvmr.errors import MvmrError
 from mvmr.evaluation import record
+from mvmr.preprocess import WHITE
 from tests.test_app_disagreement import pictures, side
 from tests.test_distill_report import Corners, a_bundle
 
@@ -143,7 +144,7 @@ def test_what_evaluate_has_measured_is_read_from_the_bundle_and_else_measured_th
 ) -> None:
     data, folder = str(pictures(tmp_path / "photos", 40)), tmp_path / "kept"
     gallery, teacher, student = Gallery.open(data), side(corners), Engines(bundle).get("torch")
-    training = Training.open(data, gallery.classes)
+    training = Training.open(data, gallery.classes, background=WHITE)
     assert gallery.labels is not None
     here = {}
     for each in (teacher, student):

@@ -153,7 +153,7 @@ def fakes(gpu_run: ModuleType) -> list[Any]:
         part(gpu_run, "dies", "import os; os.kill(os.getpid(), 9)"),
         part(gpu_run, "leaves nothing", "print('all well')"),
         part(gpu_run, "leaves rubbish", "import pathlib, sys; pathlib.Path(sys.argv[1], 'r.json').write_text('{')"),
-        part(gpu_run, "measures", WRITES),
+        part(gpu_run, "train_step", WRITES),
     ]
 
 
@@ -177,9 +177,9 @@ def test_a_failing_part_is_named_and_stops_no_other(
         "dies": ("failed", "exit code -9, and no word"),
         "leaves nothing": ("failed", "it ended well, but left no *.json"),
         "leaves rubbish": ("failed", summary["parts"]["leaves rubbish"]["why"]),
-        "measures": ("ok", None),
+        "train_step": ("ok", None),
     }
-    assert summary["parts"]["measures"]["result"] == {"value": 7, "core_wait": 0.01}
+    assert summary["parts"]["train_step"]["result"] == {"value": 7, "core_wait": 0.01}
     assert "read 7" in done.output
     logs = Path(re.search(r"printed: (\S+)/\*/log.txt", done.output)[1])  # type: ignore[index]
     child = int((logs / "hangs" / "child.txt").read_text())
@@ -190,7 +190,7 @@ def test_a_failing_part_is_named_and_stops_no_other(
 def test_when_all_is_well_the_exit_code_is_0(
     gpu_run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_run, "parts", lambda device, quick: [part(gpu_run, "measures", WRITES)])
+    monkeypatch.setattr(gpu_run, "parts", lambda device, quick: [part(gpu_run, "train_step", WRITES)])
     done = CliRunner().invoke(gpu_run.main, ["--device", "cpu", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
     assert "did not end well" not in done.output

@@ -324,6 +324,7 @@ def students(
     torch.set_num_threads(1)
     recipe = load_recipe("quickstart", "mvmr.distillation", [
         "views.size=16", "train.epochs=8", "train.batch_size=85", "train.lr=2e-3", "train.precision=32-true",
+        "objective.representations={teacher=1.0}", "objective.estimator=unbiased",
     ])  # fmt: skip
     folder, (train, _) = tmp_path_factory.mktemp("students"), photographs
     yield {
