@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -202,6 +202,34 @@ def print_tables(kind: str, size: int, split: str) -> None:
     for name, of in combos.items():
         cells = [_cell(of, label, base) for label in (base, *shown_labels)]
         print(f"| {', '.join(_named(name))} | {' | '.join(cells)} |")
+    if kind == "distil":
+        print_pulls(combos)
+
+
+def print_pulls(combos: Mapping[tuple[str, str], Runs]) -> None:
+    """What dependence does to the regression, from the last batch of each run: means over the runs."""
+    columns = (
+        "set", "regression's error, without / with 1.0 dCor", "effective rank of h",
+        "dCor reached with weight 0 / 0.1 / 1", "dCor's pull, in regression's", "cosine of the two",
+    )  # fmt: skip
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    labels = (BASELINE["distil"], "regression + 0.1 dCor", "regression + 1.0 dCor")
+    for name, of in combos.items():
+        without, little, much = (list(of.get(label, {}).values()) for label in labels)
+        if not (without and little and much) or "pull.cosine" not in much[0]:
+            continue
+
+        def mean(runs: Sequence[dict[str, Any]], key: str) -> float:
+            return statistics.mean(run[key] for run in runs)
+
+        error, rank = (
+            f"{mean(without, key):.{digits}f} / {mean(much, key):.{digits}f}"
+            for key, digits in (("regression.teacher", 2), ("rank_h", 0))
+        )
+        reached = " / ".join(f"{mean(runs, 'unbiased.teacher'):.2f}" for runs in (without, little, much))
+        pull = mean(much, "pull.dcor.teacher") / mean(much, "pull.regression.teacher")
+        cosine = mean(much, "pull.cosine")
+        print(f"| {', '.join(_named(name))} | {error} | {rank} | {reached} | {pull:.1f} | {cosine:.2f} |")
 
 
 def _named(combo: tuple[str, str]) -> list[str]:

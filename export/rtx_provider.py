@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 from functools import cache
-from importlib import import_module, metadata, util
+from importlib import import_module, util
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ INSTALL = "pip install 'mvmr[rtx]'"
 # The smallest, the usual and the largest batch that it compiles for; left out, it plans for up to 32767 images.
 BATCHES = (1, 8, 64)
 
-_DISTRIBUTIONS = ("onnxruntime-ep-nv-tensorrt-rtx-cu13", "onnxruntime-ep-nv-tensorrt-rtx-cu12")
+_DISTRIBUTION = "onnxruntime-ep-nv-tensorrt-rtx-cu13"
 _LIBRARY = re.compile(r"libtensorrt_rtx\.so\.(\d+\.\d+\.\d+)")
 
 
@@ -47,16 +47,6 @@ def folders() -> list[Path]:
     """Where the plug-in's libraries are; empty where it is not installed."""
     spec = util.find_spec(PACKAGE)
     return [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
-
-
-def plugin_version() -> str | None:
-    """Return the version of the plug-in itself ("0.5.0"), None where it is not installed."""
-    for distribution in _DISTRIBUTIONS:
-        try:
-            return metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 def device() -> Any:
@@ -127,7 +117,7 @@ def _register(here: str) -> None:
             ) from error
         raise MvmrError(
             f"onnxruntime {onnxruntime.__version__} cannot load TensorRT for RTX {here} ({reason[-200:]}); "
-            f"pip install --upgrade onnxruntime {_DISTRIBUTIONS[0]}, or use cpu"
+            f"pip install --upgrade onnxruntime {_DISTRIBUTION}, or use cpu"
         ) from error
 
 

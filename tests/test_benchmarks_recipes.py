@@ -201,6 +201,25 @@ def test_the_table_compares_the_same_runs(
     assert rows[9][:3] == ["digits, lite2", "93.7 ± 4.7 / 92.7 ± 4.7 (3)", "+3.5 ± 0.7 / +3.5 ± 0.7 (2)"]
 
 
+def test_the_table_says_how_the_terms_pull(load: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Means over the runs; a set without all three trials is left out."""
+    recipes = load("recipes")
+
+    def run(error: float, rank: float, dcor: float, **pulls: float) -> dict[str, float]:
+        return {"regression.teacher": error, "rank_h": rank, "unbiased.teacher": dcor, **pulls}
+
+    pulls = {"pull.dcor.teacher": 6.0, "pull.regression.teacher": 2.0, "pull.cosine": 0.25}
+    trials = {
+        "regression": {("cpu", 0): run(0.5, 40, 0.3), ("cpu", 1): run(0.7, 50, 0.5)},
+        "regression + 0.1 dCor": {("cpu", 0): run(0.6, 41, 0.6)},
+        "regression + 1.0 dCor": {("cpu", 0): run(0.8, 30, 0.5, **pulls)},
+    }
+    recipes.print_pulls({("emoji", "lite2"): trials, ("food", "lite2"): {"regression": trials["regression"]}})
+    assert capsys.readouterr().out.splitlines()[3:] == [
+        "| emoji, lite2 | 0.60 / 0.80 | 45 / 30 | 0.40 / 0.60 / 0.50 | 3.0 | 0.25 |"
+    ]
+
+
 def test_what_is_scored_was_not_trained_on_and_is_of_the_training_split(load: Any) -> None:
     trials = load("trials")
     for name in ("patches", "digits"):

@@ -318,7 +318,6 @@ def test_bindings_that_do_not_load_say_why(plugin: Plugin, monkeypatch: pytest.M
 def test_the_extra_brings_a_pair() -> None:
     tensorrt_rtx.needed()
     assert rtx_build.package().__version__ == rtx_build.bindings_version()
-    assert rtx_provider.plugin_version() is not None
 
 
 # On a GPU
