@@ -193,7 +193,8 @@ def _exported(bundle: Bundle, precision: Precision, provider: str, key: str, lab
         nbytes=_size(now, place),
         prepare=engine.preprocess.image,
         forward=forward,
-        written=Written(bundle.space_id, precision, digest),
+        # TensorRT for RTX computes the same file in half precision, which a job on the processor does not
+        written=Written(bundle.space_id, precision, digest) if provider != rtx_provider.NAME else None,
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import onnxruntime
 
-from mvmr.errors import MvmrError
+from mvmr.errors import MvmrError, NotHere
 from mvmr.export.contract import IMAGE
 from mvmr.files import cache_dir
 
@@ -52,17 +52,17 @@ def folders() -> list[Path]:
 def device() -> Any:
     """Return the GPU to run on, onnxruntime's `OrtEpDevice`: the first that the plug-in offers.
 
-    Raises: MvmrError, before anything long, where the plug-in is not installed or does not fit this onnxruntime, or
-        there is no NVIDIA driver or no GPU that it takes.
+    Raises: NotHere, before anything long, where the plug-in is not installed, or there is no NVIDIA driver or no GPU
+        that it takes; MvmrError where it does not fit this onnxruntime.
     """
     here = version()
     if here is None:
-        raise MvmrError(f"the provider {NAME} is not installed here: {INSTALL} (Linux on x86-64), or use cpu")
+        raise NotHere(f"the provider {NAME} is not installed here: {INSTALL} (Linux on x86-64), or use cpu")
     _register(here)
     for each in onnxruntime.get_ep_devices():
         if each.ep_name == PROVIDER:
             return each  # one of several: the plug-in takes one device to a session
-    raise MvmrError(
+    raise NotHere(
         f"TensorRT for RTX {here} finds no GPU here; it takes NVIDIA's of compute capability 8.0, 8.6, 8.9, 12.0 and "
         "later with a driver that works, see nvidia-smi; or use cpu"
     )
@@ -111,7 +111,7 @@ def _register(here: str) -> None:
     except Exception as error:  # onnxruntime raises a dozen kinds, all of them derived from Exception alone
         reason = " ".join(str(error).split())
         if driver := re.search(r"(libcuda|libnvidia-ml)\.so\S*: cannot open", reason):
-            raise MvmrError(
+            raise NotHere(
                 f"TensorRT for RTX {here} needs an NVIDIA GPU and its driver; {driver[1]}.so.1 is not here: "
                 "install the driver (in a container: the NVIDIA container toolkit), or use cpu"
             ) from error

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -22,7 +23,7 @@ from mvmr import bundle as bundles
 from mvmr.bundle import Bundle
 from mvmr.cores import usable_cores
 from mvmr.data import ImageSet
-from mvmr.errors import MvmrError, missing_extra, unknown
+from mvmr.errors import MvmrError, NotHere, missing_extra, unknown
 from mvmr.export.contract import (
     EMBEDDING,
     FORMATS,
@@ -77,7 +78,7 @@ def export(
 
     Args:
         formats: of ``onnx`` (fp32), ``fp16``, ``int8`` and ``trt``, which brings fp16 along. Where TensorRT or its GPU
-            is missing and TensorRT for RTX is here, ``trt`` stands for that: see `docs/export.md`.
+            is not there and TensorRT for RTX is here, ``trt`` stands for that: see `docs/export.md`.
         heads: names of linear heads to put into the graph, or ``all``.
         data: images to verify with; left out, the test split of what the student was trained on, or all of it.
         calibration: images that int8's ranges are taken from, at least 100; left out, the training data.
@@ -197,7 +198,7 @@ class _Work:
         built = rtx_build.build(model, size=self.student.preprocess.crop, batches=batches, workspace_gb=workspace_gb)
         try:
             check_provider(RTX)
-        except MvmrError as error:
+        except NotHere as error:
             found: Report = {"passed": None, "not_run": str(error)}
         else:
             found = self.compare(Session(file, provider=RTX), "trt")
@@ -287,12 +288,15 @@ def _check_machine(
     tensorrt.profile(batches, bundle.manifest.preprocessing.crop)
     try:
         tensorrt.package(tensorrt.device())
-    except MvmrError:
+    except NotHere:
         if not rtx_build.installed() or (triton is not None and wanted[-1] == "trt"):  # Triton takes TensorRT's engines
             raise
-        rtx_build.package()
-        return True
-    return False
+    else:
+        return False
+    rtx_build.package()
+    with suppress(NotHere):  # then it is built, and not verified
+        check_provider(RTX)
+    return True
 
 
 def _heads(bundle: Bundle, names: Sequence[str] | str) -> list[Head]:

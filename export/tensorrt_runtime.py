@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any
 
-from mvmr.errors import MvmrError
+from mvmr.errors import MvmrError, NotHere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ def device() -> Device:
 
     TensorRT must not be asked: without a device its runtime returns an object whose first use ends the process.
 
-    Raises: MvmrError when there is none, saying what runs without TensorRT.
+    Raises: NotHere when there is none, saying what runs without TensorRT.
     """
     import torch
 
@@ -39,7 +39,7 @@ def device() -> Device:
         found = torch.cuda.is_available() and torch.version.cuda is not None
     if not found:
         why = f" ({one_line(caught[0].message)})" if caught else ""
-        raise MvmrError(
+        raise NotHere(
             f"TensorRT needs an NVIDIA GPU and its driver, and torch finds no CUDA device here{why}; build the engine "
             "where there is one, or use `mvmr export --fp16`: onnxruntime's CUDA provider runs that without TensorRT, "
             "and TensorRT for RTX (pip install 'mvmr[rtx]') builds from it when it starts"
@@ -56,14 +56,14 @@ def device() -> Device:
 def package(gpu: Device) -> Any:
     """Import and return the tensorrt module; asked for only after `device` has found `gpu`.
 
-    Raises: MvmrError when it is not installed or its libraries are not there, with the command that mends it.
+    Raises: NotHere when it is not installed, MvmrError when its libraries are not there; both with the cure.
     """
     try:
         return import_module("tensorrt")
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "tensorrt"
         wrong = "is not installed" if missing else f"cannot be loaded ({one_line(error)})"
-        raise MvmrError(
+        raise (NotHere if missing else MvmrError)(
             f"the package tensorrt {wrong}: pip install tensorrt-cu{gpu.cuda.partition('.')[0]} (it fetches its "
             "libraries from NVIDIA's own package index); `mvmr export --fp16` needs no TensorRT"
         ) from error

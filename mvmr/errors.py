@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend, and its most frequent text."""
+"""The exception for what a user can mend, and its most frequent text."""
 
 import difflib
 from collections.abc import Iterable
@@ -12,6 +12,10 @@ class MvmrError(Exception):
     The message stands on one line and says what is wrong, the value seen, where, and what to do.
     The command line prints it after `error: ` and exits 1; programming errors keep their traceback.
     """
+
+
+class NotHere(MvmrError):
+    """A package or device that this machine does not have, where another may do instead; what is broken is no such."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

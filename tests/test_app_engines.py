@@ -268,6 +268,8 @@ def test_tensorrt_for_rtx_runs_the_fp16_file_or_says_what_it_lacks(
     np.testing.assert_allclose(encoder.embed(pictures), other.embed(pictures), rtol=1e-4, atol=1e-4)
     assert plugin.runs == [3]
     assert encoder.identity != other.identity
+    assert other.written is not None
+    assert encoder.written is None  # a job on the processor computes the same file in single precision
 
 
 # -- a service

@@ -26,7 +26,7 @@ from mvmr.bundle import Bundle
 from mvmr.data import open_images
 from mvmr.encoder import Architecture, EncoderConfig, build_encoder
 from mvmr.errors import MvmrError
-from mvmr.export import graph, rtx_build, rtx_provider, run
+from mvmr.export import graph, rtx_build, rtx_provider, run, tensorrt
 from mvmr.export.cli import export as command
 from mvmr.export.images import to_calibrate_with, to_verify_with
 from mvmr.export.run import export
@@ -377,6 +377,31 @@ def test_tensorrt_for_rtx_without_its_bindings_is_refused(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(sys.modules, rtx_build.BINDINGS, None)
     assert "is here without its Python bindings: pip install" in refused(path, formats=["trt"])
+
+
+def test_a_tensorrt_that_is_broken_is_not_replaced_by_that_for_rtx(
+    path: Path, nothing_computed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensorrt_rtx.needed()
+
+    def broken(gpu: object) -> None:
+        raise MvmrError("the package tensorrt cannot be loaded (libnvinfer.so.10: cannot open)")
+
+    monkeypatch.setattr(tensorrt, "device", lambda: None)
+    monkeypatch.setattr(tensorrt, "package", broken)
+    assert "cannot be loaded (libnvinfer.so.10" in refused(path, formats=["trt"])
+
+
+def test_a_plug_in_of_tensorrt_for_rtx_that_does_not_fit_is_refused(
+    path: Path, nothing_computed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_gpu(monkeypatch)
+
+    def misfit() -> None:
+        raise MvmrError("onnxruntime 1.2 cannot load TensorRT for RTX 1.7.1")
+
+    monkeypatch.setattr(rtx_provider, "device", misfit)
+    assert "onnxruntime 1.2 cannot load TensorRT for RTX" in refused(path, formats=["trt"])
 
 
 def test_triton_takes_no_tensorrt_for_rtx(
