@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from mvmr import bundle as bundles
+from mvmr.app.opening import open_workbench
+from mvmr.app.ui import Asked
 from mvmr.app.uploads import opened
 from mvmr.data import ImageSet, open_images
 from mvmr.encoder import EncoderConfig, build_encoder
@@ -200,6 +203,24 @@ def test_it_embeds_as_before_bit_for_bit(old: bundles.Bundle, content: bytes, tm
     shown = opened(content, background=None)
     assert torch.equal(student.embed([shown.image]), wanted)
     assert not any("transparent" in note for note in shown.notes)
+
+
+def test_the_app_shows_it_what_it_was_shown_before(old: bundles.Bundle, content: bytes, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        written(tmp_path / name, content)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("one", "two"):
+        (file,) = (tmp_path / name).iterdir()
+        file.rename(photos / f"{name}{file.suffix}")
+    bundle = bundles.load(shutil.copytree(old.path, tmp_path / "student"))
+    bench = open_workbench(bundle.path, gallery=photos)
+    uploaded = Asked(content, "upload").image(bench.gallery.images.background)
+    assert isinstance(uploaded, Image.Image)
+    for shown in (uploaded, bench.gallery.images.load(0)):
+        np.testing.assert_array_equal(np.asarray(shown), np.asarray(as_before(content)))
+    wanted = bundle.student().embed([as_before(content)]).numpy()
+    np.testing.assert_allclose(bench.rows("torch"), np.repeat(wanted, 2, axis=0), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
