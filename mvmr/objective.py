@@ -44,7 +44,9 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         weights = {"invariance": self.invariance, "variance": self.variance, "dependence": self.dependence}
-        weights |= {"decorrelation": self.decorrelation} | self.representations | self.regression
+        weights |= {"decorrelation": self.decorrelation}
+        weights |= {f"representations.{name}": weight for name, weight in self.representations.items()}
+        weights |= {f"regression.{name}": weight for name, weight in self.regression.items()}
         if negative := [name for name, weight in weights.items() if not weight >= 0]:
             raise MvmrError(f"[objective] {negative[0]} = {weights[negative[0]]}: a weight must be 0 or more")
         if not any(weights.values()):

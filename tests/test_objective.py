@@ -122,6 +122,10 @@ def test_only_needed_terms_are_computed() -> None:
     )
 
 
+def test_a_teacher_that_is_regressed_with_weight_0_may_still_be_depended_on() -> None:
+    assert off(representations={"teacher": 1.0}, regression={"teacher": 0.0}).targets == ("teacher",)
+
+
 def test_diagnosis_tells_rank_and_null() -> None:
     h = draw(64, 1) @ torch.ones(1, 16)
     z = draw(64, 16, seed=1)
@@ -138,7 +142,8 @@ def test_diagnosis_tells_rank_and_null() -> None:
     ("weights", "message"),
     [
         ({"invariance": -1.0}, "invariance = -1.0"),
-        ({"representations": {"hog": float("nan")}}, "hog = nan"),
+        ({"representations": {"hog": float("nan")}}, "representations.hog = nan"),
+        ({"representations": {"teacher": -1.0}, "regression": {"teacher": 1.0}}, "representations.teacher = -1.0"),
         ({"invariance": 0.0, "variance": 0.0, "dependence": 0.0}, "nothing to learn"),
     ],
 )
