@@ -228,4 +228,6 @@ PRETRAIN: dict[str, Trial | None] = {
     "paper, crop+flip, crops of 25 % or more": Trial(f"{_Z} {_ALL} {_CF}", crop=0.25),
     "paper, unbiased, crop+flip": Trial(f"{_Z} {_ALL} {_CF} objective.estimator=unbiased"),
     "paper, scattering and HOG only, crop+flip": Trial(f"{_Z} {_S}=1 {_H}=1 {_CF}"),
+    "paper, 4 times the epochs": Trial(f"{_Z} {_ALL}", epochs=4),
+    "paper, crop+flip, 4 times the epochs": Trial(f"{_Z} {_ALL} {_CF}", epochs=4),
 }
