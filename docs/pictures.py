@@ -53,7 +53,7 @@ def take_neighbours(page: Page) -> None:
     Image.fromarray(skimage.data.coffee()).save(photograph, "PNG")
     page.get_by_role("tab", name="Neighbours").click()
     given = {"name": "coffee.png", "mimeType": "image/png", "buffer": photograph.getvalue()}
-    page.set_input_files("#picture input[type=file]", given)  # type: ignore[arg-type]
+    page.set_input_files("#picture input[type=file]", given)
     expect(page.locator("#result .card")).to_have_count(20)
     save(page, "app-neighbours")
 
