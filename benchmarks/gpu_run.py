@@ -24,6 +24,7 @@ import click
 import measure
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 ROOT = Path(__file__).parents[1]
 WHOLE = 480.0  # seconds, with the installation, for which gpu.sh has a limit of its own
@@ -264,7 +265,7 @@ def show(summary: Mapping[str, Any], figures: Mapping[str, Callable[[Result], li
                 lines += figures[name](one["result"])
             except (KeyError, TypeError, StopIteration) as error:  # of a part that was stopped halfway
                 lines.append(f"its result lacks something: {error!r}")
-        table.add_row(name, one["outcome"], f"{one['seconds']:.0f}", "\n".join(lines))
+        table.add_row(name, one["outcome"], f"{one['seconds']:.0f}", Text("\n".join(lines)))
     console.print(table)
     if bad := [name for name, one in found.items() if one["outcome"] != OK]:
         console.print(f"{len(bad)} of {len(found)} parts did not end well: {', '.join(bad)}")

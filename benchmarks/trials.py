@@ -212,6 +212,7 @@ DISTIL: dict[str, Trial | None] = {
     "paper": Trial(f"{_Z} {_T}=1"),
     "paper, crop+flip": Trial(f"{_Z} {_T}=1 {_CF}"),
     "regression, twice the epochs": Trial(_REG, epochs=2),
+    "regression, lr 3e-3, twice the epochs": Trial(f"{_REG} train.lr=3e-3", epochs=2),
     "regression + 0.1 dCor, twice the epochs": Trial(f"{_REG} {_T}=0.1", epochs=2),
 }
 PRETRAIN: dict[str, Trial | None] = {

@@ -302,7 +302,7 @@ def test_the_table_says_what_the_parts_found(gpu_run: ModuleType, tmp_path: Path
     found = {
         name: {"outcome": "ok", "seconds": 12.3, "why": None, "result": result} for name, result in RESULTS.items()
     }
-    found["soak"] |= {"outcome": "failed", "why": "Error: 3 of 900 answers were wrong"}
+    found["soak"] |= {"outcome": "failed", "why": "Error: 3 of 900 [all] answers were wrong"}
     found["objective"] |= {"outcome": "out of time", "why": "stopped after 22 s", "result": None}
     del found["export_speed"]["result"]["rows"][0]["times_faster"]
     summary = json.loads(json.dumps({"machine": {"slug": "nvidia-x"}, "settings": {"quick": False}, "parts": found}))
@@ -321,7 +321,7 @@ def test_the_table_says_what_the_parts_found(gpu_run: ModuleType, tmp_path: Path
         "teacher 1,500 images/s",
         "student 1,200 images/s over 400 steps",
         "12.3% of the time waiting for input (16 processes decode)",
-        "Error: 3 of 900 answers were wrong",
+        "Error: 3 of 900 [all] answers were wrong",
         "torch float16: 3,000 images/s, at the end 0.99 of the beginning",
         "process memory 2,000 to 2,010 MiB, GPU memory 1,500 to 1,500 MiB",
         "2 of 6 parts did not end well: objective, soak",
