@@ -196,7 +196,9 @@ class Gallery:
         try:
             # from the start of a batch: its other images must not change with where a run was stopped
             begin = start - start % BATCH
-            waiting = in_order(pool, lambda i: encoder.prepare(self.load(i)), range(begin, len(self)), _AHEAD)
+            waiting = in_order(
+                lambda i: pool.submit(lambda: encoder.prepare(self.load(i))), range(begin, len(self)), _AHEAD
+            )
             for first in range(begin, len(self), BATCH):
                 yield encoder.forward(list(islice(waiting, BATCH)))[max(0, start - first) :]
         finally:

@@ -13,10 +13,10 @@ from typing import Any
 from gradio.utils import get_upload_folder
 from PIL import Image, UnidentifiedImageError
 
-from mvmr.data import decoding
+from mvmr import decoding
 from mvmr.errors import MvmrError
 from mvmr.preprocess import WHITE, Background, laid_on, to_rgb, upright
-from mvmr.serve.decode import MAX_PIXELS
+from mvmr.serve.decode import LIMITS
 
 _PREVIEW_SECONDS = 5.0
 _SIDE = 512  # pixels that the short side of a small image is enlarged to, at most, by a preprocessing
@@ -39,7 +39,7 @@ class Opened:
     height: int
 
 
-def opened(data: bytes, *, background: Background = WHITE, max_pixels: int = MAX_PIXELS) -> Opened:
+def opened(data: bytes, *, background: Background = WHITE, max_pixels: float = LIMITS.pixels) -> Opened:
     """Decode the file `data`; how many pixels it has is read from its header, before anything is decoded.
 
     background: what shows through a transparent image, as the student's preprocessing says
@@ -88,8 +88,8 @@ def _remove(file: Path, read: float) -> None:
             file.unlink()
 
 
-def _decoded(data: bytes, background: Background, max_pixels: int) -> Opened:
-    with Image.open(io.BytesIO(data), formats=decoding.formats()) as file:
+def _decoded(data: bytes, background: Background, max_pixels: float) -> Opened:
+    with Image.open(io.BytesIO(data), formats=decoding.known(decoding.COMMON)) as file:
         width, height = file.size
         if width * height > max_pixels:
             raise MvmrError(_too_many(f"this image has {width} x {height} pixels, more than", max_pixels))
@@ -130,5 +130,5 @@ def _converted(mode: str) -> str | None:
     return None
 
 
-def _too_many(what: str, max_pixels: int) -> str:
+def _too_many(what: str, max_pixels: float) -> str:
     return f"{what} the {max_pixels / 1e6:g} million that are allowed: scale it down"

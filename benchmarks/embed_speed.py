@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ def cases_of(bundle: Path, images: Path, out: Path, precision: str, size: int) -
     def decode() -> float:
         began = time.perf_counter()
         with ThreadPoolExecutor(cores) as pool:
-            for _ in in_order(pool, decoded, [item.read for item in items], 32):
+            for _ in in_order(partial(pool.submit, decoded), [item.read for item in items], 32):
                 pass
         return time.perf_counter() - began
 
@@ -147,7 +148,7 @@ def cases_of(bundle: Path, images: Path, out: Path, precision: str, size: int) -
     def a_batch_to_a_core() -> float:
         began = time.perf_counter()
         with ThreadPoolExecutor(cores) as pool:
-            for _ in in_order(pool, narrow, batches, 2 * cores):
+            for _ in in_order(partial(pool.submit, narrow), batches, 2 * cores):
                 pass
         return time.perf_counter() - began
 

@@ -42,7 +42,7 @@ CLIENTS = 16
 )
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--seconds", default=8.0, show_default=True, help="Of each turn.")
-@click.option("--flag", "flags", multiple=True, help="Of `mvmr serve`: --flag=--decode-threads=1.")
+@click.option("--flag", "flags", multiple=True, help="Of `mvmr serve`: --flag=--decoders=1.")
 @click.option("--accept", default="application/x-mvmr-float32", show_default=True, help="What clients ask for.")
 @click.option("--out", type=click.Path(path_type=Path), default=measure.RESULTS, help="Folder of the JSON.")
 def main(bundle: Path | None, rounds: int, seconds: float, flags: tuple[str, ...], accept: str, out: Path) -> None:
@@ -119,7 +119,7 @@ async def without_http(engine: Engine, bodies: list[bytes], seconds: float) -> f
     async def client(place: int) -> None:
         nonlocal done
         while time.perf_counter() - began < seconds:
-            await service.embed([bodies[place % len(bodies)]])
+            await service.embed([bodies[place % len(bodies)]], "")
             place, done = place + 1, done + 1
 
     await asyncio.gather(*(client(number) for number in range(CLIENTS)))
@@ -163,8 +163,9 @@ class Service:
         self._process.communicate()
 
     def processor_seconds(self) -> float:
-        """Of all its threads, so far."""
-        return float(sum(self.process.cpu_times()[:2]))
+        """Of all its threads and the processes that decode, so far."""
+        family = [self.process, *self.process.children(recursive=True)]
+        return float(sum(sum(process.cpu_times()[:2]) for process in family))
 
     def batches(self) -> dict[str, int]:
         """How many batches had at most so many images."""

@@ -1,16 +1,21 @@
 """One image file: which formats are read, and what is wrong with a file that cannot be."""
 
+import errno
 import os
+import stat
 from functools import lru_cache
 from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
+from mvmr.errors import unknown
 from mvmr.preprocess import upright
 
 # EPS would run Ghostscript on strangers' files, and IPTC holds a file of any other kind and size; the others are
 # recognised by Pillow but need a reader it lacks
 _LEFT_OUT = frozenset({"EPS", "IPTC", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"})
+# What cameras, browsers and scanners make; MPO is a JPEG of several pictures, as some telephones take them.
+COMMON = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
 _REASON_LENGTH = 120
 
 
@@ -19,6 +24,18 @@ def formats() -> tuple[str, ...]:
     """Return the formats Pillow opens here, without those that need a program or reader from outside."""
     Image.init()
     return tuple(sorted(set(Image.OPEN) - _LEFT_OUT))
+
+
+@lru_cache(maxsize=8)
+def known(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return those of the formats `names` that Pillow opens here; the installed one may lack AVIF.
+
+    Raises: MvmrError for a name that is none.
+    """
+    for name in names:
+        if name not in formats() and name not in COMMON:
+            raise unknown("format", name, formats())
+    return tuple(name for name in names if name in formats())
 
 
 @lru_cache(maxsize=1)
@@ -33,9 +50,21 @@ def read(path: bytes) -> Image.Image:
 
     Raises: what the operating system or Pillow raises; `reason` turns it into words.
     """
-    with open(path, "rb") as file, _open(file) as image:
+    with open_file(path) as file, _open(file) as image:
         image.load()
         return upright(image)
+
+
+def open_file(path: bytes) -> BinaryIO:
+    """Open a regular file to be read; a pipe would wait for its writer, and a device never end.
+
+    Raises: OSError, also for what is no regular file.
+    """
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(number).st_mode):
+        return os.fdopen(number, "rb")
+    os.close(number)
+    raise OSError(errno.EINVAL, "no regular file, but a pipe, a device or the like")
 
 
 def check(path: bytes) -> int:
@@ -43,7 +72,7 @@ def check(path: bytes) -> int:
 
     Raises: as `read` would.
     """
-    with open(path, "rb") as file, _open(file) as image:
+    with open_file(path) as file, _open(file) as image:
         short = min(image.size)
         # a JPEG is decoded at an eighth of its size: every byte is still read, so a cut file is still found
         image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))

@@ -157,9 +157,9 @@ def to_rgb(image: Image.Image, background: Background = WHITE) -> Image.Image:
     Raises: ValueError where Pillow has no conversion.
     """
     picture = upright(image)
-    if picture.mode == "RGBA" and background is not None:
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (*background, 255)), picture)
-    return picture.convert("RGB") if picture.mode == "RGBA" else picture
+    if picture.mode != "RGBA":
+        return picture
+    return picture.convert("RGB") if background is None else _laid_on(picture, background)
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -179,6 +179,17 @@ def upright(image: Image.Image) -> Image.Image:
     if turned.has_transparency_data:
         return turned if turned.mode == "RGBA" else turned.convert("RGBA")
     return turned if turned.mode == "RGB" else turned.convert("RGB")
+
+
+def _laid_on(picture: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    # a strip at a time: the whole would be in memory four times
+    width, height = picture.size
+    laid = Image.new("RGB", picture.size)
+    for top in range(0, height, _STRIP):
+        strip = picture.crop((0, top, width, min(top + _STRIP, height)))
+        below = Image.new("RGBA", strip.size, (*background, 255))
+        laid.paste(Image.alpha_composite(below, strip).convert("RGB"), (0, top))
+    return laid
 
 
 def _from_numbers(image: Image.Image) -> Image.Image:

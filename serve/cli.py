@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from mvmr.serve.options import ENGINE, LIMITS, limits_of
+
 _MOST = 100_000
 _ENV = {"auto_envvar_prefix": "MVMR"}
 
@@ -17,18 +19,15 @@ _ENV = {"auto_envvar_prefix": "MVMR"}
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 for all.")
 @click.option("--port", default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--name", help="Name of the model in answers; that of BUNDLE's folder when left out.")
-@click.option(
-    "--precision", help="fp32, fp16 or int8; left out, int8 on a processor, fp16 on a GPU, where there is one."
-)
-@click.option("--provider", default="cpu", show_default=True, help="cpu, cuda, tensorrt or tensorrt-rtx.")
+@ENGINE
 @click.option("--workers", type=click.IntRange(1), help="Batches at a time; left out, one to a core, one on a GPU.")
 @click.option("--threads", type=click.IntRange(1), help="Threads to a batch; left out, the cores among the workers.")
-@click.option("--decode-threads", type=click.IntRange(1), help="Threads that decode; all cores when left out.")
+@click.option("--decoders", type=click.IntRange(1), help="Processes that decode for a client; left out, one to a core.")
 @click.option("--max-batch", type=click.IntRange(1), help="Images to a batch; 4 on a processor, 32 on a GPU.")
 @click.option("--queue", default=256, show_default=True, help="Images accepted at a time; more get 429.")
 @click.option("--max-items", default=64, show_default=True, help="Images to a request.")
 @click.option("--max-body-mb", default=64.0, show_default=True, help="Megabytes of a request.")
-@click.option("--max-megapixels", default=50.0, show_default=True, help="Of an image, by its header.")
+@LIMITS
 @click.option("--api-keys", metavar="FILE", help="File with a key to a line; one must come with each request.")
 @click.option("--cors", multiple=True, metavar="ORIGIN", help="Origin whose pages may ask; none when left out.")
 @click.option("--url-host", "url_hosts", multiple=True, metavar="HOST", help="Host that images may be fetched from.")
@@ -40,7 +39,6 @@ _ENV = {"auto_envvar_prefix": "MVMR"}
 def serve(
     bundle: str | None,
     max_body_mb: float,
-    max_megapixels: float,
     api_keys: str | None,
     **options: Any,
 ) -> None:
@@ -49,15 +47,14 @@ def serve(
     from mvmr.serve.run import serve as run
     from mvmr.serve.settings import Settings, read_keys
 
-    for flag, value in (("--max-body-mb", max_body_mb), ("--max-megapixels", max_megapixels)):
-        if not 0 < value < _MOST:  # NaN, too
-            raise click.BadParameter(f"{value} must lie between 0 and {_MOST}", param_hint=flag)
+    if not 0 < max_body_mb < _MOST:  # NaN, too
+        raise click.BadParameter(f"{max_body_mb} must lie between 0 and {_MOST}", param_hint="--max-body-mb")
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     for_the_engine = {name: options.pop(name) for name in ("name", "precision", "provider", "threads")}
     files = {name: options.pop(name) for name in ("index", "tls_cert", "tls_key")}
     settings = Settings(
         max_body=int(max_body_mb * 2**20),
-        max_pixels=int(max_megapixels * 1e6),
+        limits=limits_of(options),
         api_keys=read_keys(api_keys) if api_keys else (),
         **options,
     )

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mvmr.data import decoding
+from mvmr import decoding
 from mvmr.errors import MvmrError
 from mvmr.preprocess import upright
 

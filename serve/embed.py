@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -20,7 +21,8 @@ from mvmr.export.contract import artifact, canary
 from mvmr.interrupt import Stop, stop_on_signal
 from mvmr.progress import say, track
 from mvmr.serve import columns, onefile
-from mvmr.serve.decode import MAX_PIXELS
+from mvmr.serve.decode import LIMITS, Limits
+from mvmr.serve.decode_pool import DecodePool
 from mvmr.serve.engine import TOLERANCE, Engine
 from mvmr.serve.items import Item, Source
 from mvmr.serve.parts import Parts, check, claimed, open_parts
@@ -61,7 +63,7 @@ def embed(
     shard: tuple[int, int] | None = None,
     resume: bool = False,
     part_rows: int = PART_ROWS,
-    max_pixels: int = MAX_PIXELS,
+    limits: Limits = LIMITS,
     progress: bool = False,
 ) -> Summary:
     """Embed many images by an exported student.
@@ -79,7 +81,7 @@ def embed(
         shard: (i, n), embeds piece i of n, counted from 0, into the folder ``out/shard-<i>-of-<n>``.
         resume: goes on with what a stopped run left, and begins where there is none.
         part_rows: images to a part, the most that a death costs.
-        max_pixels: of an image, by its header; larger ones are not decoded.
+        limits: of an image, to be decoded.
 
     Raises:
         MvmrError: nothing to embed, a bundle, head, precision or provider that can't be had, an output of another run,
@@ -87,8 +89,8 @@ def embed(
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM, with a message that says how to go on.
     """
     target = Path(out)
-    if part_rows < 1 or max_pixels < 1 or (threads is not None and threads < 1):
-        raise MvmrError(f"part_rows = {part_rows}, max_pixels = {max_pixels} and threads = {threads} must be 1 or more")
+    if part_rows < 1 or (threads is not None and threads < 1):
+        raise MvmrError(f"part_rows = {part_rows} and threads = {threads} must be 1 or more")
     if shard is not None:
         target = _shard_folder(target, *shard)
     if target.suffix == ".npy" and (heads or dtype != "float32"):
@@ -98,10 +100,10 @@ def embed(
     engine = Engine.load(bundle, precision=precision, provider=provider, threads=1 if provider == "cpu" else None)
     heads = tuple(engine.heads) if "all" in heads else tuple(heads)
     schema = columns.schema(engine, heads, dtype)
-    source: Source = open_source(os.fspath(images))
+    source: Source = open_source(os.fspath(images), limits.size)
     if shard is not None:
         source = source.share(*shard)
-    settings = _settings(engine, heads, source, dtype, shard, part_rows, max_pixels)
+    settings = _settings(engine, heads, source, dtype, shard, part_rows, limits)
     folder = onefile.working_folder(target)
     if (ready := onefile.finished(target, settings, resume=resume)) is not None:
         return _summary(target, ready["rows"], ready["errors"], engine)
@@ -114,10 +116,11 @@ def embed(
         "space_id": engine.space_id,
         "dim": engine.dim,
     }
-    with claimed(folder):
+    decoders = DecodePool(engine.preprocess, limits, processes=max(cores, usable_cores()), hashed=True)
+    with claimed(folder), decoders:
         parts = open_parts(folder, schema, settings, facts, resume=resume)
         pipeline = Pipeline(
-            engine=engine, heads=heads, part_rows=part_rows, max_pixels=max_pixels, cores=cores, distant=source.distant
+            engine=engine, heads=heads, part_rows=part_rows, decoders=decoders, cores=cores, distant=source.distant
         )
         job = _Job(parts, pipeline, source, engine, progress)
         began = time.perf_counter()
@@ -195,7 +198,7 @@ def _settings(
     dtype: str,
     shard: tuple[int, int] | None,
     part_rows: int,
-    max_pixels: int,
+    limits: Limits,
 ) -> dict[str, Any]:
     """All that decides what the rows are: a run goes on only while these stay the same."""
     files = bundles.load(engine.path, verify=False).manifest.files
@@ -212,7 +215,7 @@ def _settings(
         "dtype": dtype,
         "shard": f"{shard[0]}/{shard[1]}" if shard else None,
         "part_rows": part_rows,
-        "max_pixels": max_pixels,
+        "limits": json.loads(limits.to_json()),
     }
 
 

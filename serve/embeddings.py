@@ -17,7 +17,7 @@ from starlette.responses import Response
 from mvmr.serve import openapi, payload
 from mvmr.serve.decode import Rejected
 from mvmr.serve.engine import Engine
-from mvmr.serve.exchange import check_model, json_answer, posted, service_of
+from mvmr.serve.exchange import check_model, client_of, json_answer, posted, service_of
 from mvmr.serve.problems import Problem
 from mvmr.serve.service import Embedded, Outcome, Service
 
@@ -51,7 +51,7 @@ async def embeddings(request: Request) -> Response:
         given = await payload.from_texts(
             asked.texts, most=service.settings.max_items, remote=request.app.state.remote, take=take
         )
-        outcomes = await _embed(service, given)
+        outcomes = await _embed(request, given)
         usage = {"prompt_tokens": len(outcomes), "total_tokens": len(outcomes)}
         data = [_openai(number, each, asked.encoding_format) for number, each in enumerate(outcomes)]
         return json_answer({"object": "list", "model": service.engine.name, "data": data, "usage": usage})
@@ -66,7 +66,7 @@ async def embed(request: Request) -> Response:
 
     async def work(body: bytes, take: payload.Take) -> Response:
         kind = _accepted(request.headers.get("accept", "*/*"))
-        outcomes = await _embed(service, await _images(request, body, take))
+        outcomes = await _embed(request, await _images(request, body, take))
         if kind != payload.JSON:
             return _binary(outcomes, service.engine, kind)
         return json_answer({**_origin(service), "dim": service.engine.dim, "results": _results(outcomes, _vector)})
@@ -83,7 +83,7 @@ async def classify(request: Request, head: str | None = Query(None), top_k: int 
         engine = service.engine  # one for the whole request: its heads may be replaced meanwhile
         name = _head(engine, head)
         classes = engine.heads[name].classes
-        outcomes = await _embed(service, await _images(request, body, take))
+        outcomes = await _embed(request, await _images(request, body, take))
 
         def labels(found: Embedded) -> dict[str, Any]:
             chances = engine.classify(found.embedding[None], name)[0]
@@ -104,7 +104,7 @@ async def search(request: Request, k: int = Query(10, ge=1, le=1000)) -> Respons
         index: Index | None = request.app.state.index
         if index is None:
             raise Problem("no-index", "this service was started without one; start it with --index")
-        outcomes = await _embed(service, await _images(request, body, take))
+        outcomes = await _embed(request, await _images(request, body, take))
         rows = np.stack([each.embedding for each in outcomes if isinstance(each, Embedded)])
         found = iter(await asyncio.to_thread(index.search, rows, k))
 
@@ -121,9 +121,10 @@ async def _images(request: Request, body: bytes, take: payload.Take) -> list[pay
     return await payload.images(request, body, most=most, remote=request.app.state.remote, take=take)
 
 
-async def _embed(service: Service, given: Sequence[payload.Payload]) -> list[Outcome]:
+async def _embed(request: Request, given: Sequence[payload.Payload]) -> list[Outcome]:
     """Raises Problem when not one of the images can be embedded."""
-    outcomes = await service.embed(given)
+    service = service_of(request)
+    outcomes = await service.embed(given, client_of(request))
     failed = [_failure(number, each) for number, each in enumerate(outcomes) if not isinstance(each, Embedded)]
     for each in failed:
         service.metrics.errors.labels(each["error"]["code"]).inc()

@@ -24,6 +24,13 @@ def service_of(request: Request) -> Service:
     return service
 
 
+def client_of(request: Request) -> str:
+    """Who sent a request: the key it came with where the service wants one, else the address it came from."""
+    if service_of(request).settings.api_keys:
+        return request.headers.get("x-api-key") or request.headers.get("authorization", "")
+    return request.client.host if request.client else ""
+
+
 def json_answer(value: Mapping[str, Any]) -> Response:
     """JSON; numpy's arrays become lists."""
     return Response(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY), media_type=payload.JSON)

@@ -46,3 +46,8 @@ class Source(Protocol):
 
     def share(self, number: int, of: int) -> Self:
         """The piece `number` (from 0) of `of` pieces of nearly one size; in order, they make up the whole."""
+
+
+def too_many_bytes(size: int, most: float) -> Rejected:
+    """What becomes of a file that is too large."""
+    return Rejected("too-many-bytes", f"{size:,} bytes, more than the {most / 2**20:g} MiB allowed")

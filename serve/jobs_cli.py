@@ -6,14 +6,10 @@ from typing import Any
 
 import click
 
-from mvmr.options import options
 from mvmr.progress import say_plan
+from mvmr.serve.options import ENGINE, LIMITS, MAX_FILE, limits_of
 
-ENGINE = options(
-    click.option("--precision", help="fp32, fp16 or int8; left out, int8 on a processor, fp16 on a GPU, where it is."),
-    click.option("--provider", default="cpu", show_default=True, help="cpu, cuda, tensorrt or tensorrt-rtx."),
-    click.option("--threads", type=click.IntRange(1), help="Cores of the processor that embed; all when left out."),
-)
+THREADS = click.option("--threads", type=click.IntRange(1), help="Cores that embed; all when left out.")
 
 
 @click.command()
@@ -21,13 +17,15 @@ ENGINE = options(
 @click.argument("images")
 @click.option("--out", required=True, metavar="DIR|FILE", help="Folder of parts, FILE.parquet or FILE.npy.")
 @ENGINE
+@THREADS
 @click.option("--head", "heads", multiple=True, metavar="all|NAME", help="Head whose best class becomes a column.")
 @click.option("--dtype", default="float32", show_default=True, help="Of the embeddings: float32 or float16.")
 @click.option("--shard", metavar="I/N", help="Only piece I of N, from 0, for array jobs.")
 @click.option("--resume", is_flag=True, help="Go on with what a stopped run left.")
 @click.option("--part-rows", default=4096, show_default=True, type=click.IntRange(1), help="Images to a part.")
-@click.option("--max-megapixels", default=50.0, show_default=True, help="Of an image, by its header.")
-def embed(bundle: str, images: str, out: str, shard: str | None, max_megapixels: float, **options: Any) -> None:
+@MAX_FILE
+@LIMITS
+def embed(bundle: str, images: str, out: str, shard: str | None, **options: Any) -> None:
     """Embed IMAGES by BUNDLE's exported file.
 
     IMAGES: a folder, a quoted glob, a .txt list of paths (- for standard input), tar files (shards:PATTERN, with
@@ -38,7 +36,7 @@ def embed(bundle: str, images: str, out: str, shard: str | None, max_megapixels:
 
     piece = read_shard(shard) if shard else None
     say_plan(bundle=bundle, images=images, out=out)
-    made = run(bundle, images, out=out, shard=piece, max_pixels=int(max_megapixels * 1e6), progress=True, **options)
+    made = run(bundle, images, out=out, shard=piece, limits=limits_of(options), progress=True, **options)
     rate = f", {made.added / made.seconds:,.1f} a second" if made.added else ""
     click.echo(f"{made.path}: {made.rows} embeddings of width {made.dim}, {made.added} images now{rate}")
     if made.errors:
@@ -73,6 +71,7 @@ def index(embeddings: str, out: str, **options: Any) -> None:
 @click.option("-k", default=10, show_default=True, type=click.IntRange(1), help="How many neighbours.")
 @click.option("--bundle", metavar="B", help="Bundle that embeds IMAGE; the one that made the index when left out.")
 @ENGINE
+@THREADS
 @click.option("--probes", type=click.IntRange(1), help="Lists that ivf looks into; as built when left out.")
 @click.option("--ef-search", type=click.IntRange(1), help="Candidates hnsw keeps; as built when left out.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

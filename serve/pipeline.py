@@ -7,10 +7,9 @@ cores only take each other's caches. Images that come from far away and GPUs lea
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,9 +17,10 @@ import numpy as np
 
 from mvmr.cores import usable_cores
 from mvmr.serve.columns import Rows
-from mvmr.serve.decode import Prepared, Rejected, prepare
+from mvmr.serve.decode import Prepared, Rejected
+from mvmr.serve.decode_pool import DecodePool, Outcome
 from mvmr.serve.engine import Engine
-from mvmr.serve.items import Item
+from mvmr.serve.items import Content, Item
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -34,7 +34,6 @@ class Decoded:
     """An image ready for the engine, or why not."""
 
     path: str
-    sha256: str
     outcome: Prepared | Rejected
     done: int
 
@@ -73,7 +72,7 @@ class Pipeline:
     engine: Engine
     heads: Sequence[str]
     part_rows: int
-    max_pixels: int
+    decoders: DecodePool
     cores: int
     distant: bool = False
 
@@ -84,25 +83,33 @@ class Pipeline:
         """
         on_cores = self.engine.provider == "cpu"
         engines = self.cores if on_cores else 1
-        decoders = max(self.cores, usable_cores(), _READERS if self.distant else 1)
-        ahead = _READ_AHEAD * self.engine.at_once * engines + decoders
-        embedding = ThreadPoolExecutor(engines, "embed")
-        shared = on_cores and not self.distant and engines == decoders
-        decoding = embedding if shared else ThreadPoolExecutor(decoders, "decode")
-        try:
-            decoded = in_order(decoding, self._decode, items, ahead)
-            yield from in_order(embedding, self._embed, self._batches(decoded), 2 * engines)
-        finally:
-            for pool in (embedding, decoding):
-                pool.shutdown(wait=True, cancel_futures=True)
+        readers = _READERS if self.distant else 1
+        ahead = _READ_AHEAD * self.engine.at_once * engines + max(readers, usable_cores())
+        with ThreadPoolExecutor(readers, "read") as reading, ThreadPoolExecutor(engines, "embed") as embedding:
+            try:
+                read: Iterable[tuple[Item, Content]] = map(_read, items)
+                if self.distant:
+                    read = in_order(lambda item: reading.submit(_read, item), items, 2 * readers)
+                decoded = in_order(self._decode, read, ahead)
+                yield from in_order(
+                    lambda batch: embedding.submit(self._embed, batch), self._batches(decoded), 2 * engines
+                )
+            finally:
+                for pool in (reading, embedding):
+                    pool.shutdown(wait=True, cancel_futures=True)
 
-    def _decode(self, item: Item) -> Decoded:
-        content = item.read()
+    def _decode(self, read: tuple[Item, Content]) -> Future[Decoded]:
+        item, content = read
+        decoded: Future[Decoded] = Future()
+
+        def settle(outcome: Outcome) -> None:
+            decoded.set_result(Decoded(item.path, outcome, item.done))
+
         if isinstance(content, Rejected):
-            return Decoded(item.path, "", content, item.done)
-        outcome = prepare(content, self.engine.preprocess, max_pixels=self.max_pixels)
-        digest = hashlib.sha256(content).hexdigest() if isinstance(outcome, Prepared) else ""
-        return Decoded(item.path, digest, outcome, item.done)
+            settle(content)
+        else:
+            self.decoders.submit(content).add_done_callback(lambda found: settle(found.result()))
+        return decoded
 
     def _batches(self, images: Iterable[Decoded]) -> Iterator[_Batch]:
         batch: list[Decoded] = []
@@ -128,7 +135,7 @@ class Pipeline:
                 continue
             pixels.append(image.outcome.pixels)
             rows.paths.append(image.path)
-            rows.hashes.append(image.sha256)
+            rows.hashes.append(image.outcome.sha256)
             rows.sizes.append((image.outcome.width, image.outcome.height))
         if pixels:
             embeddings = self.engine(np.stack(pixels))
@@ -140,11 +147,15 @@ class Pipeline:
         return Embedded(rows, len(batch.images), batch.done, batch.ends_part)
 
 
-def in_order(pool: Executor, work: Callable[[T], R], items: Iterable[T], limit: int) -> Iterator[R]:
-    """``work(item)`` of each item, in order; at most `limit` are begun before the first of them is asked for."""
+def _read(item: Item) -> tuple[Item, Content]:
+    return item, item.read()
+
+
+def in_order(begin: Callable[[T], Future[R]], items: Iterable[T], limit: int) -> Iterator[R]:
+    """What becomes of each item, in order; at most `limit` are begun before the first of them is asked for."""
     waiting: deque[Future[R]] = deque()
     for item in items:
-        waiting.append(pool.submit(work, item))
+        waiting.append(begin(item))
         if len(waiting) >= limit:
             yield waiting.popleft().result()
     while waiting:

@@ -8,9 +8,10 @@ from typing import Any
 
 import fsspec
 
-from mvmr.data import decoding
+from mvmr import decoding
 from mvmr.errors import MvmrError, missing_extra
 from mvmr.serve.decode import Rejected
+from mvmr.serve.items import too_many_bytes
 
 _TRIES = 3
 
@@ -72,15 +73,16 @@ def info(address: str) -> tuple[int, str]:
     return int(found.get("size") or 0), state(found)
 
 
-def read(fs: Any, path: str) -> bytes | Rejected:
-    """The bytes of one file; `Rejected` where there is none.
+def read(fs: Any, path: str, most: float) -> bytes | Rejected:
+    """The bytes of one file; `Rejected` where there is none, or more of them than `most`.
 
     Raises: MvmrError for anything else after three tries: a network that is down must not make a million images count
         as unreadable.
     """
     for left in reversed(range(_TRIES)):
         try:
-            return bytes(fs.cat_file(path))
+            content = bytes(fs.cat_file(path))  # to ask for the size before would be a request more for each
+            return content if len(content) <= most else too_many_bytes(len(content), most)
         except (FileNotFoundError, IsADirectoryError) as error:
             return Rejected("unreadable", decoding.reason(error))
         except Exception as error:

@@ -12,12 +12,10 @@ import signal
 import socket
 import ssl
 import time
-import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
-from PIL import Image
 
 from mvmr.cores import usable_cores
 from mvmr.errors import MvmrError
@@ -74,10 +72,6 @@ def serve(
         logger.info(
             "%s (%s, %s, %d heads) at %s", engine.name, engine.precision, engine.provider, len(engine.heads), at
         )
-        # odd metadata in strangers' images: what matters is whether the pixels decode
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        logging.getLogger("PIL").setLevel(logging.CRITICAL)
-        Image.MAX_IMAGE_PIXELS = settings.max_pixels  # for images inside images, whose size is read late
         _allow_connections()
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
             runner.run(_run(_Server(config), app.state.service, door))

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import io
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from mvmr import bundle as bundles
 from mvmr.cores import usable_cores
 from mvmr.errors import MvmrError
 from mvmr.export.contract import canary
 from mvmr.serve.batcher import Batcher
-from mvmr.serve.decode import Prepared, Rejected, prepare
+from mvmr.serve.decode import Prepared, Rejected
+from mvmr.serve.decode_pool import DecodePool
 from mvmr.serve.engine import TOLERANCE, Engine, read_heads
 from mvmr.serve.metrics import Metrics
 from mvmr.serve.payload import Payload, Take
@@ -32,6 +34,8 @@ logger = logging.getLogger(__name__)
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 _BODIES = 4  # of the largest size, in memory at once
+_SPARE = 2  # decoders that one client leaves to the others
+_PROBES = "probes"  # a client of their own
 _CANARY_SECONDS = 1.0  # a verdict stands that long: probes must not cost the engine more than an image a second
 
 
@@ -57,7 +61,10 @@ class Service:
         self.engine, self.settings, self.metrics = engine, settings, Metrics()
         self.metrics.describe(precision=engine.precision, provider=engine.provider, space_id=engine.space_id)
         self.draining = False
-        self._decoders = ThreadPoolExecutor(settings.decode_threads or usable_cores(), "mvmr-decode")
+        decoders = settings.decoders or usable_cores()
+        self._decoders = DecodePool(
+            engine.preprocess, settings.limits, processes=decoders, spare=max(_SPARE, decoders // 4)
+        )
         self._batcher = Batcher(
             engine,
             at_once=settings.max_batch or engine.at_once,
@@ -65,12 +72,16 @@ class Service:
             workers=settings.workers or 1,
             metrics=self.metrics,
         )
+        self._canary = canary(engine.size)[0]
+        self._canary_file = io.BytesIO()
+        Image.fromarray(self._canary).save(self._canary_file, "PNG")
         self._verdict: tuple[float, str | None] = (-1e9, "not asked yet")
         self._asking = asyncio.Lock()
         self._bytes = 0
 
     async def start(self) -> None:
         """Start the engine's thread, and run it once: its first batch is slow."""
+        await asyncio.to_thread(self._decoders.start)
         self._batcher.start()
         if fault := await self.fault():
             logger.error("not ready: %s", fault)
@@ -78,7 +89,7 @@ class Service:
     async def stop(self) -> None:
         """End all threads; to be called when nothing is under way any more."""
         await self._batcher.stop(self.settings.grace)
-        self._decoders.shutdown(cancel_futures=True)
+        await asyncio.to_thread(self._decoders.close)
 
     def reload_heads(self) -> None:
         """Read the bundle's heads again; where one is damaged, those of before stay in use, and the log says so."""
@@ -110,13 +121,15 @@ class Service:
         finally:
             self._bytes -= held
 
-    async def embed(self, payloads: Sequence[Payload]) -> list[Outcome]:
+    async def embed(self, payloads: Sequence[Payload], client: str) -> list[Outcome]:
         """Decode and embed the images of one request.
+
+        client: who sent it; one client's images never take all decoders.
 
         Raises: Problem when there is no room for them, or the engine fails.
         """
         with self._batcher.room(len(payloads)):
-            return await together([self._outcome(payload) for payload in payloads])
+            return await together([self._outcome(payload, client) for payload in payloads])
 
     async def infer(self, pixels: Pixels) -> Floats:
         """Embed prepared images: uint8 [N, S, S, 3] -> float32 [N, D]. Raises: as `embed`."""
@@ -136,11 +149,18 @@ class Service:
 
     async def _ask_canary(self) -> str | None:
         limit = self.settings.stuck_seconds
+        try:
+            async with asyncio.timeout(limit):
+                decoded = await asyncio.wrap_future(self._decoders.submit(self._canary_file.getvalue(), _PROBES))
+        except TimeoutError:
+            return f"no image has been decoded for {limit:g} s"
+        if not isinstance(decoded, Prepared):
+            return f"images can't be decoded: {decoded.reason}"
         if self._batcher.busy_seconds > limit:
             return f"the engine has been at one batch for {self._batcher.busy_seconds:.0f} s"
         try:
             async with asyncio.timeout(limit):
-                found = await self._batcher.embed(canary(self.engine.size)[0], first=True)
+                found = await self._batcher.embed(self._canary, first=True)
         except TimeoutError:
             return f"the engine has not answered for {limit:g} s"
         except Exception as error:  # whatever a GPU raises
@@ -150,8 +170,8 @@ class Service:
             return f"the engine's embedding of the canary is off by {off:.2g} of its length: it has drifted"
         return None
 
-    async def _outcome(self, payload: Payload) -> Outcome:
-        prepared = payload if isinstance(payload, Rejected) else await self._prepare(payload)
+    async def _outcome(self, payload: Payload, client: str) -> Outcome:
+        prepared = payload if isinstance(payload, Rejected) else await self._prepare(payload, client)
         if isinstance(prepared, Rejected):
             self.metrics.images.labels("rejected").inc()
             return prepared
@@ -159,12 +179,9 @@ class Service:
         self.metrics.images.labels("embedded").inc()
         return Embedded(row, prepared.width, prepared.height)
 
-    async def _prepare(self, data: bytes) -> Prepared | Rejected:
-        def timed() -> Prepared | Rejected:
-            with self.metrics.stage_seconds.labels("decode").time():
-                return prepare(data, self.engine.preprocess, max_pixels=self.settings.max_pixels)
-
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, timed)
+    async def _prepare(self, data: bytes, client: str) -> Prepared | Rejected:
+        with self.metrics.stage_seconds.labels("decode").time():
+            return await asyncio.wrap_future(self._decoders.submit(data, client))
 
     async def _embed(self, pixels: Pixels) -> Floats:
         try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mvmr.errors import MvmrError
-from mvmr.serve.decode import MAX_PIXELS
+from mvmr.serve.decode import LIMITS, Limits
 
 _FEWEST_LETTERS = 16
 _LONGEST = 3600
@@ -21,8 +21,8 @@ class Settings:
     queue: images accepted and not yet answered at most, above which requests get 429
     max_batch: images to a batch of the engine; None: 4 on a processor, 32 on a GPU
     workers: threads that run the engine, each a batch of its own; None: `serve` takes one to a core, or one on a GPU
-    decode_threads: None: as many as cores
-    max_items: images to a request; max_body: bytes; max_pixels: of an image
+    decoders: processes that decode for one client; None: as many as cores
+    limits: of an image; max_items: images to a request; max_body: bytes
     api_keys: one of them must come with each request, none: open to all
     cors: origins whose pages may ask; url_hosts: hosts that images may be fetched from
     head_seconds: for a request's head to arrive, else its connection is closed; body_seconds: for its body, else 408
@@ -35,10 +35,10 @@ class Settings:
     queue: int = 256
     max_batch: int | None = None
     workers: int | None = None
-    decode_threads: int | None = None
+    decoders: int | None = None
+    limits: Limits = LIMITS
     max_items: int = 64
     max_body: int = 64 * 2**20
-    max_pixels: int = MAX_PIXELS
     head_seconds: float = 15.0
     body_seconds: float = 30.0
     stuck_seconds: float = 30.0
@@ -49,7 +49,7 @@ class Settings:
     grace: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("queue", "max_items", "max_body", "max_pixels"):
+        for name in ("queue", "max_items", "max_body"):
             if getattr(self, name) < 1:
                 raise MvmrError(f"{name} = {getattr(self, name)} must be at least 1")
         if not 0 <= self.port <= 65535:

@@ -15,12 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from mvmr.data import decoding
+from mvmr import decoding
 from mvmr.data.scan import printable
 from mvmr.errors import MvmrError
 from mvmr.serve import remote
 from mvmr.serve.decode import Rejected
-from mvmr.serve.items import Content, Item
+from mvmr.serve.items import Content, Item, too_many_bytes
 
 _ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
@@ -45,12 +45,15 @@ class Shards:
     Members with another ending than an image's are passed over, as are those whose name begins with ".". Progress is
     counted in MB, for only reading them tells how many images there are. A piece is made of whole tar files. A tar file
     that is damaged gives what comes before the damage, then one item that says so.
+
+    most: bytes of a member, larger ones are not read
     """
 
     name: str
     fingerprint: str
     tars: tuple[Tar, ...]
     distant: bool
+    most: float
     unit: str = "MB"
 
     @property
@@ -62,7 +65,7 @@ class Shards:
         """The images from number `start` on; an item's bytes are in memory already."""
         number = before = 0
         for tar in self.tars:
-            for path, content, position in _members(tar, start - number):
+            for path, content, position in _members(tar, start - number, self.most):
                 if number >= start:
                     yield Item(path, partial(_same, content), (before + position) // _MB)
                 number += 1
@@ -74,7 +77,7 @@ class Shards:
         if count < of:
             raise MvmrError(f"{self.name} has {count} tar files, too few for {of} pieces; give --shard a smaller n")
         chosen = self.tars[count * number // of : count * (number + 1) // of]
-        return Shards(self.name, self.fingerprint, chosen, self.distant)
+        return Shards(self.name, self.fingerprint, chosen, self.distant, self.most)
 
 
 def is_tar(text: str) -> bool:
@@ -82,7 +85,7 @@ def is_tar(text: str) -> bool:
     return text.lower().endswith(_ENDINGS)
 
 
-def open_shards(text: str) -> Shards:
+def open_shards(text: str, most: float) -> Shards:
     """Find the tar files of ``shards:PATTERN`` or a pattern alone: a glob, with ``{000..009}`` or ``{a,b}`` in it.
 
     Raises: MvmrError for a file that is not there, or a pattern that matches none.
@@ -92,7 +95,7 @@ def open_shards(text: str) -> Shards:
     tars = [tar for each in ([pattern] if there else _expand(pattern)) for tar in _matching(each)]
     if not tars:
         raise MvmrError(f"no tar file matches {pattern!r}; check the pattern, and quote it")
-    return Shards(text, hashlib.sha256(repr(tars).encode()).hexdigest(), tuple(tars), remote.is_address(pattern))
+    return Shards(text, hashlib.sha256(repr(tars).encode()).hexdigest(), tuple(tars), remote.is_address(pattern), most)
 
 
 def _expand(pattern: str) -> Iterator[str]:
@@ -126,7 +129,7 @@ def _matching(pattern: str) -> Iterator[Tar]:
         yield Tar(each, status.st_size, f"{status.st_size} {status.st_mtime_ns}")
 
 
-def _members(tar: Tar, skip: int) -> Iterator[tuple[str, Content, int]]:
+def _members(tar: Tar, skip: int, most: float) -> Iterator[tuple[str, Content, int]]:
     """Path, bytes (none at all for the first `skip`, where that saves reading), and the position in the tar file."""
     there = remote.is_address(tar.path)
     name = printable(os.fsencode(tar.path))
@@ -139,7 +142,7 @@ def _members(tar: Tar, skip: int) -> Iterator[tuple[str, Content, int]]:
                     continue
                 if hops and member.offset_data + member.size > tar.size:  # found whether it is read or skipped
                     raise tarfile.ReadError("unexpected end of data")
-                content = b"" if hops and skip > 0 else _content(opened, member)
+                content = b"" if hops and skip > 0 else _content(opened, member, most)
                 skip -= 1
                 yield printable(os.fsencode(f"{tar.path}/{member.name}")), content, raw.tell()
     except _DAMAGE as error:
@@ -180,9 +183,11 @@ def _is_image(member: tarfile.TarInfo) -> bool:
     return not name.startswith(".") and not member.isdir() and ending in decoding.extensions()
 
 
-def _content(opened: tarfile.TarFile, member: tarfile.TarInfo) -> Content:
+def _content(opened: tarfile.TarFile, member: tarfile.TarInfo, most: float) -> Content:
     if not member.isreg():
         return Rejected("unreadable", "a link inside a tar file; make it with `tar --dereference --hard-dereference`")
+    if member.size > most:
+        return too_many_bytes(member.size, most)
     file: Any = opened.extractfile(member)
     content: bytes = file.read()
     if len(content) < member.size:

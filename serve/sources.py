@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,12 +14,12 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from mvmr.data import decoding
+from mvmr import decoding
 from mvmr.data.scan import Packed, Scan, printable, scan, stat_files
 from mvmr.errors import MvmrError
 from mvmr.serve import remote, shards
-from mvmr.serve.decode import Rejected
-from mvmr.serve.items import Content, Item, Source
+from mvmr.serve.decode import LIMITS, Rejected
+from mvmr.serve.items import Content, Item, Source, too_many_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +68,7 @@ class Listed:
         return replace(self, chosen=here[len(here) * number // of : len(here) * (number + 1) // of])
 
 
-def open_source(images: str) -> Source:
+def open_source(images: str, most: float = LIMITS.size) -> Source:
     """Find the images that `images` describes.
 
     images: a folder (looked through to its leaves, names with an image's ending, in the order of their bytes); a glob
@@ -75,42 +76,51 @@ def open_source(images: str) -> Source:
         a line; ``-`` for such a list on standard input; tar files by name or ``shards:PATTERN``, where a pattern may be
         a glob and hold ``{000..009}`` or ``{a,b}``; an address of fsspec's (``s3://bucket/prefix``), folder, glob or
         tar files; or one image.
+    most: bytes of an image; a larger one is not read.
 
     Raises: MvmrError, one line, where there is nothing of the kind or no image in it, or a package lacks.
     """
     if images == "-":
-        return _lines(images, sys.stdin.buffer.read(), b"")
+        return _lines(images, sys.stdin.buffer.read(), b"", most)
     if images.startswith("shards:") or shards.is_tar(images):
-        return shards.open_shards(images)
+        return shards.open_shards(images, most)
     if remote.is_address(images):
-        return _remote(images)
+        return _remote(images, most)
     typed = os.fsencode(os.path.normpath(os.path.expanduser(images)))
     if os.path.isdir(typed):
-        return _folder(images, typed)
+        return _folder(images, typed, most)
     if os.path.isfile(typed):
         if images.lower().endswith((".txt", ".lst", ".list")):
-            return _lines(images, _whole(typed), os.path.dirname(typed))
-        return _files(images, b"", Packed.of([typed]))
+            return _lines(images, _whole(typed), os.path.dirname(typed), most)
+        return _files(images, b"", Packed.of([typed]), most)
     if glob.has_magic(typed):
         found = (name for name in glob.iglob(typed, recursive=True) if _is_image(name) and os.path.isfile(name))
-        return _files(images, b"", Packed.of(sorted(found)), none=f"no image file matches {images}; quote the pattern")
+        return _files(
+            images, b"", Packed.of(sorted(found)), most, none=f"no image file matches {images}; quote the pattern"
+        )
     raise MvmrError(
         f"no images at {images}: there is no such folder or file; give a folder, a quoted glob, a .txt list of paths, "
         "shards:PATTERN or an address such as s3://bucket/prefix"
     )
 
 
-def _folder(name: str, root: bytes) -> Listed:
+def _folder(name: str, root: bytes, most: float) -> Listed:
     found: Scan = scan(root)
     lost = tuple((os.path.join(printable(root), skipped.key), skipped.reason) for skipped in found.unlisted)
     if not len(found.files.names) and not lost:
         others = f"none of its {found.others} files ends as an image does" if found.others else "it is empty"
         raise MvmrError(f"no images in {name}: {others}; give the folder that holds them (tar files: shards:PATTERN)")
-    return _files(name, root, found.files.names, lost=lost)
+    return _files(name, root, found.files.names, most, lost=lost)
 
 
 def _files(
-    name: str, root: bytes, names: Sequence[bytes], *, lost: tuple[tuple[str, str], ...] = (), none: str = ""
+    name: str,
+    root: bytes,
+    names: Sequence[bytes],
+    most: float,
+    *,
+    lost: tuple[tuple[str, str], ...] = (),
+    none: str = "",
 ) -> Listed:
     if not len(names) and not lost:
         raise MvmrError(none or f"no images in {name}: it is empty")
@@ -120,12 +130,12 @@ def _files(
         fingerprint=fingerprint(root, names, files.sizes, files.times, repr(lost)),
         names=names,
         key=lambda each: printable(os.path.join(root, each)),
-        read=lambda each: _read(os.path.join(root, each)),
+        read=lambda each: _read(os.path.join(root, each), most),
         lost=lost,
     )
 
 
-def _lines(name: str, text: bytes, root: bytes) -> Listed:
+def _lines(name: str, text: bytes, root: bytes, most: float) -> Listed:
     told = "standard input" if name == "-" else name
     names = Packed.of(line for each in text.split(b"\n") if (line := each.strip(b"\r\t ")))
     none = f"no images in the list {told}: it has no lines; write a path on each"
@@ -133,7 +143,7 @@ def _lines(name: str, text: bytes, root: bytes) -> Listed:
         raise MvmrError(f"{told} is not a list of paths: it holds zero bytes; give a text file with a path a line")
     addresses = sum(b"://" in each for each in names)
     if not addresses:
-        return _files(name, root, names, none=none)
+        return _files(name, root, names, most, none=none)
     if addresses < len(names):
         raise MvmrError(f"the list {told} mixes {addresses} addresses with {len(names) - addresses} paths; split it")
     fs = remote.file_system(names[0].decode("utf-8", "replace"))
@@ -142,12 +152,12 @@ def _lines(name: str, text: bytes, root: bytes) -> Listed:
         fingerprint=fingerprint(names),
         names=names,
         key=printable,
-        read=lambda each: remote.read(fs, each.decode("utf-8", "surrogateescape")),
+        read=lambda each: remote.read(fs, each.decode("utf-8", "surrogateescape"), most),
         distant=True,
     )
 
 
-def _remote(address: str) -> Listed:
+def _remote(address: str, most: float) -> Listed:
     fs, found = remote.find(address, decoding.extensions())
     if not found:
         raise MvmrError(f"no images at {address}: no name there ends as an image's does; check the address")
@@ -157,7 +167,7 @@ def _remote(address: str) -> Listed:
         fingerprint=fingerprint(names, repr([stamp for _, stamp in found])),
         names=names,
         key=lambda each: printable(os.fsencode(fs.unstrip_protocol(os.fsdecode(each)))),
-        read=lambda each: remote.read(fs, os.fsdecode(each)),
+        read=lambda each: remote.read(fs, os.fsdecode(each), most),
         distant=True,
     )
 
@@ -185,15 +195,17 @@ def _is_image(name: bytes) -> bool:
 
 
 def _whole(path: bytes) -> bytes:
-    content = _read(path)
+    content = _read(path, math.inf)
     if isinstance(content, Rejected):
         raise MvmrError(f"cannot read the list {printable(path)}: {content.reason}; check the path")
     return content
 
 
-def _read(path: bytes) -> Content:
+def _read(path: bytes, most: float) -> Content:
     try:
-        with open(path, "rb") as file:
+        with decoding.open_file(path) as file:
+            if (size := os.fstat(file.fileno()).st_size) > most:
+                return too_many_bytes(size, most)
             return file.read()
     except OSError as error:
         return Rejected("unreadable", decoding.reason(error))

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvmr.data import decoding, open_images
+from mvmr import decoding
+from mvmr.data import open_images
 from mvmr.errors import MvmrError
 from mvmr.preprocess import Preprocess
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvmr.data import ImageSet, Split, checking, decoding, open_images
+from mvmr import decoding
+from mvmr.data import ImageSet, Split, checking, open_images
 from mvmr.data.scan import Packed, printable
 from mvmr.errors import MvmrError
 

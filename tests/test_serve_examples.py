@@ -26,8 +26,10 @@ from PIL import Image
 from prometheus_client import Counter
 from prometheus_client.metrics import MetricWrapperBase
 
+from mvmr import decoding
 from mvmr.cli import main
-from mvmr.serve import cli, decode, embeddings, engine, fetch, inference, payload, run, status
+from mvmr.serve import cli, decode, decode_pool, embeddings, engine, fetch, inference, payload, run, status
+from mvmr.serve.decode import Limits
 from mvmr.serve.metrics import Metrics
 from mvmr.serve.problems import PROBLEMS
 from mvmr.serve.settings import Settings
@@ -64,7 +66,7 @@ def test_all_problems_are_listed() -> None:
 
 
 def test_all_reasons_why_an_image_has_no_embedding_are_listed() -> None:
-    sources = "".join(Path(module.__file__).read_text() for module in (decode, payload, fetch))
+    sources = "".join(Path(module.__file__).read_text() for module in (decode, decode_pool, payload, fetch))
     codes = re.findall(r'Rejected\(\s*"([a-z0-9-]+)"', sources)
     assert sorted(row[0].strip("`") for row in rows("## What becomes of each image")[1:]) == sorted(set(codes))
 
@@ -86,14 +88,16 @@ def test_each_variable_sets_what_its_flag_sets(monkeypatch: pytest.MonkeyPatch, 
     keys.write_text("0123456789abcdef\n")
     variables = {
         "BUNDLE": "b", "HOST": "0.0.0.0", "PORT": "9", "NAME": "n", "PRECISION": "fp32", "PROVIDER": "cuda",
-        "WORKERS": "2", "THREADS": "3", "DECODE_THREADS": "4", "MAX_BATCH": "5", "QUEUE": "100", "MAX_ITEMS": "6",
+        "WORKERS": "2", "THREADS": "3", "DECODERS": "4", "MAX_BATCH": "5", "QUEUE": "100", "MAX_ITEMS": "6",
         "MAX_BODY_MB": "1.5",
-        "MAX_MEGAPIXELS": "2", "API_KEYS": str(keys), "CORS": "https://a https://b", "URL_HOSTS": "c d", "INDEX": "i",
+        "MAX_MEGAPIXELS": "2", "DECODE_SECONDS": "3", "DECODE_MEMORY_MB": "4", "FORMATS": "ppm ICO",
+        "API_KEYS": str(keys), "CORS": "https://a https://b", "URL_HOSTS": "c d", "INDEX": "i",
         "TLS_CERT": "t", "TLS_KEY": "k", "DRAIN": "7", "GRACE": "8",
     }  # fmt: skip
     expected = Settings(
-        host="0.0.0.0", port=9, workers=2, decode_threads=4, max_batch=5, queue=100, max_items=6, max_body=3 * 2**19,
-        max_pixels=2_000_000, api_keys=("0123456789abcdef",), cors=("https://a", "https://b"), url_hosts=("c", "d"),
+        host="0.0.0.0", port=9, workers=2, decoders=4, max_batch=5, queue=100, max_items=6, max_body=3 * 2**19,
+        limits=Limits(pixels=2e6, seconds=3, memory=4 * 2**20, formats=(*decoding.COMMON, "PPM", "ICO")),
+        api_keys=("0123456789abcdef",), cors=("https://a", "https://b"), url_hosts=("c", "d"),
         drain=7, grace=8,
     )  # fmt: skip
     assert [f"`MVMR_{name}`" for name in variables] == [row[1] for row in rows("## Settings")[1:]]

@@ -30,7 +30,7 @@ from tests.serving import FLOAT32, Running, counted, encoded, jpeg, photograph, 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 MIB = 2**20
 # What this service may take for a while on top of what it has: an image of 5 megapixels, decoded in two threads
-OPTIONS = ["--max-megapixels", "5", "--max-body-mb", "4", "--workers", "1", "--decode-threads", "2"]
+OPTIONS = ["--max-megapixels", "5", "--max-body-mb", "4", "--workers", "1", "--decoders", "2"]
 MOST = 200 * MIB
 
 
@@ -419,12 +419,14 @@ class Watch(threading.Thread):
 LISTENING = """
 import sys
 def note(event, arguments):
+    if event == "socket.sendmsg" and arguments[0].family == 1:  # among processes of this machine
+        return
     if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "socket.sendmsg"):
         with open("asked", "a") as file:
             file.write(f"{event} {arguments[-1] if event == 'socket.connect' else arguments[:2]}\\n")
     if event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"):
         with open("asked", "a") as file:
-            file.write(f"{event}\\n")
+            file.write(f"{event} {arguments[1][1:4] if event == 'subprocess.Popen' else ''}\\n")
 sys.addaudithook(note)
 """
 
@@ -448,8 +450,9 @@ def test_nothing_is_sent_anywhere(path: Path, tmp_path: Path) -> None:
     assert {("SOCK_STREAM", "127.0.0.1", "127.0.0.1"), ("SOCK_STREAM", "127.0.0.1", "")} <= watch.seen  # it can see
     assert {theirs for _, _, theirs in watch.seen} <= {"", "127.0.0.1"}
     assert {kind for kind, _, _ in watch.seen} == {"SOCK_STREAM"}
-    # the name of the host that it listens at is looked up, nothing else
+    # the name of the host that it listens at is looked up, and images are decoded in processes, nothing else
     asked = set((tmp_path / "asked").read_text().splitlines())
-    assert asked == {"socket.getaddrinfo ('127.0.0.1', 0)"}
+    decoders = "subprocess.Popen ['-P', '-m', 'mvmr.serve.decode_process']"
+    assert asked == {"socket.getaddrinfo ('127.0.0.1', 0)", decoders}
     assert [str(file) for file in home.rglob("*") if "microsoft" in file.name.lower()] == []
     assert list(home.iterdir()) == []

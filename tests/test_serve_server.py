@@ -24,6 +24,7 @@ from starlette.testclient import TestClient
 
 from mvmr.errors import MvmrError
 from mvmr.serve import Engine, service
+from mvmr.serve.decode import Limits
 from mvmr.serve.problems import PROBLEMS
 from mvmr.serve.server import create_app
 from mvmr.serve.settings import Settings, read_keys
@@ -288,12 +289,12 @@ def test_why_an_image_has_no_embedding(client: TestClient, text: str, code: str)
 
 
 def test_an_image_of_more_pixels_than_allowed_is_not_decoded(engine: Engine) -> None:
-    with serve(engine, max_pixels=240 * 240 - 1) as client:
+    with serve(engine, limits=Limits(pixels=240 * 240 - 1)) as client:
         answer = client.post("/v1/embed", content=jpeg())
         assert errors(answer.json()["errors"]) == {0: "too-many-pixels"}
         assert "240 x 240 pixels" in answer.json()["detail"]
         assert 'stage="infer"' not in str(serving.counted(client.get("/metrics").text, "mvmr_images_total"))
-    with serve(engine, max_pixels=240 * 240) as client:
+    with serve(engine, limits=Limits(pixels=240 * 240)) as client:
         assert client.post("/v1/embed", content=jpeg()).status_code == 200
 
 

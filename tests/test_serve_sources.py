@@ -290,3 +290,26 @@ def test_images_are_read_from_a_real_s3_server(monkeypatch: pytest.MonkeyPatch, 
         assert "cannot read s3://nobody/photos" in refused("s3://nobody/photos")
     finally:
         server.stop()
+
+
+# What is no image at all, or too much of one
+
+
+def test_pipes_and_devices_in_a_list_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    (tmp_path / "a.png").write_bytes(png(0))
+    (tmp_path / "list.txt").write_text("pipe.png\nzero.png\na.png\n")
+    found = list(open_source(str(tmp_path / "list.txt")).items())
+    assert contents(iter(found)) == ["unreadable", "unreadable", png(0)]
+    assert "no regular file" in str(found[0].read())
+
+
+def test_files_and_members_of_too_many_bytes_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(0))
+    with (tmp_path / "b.png").open("wb") as file:
+        file.truncate(2**40)  # takes no room on the disk, and could not be read
+    assert contents(open_source(str(tmp_path)).items()) == [png(0), "too-many-bytes"]
+    tar(tmp_path / "a.tgz", {"b.png": bytes(10_000), "a.png": png(0)}, "w:gz")
+    most = max(2000, len(png(0)))
+    assert contents(open_source(str(tmp_path / "a.tgz"), most).items()) == ["too-many-bytes", png(0)]

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mvmr.data import decoding
+from mvmr import decoding
 from mvmr.data.images import Skipped
 from mvmr.errors import MvmrError
 

@@ -1,0 +1,144 @@
+"""The program of a decoding process: one image after the other, until its parent ends or ends it.
+
+A file is damaged or made to do harm in ways that no reader foresees: decoding it may take hours or all memory, or end
+the process. Here that costs one image (`mvmr.serve.decode_pool`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mvmr.preprocess import Preprocess
+from mvmr.serve.decode import AT_ONCE, Limits, Prepared, prepare
+
+_KEPT = 2**23  # bytes of shared memory that stay between images
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Make a decoding process for each pair of file descriptors, of a socket and of memory, that comes.
+
+    Made by a fork of this one, which has imported all that they need and does nothing else, they start in milliseconds.
+    Arguments: the file descriptor of the socket on which they come, the preprocessing and the limits as JSON, and
+    whether hashes are wanted, 0 or 1.
+    """
+    connection, preprocess, limits, hashed = sys.argv[1:]
+    warnings.simplefilter("ignore")  # Pillow's, about odd metadata
+    made = Preprocess.from_dict(json.loads(preprocess))
+    bounds = Limits.from_json(limits)
+    Image.MAX_IMAGE_PIXELS = int(bounds.pixels)  # for images inside images, whose size is read late
+    _end_with_parent()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    control = socket.socket(fileno=int(connection))
+    while True:
+        said, files, _, _ = socket.recv_fds(control, 1, 2)
+        if not said:
+            return
+        process = os.fork()
+        if not process:
+            control.close()
+            _decode(files[0], files[1], made, bounds, hashed == "1")
+            return
+        for file in files:
+            os.close(file)
+        control.sendall(b"%d\n" % process)
+
+
+def _decode(connection: int, memory: int, preprocess: Preprocess, limits: Limits, hashed: bool) -> None:
+    """Read the numbers of bytes of some images from the socket, and answer with what became of each; lines of JSON.
+
+    The bytes come in the shared memory, behind room for the pixels of `AT_ONCE` images, which go back in it.
+    """
+    _end_with_parent()
+    _end_first()
+    with socket.socket(fileno=connection) as parent:
+        reader = _Reader(parent, memory, preprocess, limits, hashed)
+        while not reader.ended:
+            # the parent lowers the priority of a thread that takes long, and it can't be raised again
+            thread = threading.Thread(target=reader.run)
+            thread.start()
+            thread.join()
+
+
+class _Reader:
+    def __init__(
+        self, parent: socket.socket, memory: int, preprocess: Preprocess, limits: Limits, hashed: bool
+    ) -> None:
+        self.parent, self.memory, self.preprocess, self.limits = parent, memory, preprocess, limits
+        self.hashed = hashed
+        self.lines = parent.makefile("rb")
+        self.ended, self.pixels = False, 0
+        self._allow(limits.memory / 3)
+
+    def run(self) -> None:
+        """Answer until the parent ends, or has lowered this thread's priority."""
+        priority = os.getpriority(os.PRIO_PROCESS, 0)
+        self._say("ready", threading.get_native_id())
+        while os.getpriority(os.PRIO_PROCESS, 0) == priority:
+            line = self.lines.readline()
+            if not line:
+                self.ended = True
+                return
+            self._answer(json.loads(line))
+
+    def _answer(self, sizes: list[int]) -> None:
+        of_pixels = 3 * self.preprocess.crop**2
+        place, found = AT_ONCE * of_pixels, []
+        for number, size in enumerate(sizes):
+            data = os.pread(self.memory, size, place)
+            place += size
+            outcome = prepare(data, self.preprocess, self.limits, before=self._ask)
+            if self.limits.is_large(self.pixels):
+                self._allow(self.limits.memory / 3)
+            if isinstance(outcome, Prepared):
+                os.pwrite(self.memory, outcome.pixels.data, number * of_pixels)
+                digest = hashlib.sha256(data).hexdigest() if self.hashed else ""
+                found.append(["prepared", outcome.width, outcome.height, digest])
+            else:
+                found.append(["rejected", outcome.code, outcome.reason])
+        if place > _KEPT:
+            os.ftruncate(self.memory, AT_ONCE * of_pixels)
+        self._say("done", found)
+
+    def _ask(self, pixels: int) -> None:
+        self.pixels = pixels
+        if self.limits.is_large(pixels):
+            self._say("large")
+            self.lines.readline()  # comes when there is memory for it
+            self._allow(self.limits.memory)
+
+    def _allow(self, memory: float) -> None:
+        with contextlib.suppress(OSError, ValueError):  # a system that has no such limit
+            resource.setrlimit(resource.RLIMIT_DATA, (int(memory), resource.RLIM_INFINITY))
+
+    def _say(self, *what: Any) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self.parent.sendall(json.dumps(what).encode() + b"\n")
+
+
+def _end_with_parent() -> None:
+    if sys.platform == "linux":  # elsewhere it ends after the image it is at
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _end_first() -> None:
+    with contextlib.suppress(OSError):  # no such file elsewhere
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""Decoding in processes: the same pixels as here, and no file that holds up, fills up or ends more than itself."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import psutil  # type: ignore[import-untyped]
+import pytest
+from PIL import Image
+
+from mvmr import decoding
+from mvmr.errors import MvmrError
+from mvmr.serve import decode_pool
+from mvmr.serve.decode import Limits, Prepared, Rejected, prepare
+from mvmr.serve.decode_pool import DecodePool
+from tests.serving import PREPROCESS, jpeg
+
+# A comment in pieces of a byte: Pillow's time grows with the square of its length, to hours for this one.
+SLOW = b"GIF89a\x01\x00\x01\x00\x00\x00\x00!\xfe" + b"\x01a" * 4_000_000 + b"\x00;"
+LIMITS = Limits(seconds=0.5)
+_SECONDS = 60
+
+
+@pytest.fixture
+def pool() -> Iterator[DecodePool]:
+    with DecodePool(PREPROCESS, LIMITS, processes=2, spare=1) as opened:
+        yield opened
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def decoders() -> list[psutil.Process]:
+    """The processes of pools of this one, without what they are forks of."""
+    return [
+        each for mother in psutil.Process().children() for each in mother.children() if "decode_process" in _of(each)
+    ]
+
+
+def _of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def prepared(pool: DecodePool, data: bytes, client: str = "") -> Prepared:
+    found = pool.submit(data, client).result(_SECONDS)
+    assert isinstance(found, Prepared), found
+    return found
+
+
+def rejected(pool: DecodePool, data: bytes) -> str:
+    found = pool.submit(data).result(_SECONDS)
+    assert isinstance(found, Rejected)
+    return found.code
+
+
+@pytest.mark.parametrize("kind", decoding.known(decoding.COMMON))
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_the_pixels_are_those_of_decoding_here(pool: DecodePool, kind: str, mode: str) -> None:
+    picture = Image.open(io.BytesIO(jpeg("astronaut"))).convert(mode)
+    if kind in ("JPEG", "MPO") and mode == "RGBA":
+        picture = picture.convert("CMYK")
+    data = encoded(picture, kind)
+    expected = prepare(data, PREPROCESS, LIMITS)
+    assert isinstance(expected, Prepared)
+    found = prepared(pool, data)
+    np.testing.assert_array_equal(found.pixels, expected.pixels)
+    assert (found.width, found.height) == picture.size
+
+
+def test_formats_that_few_use_are_read_where_they_are_asked_for(pool: DecodePool) -> None:
+    data = encoded(Image.new("RGB", (9, 9), "red"), "PPM")
+    assert rejected(pool, data) == "not-an-image"
+    with DecodePool(PREPROCESS, Limits(formats=(*decoding.COMMON, "PPM")), processes=1) as wider:
+        assert prepared(wider, data).width == 9
+    with pytest.raises(MvmrError, match="unknown format 'JPG'; did you mean 'JPEG'"):
+        Limits(formats=("JPG",))
+
+
+def test_many_images_keep_apart(pool: DecodePool) -> None:
+    sizes = [(width, 41) for width in range(41, 141)]
+    files = [encoded(Image.new("RGB", size, (size[0], 0, 0)), "PNG") for size in sizes]
+    answers = [pool.submit(data, str(number % 3)) for number, data in enumerate(files)]
+    for size, answer in zip(sizes, answers, strict=True):
+        found = answer.result(_SECONDS)
+        assert isinstance(found, Prepared)
+        assert (found.width, found.height) == size
+        assert np.unique(found.pixels[..., 0]).tolist() == [size[0]]
+
+
+def test_an_image_that_takes_too_long_costs_its_time_and_no_more(pool: DecodePool) -> None:
+    assert rejected(pool, SLOW) == "too-slow"
+    assert prepared(pool, jpeg()).width
+
+
+def test_one_client_s_slow_images_leave_decoders_to_the_others() -> None:
+    with DecodePool(PREPROCESS, Limits(seconds=_SECONDS), processes=2, spare=1) as pool:
+        slow = [pool.submit(SLOW, "a") for _ in range(9)]
+        assert prepared(pool, jpeg(), "b").width
+        assert not any(each.done() for each in slow)
+
+
+def test_what_takes_long_gets_less_of_the_processors() -> None:
+    with DecodePool(PREPROCESS, Limits(seconds=_SECONDS), processes=1) as pool:
+        answer = pool.submit(SLOW)
+        (process,) = decoders()
+        until(lambda: any(os.getpriority(os.PRIO_PROCESS, each.id) > 0 for each in process.threads()))
+        answer.cancel()
+
+
+def test_a_cancelled_image_is_not_decoded_on() -> None:
+    with DecodePool(PREPROCESS, Limits(seconds=_SECONDS), processes=1) as pool:
+        slow, waiting = pool.submit(SLOW), pool.submit(SLOW)
+        (process,) = decoders()
+        until(lambda: process.cpu_times().user > 0.2)
+        waiting.cancel()
+        slow.cancel()
+        assert prepared(pool, jpeg()).width
+        assert process not in decoders()
+
+
+def test_an_image_that_takes_too_much_memory_is_told_so(pool: DecodePool) -> None:
+    """A third of the memory is for images of fewer than a quarter of the pixels."""
+    grey = encoded(Image.new("LA", (3150, 3150)), "PNG", compress_level=1)
+    large = encoded(Image.new("LA", (3170, 3170)), "PNG", compress_level=1)
+    with DecodePool(PREPROCESS, Limits(pixels=40e6, memory=360 * 2**20), processes=2) as small:
+        assert rejected(small, grey) == "too-much-memory"
+        answers = [small.submit(large) for _ in range(4)]  # one at a time
+        assert all(isinstance(each.result(_SECONDS), Prepared) for each in answers)
+        assert prepared(small, jpeg()).width
+    assert prepared(pool, grey).width == 3150
+
+
+@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": b"Exif\0\0II*\0\x08\0\0\0\0\0"}])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_a_webp_with_too_many_pixels_is_refused_before_its_reader_takes_memory(
+    options: dict[str, object], mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = encoded(Image.new(mode, (301, 207)), "WEBP", **options)
+    found = prepare(data, PREPROCESS, Limits(pixels=301 * 207))
+    assert isinstance(found, Prepared)
+    assert (found.width, found.height) == (301, 207)
+    monkeypatch.setattr(Image, "open", None)
+    refused = prepare(data, PREPROCESS, Limits(pixels=301 * 207 - 1))
+    assert isinstance(refused, Rejected)
+    assert (refused.code, refused.reason.partition(",")[0]) == ("too-many-pixels", "301 x 207 pixels")
+
+
+def test_a_decoder_that_is_killed_costs_nothing(pool: DecodePool) -> None:
+    """As when the system is out of memory: the image is tried once more."""
+    for process in decoders():
+        process.send_signal(signal.SIGSTOP)
+    answer = pool.submit(jpeg())
+    for process in decoders():
+        process.kill()
+    assert isinstance(answer.result(_SECONDS), Prepared)
+
+
+def test_an_image_that_ends_its_decoder_is_rejected_in_the_end(
+    pool: DecodePool, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = pool.submit(SLOW)
+    while not answer.done():
+        for process in decoders():
+            if process.cpu_times().user > 0.05:
+                process.kill()
+    assert answer.result() == Rejected("undecodable", "its decoder ended before it was done")
+    assert f"{len(SLOW)} bytes: its decoder ended" in caplog.text
+    assert prepared(pool, jpeg()).width
+
+
+def test_their_mother_is_replaced_when_she_is_killed(pool: DecodePool) -> None:
+    assert prepared(pool, jpeg()).width
+    before = decoders()
+    for mother in psutil.Process().children():
+        if "decode_process" in _of(mother):
+            mother.kill()
+    until(lambda: all(not each.is_running() for each in before))
+    assert prepared(pool, jpeg()).width
+
+
+def test_all_end_with_the_pool_and_what_waits_is_cancelled() -> None:
+    with DecodePool(PREPROCESS, LIMITS, processes=1) as pool:
+        answers = [pool.submit(SLOW) for _ in range(3)]
+    assert all(each.cancelled() for each in answers)
+    assert pool.submit(jpeg()).cancelled()
+    until(lambda: not decoders())
+
+
+def test_decoders_that_do_not_start_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_pool, "_COMMAND", (sys.executable, "-c", "raise SystemExit(3)"))
+    with pytest.raises(MvmrError, match=r"don't start; `.* -c raise SystemExit.* shows why"):
+        DecodePool(PREPROCESS, LIMITS, processes=1).start()
+
+
+_PARENT = """
+import sys, time
+from mvmr.serve.decode import Limits
+from mvmr.serve.decode_pool import DecodePool
+from tests.serving import PREPROCESS
+from tests.test_serve_decode_pool import SLOW
+pool = DecodePool(PREPROCESS, Limits(seconds=60), processes=2)
+pool.start()
+answers = [pool.submit(SLOW) for _ in range(2)]
+print("started", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere they end after the image they are at")
+def test_they_end_with_their_parent_whatever_they_are_at() -> None:
+    with subprocess.Popen([sys.executable, "-c", _PARENT], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout
+        assert parent.stdout.readline() == b"started\n"
+        children = psutil.Process(parent.pid).children(recursive=True)
+        assert len(children) == 3
+        parent.kill()
+    until(lambda: not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in children))
+
+
+def until(condition: object) -> None:
+    end = time.monotonic() + _SECONDS
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end
+        time.sleep(0.01)
