@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import tempfile
@@ -23,11 +24,16 @@ from mvmr.app import fragments
 from mvmr.app.maps_service import METHODS, Maps
 from mvmr.app.ui import STATIC, build
 from mvmr.app.workbench import Workbench
+from mvmr.cores import usable_cores
 from mvmr.errors import MvmrError
+from mvmr.preprocess import Preprocess
 from mvmr.progress import say
+from mvmr.serve.decode import LIMITS
+from mvmr.serve.decode_pool import DecodePool
 from mvmr.serve.door import url_of
 
 MAX_UPLOAD = "64mb"
+_LOOKED_AT = 32  # pixels: what comes of decoding an upload beforehand is thrown away
 _SYSTEM_FONTS = ("ui-sans-serif", "system-ui", "sans-serif")
 _MONO = ("ui-monospace", "Consolas", "monospace")
 _FOREVER = {"cache-control": "private, max-age=86400"}  # their addresses name the gallery's fingerprint
@@ -36,11 +42,14 @@ _FOREVER = {"cache-control": "private, max-age=86400"}  # their addresses name t
 def create_app(bench: Workbench) -> FastAPI:
     """The app as an ASGI application."""
     maps = Maps(bench)
+    decoders = DecodePool(Preprocess.for_size(_LOOKED_AT), LIMITS, processes=usable_cores())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await asyncio.to_thread(decoders.start)
         threading.Thread(target=bench.warm, daemon=True).start()
         yield
+        await asyncio.to_thread(decoders.close)
         bench.ending.set()
         maps.close()
         bench.engines.close()
@@ -93,7 +102,7 @@ def create_app(bench: Workbench) -> FastAPI:
         primary_hue="blue", neutral_hue="slate", font=_SYSTEM_FONTS, font_mono=_MONO, radius_size="sm"
     )  # fmt: skip
     gr.mount_gradio_app(
-        app, build(bench), path="/", theme=theme, css_paths=STATIC / "style.css",
+        app, build(bench, decoders), path="/", theme=theme, css_paths=STATIC / "style.css",
         footer_links=[], run_history=False, ssr_mode=False, mcp_server=False, pwa=False, show_error=False,
         enable_monitoring=False, max_file_size=MAX_UPLOAD, allowed_paths=[], app_kwargs=no_docs,
     )  # fmt: skip

@@ -15,10 +15,11 @@ from PIL import Image
 from mvmr.app import fragments
 from mvmr.app.classify import Guess, best, names_of, suggested, zero_shot
 from mvmr.app.encoders import TEACHER
-from mvmr.app.uploads import opened, taken
+from mvmr.app.uploads import check, opened, taken
 from mvmr.app.workbench import Workbench
 from mvmr.errors import MvmrError
 from mvmr.preprocess import Background
+from mvmr.serve.decode_pool import DecodePool
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +69,8 @@ class Asked:
         return self.content if isinstance(self.content, int) else opened(self.content, background=background).image
 
 
-def build(bench: Workbench) -> gr.Blocks:
-    """Put the page together for a workbench."""
+def build(bench: Workbench, decoders: DecodePool) -> gr.Blocks:
+    """Put the page together for a workbench; what visitors bring is decoded by `decoders` first."""
     usable = [(each.label, each.key) for each in bench.engines.choices if each.why is None]
     with gr.Blocks(
         title=f"mvmr: {bench.engines.name}", fill_width=True, analytics_enabled=False, delete_cache=(60, 60)
@@ -82,7 +83,7 @@ def build(bench: Workbench) -> gr.Blocks:
                 1, max(2, bench.most), bench.k, step=1, label="Neighbours (k)", elem_id="k", visible=bench.most > 1
             )
         with gr.Tab("Neighbours", id="neighbours"):
-            _neighbours_tab(bench, asked, engine, k)
+            _neighbours_tab(bench, decoders, asked, engine, k)
         with gr.Tab("Map", id="map"):
             maps = _map_tab(bench, engine, k)
         with gr.Tab("Disagreements", id="disagreements") as tab:
@@ -96,7 +97,7 @@ def build(bench: Workbench) -> gr.Blocks:
     return page
 
 
-def _neighbours_tab(bench: Workbench, asked: gr.State, engine: gr.Dropdown, k: gr.Slider) -> None:
+def _neighbours_tab(bench: Workbench, decoders: DecodePool, asked: gr.State, engine: gr.Dropdown, k: gr.Slider) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=260):
             picture = gr.Image(
@@ -125,6 +126,7 @@ def _neighbours_tab(bench: Workbench, asked: gr.State, engine: gr.Dropdown, k: g
         try:
             if isinstance(content, MvmrError):
                 raise content
+            check(content, decoders)
             found = opened(content, background=bench.gallery.images.background)
         except MvmrError as error:
             return before, fragments.message(str(error), fragments.PROBLEM), None

@@ -16,11 +16,13 @@ from PIL import Image, UnidentifiedImageError
 from mvmr import decoding
 from mvmr.errors import MvmrError
 from mvmr.preprocess import WHITE, Background, laid_on, to_rgb, upright
-from mvmr.serve.decode import LIMITS
+from mvmr.serve.decode import LIMITS, Rejected
+from mvmr.serve.decode_pool import DecodePool
 
 _PREVIEW_SECONDS = 5.0
 _SIDE = 512  # pixels that the short side of a small image is enlarged to, at most, by a preprocessing
 _ORIENTATION = 0x0112
+_ENDS = ("too-slow", "too-much-memory", "undecodable")  # what opening it here might not come back from
 _ANOTHER = "give a photograph as JPEG, PNG, WebP, TIFF or GIF"
 
 
@@ -58,6 +60,16 @@ def opened(data: bytes, *, background: Background = WHITE, max_pixels: float = L
         raise MvmrError(_too_many("this image has more pixels than", max_pixels)) from error
     except Exception as error:  # Pillow's plugins raise whatever their parsing meets
         raise MvmrError(f"this image is damaged ({decoding.reason(error)}); save it again, or give another") from error
+
+
+def check(data: bytes, decoders: DecodePool) -> None:
+    """Decode the file `data` where it can be stopped, before it is opened here.
+
+    Raises: MvmrError, a sentence for the page, for an image that takes too much time or memory, or is damaged.
+    """
+    found = decoders.submit(data).result()
+    if isinstance(found, Rejected) and found.code in _ENDS:
+        raise MvmrError(f"this image is damaged, or made to do harm ({found.reason}); save it again, or give another")
 
 
 def taken(payload: Any) -> bytes | MvmrError | None:

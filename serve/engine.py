@@ -20,7 +20,7 @@ from mvmr.export.contract import EMBEDDING, Precision, artifact, decode_canary, 
 from mvmr.export.session import Session, check_provider
 from mvmr.head import Head
 from mvmr.preprocess import Preprocess
-from mvmr.serve.decode import Prepared, prepare
+from mvmr.serve.decode import LIMITS, Limits, Prepared, prepare
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -120,10 +120,11 @@ class Engine:
         """
         return self.session(pixels)[EMBEDDING]
 
-    def embed(self, images: Images) -> Floats:
+    def embed(self, images: Images, limits: Limits = LIMITS) -> Floats:
         """Embed images of any size: PIL images, paths, the bytes of files, or an array; each resized and cropped.
 
         Shapes: N images, or uint8 [N, H, W, 3] RGB in [0, 255] -> float32 [N, D], not normalised.
+        limits: of pixels and formats, for paths and bytes.
 
         Raises: MvmrError for an image that cannot be read (naming it), or an array of another type or shape.
         """
@@ -135,7 +136,7 @@ class Engine:
         rows = [np.empty((0, self.dim), np.float32)]
         for start in range(0, len(images), self.at_once):
             part = images[start : start + self.at_once]
-            rows.append(self(np.stack([self._prepared(image, start + i) for i, image in enumerate(part)])))
+            rows.append(self(np.stack([self._prepared(image, start + i, limits) for i, image in enumerate(part)])))
         return np.concatenate(rows)
 
     def classify(self, embeddings: Floats, head: str) -> Floats:
@@ -156,7 +157,7 @@ class Engine:
         wanted = found if self.reference is None else self.reference
         return float(np.linalg.norm(found - wanted) / max(float(np.linalg.norm(wanted)), 1e-12))
 
-    def _prepared(self, image: object, index: int) -> Pixels:
+    def _prepared(self, image: object, index: int, limits: Limits) -> Pixels:
         if isinstance(image, np.ndarray):
             return self.preprocess.image(Image.fromarray(image))
         if isinstance(image, Image.Image):
@@ -172,7 +173,7 @@ class Engine:
         else:
             kind = type(image).__name__
             raise MvmrError(f"embed takes PIL images, paths, bytes or a uint8 array, image number {index} is a {kind}")
-        found = prepare(data, self.preprocess)
+        found = prepare(data, self.preprocess, limits)
         if not isinstance(found, Prepared):
             raise MvmrError(f"cannot read {name}: {found.reason}; mend it or leave it out")
         return found.pixels

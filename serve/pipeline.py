@@ -18,7 +18,8 @@ import numpy as np
 from mvmr.cores import usable_cores
 from mvmr.serve.columns import Rows
 from mvmr.serve.decode import Prepared, Rejected
-from mvmr.serve.decode_pool import DecodePool, Outcome
+from mvmr.serve.decode_pool import DecodePool
+from mvmr.serve.decoder import Outcome
 from mvmr.serve.engine import Engine
 from mvmr.serve.items import Content, Item
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from mvmr import decoding
 from mvmr.errors import MvmrError
-from mvmr.serve import decode_pool
+from mvmr.serve import decoder
 from mvmr.serve.decode import Limits, Prepared, Rejected, prepare
 from mvmr.serve.decode_pool import DecodePool
 from tests.serving import PREPROCESS, jpeg
@@ -43,7 +43,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 def decoders() -> list[psutil.Process]:
     """The processes of pools of this one, without what they are forks of."""
     return [
-        each for mother in psutil.Process().children() for each in mother.children() if "decode_process" in _of(each)
+        each for server in psutil.Process().children() for each in server.children() if "decode_process" in _of(each)
     ]
 
 
@@ -139,7 +139,10 @@ def test_an_image_that_takes_too_much_memory_is_told_so(pool: DecodePool) -> Non
         assert rejected(small, grey) == "too-much-memory"
         answers = [small.submit(large) for _ in range(4)]  # one at a time
         assert all(isinstance(each.result(_SECONDS), Prepared) for each in answers)
+        for each in [small.submit(large) for _ in range(4)]:  # waiting for memory, or at work
+            each.cancel()
         assert prepared(small, jpeg()).width
+        assert prepared(small, large).width == 3170
     assert prepared(pool, grey).width == 3150
 
 
@@ -181,12 +184,12 @@ def test_an_image_that_ends_its_decoder_is_rejected_in_the_end(
     assert prepared(pool, jpeg()).width
 
 
-def test_their_mother_is_replaced_when_she_is_killed(pool: DecodePool) -> None:
+def test_the_server_whose_forks_they_are_is_replaced_when_it_is_killed(pool: DecodePool) -> None:
     assert prepared(pool, jpeg()).width
     before = decoders()
-    for mother in psutil.Process().children():
-        if "decode_process" in _of(mother):
-            mother.kill()
+    for server in psutil.Process().children():
+        if "decode_process" in _of(server):
+            server.kill()
     until(lambda: all(not each.is_running() for each in before))
     assert prepared(pool, jpeg()).width
 
@@ -200,8 +203,8 @@ def test_all_end_with_the_pool_and_what_waits_is_cancelled() -> None:
 
 
 def test_decoders_that_do_not_start_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_pool, "_COMMAND", (sys.executable, "-c", "raise SystemExit(3)"))
-    with pytest.raises(MvmrError, match=r"don't start; `.* -c raise SystemExit.* shows why"):
+    monkeypatch.setattr(decoder, "COMMAND", (sys.executable, "-c", "raise SystemExit(3)"))
+    with pytest.raises(MvmrError, match=r"don't start; `.*` shows why"):
         DecodePool(PREPROCESS, LIMITS, processes=1).start()
 
 

@@ -17,11 +17,12 @@ import skimage.data
 from PIL import Image
 
 from mvmr import bundle as bundles
+from mvmr import decoding
 from mvmr.data import open_images
 from mvmr.export.contract import EMBEDDING, artifact, report_of
 from mvmr.preprocess import Preprocess
 from mvmr.serve import Engine
-from mvmr.serve.decode import Prepared, prepare
+from mvmr.serve.decode import Limits, Prepared, prepare
 from mvmr.serve.embed import embed
 from tests.serving import FLOAT32, PREPROCESS, Running, encoded, rows, running, said_in
 
@@ -29,6 +30,8 @@ pytestmark = pytest.mark.slow
 
 Floats = npt.NDArray[np.float32]
 PRECISIONS = ("fp32", "int8")
+EVERY_FORMAT = Limits(formats=decoding.formats())
+FORMATS = [flag for name in decoding.formats() for flag in ("--format", name)]
 ROTATIONS = {
     1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
@@ -174,7 +177,7 @@ def engine(path: Path, precision: str) -> Engine:
 
 @pytest.fixture(scope="module")
 def service(path: Path, precision: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with running(path, tmp_path_factory.mktemp("service"), "--precision", precision) as found:
+    with running(path, tmp_path_factory.mktemp("service"), "--precision", precision, *FORMATS) as found:
         yield found
         assert "Traceback" not in found.said
 
@@ -182,7 +185,7 @@ def service(path: Path, precision: str, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="module")
 def embedded(engine: Engine, files: Mapping[str, bytes]) -> Floats:
     """What the engine makes of the files, one by one: what all others are compared with."""
-    return np.concatenate([engine.embed([content]) for content in files.values()])
+    return np.concatenate([engine.embed([content], EVERY_FORMAT) for content in files.values()])
 
 
 @pytest.fixture
@@ -194,7 +197,7 @@ def client(service: Running) -> Iterator[httpx2.Client]:
 @pytest.fixture(scope="module")
 def pixels(files: Mapping[str, bytes]) -> npt.NDArray[np.uint8]:
     """What the service hands to its engine for each file, uint8 [N, 32, 32, 3]."""
-    found = [prepare(content, PREPROCESS) for content in files.values()]
+    found = [prepare(content, PREPROCESS, EVERY_FORMAT) for content in files.values()]
     assert [each for each in found if not isinstance(each, Prepared)] == []
     return np.stack([each.pixels for each in found if isinstance(each, Prepared)])
 
@@ -273,7 +276,7 @@ def test_a_picture_in_memory_is_embedded_as_its_file_is(engine: Engine, folder: 
     same(engine.embed(opened), embedded, engine)
     for each in opened:
         each.close()
-    same(engine.embed(sorted(folder.iterdir())), embedded, engine)
+    same(engine.embed(sorted(folder.iterdir()), EVERY_FORMAT), embedded, engine)
 
 
 # The doors of the service
@@ -331,7 +334,7 @@ def test_tritons_own_client(service: Running, engine: Engine, pixels: npt.NDArra
 
 def test_the_batch_job(path: Path, engine: Engine, folder: Path, embedded: Floats, tmp_path: Path) -> None:
     out = tmp_path / "golden.npy"
-    summary = embed(path, folder, out=out, precision=engine.precision)
+    summary = embed(path, folder, out=out, precision=engine.precision, limits=EVERY_FORMAT)
     assert (summary.rows, summary.errors) == (len(embedded), 0)
     names = [Path(line).name for line in (tmp_path / "golden.paths.txt").read_text().splitlines()]
     assert names == sorted(file.name for file in folder.iterdir())

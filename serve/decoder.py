@@ -1,0 +1,188 @@
+"""A process that decodes, seen from outside, and the server whose forks they are."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mvmr.preprocess import Preprocess
+from mvmr.serve.decode import AT_ONCE, Limits, Prepared, Rejected
+
+Outcome = Prepared | Rejected
+COMMAND = (sys.executable, "-P", "-m", "mvmr.serve.decode_process")
+_LOW_PRIORITY = 10
+_FORK_SECONDS = 30.0
+
+
+@dataclass(eq=False)
+class Job:
+    """An image that waits, or is being decoded.
+
+    begun: how often it has been handed over; alone: it is to be, or has been, without others
+    """
+
+    data: bytes
+    client: str
+    answer: Future[Outcome] = field(default_factory=Future)
+    begun: int = 0
+    alone: bool = False
+
+
+@dataclass(eq=False)
+class Decoder:
+    """A process that decodes.
+
+    ready: it has started; killed: it will end; thread: that decodes there; jobs: what it is at
+    waits: for the memory that a large image takes
+    since: when it began, by the clock; base: what it had taken of a processor before, in seconds
+    """
+
+    server: ForkServer
+    side: int
+    ready: bool = False
+    killed: bool = False
+    thread: int = 0
+    jobs: list[Job] = field(default_factory=list)
+    waits: bool = False
+    since: float = 0.0
+    base: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._memory = _shared_memory()
+        self._unread = b""
+        self._yields = False
+        self.socket, theirs = socket.socketpair()
+        try:
+            with theirs:
+                self._number = self.server.fork(theirs.fileno(), self._memory)
+        except OSError:
+            self.close()
+            raise
+        self.socket.setblocking(False)
+
+    @property
+    def idle(self) -> bool:
+        """Whether it can be given an image."""
+        return self.ready and not self.killed and not self.jobs
+
+    def begin(self, jobs: list[Job]) -> None:
+        """Hand over images; raises OSError where the process has ended or memory lacks."""
+        self.jobs, self.waits, self.since, self.base, self._yields = jobs, False, time.monotonic(), 0.0, False
+        self.base = self.used()
+        place = AT_ONCE * 3 * self.side**2
+        for job in jobs:
+            job.begun += 1
+            job.alone = job.alone or len(jobs) == 1
+            place += os.pwrite(self._memory, job.data, place)
+        self.socket.sendall(json.dumps([len(job.data) for job in jobs]).encode() + b"\n")
+
+    def admit(self) -> None:
+        """Let it take the memory that a large image takes."""
+        self.waits, self.since = False, time.monotonic()
+        with contextlib.suppress(OSError):  # it has ended
+            self.socket.sendall(b"\n")
+
+    def lines(self) -> list[list[Any]] | None:
+        """What it has said since; None: it has ended."""
+        try:
+            said = self.socket.recv(2**16)
+        except BlockingIOError:
+            return []
+        except OSError:
+            said = b""
+        if not said:
+            return None
+        *whole, self._unread = (self._unread + said).split(b"\n")
+        return [json.loads(line) for line in whole]
+
+    def outcome(self, number: int, kind: str, *rest: Any) -> Outcome:
+        """What became of one of the images."""
+        if kind == "rejected":
+            return Rejected(*rest)
+        pixels = np.empty((self.side, self.side, 3), np.uint8)
+        os.preadv(self._memory, [pixels.data], number * pixels.nbytes)
+        return Prepared(pixels, *rest)
+
+    def used(self) -> float:
+        """Seconds of a processor that the present images have taken."""
+        try:
+            return time.clock_gettime(_clock_of(self._number)) - self.base
+        except OSError:  # it has ended, or the system has no such clock
+            return time.monotonic() - self.since if self.jobs else 0.0
+
+    def yield_to_others(self) -> None:
+        """Let other images have more of the processors."""
+        if not self._yields:
+            self._yields = True
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, self.thread, _LOW_PRIORITY)
+
+    def kill(self) -> None:
+        """End it; the pool hears of that as of any other end."""
+        self.killed = True
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._number, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Give back what it held; it ends as it reads on."""
+        self.socket.close()
+        os.close(self._memory)
+
+
+class ForkServer:
+    """The process whose forks decode; it ends with the thread that has made it."""
+
+    def __init__(self, preprocess: Preprocess, limits: Limits, hashed: bool) -> None:
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            self._program = subprocess.Popen(
+                [*COMMAND, str(theirs.fileno()), json.dumps(preprocess.to_dict()), limits.to_json(), str(int(hashed))],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,  # libtiff writes to it what it thinks of strangers' files
+                start_new_session=True,  # Ctrl-C is for the parent
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+            )
+        self._socket.settimeout(_FORK_SECONDS)
+        self._lines = self._socket.makefile("rb")
+
+    def fork(self, *files: int) -> int:
+        """The number of a new process, which is given these; raises OSError when there can be none."""
+        socket.send_fds(self._socket, [b"+"], files)
+        if not (line := self._lines.readline()):
+            raise BrokenPipeError(f"it ended with exit code {self._program.wait()}")
+        return int(line)
+
+    def close(self) -> None:
+        """End it, and with it all its forks."""
+        self._lines.close()
+        self._socket.close()
+        self._program.kill()
+        self._program.wait()
+
+
+def _shared_memory() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("mvmr-decode")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _clock_of(process: int) -> int:
+    """The clock of another process's time on processors (Linux: see clock_getcpuclockid(3))."""
+    if sys.platform != "linux":
+        raise OSError("no such clock")
+    return (~process << 3) | 2
