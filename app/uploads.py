@@ -69,7 +69,7 @@ def check(data: bytes, decoders: DecodePool) -> None:
     """
     found = decoders.submit(data).result()
     if isinstance(found, Rejected) and found.code in _ENDS:
-        raise MvmrError(f"this image is damaged, or made to do harm ({found.reason}); save it again, or give another")
+        raise MvmrError(f"this image can't be opened here ({found.reason}); save it again, smaller, or give another")
 
 
 def taken(payload: Any) -> bytes | MvmrError | None:

@@ -45,6 +45,8 @@ PREPROCESS = Preprocess(resize=40, crop=32, interpolation="bicubic", mean=(0.4, 
 DIM = 48
 HEADS = {"animals": ("cat", "dog", "eel"), "colours": ("red", "green")}
 FLOAT32, FLOAT16 = "application/x-mvmr-float32", "application/x-mvmr-float16"
+# A comment in pieces of a byte: Pillow's time grows with the square of its length, to hours for this one.
+SLOW = b"GIF89a\x01\x00\x01\x00\x00\x00\x00!\xfe" + b"\x01a" * 4_000_000 + b"\x00;"
 _SECONDS = 60.0
 
 

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
-from mvmr.app.uploads import opened
+from mvmr.app.uploads import check, opened
 from mvmr.errors import MvmrError
 from mvmr.preprocess import Preprocess, to_rgb
-from tests.serving import encoded, photograph
+from mvmr.serve.decode import Limits
+from mvmr.serve.decode_pool import DecodePool
+from tests.serving import SLOW, encoded, photograph
 
 WIDTH, HEIGHT = 60, 40
 
@@ -225,3 +227,11 @@ def test_bytes_flipped_at_random_never_do_more_than_spoil_the_image(form: str) -
     assert said
     assert len(said) + read == 150
     assert not any("\n" in each for each in said)
+
+
+def test_an_image_that_takes_too_long_is_refused_before_it_is_opened_here() -> None:
+    limits = Limits(seconds=0.3)
+    with DecodePool(Preprocess.for_size(32), limits, processes=1) as decoders:
+        check(encoded(picture(), "PNG"), decoders)
+        with pytest.raises(MvmrError, match=r"can't be opened here .*0.3 s of a processor.*give another"):
+            check(SLOW, decoders)

@@ -20,10 +20,8 @@ from mvmr.errors import MvmrError
 from mvmr.serve import decoder
 from mvmr.serve.decode import Limits, Prepared, Rejected, prepare
 from mvmr.serve.decode_pool import DecodePool
-from tests.serving import PREPROCESS, jpeg
+from tests.serving import PREPROCESS, SLOW, encoded, jpeg
 
-# A comment in pieces of a byte: Pillow's time grows with the square of its length, to hours for this one.
-SLOW = b"GIF89a\x01\x00\x01\x00\x00\x00\x00!\xfe" + b"\x01a" * 4_000_000 + b"\x00;"
 LIMITS = Limits(seconds=0.5)
 _SECONDS = 60
 
@@ -32,12 +30,6 @@ _SECONDS = 60
 def pool() -> Iterator[DecodePool]:
     with DecodePool(PREPROCESS, LIMITS, processes=2, spare=1) as opened:
         yield opened
-
-
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def decoders() -> list[psutil.Process]:
@@ -212,8 +204,7 @@ _PARENT = """
 import sys, time
 from mvmr.serve.decode import Limits
 from mvmr.serve.decode_pool import DecodePool
-from tests.serving import PREPROCESS
-from tests.test_serve_decode_pool import SLOW
+from tests.serving import PREPROCESS, SLOW
 pool = DecodePool(PREPROCESS, Limits(seconds=60), processes=2)
 pool.start()
 answers = [pool.submit(SLOW) for _ in range(2)]
