@@ -110,8 +110,10 @@ def prepare(
             if not webp:
                 before(width * height)
             return Prepared(preprocess.image(image), width, height)
-    except UnidentifiedImageError as error:
-        return Rejected("not-an-image", decoding.reason(error))
+    except UnidentifiedImageError:
+        return Rejected(
+            "not-an-image", f"none of {', '.join(limits.formats)}, or damaged in its header; --format adds formats"
+        )
     except Image.DecompressionBombError:  # Pillow's own limit, for files whose header is read later
         return Rejected("too-many-pixels", f"more pixels than the {limits.pixels / 1e6:g} million allowed")
     except MemoryError:
