@@ -69,7 +69,8 @@ def check(data: bytes, decoders: DecodePool) -> None:
     """
     found = decoders.submit(data).result()
     if isinstance(found, Rejected) and found.code in _ENDS:
-        raise MvmrError(f"this image can't be opened here ({found.reason}); save it again, smaller, or give another")
+        what = "is damaged" if found.code == "undecodable" else "can't be opened here"
+        raise MvmrError(f"this image {what} ({found.reason}); save it again, smaller, or give another")
 
 
 def taken(payload: Any) -> bytes | MvmrError | None:
