@@ -65,8 +65,10 @@ EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=30s --timeout=5s --start-period=30s --retries=3 CMD ["python", "-S", "-c", "\
 import http.client, os, ssl, sys; \
-at = {'host': '127.0.0.1', 'port': int(os.environ['MVMR_PORT']), 'timeout': 4}; \
-tls = {'context': ssl._create_unverified_context()} if os.environ.get('MVMR_TLS_CERT') else None; \
+probes = os.environ.get('MVMR_PROBE_PORT'); \
+at = {'host': '127.0.0.1', 'port': int(probes or os.environ['MVMR_PORT']), 'timeout': 4}; \
+secure = os.environ.get('MVMR_TLS_CERT') and not probes; \
+tls = {'context': ssl._create_unverified_context()} if secure else None; \
 service = http.client.HTTPSConnection(**at, **tls) if tls else http.client.HTTPConnection(**at); \
 service.request('GET', '/healthz'); \
 sys.exit(service.getresponse().status != 200)"]

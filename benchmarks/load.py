@@ -33,6 +33,7 @@ class Load:
     seed: of exponentially distributed gaps between scheduled requests; None: equal gaps
     start_at: Unix time of the first request; None: as soon as all are connected
     timeline: whether every single answer is told
+    fresh: whether each request, at its scheduled time, has a connection of its own
     """
 
     host: str
@@ -46,6 +47,7 @@ class Load:
     seed: int | None = None
     start_at: float | None = None
     timeline: bool = False
+    fresh: bool = False
 
 
 @dataclass
@@ -211,6 +213,43 @@ class _Open(_Driver):
             self.finish()
 
 
+class _Fresh(_Open):
+    """Requests at their scheduled times, each over a connection of its own, of which there are only so many."""
+
+    def begin(self) -> None:
+        self._left = self.load.clients
+        super().begin()
+
+    def answered(self, connection: _Connection, status: str) -> None:
+        connection.close()
+        self.lost()
+
+    def lost(self) -> None:
+        self._left += 1
+        self._send()
+
+    def _send(self) -> None:
+        while self._due and self._left:
+            self._left -= 1
+            self._number += 1
+            self.loop.create_task(self._ask(self._due.popleft(), self._number))
+        if self._over and not self._due and self._left == self.load.clients:
+            self.finish()
+
+    async def _ask(self, due: float, number: int) -> None:
+        self.answers.late = max(self.answers.late, time.perf_counter() - due)
+        try:
+            _, connection = await self.loop.create_connection(
+                lambda: _Connection(self, number), self.load.host, self.load.port
+            )
+        except OSError:
+            self.count("not connected", due)
+            self.lost()
+            return
+        self.open.add(connection)
+        connection.ask(self.requests[number % len(self.requests)], due)
+
+
 async def run(load: Load) -> Answers:
     """Put the load on, and count the answers."""
     lines = "".join(f"{name}: {value}\r\n" for name, value in load.headers.items())
@@ -218,9 +257,10 @@ async def run(load: Load) -> Answers:
         f"POST {load.path} HTTP/1.1\r\nhost: {load.host}\r\ncontent-length: {len(body)}\r\n{lines}\r\n".encode() + body
         for body in load.bodies
     ]
-    driver = (_Closed if load.rate is None else _Open)(load, requests)
+    kind = _Closed if load.rate is None else _Fresh if load.fresh else _Open
+    driver = kind(load, requests)
     loop = asyncio.get_running_loop()
-    for number in range(load.clients):
+    for number in range(0 if load.fresh else load.clients):
         _, connection = await loop.create_connection(
             lambda number=number: _Connection(driver, number), load.host, load.port
         )

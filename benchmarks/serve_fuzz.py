@@ -29,6 +29,7 @@ import measure
 import numpy as np
 import psutil  # type: ignore[import-untyped]
 import skimage.data
+from bombs import PNG, chunk, compressed_text, icns, ico, iptc, png, wide_gif
 from export_speed import export_resnet50
 from PIL import Image
 
@@ -249,56 +250,6 @@ CHANGES: list[Change] = [
 
 # Files that are small and would become large
 
-PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def chunk(kind: bytes, content: bytes) -> bytes:
-    """A chunk of a PNG file, its checksum right."""
-    return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
-
-
-@cache
-def png(
-    width: int, height: int, *, colour: int = 0, bits: int = 8, rows: int | None = None, extra: bytes = b""
-) -> bytes:
-    """A black PNG; `rows`: of which only so many are there; `extra`: chunks before the pixels."""
-    samples = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
-    row, packer = bytes(1 + (width * samples * bits + 7) // 8), zlib.compressobj(9)
-    data = b"".join([packer.compress(row) for _ in range(height if rows is None else rows)]) + packer.flush()
-    head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([bits, colour, 0, 0, 0])
-    return b"".join([PNG, chunk(b"IHDR", head), extra, chunk(b"IDAT", data), chunk(b"IEND", b"")])
-
-
-def iptc(content: bytes) -> bytes:
-    """An IPTC file that says it has 1 x 1 pixels, around another file."""
-
-    def field(record: int, number: int, value: bytes) -> bytes:
-        return bytes([0x1C, record, number]) + len(value).to_bytes(2, "big") + value
-
-    head = [field(3, 20, b"\0\1"), field(3, 30, b"\0\1"), field(3, 60, b"\1\0"), field(3, 120, b"\5")]
-    return b"".join(head + [field(8, 10, content[start : start + 8000]) for start in range(0, len(content), 8000)])
-
-
-def ico(content: bytes) -> bytes:
-    """An icon that says it has 16 x 16 pixels, around a PNG."""
-    return b"\0\0\1\0\1\0\x10\x10\0\0\1\0\x20\0" + len(content).to_bytes(4, "little") + b"\x16\0\0\0" + content
-
-
-def icns(content: bytes) -> bytes:
-    """An Apple icon that says it has 128 x 128 pixels, around a PNG."""
-    size = len(content)
-    return b"icns" + (16 + size).to_bytes(4, "big") + b"ic07" + (8 + size).to_bytes(4, "big") + content
-
-
-def _compressed_text() -> bytes:
-    packed = zlib.compress(bytes(64 * _MIB), 9)
-    return b"".join([chunk(b"zTXt", b"a\0\0" + packed)] * 3) + chunk(b"iCCP", b"a\0\0" + packed)
-
-
-def _wide_gif() -> bytes:
-    return b"GIF89a\xff\xff\xff\xff\x80\0\0" + bytes(6) + b"\x2c\0\0\0\0\xff\xff\xff\xff\0\x08\x04\0\1\4\4\0;"
-
-
 BOMBS: dict[str, Callable[[], bytes]] = {
     "as many pixels as are allowed": lambda: png(7071, 7071),
     "in 16 bits": lambda: png(5000, 5000, bits=16),
@@ -308,11 +259,11 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "the most that a header can say": lambda: png(2**31 - 1, 2**31 - 1, rows=1),
     "thin": lambda: png(1, 300_000),
     "thin, lying": lambda: png(300_000, 1),
-    "with text that unpacks to 256 MB": lambda: png(64, 48, extra=_compressed_text()),
+    "with text that unpacks to 256 MB": lambda: png(64, 48, extra=compressed_text()),
     "within an IPTC file": lambda: iptc(png(9000, 9000)),
     "within an icon": lambda: ico(png(9000, 9000)),
     "within an Apple icon": lambda: icns(png(9000, 9000)),
-    "a GIF of 65535 x 65535": _wide_gif,
+    "a GIF of 65535 x 65535": wide_gif,
     "a WebP of 16383 x 16383": lambda: b"RIFF\x1a\0\0\0WEBPVP8L\r\0\0\0\x2f\xff\xff\xff\x0f" + bytes(8),
     "a thousand frames": lambda: originals()[12][1][:-1] * 1000,
 }

@@ -1,7 +1,8 @@
 """Claim: twice the load that the service can bear hurts nobody who is let in, and is over when it is over.
 
-Accepted requests keep a p99 under (queue bound / rate + one batch), the others get 429, memory stays flat, and full
-speed is there within a second of the load's end. The clients have a process of their own, on the same cores.
+Accepted requests keep a p99 under (queue bound / rate + one batch), the others get 429, memory stays flat, a probe on a
+new connection never waits for a second, and full speed is there within a second of the load's end: of clients whose
+connections stay, and of clients with a connection to a request. They have a process of their own, on the same cores.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ import numpy as np
 import psutil
 from export_speed import export_resnet50
 from load import apart
+from rich.console import Console
 from serve_speed import CLIENTS, Service, photographs
+from watching import Probe
 
 _WARM_UP, _CAPACITY, _LEAD = 2.0, 6.0, 2.0  # seconds: _LEAD until all clients of a load stand ready
-_SPARE = 128  # connections above the queue's bound
 _AFTER = 5  # seconds of clients that ask again and again, beyond those in which the queue empties
 _EVERY = 0.5  # seconds between two looks at the memory
 
@@ -33,30 +35,42 @@ _EVERY = 0.5  # seconds between two looks at the memory
     "--bundle", type=click.Path(path_type=Path), help="Exported bundle; left out, a ResNet50 at 224 px, int8."
 )
 @click.option("--queue", default=256, show_default=True, help="Bound of the service's queue.")
-@click.option("--seconds", default=60.0, show_default=True, help="Of the overload.")
+@click.option("--clients", default=600, show_default=True, help="Connections at a time.")
+@click.option("--seconds", default=60.0, show_default=True, help="Of each overload.")
 @click.option("--times", default=2.0, show_default=True, help="The load, against the capacity.")
 @click.option("--out", type=click.Path(path_type=Path), default=measure.RESULTS, help="Folder of the JSON.")
-def main(bundle: Path | None, queue: int, seconds: float, times: float, out: Path) -> None:
+def main(bundle: Path | None, queue: int, clients: int, seconds: float, times: float, out: Path) -> None:
     """Put twice its capacity on the service, and look at what becomes of it."""
+    kinds = {"connections stay": False, "a connection to a request": True}
+    console = measure.output()
     with tempfile.TemporaryDirectory() as folder:
         path = bundle or export_resnet50(Path(folder), 224)
         files = photographs(Path(folder))
         wait = measure.CoreWait()
-        with Service(path, "--queue", str(queue)) as service:
-            found = _overload(service, files, queue, seconds, times)
+        found: dict[str, Any] = {}
+        for kind, fresh in kinds.items():
+            with Service(path, "--queue", str(queue)) as service:
+                found[kind] = _overload(service, files, queue, clients, seconds, times, fresh)
+            _print(kind, found[kind], console)
         found |= {"machine": measure.machine("cpu"), "core_wait": wait.share()}
-    console = measure.output()
+    measure.save("serve_overload", found, out, console)
+
+
+def _print(kind: str, found: dict[str, Any], console: Console) -> None:
+    console.print(f"[bold]{kind}[/]")
     for key in (
         "capacity_images_per_s", "offered_per_s", "accepted_per_s", "statuses", "accepted_p50_s", "accepted_p99_s",
-        "limit_s", "limit_s_by_capacity", "refused_share", "refused_p99_ms", "sent_late_s", "resident_mib", "recovery",
+        "limit_s", "limit_s_by_capacity", "refused_share", "refused_p99_ms", "probe", "sent_late_s", "resident_mib",
+        "recovery",
     ):  # fmt: skip
         console.print(f"{key:<24} {found[key]}")
     if "429" not in found["statuses"]:
         console.print("Nothing was refused: this was no overload. Was the machine busy when the capacity was measured?")
-    measure.save("serve_overload", found, out, console)
 
 
-def _overload(service: Service, files: list[Path], queue: int, seconds: float, times: float) -> dict[str, Any]:
+def _overload(
+    service: Service, files: list[Path], queue: int, clients: int, seconds: float, times: float, fresh: bool
+) -> dict[str, Any]:
     load = {
         "host": "127.0.0.1", "port": service.port, "path": "/v1/embed", "files": [str(file) for file in files],
         "headers": {"content-type": "image/jpeg", "accept": "application/x-mvmr-float32"}, "clients": CLIENTS,
@@ -66,9 +80,9 @@ def _overload(service: Service, files: list[Path], queue: int, seconds: float, t
     capacity = alone["statuses"]["200"] / alone["seconds"]
     start = time.time() + _LEAD
     end, after = start + seconds, queue / capacity + _AFTER
-    above = {"clients": queue + _SPARE, "seconds": seconds, "rate": times * capacity, "start_at": start}
-    batches = _batches(service)
-    with ThreadPoolExecutor(2) as pool, Resident(service.process) as resident:
+    above = {"clients": clients, "seconds": seconds, "rate": times * capacity, "start_at": start, "fresh": fresh}
+    batches, probe = _batches(service), Probe(service.port)
+    with ThreadPoolExecutor(2) as pool, Resident(service.process) as resident, probe:
         over = pool.submit(apart, {**load, **above, "timeline": True})
         # its clients connect when the load is nearly over: before that, they would only take its connections' place
         then = pool.submit(_later, end - _LEAD, {**load, "seconds": after, "start_at": end, "timeline": True})
@@ -94,6 +108,7 @@ def _overload(service: Service, files: list[Path], queue: int, seconds: float, t
         "refused_share": round(len(refused) / len(overload["rows"]), 3),
         "refused_p99_ms": _percentile([1000 * each for each in refused], 99),
         "sent_late_s": round(overload["late"], 3),
+        "probe": probe.reset(),
         "resident_mib": resident.summary(start, end),
         "recovery": _recovery(overload["rows"] + recovery["rows"], recovery, end, after, capacity),
     }

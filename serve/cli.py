@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from typing import Any
 
 import click
 
-from mvmr.serve.options import ENGINE, LIMITS, limits_of
+from mvmr.serve.options import CONNECTIONS, ENGINE, LIMITS, bytes_of, connections_of, limits_of
 
-_MOST = 100_000
+_STDERR = 2
 _ENV = {"auto_envvar_prefix": "MVMR"}
 
 
@@ -27,7 +25,10 @@ _ENV = {"auto_envvar_prefix": "MVMR"}
 @click.option("--queue", default=256, show_default=True, help="Images accepted at a time; more get 429.")
 @click.option("--max-items", default=64, show_default=True, help="Images to a request.")
 @click.option("--max-body-mb", default=64.0, show_default=True, help="Megabytes of a request.")
+@click.option("--max-json-mb", default=16.0, show_default=True, help="Megabytes of a request that is JSON.")
 @LIMITS
+@CONNECTIONS
+@click.option("--probe-port", type=int, help="A port for probes alone, answered whatever the other has to do.")
 @click.option("--api-keys", metavar="FILE", help="File with a key to a line; one must come with each request.")
 @click.option("--cors", multiple=True, metavar="ORIGIN", help="Origin whose pages may ask; none when left out.")
 @click.option("--url-host", "url_hosts", multiple=True, metavar="HOST", help="Host that images may be fetched from.")
@@ -38,24 +39,25 @@ _ENV = {"auto_envvar_prefix": "MVMR"}
 @click.option("--grace", default=30.0, show_default=True, help="Seconds for accepted requests to end after that.")
 def serve(
     bundle: str | None,
-    max_body_mb: float,
     api_keys: str | None,
     **options: Any,
 ) -> None:
     """Serve embeddings of BUNDLE (the newest below runs/ when left out) over HTTP, by its exported file."""
     from mvmr.bundle import newest
+    from mvmr.serve.logs import log_to
     from mvmr.serve.run import serve as run
     from mvmr.serve.settings import Settings, read_keys
 
-    if not 0 < max_body_mb < _MOST:  # NaN, too
-        raise click.BadParameter(f"{max_body_mb} must lie between 0 and {_MOST}", param_hint="--max-body-mb")
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    keys = read_keys(api_keys) if api_keys else ()
     for_the_engine = {name: options.pop(name) for name in ("name", "precision", "provider", "threads")}
     files = {name: options.pop(name) for name in ("index", "tls_cert", "tls_key")}
     settings = Settings(
-        max_body=int(max_body_mb * 2**20),
+        max_body=bytes_of("--max-body-mb", options.pop("max_body_mb")),
+        max_json=bytes_of("--max-json-mb", options.pop("max_json_mb")),
         limits=limits_of(options),
-        api_keys=read_keys(api_keys) if api_keys else (),
+        connections=connections_of(options),
+        api_keys=keys,
         **options,
     )
-    run(bundle or newest(), settings=settings, **for_the_engine, **files)
+    with log_to(_STDERR):
+        run(bundle or newest(), settings=settings, **for_the_engine, **files)

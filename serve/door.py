@@ -8,9 +8,12 @@ from collections.abc import Iterator
 
 from mvmr.errors import MvmrError
 
+_BUFFERS = 2**17  # bytes that the system keeps for a connection each way; by itself it would take megabytes
+_WAITING = 2048  # connections that wait to be taken; the system may allow fewer
+
 
 @contextlib.contextmanager
-def open_door(host: str, port: int) -> Iterator[socket.socket]:
+def open_door(host: str, port: int, flag: str = "--port") -> Iterator[socket.socket]:
     """A socket that listens, so that what is wrong with the address shows before a model is loaded; port 0: any free.
 
     Raises: MvmrError for an address or a port that can't be had.
@@ -20,11 +23,13 @@ def open_door(host: str, port: int) -> Iterator[socket.socket]:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
             door = stack.enter_context(socket.socket(found[0], found[1], found[2]))
             door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):  # its connections inherit them
+                door.setsockopt(socket.SOL_SOCKET, option, _BUFFERS)
             door.bind(found[4])
-            door.listen()
+            door.listen(_WAITING)
         except OSError as error:
             why = error.strerror or str(error)
-            raise MvmrError(f"cannot listen at {host}:{port}: {why}; give another --port") from error
+            raise MvmrError(f"cannot listen at {host}:{port}: {why}; give another {flag}") from error
         yield door
 
 

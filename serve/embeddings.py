@@ -43,7 +43,7 @@ async def embeddings(request: Request) -> Response:
     service = service_of(request)
 
     async def work(body: bytes, take: payload.Take) -> Response:
-        asked = payload.parse(EmbeddingsRequest, body)
+        asked = await payload.apart(payload.parse, EmbeddingsRequest, body, size=len(body))
         check_model(service, asked.model)
         if asked.dimensions not in (None, service.engine.dim):
             told = f"dimensions {asked.dimensions} can't be given, this model has {service.engine.dim}"

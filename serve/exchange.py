@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from mvmr.serve import payload
+from mvmr.serve.edge import CLIENT
 from mvmr.serve.problems import Problem
 from mvmr.serve.service import Service
 
@@ -25,15 +26,20 @@ def service_of(request: Request) -> Service:
 
 
 def client_of(request: Request) -> str:
-    """Who sent a request: the key it came with where the service wants one, else the address it came from."""
-    if service_of(request).settings.api_keys:
-        return request.headers.get("x-api-key") or request.headers.get("authorization", "")
-    return request.client.host if request.client else ""
+    """Who sent a request, as the edge has found out."""
+    client: str = request.scope[CLIENT]
+    return client
 
 
 def json_answer(value: Mapping[str, Any]) -> Response:
     """JSON; numpy's arrays become lists."""
     return Response(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY), media_type=payload.JSON)
+
+
+def is_json(request: Request) -> bool:
+    """Whether the whole body is JSON, by its headers."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return kind == payload.JSON and "inference-header-content-length" not in request.headers
 
 
 def check_model(service: Service, name: str) -> None:
@@ -49,9 +55,11 @@ async def posted(request: Request, work: Callable[[bytes, payload.Take], Awaitab
     """
     service = service_of(request)
     says = service.settings
-    with service.memory() as take:
+    with service.memory(client_of(request)) as take:
         try:
-            body = await payload.read_body(request, most=says.max_body, seconds=says.body_seconds, take=take)
+            most, flag = (says.max_json, "--max-json-mb") if is_json(request) else (says.max_body, "--max-body-mb")
+            seconds = says.connections.body_seconds
+            body = await payload.read_body(request, most=most, flag=flag, seconds=seconds, take=take)
         except ClientDisconnect:
             service.metrics.errors.labels("client-gone").inc()
             return _GONE

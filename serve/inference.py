@@ -10,17 +10,14 @@ from starlette.responses import Response
 
 from mvmr.serve import inference_protocol as protocol
 from mvmr.serve import openapi, payload
-from mvmr.serve.exchange import check_model, json_answer, posted, service_of
-from mvmr.serve.status import healthz, readyz
+from mvmr.serve.exchange import check_model, client_of, json_answer, posted, service_of
+from mvmr.serve.status import readyz
 
 router = APIRouter(prefix="/v2")
 _INFER: dict[str, Any] = {
     "responses": openapi.VECTORS | openapi.POSTED,
     "openapi_extra": openapi.body(protocol.InferRequest),
 }
-
-router.get("/health/live", responses=openapi.HEALTH)(healthz)
-router.get("/health/ready", responses=openapi.READY)(readyz)
 
 
 @router.get("", responses=openapi.OBJECT)
@@ -54,9 +51,12 @@ async def infer(name: str, request: Request) -> Response:
 
     async def work(body: bytes, take: payload.Take) -> Response:
         engine = service.engine
-        asked, pixels = protocol.read(body, request.headers.get(protocol.HEADER), engine)
+        header = request.headers.get(protocol.HEADER)
+        asked, pixels = await payload.apart(
+            protocol.read, body, header, engine, service.settings.max_json, size=len(body) if header is None else 0
+        )
         payload.check_count(len(pixels), service.settings.max_items)
-        content, headers = protocol.answer(asked, engine, await service.infer(pixels))
+        content, headers = protocol.answer(asked, engine, await service.infer(pixels, client_of(request)))
         return Response(content, headers=headers)
 
     return await posted(request, work)

@@ -21,6 +21,7 @@ from mvmr.serve.payload import parse
 from mvmr.serve.problems import Problem
 
 HEADER = "inference-header-content-length"
+_VALUES = 2_000_000  # in JSON: thirteen images of 224 pixels
 Floats = npt.NDArray[np.float32]
 
 
@@ -90,10 +91,10 @@ def model(engine: Engine) -> dict[str, Any]:
     }
 
 
-def read(body: bytes, header: str | None, engine: Engine) -> tuple[InferRequest, npt.NDArray[np.uint8]]:
+def read(body: bytes, header: str | None, engine: Engine, most: int) -> tuple[InferRequest, npt.NDArray[np.uint8]]:
     """The request and its images, uint8 [N, S, S, 3].
 
-    header: the length of the JSON in bytes, where binary tensors follow it.
+    header: the length of the JSON in bytes, where binary tensors follow it; most: what it may be.
     Raises: Problem for anything that is not as the protocol or the model has it.
     """
     try:
@@ -102,7 +103,11 @@ def read(body: bytes, header: str | None, engine: Engine) -> tuple[InferRequest,
         raise Problem("malformed", f"{HEADER} is {header!r}, not a number") from None
     if not 0 <= length <= len(body):
         raise Problem("malformed", f"{HEADER} is {length}, but the body has {len(body)} bytes")
-    request = parse(InferRequest, body[:length])
+    if length > most:
+        raise Problem(
+            "too-large", f"{length:,} bytes of JSON, the limit is {most:,} (--max-json-mb); send binary tensors"
+        )
+    request = parse(InferRequest, body[:length], _VALUES)
     given, size = request.inputs[0], engine.size
     if given.name != IMAGE or given.datatype != "UINT8":
         raise Problem("invalid", f"the input is {given.name} {given.datatype}; this model takes {IMAGE} UINT8")

@@ -26,6 +26,7 @@ class Metrics:
         )  # fmt: skip
         self.images = Counter("mvmr_images_total", "Images, by what became of them.", ["outcome"], registry=registry)
         self.errors = Counter("mvmr_errors_total", "Problems, by their cause.", ["cause"], registry=registry)
+        self.connections = Gauge("mvmr_connections", "Open connections.", registry=registry)
         self.queue = Gauge("mvmr_queue_images", "Images accepted and not yet answered.", registry=registry)
         self.batch = Histogram(
             "mvmr_batch_images", "Images to a batch of the engine.", buckets=_IMAGES, registry=registry

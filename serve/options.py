@@ -9,6 +9,7 @@ import click
 from mvmr import decoding
 from mvmr.options import options
 from mvmr.serve.decode import Limits
+from mvmr.serve.settings import ConnectionLimits
 
 _FILE_MB = 256.0
 ENGINE = options(
@@ -29,6 +30,51 @@ LIMITS = options(
         help=f"Format that is read besides {', '.join(decoding.COMMON)}: PPM, JPEG2000; may be repeated.",
     ),
 )  # fmt: skip
+CONNECTIONS = options(
+    click.option("--max-connections", default=2000, show_default=True, help="At a time."),
+    click.option(
+        "--max-connections-per-address", default=1000, show_default=True, help="Of those, of an address."
+    ),
+    click.option("--max-head-kb", default=32.0, show_default=True, help="Kilobytes of a request's head."),
+    click.option("--max-headers", default=100, show_default=True, help="In a head."),
+    click.option(
+        "--max-pipelined", default=16, show_default=True, help="Requests sent before their answers."
+    ),
+    click.option(
+        "--max-unsent-mb", default=64.0, show_default=True, help="Megabytes of answers that clients leave unread."
+    ),
+    click.option("--head-seconds", default=15.0, show_default=True, help="For a head, or a TLS handshake, to arrive."),
+    click.option("--body-seconds", default=30.0, show_default=True, help="For a body to arrive."),
+    click.option("--answer-seconds", default=60.0, show_default=True, help="For an answer to be read."),
+    click.option("--idle-seconds", default=75.0, show_default=True, help="Between requests of a connection."),
+    click.option(
+        "--trust-proxy", "proxies", multiple=True, metavar="ADDRESS",
+        help="Of a proxy whose X-Forwarded-For names the client; may be repeated.",
+    ),
+)  # fmt: skip
+KB, MB = 2**10, 2**20
+_MOST = 100_000
+
+
+def bytes_of(flag: str, value: float, unit: int = MB) -> int:
+    """A flag's megabytes or kilobytes as bytes; raises BadParameter for a number that can't be."""
+    if not 0 < value < _MOST:  # NaN, too
+        raise click.BadParameter(f"{value} must lie between 0 and {_MOST}", param_hint=flag)
+    return int(value * unit)
+
+
+def connections_of(given: dict[str, Any]) -> ConnectionLimits:
+    """Take the values of `CONNECTIONS` out of what a command was given; raises MvmrError for values that can't be."""
+    names = ("head_seconds", "body_seconds", "answer_seconds", "idle_seconds", "proxies")
+    return ConnectionLimits(
+        total=given.pop("max_connections"),
+        of_one=given.pop("max_connections_per_address"),
+        head=bytes_of("--max-head-kb", given.pop("max_head_kb"), KB),
+        headers=given.pop("max_headers"),
+        pipelined=given.pop("max_pipelined"),
+        unsent=bytes_of("--max-unsent-mb", given.pop("max_unsent_mb")),
+        **{name: given.pop(name) for name in names},
+    )
 
 
 def limits_of(given: dict[str, Any]) -> Limits:

@@ -7,7 +7,8 @@ import base64
 import binascii
 import re
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Annotated, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Any, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -24,10 +25,14 @@ RAW = ("application/octet-stream", "image/*")
 _DATA_URL = re.compile(r"data:(?:[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,]*)*;base64,", re.ASCII)
 _ADDRESS = re.compile(r"https?://", re.IGNORECASE)
 _WORDS = {"missing": "is missing"}
+_VALUES = 100_000  # in the JSON of a request with images: each takes up to fifty times the memory of its letters
+_AT_ONCE = 2**16  # bytes of JSON that are read, and of a multipart body, while nothing else is done
+_READER = ThreadPoolExecutor(1, "mvmr-json")
 
 Payload = bytes | Rejected
 Take = Callable[[int], None]  # hears of bytes before they are kept, and may raise Problem
 Model = TypeVar("Model", bound=BaseModel)
+Result = TypeVar("Result")
 Text = Annotated[str, Field(min_length=1)]
 # An error for every item of a long list, or for every unknown key, would take a thousand times the memory of the body.
 Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
@@ -48,18 +53,19 @@ class Input(BaseModel):
         return [self.input] if isinstance(self.input, str) else self.input
 
 
-async def read_body(request: Request, *, most: int, seconds: float, take: Take) -> bytes:
+async def read_body(request: Request, *, most: int, flag: str, seconds: float, take: Take) -> bytes:
     """Read the whole body; `take` hears of every piece, and may refuse it.
 
+    flag: that sets the limit.
     Raises: Problem for more bytes than `most`, a body that is not there within `seconds`, or one that is encoded.
     """
-    if encoding := request.headers.get("content-encoding"):
+    if (encoding := request.headers.get("content-encoding", "identity")).lower() != "identity":
         raise Problem("wrong-type", f"content-encoding {encoding!r} is not read here; send the body as it is")
     try:
         promised = int(request.headers.get("content-length", 0))
     except ValueError:
         raise Problem("malformed", "content-length is not a number") from None
-    limit = f"the limit is {most:,} bytes; send fewer or smaller images"
+    limit = f"the limit is {most:,} bytes ({flag}); send fewer or smaller images"
     if promised > most:
         raise Problem("too-large", f"a body of {promised:,} bytes was announced; {limit}")
     parts, total = [], 0
@@ -73,7 +79,9 @@ async def read_body(request: Request, *, most: int, seconds: float, take: Take) 
                 parts.append(part)
     except TimeoutError:
         told = f"{total:,} bytes came in {seconds:g} s"
-        raise Problem("slow-body", f"{told}; send the whole body at once", headers={"connection": "close"}) from None
+        raise Problem(
+            "slow-body", f"{told} (--body-seconds); send the whole body at once", headers={"connection": "close"}
+        ) from None
     return b"".join(parts)
 
 
@@ -84,7 +92,8 @@ async def images(request: Request, body: bytes, *, most: int, remote: Remote, ta
     """
     kind = request.headers.get("content-type", "application/octet-stream").partition(";")[0].strip().lower()
     if kind == JSON:
-        return await from_texts(parse(Input, body).texts, most=most, remote=remote, take=take)
+        asked = await apart(parse, Input, body, size=len(body))
+        return await from_texts(asked.texts, most=most, remote=remote, take=take)
     if kind == MULTIPART:
         return await _multipart(request, body, most)
     if kind == "application/octet-stream" or kind.startswith("image/"):
@@ -94,8 +103,25 @@ async def images(request: Request, body: bytes, *, most: int, remote: Remote, ta
     )
 
 
-def parse(model: type[Model], body: bytes) -> Model:
-    """Read JSON strictly into a pydantic model; raises Problem naming every value that is not allowed."""
+async def apart(work: Callable[..., Result], *given: Any, size: int) -> Result:
+    """Do `work` with JSON of so many bytes: much of it in a thread, so that others are heard meanwhile."""
+    if size <= _AT_ONCE:
+        return work(*given)
+    return await asyncio.get_running_loop().run_in_executor(_READER, work, *given)
+
+
+def warm_up() -> None:
+    """Start the thread that `apart` takes."""
+    _READER.submit(bytes).result()
+
+
+def parse(model: type[Model], body: bytes, values: int = _VALUES) -> Model:
+    """Read JSON strictly into a pydantic model; raises Problem naming every value that is not allowed.
+
+    values: how many there may be; they are counted before anything is made of them.
+    """
+    if sum(map(body.count, (b",", b"[", b"{"))) > values:
+        raise Problem("invalid", f"the JSON holds more than {values:,} values; send fewer, tensors in binary")
     try:
         return model.model_validate(orjson.loads(body))
     except orjson.JSONDecodeError as error:
@@ -118,7 +144,8 @@ def check_count(count: int, most: int) -> None:
     """Refuse too many images."""
     if count > most:
         raise Problem(
-            "too-many-items", f"{count} images in one request, at most {most} are taken; send several requests"
+            "too-many-items",
+            f"{count} images in one request, at most {most} are taken (--max-items); send several requests",
         )
 
 
@@ -138,7 +165,9 @@ async def _image(text: str, remote: Remote, take: Take) -> Payload:
 
 async def _multipart(request: Request, body: bytes, most: int) -> list[Payload]:
     async def stream() -> AsyncGenerator[bytes, None]:
-        yield body
+        for start in range(0, len(body), _AT_ONCE):
+            yield body[start : start + _AT_ONCE]
+            await asyncio.sleep(0)
         yield b""
 
     parser = MultiPartParser(

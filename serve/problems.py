@@ -20,6 +20,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "no-index": (404, "This service has no index to search"),
     "wrong-method": (405, "The path does not take this method"),
     "not-acceptable": (406, "The answer can't be given in any of the accepted types"),
+    "slow-head": (408, "The head of the request did not arrive in time"),
     "slow-body": (408, "The body did not arrive in time"),
     "too-large": (413, "The body is too large"),
     "wrong-type": (415, "The body is of a type that is not read here"),
@@ -27,8 +28,10 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "too-many-items": (422, "Too many images in one request"),
     "bad-image": (422, "None of the images can be embedded"),
     "busy": (429, "Too much is waiting already"),
+    "large-head": (431, "The head of the request is too large"),
     "internal": (500, "The service has failed"),
     "engine-failed": (500, "The engine has failed"),
+    "out-of-memory": (503, "The service has no memory left"),
     "not-ready": (503, "The service is not ready"),
 }
 

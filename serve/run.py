@@ -1,26 +1,23 @@
-"""Running the service: the door, the signals, and a clean end."""
+"""Running the service: its doors, the signals, and a clean end."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
 import os
-import resource
 import signal
-import socket
 import ssl
-import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
-
-import uvicorn
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from mvmr.cores import usable_cores
 from mvmr.errors import MvmrError
 from mvmr.serve.door import open_door, url_of
 from mvmr.serve.engine import Engine
+from mvmr.serve.http.connections import raise_file_limit
+from mvmr.serve.http.server import Server
+from mvmr.serve.probes import probing
 from mvmr.serve.server import create_app
 from mvmr.serve.service import Service
 from mvmr.serve.settings import Settings
@@ -56,7 +53,11 @@ def serve(
     Raises: MvmrError, before the door opens, for a bundle, an index, a certificate or a port that can't be had.
     """
     _check_tls(tls_cert, tls_key)
-    with open_door(settings.host, settings.port) as door:
+    with ExitStack() as stack:
+        door = stack.enter_context(open_door(settings.host, settings.port))
+        probe_door = None
+        if settings.probe_port is not None:
+            probe_door = stack.enter_context(open_door(settings.host, settings.probe_port, flag="--probe-port"))
         # A batch on one thread costs less than on two, which wait for one another (benchmarks/export_speed.py).
         workers = settings.workers or (usable_cores() if provider == "cpu" else 1)
         settings = dataclasses.replace(settings, workers=workers)
@@ -64,35 +65,23 @@ def serve(
         engine = Engine.load(bundle, precision=precision, provider=provider, threads=threads)
         engine = dataclasses.replace(engine, name=name or engine.name)
         app = create_app(engine, settings, None if index is None else _index(index))
-        config = uvicorn.Config(
-            app, log_config=None, access_log=False, timeout_graceful_shutdown=max(1, round(settings.grace)),
-            ssl_certfile=tls_cert, ssl_keyfile=tls_key, server_header=False,
-        )  # fmt: skip
+        service: Service = app.state.service
         at = url_of(door, tls=bool(tls_cert))
         logger.info(
             "%s (%s, %s, %d heads) at %s", engine.name, engine.precision, engine.provider, len(engine.heads), at
         )
-        _allow_connections()
-        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-            runner.run(_run(_Server(config), app.state.service, door))
+        raise_file_limit()
+        server = Server(
+            app, door, settings.connections, service.metrics, grace=settings.grace, tls_cert=tls_cert, tls_key=tls_key
+        )
+        if probe_door is not None:
+            logger.info("probes at %s", url_of(probe_door))
+            stack.enter_context(probing(service, probe_door))
+        with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+            runner.run(_run(server, service))
 
 
-class _Server(uvicorn.Server):
-    """uvicorn, whose signals are handled here: it would raise them again at the end, and the exit code would be 143."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        for connection in list(self.server_state.connections):
-            # to close an idle connection takes an answer of its client under TLS, and idle clients give none
-            if (cycle := getattr(connection, "cycle", None)) is None or cycle.response_complete:
-                connection.transport.abort()
-        await super().shutdown(sockets)
-
-
-async def _run(server: _Server, service: Service, door: socket.socket) -> None:
+async def _run(server: Server, service: Service) -> None:
     loop = asyncio.get_running_loop()
     drains: set[asyncio.Task[None]] = set()
 
@@ -113,28 +102,7 @@ async def _run(server: _Server, service: Service, door: socket.socket) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     loop.add_signal_handler(signal.SIGHUP, service.reload_heads)
-    watch = loop.create_task(_close_silent(server, service.settings.head_seconds))
-    await server.serve(sockets=[door])
-    watch.cancel()
-
-
-async def _close_silent(server: _Server, seconds: float) -> None:
-    """Close connections on which no whole head of a request comes: uvicorn keeps them until there is no room."""
-    since: dict[Any, float] = {}
-    while True:
-        await asyncio.sleep(seconds / 4)
-        now = time.monotonic()
-        waiting = [each for each in server.server_state.connections if getattr(each, "cycle", None) is None]
-        since = {each: since.get(each, now) for each in waiting}
-        for connection in [each for each, first in since.items() if now - first > seconds]:
-            connection.transport.abort()
-
-
-def _allow_connections() -> None:
-    """Raise the number of files and sockets this process may open to what it may raise it to."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):  # a system with a limit of its own below
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    await server.serve()
 
 
 def _index(path: str | os.PathLike[str]) -> Index:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI
+import orjson
+from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -24,6 +26,8 @@ from mvmr.serve.settings import Settings
 
 if TYPE_CHECKING:
     from mvmr.serve.index import Index
+
+logger = logging.getLogger(__name__)
 
 
 def create_app(engine: Engine, settings: Settings, index: Index | None = None) -> FastAPI:
@@ -43,20 +47,35 @@ def create_app(engine: Engine, settings: Settings, index: Index | None = None) -
             yield
             await service.stop()
 
-    # No pages of documentation: FastAPI's load their scripts from elsewhere.
-    app = FastAPI(
-        title="mvmr", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False
-    )
-    app.state.service, app.state.index = service, index
-    _answer_problems(app, service)
-    for part in (status, embeddings, inference):
-        app.include_router(part.router)
-    app.add_middleware(Edge, service=service)
+    app = _application(service, (status.probes, status.router, embeddings.router, inference.router), lifespan)
+    app.state.index = index
+    document = orjson.dumps(app.openapi())  # once: it takes milliseconds, and anybody may ask for it
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> Response:
+        return Response(document, media_type="application/json")
+
     if settings.cors:  # around the edge: a browser's question beforehand never carries a key
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors, allow_methods=["GET", "POST"], allow_headers=["*"],
             expose_headers=[SPACE, "x-shape", "x-errors", "retry-after"],
         )  # fmt: skip
+    return app
+
+
+def create_probe_app(service: Service) -> FastAPI:
+    """What answers at the probes' own port: health, readiness and metrics."""
+    return _application(service, (status.probes,))
+
+
+def _application(service: Service, routers: Sequence[APIRouter], lifespan: Any = None) -> FastAPI:
+    # No pages of documentation: FastAPI's load their scripts from elsewhere.
+    app = FastAPI(title="mvmr", version=__version__, lifespan=lifespan, openapi_url=None, redirect_slashes=False)
+    app.state.service = service
+    _answer_problems(app, service)
+    for router in routers:
+        app.include_router(router)
+    app.add_middleware(Edge, service=service, routes=[route for router in routers for route in router.routes])
     return app
 
 
@@ -85,10 +104,16 @@ def _answer_problems(app: FastAPI, service: Service) -> None:
         first = getattr(error, "errors", list)()[0]
         return answer(request, Problem("invalid", f"{'.'.join(map(str, first['loc']))}: {first['msg']}"))
 
+    async def memory(request: Request, error: Exception) -> Response:
+        logger.error("no memory left for a request to %s", getattr(request.scope.get("route"), "path", "another path"))
+        told = "what it would take is not there now; try again later, or send less at a time"
+        return answer(request, Problem("out-of-memory", told, headers={"retry-after": "1"}))
+
     async def ourselves(request: Request, error: Exception) -> Response:
         return answer(request, Problem("internal", "this is a fault of the service; its log has the trace"))
 
     app.add_exception_handler(Problem, ours)
     app.add_exception_handler(HTTPException, frameworks)
     app.add_exception_handler(RequestValidationError, query)
+    app.add_exception_handler(MemoryError, memory)
     app.add_exception_handler(Exception, ourselves)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import io
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -13,30 +12,30 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from mvmr import bundle as bundles
 from mvmr.cores import usable_cores
 from mvmr.errors import MvmrError
-from mvmr.export.contract import canary
 from mvmr.serve.batcher import Batcher
 from mvmr.serve.decode import Prepared, Rejected
 from mvmr.serve.decode_pool import DecodePool
-from mvmr.serve.engine import TOLERANCE, Engine, read_heads
+from mvmr.serve.engine import Engine, read_heads
 from mvmr.serve.metrics import Metrics
-from mvmr.serve.payload import Payload, Take
+from mvmr.serve.payload import Payload, Take, warm_up
 from mvmr.serve.problems import Problem, busy
+from mvmr.serve.readiness import Readiness
 from mvmr.serve.settings import Settings
+from mvmr.serve.shares import Shares
 from mvmr.serve.together import together
 
 logger = logging.getLogger(__name__)
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
+_LARGE = "bodies under way take all the memory they may (four of --max-body-mb)"
 _BODIES = 4  # of the largest size, in memory at once
 _SPARE = 2  # decoders that one client leaves to the others
-_PROBES = "probes"  # a client of their own
-_CANARY_SECONDS = 1.0  # a verdict stands that long: probes must not cost the engine more than an image a second
+_BEAT = 0.5  # seconds between two signs of life of the event loop
 
 
 @dataclass(frozen=True)
@@ -72,22 +71,24 @@ class Service:
             workers=settings.workers or 1,
             metrics=self.metrics,
         )
-        self._canary = canary(engine.size)[0]
-        self._canary_file = io.BytesIO()
-        Image.fromarray(self._canary).save(self._canary_file, "PNG")
-        self._verdict: tuple[float, str | None] = (-1e9, "not asked yet")
-        self._asking = asyncio.Lock()
-        self._bytes = 0
+        self._readiness = Readiness(engine, self._decoders, self._batcher, settings.stuck_seconds)
+        self._bytes = Shares(_BODIES * settings.max_body)
+        self._heart: asyncio.Task[None] | None = None
+        self._beat = time.monotonic()
 
     async def start(self) -> None:
         """Start the engine's thread, and run it once: its first batch is slow."""
         await asyncio.to_thread(self._decoders.start)
+        warm_up()
         self._batcher.start()
+        self._heart = asyncio.create_task(self._live())
         if fault := await self.fault():
             logger.error("not ready: %s", fault)
 
     async def stop(self) -> None:
         """End all threads; to be called when nothing is under way any more."""
+        if self._heart:
+            self._heart.cancel()
         await self._batcher.stop(self.settings.grace)
         await asyncio.to_thread(self._decoders.close)
 
@@ -101,8 +102,15 @@ class Service:
         self.engine = dataclasses.replace(self.engine, heads=heads)
         logger.info("heads reloaded: %s", ", ".join(heads) or "none")
 
+    def refusal(self, client: str, size: int) -> Problem | None:
+        """Why a request with a body of so many bytes can't be accepted now, before the body is read; None: it can."""
+        if refusal := self._batcher.refusal(client):
+            return refusal
+        size = min(size, self.settings.max_body)  # more is another fault, and told as such
+        return None if self._bytes.fits(client, size) else busy(_LARGE, 1)
+
     @contextmanager
-    def memory(self) -> Iterator[Take]:
+    def memory(self, client: str) -> Iterator[Take]:
         """Yield ``take(bytes)``, for a request to call as its body arrives; given back when the block ends.
 
         The call raises Problem where the bodies under way would take more memory than they may.
@@ -111,71 +119,54 @@ class Service:
 
         def take(count: int) -> None:
             nonlocal held
-            if self._bytes + count > _BODIES * self.settings.max_body:
-                raise busy("too many large bodies are under way", 1)
+            if not self._bytes.take(client, count):
+                raise busy(_LARGE, 1)
             held += count
-            self._bytes += count
 
         try:
             yield take
         finally:
-            self._bytes -= held
+            self._bytes.give(client, held)
 
     async def embed(self, payloads: Sequence[Payload], client: str) -> list[Outcome]:
         """Decode and embed the images of one request.
 
-        client: who sent it; one client's images never take all decoders.
+        client: who sent it; one client's images never take all decoders, nor all places in the queue.
 
         Raises: Problem when there is no room for them, or the engine fails.
         """
-        with self._batcher.room(len(payloads)):
+        with self._batcher.room(len(payloads), client):
             return await together([self._outcome(payload, client) for payload in payloads])
 
-    async def infer(self, pixels: Pixels) -> Floats:
-        """Embed prepared images: uint8 [N, S, S, 3] -> float32 [N, D]. Raises: as `embed`."""
-        with self._batcher.room(len(pixels)):
-            rows = await together([self._embed(each) for each in pixels])
+    async def infer(self, pixels: Pixels, client: str) -> Floats:
+        """Embed prepared images: uint8 [N, S, S, 3] -> float32 [N, D]. client, Raises: as for `embed`."""
+        with self._batcher.room(len(pixels), client):
+            rows = await together([self._embed(each, client) for each in pixels])
         self.metrics.images.labels("embedded").inc(len(pixels))
         return np.stack(rows) if rows else np.empty((0, self.engine.dim), np.float32)
 
+    def silence(self) -> float:
+        """Seconds since the event loop last gave a sign of life; from any thread."""
+        return time.monotonic() - self._beat
+
     async def fault(self) -> str | None:
-        """Why the service is not ready, None when it is: the canary must come back in time and as it was exported."""
-        async with self._asking:  # one at a time, however many probes ask
-            if time.monotonic() - self._verdict[0] > _CANARY_SECONDS:
-                self._verdict = (time.monotonic(), await self._ask_canary())
-        fault = "draining: it has been told to stop" if self.draining else self._verdict[1]
+        """Why the service is not ready, None when it is; in any event loop."""
+        found = await asyncio.shield(asyncio.wrap_future(self._readiness.fault()))
+        fault = "draining: it has been told to stop" if self.draining else found
         self.metrics.ready.set(fault is None)
         return fault
 
-    async def _ask_canary(self) -> str | None:
-        limit = self.settings.stuck_seconds
-        try:
-            async with asyncio.timeout(limit):
-                decoded = await asyncio.wrap_future(self._decoders.submit(self._canary_file.getvalue(), _PROBES))
-        except TimeoutError:
-            return f"no image has been decoded for {limit:g} s"
-        if not isinstance(decoded, Prepared):
-            return f"images can't be decoded: {decoded.reason}"
-        if self._batcher.busy_seconds > limit:
-            return f"the engine has been at one batch for {self._batcher.busy_seconds:.0f} s"
-        try:
-            async with asyncio.timeout(limit):
-                found = await self._batcher.embed(self._canary, first=True)
-        except TimeoutError:
-            return f"the engine has not answered for {limit:g} s"
-        except Exception as error:  # whatever a GPU raises
-            return f"the engine fails: {' '.join(str(error).split())[:200]}"
-        off = self.engine.canary_error(found)
-        if not off <= TOLERANCE[self.engine.precision]:  # NaN, too
-            return f"the engine's embedding of the canary is off by {off:.2g} of its length: it has drifted"
-        return None
+    async def _live(self) -> None:
+        while True:
+            self._beat = time.monotonic()
+            await asyncio.sleep(_BEAT)
 
     async def _outcome(self, payload: Payload, client: str) -> Outcome:
         prepared = payload if isinstance(payload, Rejected) else await self._prepare(payload, client)
         if isinstance(prepared, Rejected):
             self.metrics.images.labels("rejected").inc()
             return prepared
-        row = await self._embed(prepared.pixels)
+        row = await self._embed(prepared.pixels, client)
         self.metrics.images.labels("embedded").inc()
         return Embedded(row, prepared.width, prepared.height)
 
@@ -183,9 +174,9 @@ class Service:
         with self.metrics.stage_seconds.labels("decode").time():
             return await asyncio.wrap_future(self._decoders.submit(data, client))
 
-    async def _embed(self, pixels: Pixels) -> Floats:
+    async def _embed(self, pixels: Pixels, client: str) -> Floats:
         try:
-            row = await self._batcher.embed(pixels)
+            row = await self._batcher.embed(pixels, client)
         except asyncio.CancelledError:
             raise
         except Exception as error:  # whatever a GPU raises; the log has the trace

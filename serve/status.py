@@ -13,23 +13,29 @@ from mvmr.serve.exchange import check_model, json_answer, service_of
 from mvmr.serve.problems import Problem
 
 router = APIRouter()
+probes = APIRouter()  # on the probes' own port, too
 
 
-@router.get("/healthz", responses=openapi.HEALTH)
-async def healthz() -> Response:
-    """Whether the process runs."""
+@probes.get("/healthz", responses=openapi.HEALTH)
+@probes.get("/v2/health/live", responses=openapi.HEALTH)
+async def healthz(request: Request) -> Response:
+    """Whether the process runs, and its event loop turns."""
+    service = service_of(request)
+    if (silence := service.silence()) > service.settings.stuck_seconds:
+        raise Problem("not-ready", f"the event loop has not turned for {silence:.0f} s")
     return json_answer({"status": "ok"})
 
 
-@router.get("/readyz", responses=openapi.READY)
+@probes.get("/readyz", responses=openapi.READY)
+@probes.get("/v2/health/ready", responses=openapi.READY)
 async def readyz(request: Request) -> Response:
-    """Whether it does what was verified: a canary image goes through the engine and must come back as exported."""
+    """Whether it does what was verified: a canary is decoded and embedded, and must come back as exported."""
     if fault := await service_of(request).fault():
         raise Problem("not-ready", fault)
     return json_answer({"status": "ready"})
 
 
-@router.get("/metrics", responses=openapi.TEXT)
+@probes.get("/metrics", responses=openapi.TEXT)
 async def prometheus(request: Request) -> Response:
     """Counters for Prometheus."""
     await service_of(request).fault()  # whether it is ready is among them

@@ -81,9 +81,9 @@ def run(
     return engine
 
 
-async def asked(tested: Batcher, *values: int, first: bool = False) -> list[asyncio.Task[Floats]]:
+async def asked(tested: Batcher, *values: int, client: str = "") -> list[asyncio.Task[Floats]]:
     """Requests for these images, each of them in the queue."""
-    tasks = [asyncio.create_task(tested.embed(image(value), first=first)) for value in values]
+    tasks = [asyncio.create_task(tested.embed(image(value), client)) for value in values]
     await asyncio.sleep(0)
     return tasks
 
@@ -139,11 +139,51 @@ def test_first_goes_before_all_that_wait() -> None:
         tasks = await asked(tested, 0)
         await engine.begun()
         tasks += await asked(tested, 1, 2, 3, 4)
-        tasks += await asked(tested, 99, first=True)
+        urgent = tested.embed_first(image(99))
         engine.let_go(3)
         await answers(tasks)
+        assert urgent.result(SECONDS)[0] == 99
 
     assert run(test).batches == [[0], [99, 1, 2], [3, 4]]
+
+
+def test_clients_take_turns_and_one_image_waits_for_few_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_clock = clock(monkeypatch)
+
+    async def test(tested: Batcher, engine: Engine) -> None:
+        tasks = await asked(tested, 0)
+        await engine.begun()
+        tasks += await asked(tested, *range(1, 9), client="many")
+        tasks += await asked(tested, *range(11, 15), client="some")
+        tasks += await asked(tested, 99, client="one")
+        engine.let_go(9)
+        await answers(tasks)
+        set_clock(2.0)  # seconds: "one" is there no more
+        tasks = await asked(tested, 21, client="many")
+        while engine.batches[-1] != [21]:
+            await asyncio.sleep(0.001)
+        tasks += await asked(tested, 22, 23, 24, 25, client="many")
+        engine.let_go(2)
+        await answers(tasks)
+
+    shared = [[0], [1, 11, 99], [2, 12], [3, 13], [4, 14], [5], [6], [7], [8]]
+    assert run(test, at_once=4).batches == [*shared, [21], [22, 23, 24, 25]]
+
+
+def test_no_client_takes_all_the_room() -> None:
+    async def test(tested: Batcher, engine: Engine) -> None:
+        with tested.room(60, "many"):
+            assert tested.refusal("many") is None
+            with tested.room(15, "many"):
+                refusal = tested.refusal("many")
+                assert refusal is not None
+                assert refusal.name == "busy"
+                with pytest.raises(Problem), tested.room(1, "many"):
+                    raise AssertionError
+                with tested.room(20, "another"):
+                    pass
+
+    run(test, bound=100)
 
 
 def test_a_second_worker_begins_while_the_first_is_at_work() -> None:
@@ -173,12 +213,12 @@ def test_rooms_are_bounded_and_given_back() -> None:
         with tested.room(3):
             assert metrics.registry.get_sample_value("mvmr_queue_images") == 3
             with (
-                pytest.raises(Problem, match="no room for 3 more images now; try again in 1 s") as caught,
+                pytest.raises(Problem, match="no room for 3 more images now \\(--queue\\); try again in 1 s") as caught,
                 tested.room(3),
             ):
                 raise AssertionError
             assert (caught.value.name, caught.value.headers) == ("busy", {"retry-after": "1"})
-            with tested.room(2):
+            with tested.room(2, "another"):
                 pass
         with pytest.raises(ZeroDivisionError), tested.room(5):
             raise ZeroDivisionError

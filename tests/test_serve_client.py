@@ -268,8 +268,8 @@ def test_what_the_service_refuses_is_said_in_its_words(kind: Any, service: servi
     with kind(service.url) as client:
         said = refusal(client.embed, images)
         assert said == (
-            f"{service.url}/v1/embed answered 422: 4 images in one request, at most 3 are taken; send several requests"
-            "; give the client that number as max_items"
+            f"{service.url}/v1/embed answered 422: 4 images in one request, at most 3 are taken (--max-items); "
+            "send several requests; give the client that number as max_items"
         )
         assert "answered 404: there is no head 'birds'" in refusal(client.classify, images[:1], head="birds")
         assert "answered 422: query.top_k" in refusal(client.classify, images[:1], head="animals", top_k=0)

@@ -32,7 +32,7 @@ from mvmr.serve import cli, decode, decode_pool, embeddings, engine, fetch, infe
 from mvmr.serve.decode import Limits
 from mvmr.serve.metrics import Metrics
 from mvmr.serve.problems import PROBLEMS
-from mvmr.serve.settings import Settings
+from mvmr.serve.settings import ConnectionLimits, Settings
 from tests import serving
 
 PAGE = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
@@ -55,7 +55,7 @@ def rows(heading: str) -> list[list[str]]:
 
 def test_all_endpoints_are_listed() -> None:
     listed = re.findall(r"`(GET|POST) ([^`?]+)[^`]*`", "".join(row[0] for row in rows(PAGE.splitlines()[0])))
-    routers: tuple[APIRouter, ...] = (status.router, embeddings.router, inference.router)
+    routers: tuple[APIRouter, ...] = (status.probes, status.router, embeddings.router, inference.router)
     routes = [route for each in routers for route in each.routes if isinstance(route, APIRoute)]
     expected = [(method, route.path) for route in routes for method in route.methods]
     assert sorted(listed) == sorted([*expected, ("GET", "/openapi.json")])
@@ -89,14 +89,22 @@ def test_each_variable_sets_what_its_flag_sets(monkeypatch: pytest.MonkeyPatch, 
     variables = {
         "BUNDLE": "b", "HOST": "0.0.0.0", "PORT": "9", "NAME": "n", "PRECISION": "fp32", "PROVIDER": "cuda",
         "WORKERS": "2", "THREADS": "3", "DECODERS": "4", "MAX_BATCH": "5", "QUEUE": "100", "MAX_ITEMS": "6",
-        "MAX_BODY_MB": "1.5",
+        "MAX_BODY_MB": "1.5", "MAX_JSON_MB": "0.5",
         "MAX_MEGAPIXELS": "2", "DECODE_SECONDS": "3", "DECODE_MEMORY_MB": "4", "FORMATS": "ppm ICO",
+        "MAX_CONNECTIONS": "11", "MAX_CONNECTIONS_PER_ADDRESS": "12", "MAX_HEAD_KB": "13", "MAX_HEADERS": "14",
+        "MAX_PIPELINED": "15", "MAX_UNSENT_MB": "16", "HEAD_SECONDS": "17", "BODY_SECONDS": "18",
+        "ANSWER_SECONDS": "19", "IDLE_SECONDS": "20", "PROXIES": "10.0.0.1 ::1", "PROBE_PORT": "21",
         "API_KEYS": str(keys), "CORS": "https://a https://b", "URL_HOSTS": "c d", "INDEX": "i",
         "TLS_CERT": "t", "TLS_KEY": "k", "DRAIN": "7", "GRACE": "8",
     }  # fmt: skip
     expected = Settings(
         host="0.0.0.0", port=9, workers=2, decoders=4, max_batch=5, queue=100, max_items=6, max_body=3 * 2**19,
         limits=Limits(pixels=2e6, seconds=3, memory=4 * 2**20, formats=(*decoding.COMMON, "PPM", "ICO")),
+        connections=ConnectionLimits(
+            total=11, of_one=12, head=13 * 2**10, headers=14, pipelined=15, unsent=16 * 2**20, head_seconds=17,
+            body_seconds=18, answer_seconds=19, idle_seconds=20, proxies=("10.0.0.1", "::1"),
+        ),
+        max_json=2**19, probe_port=21,
         api_keys=("0123456789abcdef",), cors=("https://a", "https://b"), url_hosts=("c", "d"),
         drain=7, grace=8,
     )  # fmt: skip
@@ -190,7 +198,7 @@ def test_the_kubernetes_manifest_fits_the_service() -> None:
     (container,) = pod["containers"]
     variables = {each["name"]: each["value"] for each in container["env"]}
     assert {f"`{name}`" for name in variables} < {row[1] for row in rows("## Settings")}
-    paths = {route.path for route in status.router.routes if isinstance(route, APIRoute)}
+    paths = {route.path for route in status.probes.routes if isinstance(route, APIRoute)}
     assert {container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")} <= paths
     assert pod["terminationGracePeriodSeconds"] > float(variables["MVMR_DRAIN"]) + Settings().grace
     # else a Service of the name mvmr would set MVMR_PORT=tcp://..., which is the variable of a flag

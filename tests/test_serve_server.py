@@ -23,11 +23,13 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from mvmr.errors import MvmrError
-from mvmr.serve import Engine, service
+from mvmr.serve import Engine, readiness
+from mvmr.serve.batcher import Batcher
 from mvmr.serve.decode import Limits
 from mvmr.serve.problems import PROBLEMS
 from mvmr.serve.server import create_app
-from mvmr.serve.settings import Settings, read_keys
+from mvmr.serve.service import Service
+from mvmr.serve.settings import ConnectionLimits, Settings, read_keys
 from tests import serving
 from tests.serving import DIM, FLOAT16, FLOAT32, HEADS, PREPROCESS, jpeg, problem, rows, said_in
 
@@ -352,7 +354,7 @@ def test_heads_are_read_again_and_a_damaged_one_changes_nothing(
 ) -> None:
     mine = serving.copied(path, tmp_path)
     with serve(Engine.load(mine, threads=1)) as client:
-        running: service.Service = client.app.state.service  # type: ignore[attr-defined]
+        running: Service = client.app.state.service  # type: ignore[attr-defined]
         serving.add_head(mine, "shapes", ("round", "square"))
         assert client.post("/v1/classify?head=shapes", content=jpeg()).status_code == 404
         running.reload_heads()
@@ -544,7 +546,7 @@ def raising(error: Exception) -> Session:
 
 
 def slow(engine: Engine) -> httpx2.Response:
-    return ask_by_hand(create_app(engine, Settings(body_seconds=0.01)), b"half of it")
+    return ask_by_hand(create_app(engine, Settings(connections=ConnectionLimits(body_seconds=0.01))), b"half of it")
 
 
 def busy(engine: Engine) -> httpx2.Response:
@@ -568,6 +570,15 @@ def internal(engine: Engine) -> httpx2.Response:
 
     index = Broken(engine.space_id)
     with serve(engine, index) as client:
+        return client.post("/v1/search", content=jpeg())
+
+
+def no_memory(engine: Engine) -> httpx2.Response:
+    class Full(Index):
+        def search(self, found: Floats, k: int) -> list[list[Any]]:
+            raise MemoryError
+
+    with serve(engine, Full(engine.space_id)) as client:
         return client.post("/v1/search", content=jpeg())
 
 
@@ -598,6 +609,8 @@ PRODUCED: dict[str, list[Ask]] = {
     "too-large": [
         asking("POST", "/v1/embed", {"max_body": 999}, content=bytes(1000)),
         asking("POST", "/v1/embed", {"max_body": 999}, content=iter([bytes(500), bytes(500)])),
+        asking("POST", "/v1/embed", {"max_json": 99}, **as_json({"input": ["a" * 99]})),
+        asking("POST", INFER, {"max_json": 99}, content=bytes(200), headers={"inference-header-content-length": "150"}),
     ],
     "wrong-type": [
         asking("POST", "/v1/embed", headers={"content-type": "text/plain"}, **ONE_JPEG),
@@ -605,6 +618,8 @@ PRODUCED: dict[str, list[Ask]] = {
         asking("POST", "/v1/embeddings", headers={"content-encoding": "br"}, **ONE_JPEG),
     ],
     "invalid": [
+        asking("POST", "/v1/embed", **as_json({"input": [[0]] * 60_000})),
+        asking("POST", INFER, **as_json({"inputs": [tensor(pixels(1), data=[0] * 2_000_001)]})),
         asking("POST", "/v1/classify?top_k=0", **ONE_JPEG),
         asking("POST", "/v1/search?k=x", **ONE_JPEG),
         asking("POST", "/v1/embed", data={"file": "text"}, files=files(jpeg())),
@@ -620,6 +635,7 @@ PRODUCED: dict[str, list[Ask]] = {
     "bad-image": [asking("POST", "/v1/embed", content=b"hello"), asking("POST", "/v1/classify?head=animals")],
     "busy": [busy],
     "internal": [internal],
+    "out-of-memory": [no_memory],
     "engine-failed": [
         post_to(raising(RuntimeError("out of memory"))), post_to(raising(MemoryError()), "/v1/classify?head=animals"),
         post_to(Session(lambda pixels: serving.embedded(pixels) * np.float32(np.nan))),
@@ -632,6 +648,7 @@ PRODUCED: dict[str, list[Ask]] = {
         ),
     ],
 }  # fmt: skip
+AT_THE_CONNECTION = {"slow-head", "large-head"}  # see test_serve_connections.py
 CASES = [pytest.param(name, ask, id=f"{name}-{i}") for name, asks in PRODUCED.items() for i, ask in enumerate(asks)]
 
 
@@ -644,7 +661,18 @@ def test_each_problem_has_its_status_and_type(engine: Engine, name: str, ask: As
 
 
 def test_no_problem_is_left_out() -> None:
-    assert PRODUCED.keys() == PROBLEMS.keys()
+    assert PRODUCED.keys() | AT_THE_CONNECTION == PROBLEMS.keys()
+
+
+def test_content_that_is_encoded_as_it_is_is_read(client: TestClient) -> None:
+    answer = client.post("/v1/embed", content=jpeg(), headers={"content-encoding": "Identity"})
+    assert answer.status_code == 200
+
+
+def test_a_head_alone_is_answered_like_the_whole(client: TestClient) -> None:
+    for place in ("/healthz", "/readyz", "/metrics", "/v1/models", "/openapi.json", "/v2/models/student"):
+        assert client.head(place).status_code == 200
+    assert client.head("/v1/embed").status_code == 405
 
 
 def test_headers_of_problems(engine: Engine) -> None:
@@ -736,7 +764,7 @@ def test_a_browser_may_ask_beforehand_without_a_key(engine: Engine) -> None:
 
 @pytest.fixture
 def asked_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "_CANARY_SECONDS", -1.0)
+    monkeypatch.setattr(readiness, "_FRESH", -1.0)
 
 
 def drifted(factor: float, pixels: Pixels) -> Floats:
@@ -771,9 +799,8 @@ def test_it_is_not_ready_while_its_engine_is_stuck(engine: Engine) -> None:
 @pytest.mark.usefixtures("asked_every_time")
 def test_it_is_ready_while_all_its_room_is_taken_and_a_probe_waits_for_no_request(engine: Engine) -> None:
     session = Session()
-    with serve(session.within(engine), queue=4, max_items=1, max_batch=1) as client:
-        running: service.Service = client.app.state.service  # type: ignore[attr-defined]
-        waiting = running._batcher._waiting
+    with serve(session.within(engine), queue=6, max_items=1, max_batch=1) as client:
+        batcher: Batcher = client.app.state.service._batcher  # type: ignore[attr-defined]
         probes: list[int] = []
         asking = [threading.Thread(target=lambda: client.post("/v1/embed", content=jpeg())) for _ in range(4)]
         probing = threading.Thread(target=lambda: probes.append(client.get("/readyz").status_code))
@@ -781,13 +808,13 @@ def test_it_is_ready_while_all_its_room_is_taken_and_a_probe_waits_for_no_reques
             for thread in asking:
                 thread.start()
             session.begun()
-            serving.wait_until(lambda: len(waiting) == 3, "the requests")
+            serving.wait_until(lambda: batcher._count == 3, "the requests")
             probing.start()
-            serving.wait_until(lambda: len(waiting) == 4, "the probe")
+            serving.wait_until(lambda: batcher._count == 4, "the probe")
             session.let_go(2)  # the batch at hand, and the one after it
             probing.join(SECONDS)
             assert probes == [200]
-            assert len(waiting) >= 2
+            assert batcher._count >= 2
         for thread in asking:
             thread.join()
 
@@ -846,7 +873,12 @@ def ask_by_hand(app: FastAPI, *pieces: bytes, gone: bool = False) -> httpx2.Resp
 
 
 async def post(
-    app: FastAPI, *pieces: bytes, more: bool = False, gone: bool | asyncio.Event = False, place: str = "/v1/embed"
+    app: FastAPI,
+    *pieces: bytes,
+    more: bool = False,
+    gone: bool | asyncio.Event = False,
+    place: str = "/v1/embed",
+    client: str = "test",
 ) -> httpx2.Response:
     sent = [{"type": "http.request", "body": piece, "more_body": True} for piece in pieces]
     sent[-1]["more_body"] = more
@@ -869,7 +901,7 @@ async def post(
     scope = {
         "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": place,
         "raw_path": place.encode(), "query_string": b"", "root_path": "", "headers": [], "scheme": "http",
-        "server": ("test", 80), "client": ("test", 1),
+        "server": ("test", 80), "client": (client, 1),
     }  # fmt: skip
     async with asyncio.timeout(SECONDS):
         await app(scope, receive, send)
@@ -927,11 +959,15 @@ def test_bodies_under_way_take_only_so_much_memory(engine: Engine) -> None:
 
     async def whole() -> httpx2.Response:
         async with app.router.lifespan_context(app):
-            waiting = [asyncio.create_task(post(app, bytes(1000), more=True)) for _ in range(4)]
+            waiting = [asyncio.create_task(post(app, bytes(1000), more=True)) for _ in range(3)]
             await asyncio.sleep(0)
-            while app.state.service._bytes < 4000:
+            while app.state.service._bytes.total < 3000:
                 await asyncio.sleep(0)
-            refused = await post(app, b"1")
+            assert problem(await post(app, bytes(1000), more=True)) == "busy"  # the last quarter is for others
+            waiting.append(asyncio.create_task(post(app, bytes(1000), more=True, client="another")))
+            while app.state.service._bytes.total < 4000:
+                await asyncio.sleep(0)
+            refused = await post(app, b"1", client="a third")
             for task in waiting:
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)

@@ -1,0 +1,56 @@
+"""Something of which there is only so much, shared so that no client takes all of it."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections import Counter
+
+_OF_THE_REST = 3  # a client may have that many times what it leaves
+_PREFIX = 64  # bits of an IPv6 address that tell one customer of a network from another
+
+
+class Shares:
+    """An amount, such as places in a queue or bytes, of which clients take and give back.
+
+    A client gets no more than three quarters of what the others have left, so that the next finds a quarter of it, and
+    it takes many clients to leave nothing. The first that a client asks for it gets where there is as much.
+    """
+
+    def __init__(self, bound: float) -> None:
+        self._bound = bound
+        self._taken: Counter[str] = Counter()
+        self.total = 0
+
+    def fits(self, client: str, count: int) -> bool:
+        """Whether a client can have so much more."""
+        left = self._bound - self.total - count
+        own = self._taken.get(client, 0)
+        return left >= 0 and (not own or own + count <= _OF_THE_REST * left)
+
+    def take(self, client: str, count: int) -> bool:
+        """Let a client have so much more; False, and nothing is taken, where it doesn't fit."""
+        if not self.fits(client, count):
+            return False
+        self._taken[client] += count
+        self.total += count
+        return True
+
+    def give(self, client: str, count: int) -> None:
+        """Take back what a client has had."""
+        self.total -= count
+        self._taken[client] -= count
+        if self._taken[client] <= 0:
+            del self._taken[client]
+
+
+def owner_of(address: str) -> str:
+    """Whose an address is: itself for IPv4, the network of 64 bits for IPv6, whose customers have as many each."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:  # a Unix socket, or a test
+        return address
+    if isinstance(parsed, ipaddress.IPv6Address):
+        if parsed.ipv4_mapped is not None:
+            return str(parsed.ipv4_mapped)
+        return str(ipaddress.ip_network((parsed, _PREFIX), strict=False))
+    return str(parsed)
