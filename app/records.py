@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mvmr import bundle as bundles
+from mvmr import strict_json
 from mvmr.bundle import Bundle
 from mvmr.distillation.source import default_tag
 from mvmr.errors import MvmrError
@@ -53,7 +53,7 @@ class Records:
         if self.bundle is None or place is None or place not in self.bundle.manifest.files:
             return None
         try:
-            report = json.loads(self.bundle.file(place).read_text(encoding="utf-8"))
+            report = strict_json.read(self.bundle.file(place))
             measured = {
                 name: each["accuracy"] for name, each in report["heads"].items() if each["accuracy"] is not None
             }

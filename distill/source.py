@@ -1,6 +1,5 @@
 """Where a teacher's architecture, preprocessing and weights come from: open_clip's names and tags, or files."""
 
-import json
 import os
 import socket
 import urllib.request
@@ -16,6 +15,7 @@ from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS
 from open_clip.factory import HF_HUB_PREFIX, LOCAL_DIR_PREFIX
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
+from mvmr import strict_json
 from mvmr.errors import MvmrError, nearest, unknown
 
 # What `default_tag` looks for, best first: weights trained on the most openly described data.
@@ -117,7 +117,7 @@ def _built_in(model: str, pretrained: str | Path | None) -> Source:
 def _from_folder(folder: Path, name: str) -> Source:
     config = folder / HF_CONFIG_NAME
     try:
-        content = json.loads(config.read_text(encoding="utf-8"))
+        content = strict_json.read(config)
         model_cfg, preprocess = content["model_cfg"], _preprocess(content.get("preprocess_cfg", {}))
     except FileNotFoundError as error:
         raise MvmrError(

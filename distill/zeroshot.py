@@ -17,15 +17,15 @@ import numpy.typing as npt
 import open_clip
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 from torch import Tensor
 
+from mvmr import strict_json
 from mvmr.bundle import Bundle, add_files
 from mvmr.distillation.teacher import Teacher
 from mvmr.distillation.tiny_clip import TEMPLATES
 from mvmr.errors import MvmrError, unknown
-from mvmr.head import Floats
+from mvmr.head import Floats, read_arrays
 
 IMAGENET_TEMPLATES: tuple[str, ...] = tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
 """The 80 captions of OpenAI's prompt ensemble as open_clip ships them, with {} in the place of the class name."""
@@ -212,17 +212,13 @@ class _Ridge:
 
 
 def _read(weights: Path, description: Path) -> tuple[SpaceMap, dict[str, Any]]:
+    record = strict_json.read_object(description, "the description of a map")
+    arrays = read_arrays(weights, ("weight", "bias"))
     try:
-        record = json.loads(description.read_text(encoding="utf-8"))
         teacher = {key: str(record["teacher"][key]) for key in ("name", "weights", "identity")}
         record = {**record, "teacher": teacher, "space_id": str(record["space_id"])}
         strength, r2 = float(record["strength"]), float(record["r2"])
-        arrays = {key: value.astype(np.float32) for key, value in load_file(weights).items()}
         return SpaceMap(weight=arrays["weight"], bias=arrays["bias"], strength=strength, r2=r2), record
-    except OSError as error:
-        raise MvmrError(f"cannot read a map in {weights.parent}: {error.strerror or error}") from error
-    except SafetensorError as error:
-        raise MvmrError(f"{weights} is not a whole safetensors file ({error})") from error
     except (KeyError, TypeError, ValueError) as error:
         raise MvmrError(f"{description} does not describe a map ({type(error).__name__}: {error})") from error
 

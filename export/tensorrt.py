@@ -6,7 +6,6 @@ where there is a GPU and TensorRT. Neither tensorrt nor torch is imported before
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mvmr import strict_json
 from mvmr.bundle import Bundle
 from mvmr.errors import MvmrError
 from mvmr.export.contract import EMBEDDING, IMAGE, artifact, report_of
@@ -173,10 +173,7 @@ def _lack(bundle: Bundle, gpu: Device, version: str, batches: Batches | None) ->
 
 def _sidecar(bundle: Bundle, name: str) -> dict[str, Any]:
     bundle.verify(report_of(name))
-    content = json.loads(bundle.file(report_of(name)).read_bytes())
-    if not isinstance(content, dict):
-        raise MvmrError(f"{report_of(name)} of bundle {bundle.path} is no JSON object; take a whole copy of the bundle")
-    return content
+    return strict_json.read_object(bundle.file(report_of(name)), "the report of an engine")
 
 
 def _difference(name: str, sidecar: Mapping[str, Any], gpu: Device, version: str, onnx_sha256: str) -> str | None:

@@ -91,6 +91,8 @@ class Bundle:
         listed = [f"heads/{name}/{part}" for part in (head.WEIGHTS, head.DESCRIPTION)]
         self.verify(*listed)
         found = head.read(*map(self.file, listed))
+        if found.name != name:
+            raise MvmrError(f"head {name} of bundle {self.path} calls itself {found.name}; take a whole copy of it")
         _check_width(found, self)
         return found
 

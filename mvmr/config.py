@@ -14,28 +14,36 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from mvmr.errors import MvmrError, nearest
+from mvmr.errors import MvmrError, nearest, shorten
+from mvmr.strict_json import check_depth
 
 T = TypeVar("T")
 
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 _BAD = object()  # what a reader returns after it has noted an error, since None is a value
+_MOST_BYTES = 2**16  # of a recipe
+_LONGEST_LINE = 2**12  # in characters: the time that Python's reader takes grows with the square of a key's dots
+_MOST_MISTAKES = 20  # named in one line
+_LARGEST = 2**63  # TOML's own bound of whole numbers, which Python's reader doesn't keep
 
 
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a TOML file.
 
-    Raises: MvmrError when the file is missing, unreadable, not UTF-8 or not TOML (with line and column).
+    Raises: MvmrError when the file is missing, unreadable, larger than 64 KiB, not UTF-8, not TOML (with line and
+        column) or nested too deeply.
     """
     source = Path(path)
     try:
-        return tomllib.loads(source.read_text(encoding="utf-8"))
+        if (size := source.stat().st_size) > _MOST_BYTES:
+            raise MvmrError(f"{source} is no recipe: it has {size:,} bytes, more than {_MOST_BYTES:,}")
+        return _toml(source.read_text(encoding="utf-8"))
     except OSError as error:
         raise MvmrError(f"cannot read {source}: {error.strerror}; give the path of a TOML file") from error
     except UnicodeDecodeError as error:
         raise MvmrError(f"{source} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except tomllib.TOMLDecodeError as error:
-        raise MvmrError(f"{source} is not valid TOML: {error}") from error
+    except ValueError as error:
+        raise MvmrError(f"{source} is not valid TOML: {shorten(error)}") from error
 
 
 def assign(mapping: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
@@ -51,7 +59,7 @@ def assign(mapping: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, 
         key, equals, text = assignment.partition("=")
         steps = [step.strip() for step in key.split(".")]
         if not equals or not all(steps):
-            raise MvmrError(f"cannot read assignment {assignment!r}; write KEY=VALUE, such as train.lr=1e-3")
+            raise MvmrError(f"cannot read assignment {shorten(assignment)!r}; write KEY=VALUE, such as train.lr=1e-3")
         table = merged
         for depth, step in enumerate(steps[:-1], start=1):
             table = table.setdefault(step, {})
@@ -72,7 +80,8 @@ def parse(cls: type[T], mapping: Mapping[str, Any], *, where: str) -> T:
     errors: list[str] = []
     value = _read_dataclass(cls, mapping, "", errors)
     if errors:
-        raise MvmrError(f"{where}: " + "; ".join(errors))
+        more = f"; and {len(errors) - _MOST_MISTAKES} more" if len(errors) > _MOST_MISTAKES else ""
+        raise MvmrError(f"{where}: " + "; ".join(errors[:_MOST_MISTAKES]) + more)
     assert isinstance(value, cls)
     return value
 
@@ -94,10 +103,22 @@ def _plain(value: object) -> object:
     return value
 
 
+def _toml(text: str) -> dict[str, Any]:
+    """The tables of a TOML text; raises ValueError for what is no TOML, nested too deeply or has too long a line."""
+    if (longest := max(map(len, text.split("\n")))) > _LONGEST_LINE:
+        raise ValueError(f"a line of {longest:,} characters")
+    try:
+        tables = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    check_depth(tables)
+    return tables
+
+
 def _toml_value(text: str) -> object:
     try:
-        document = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+        document = _toml(f"value = {text}")
+    except ValueError:
         return text
     value = document["value"]
     # Dates are TOML values, too, but no field is one; a second key means that `text` held a line break.
@@ -119,6 +140,8 @@ def _read(kind: Any, value: object, path: str, errors: list[str]) -> object:
         return _read_dict(arguments[1], value, path, errors)
     if kind not in _NAMES:
         raise TypeError(f"{path}: configuration fields of type {kind} are not supported")
+    if type(value) is int and not -_LARGEST <= value < _LARGEST:
+        return _refuse("should fit into 64 bits", f"{value:#x}"[:20], path, errors)
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
@@ -191,10 +214,15 @@ def _read_dict(kind: Any, value: object, path: str, errors: list[str]) -> object
 
 
 def _refuse(expected: str, value: object, path: str, errors: list[str]) -> object:
-    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+    try:
+        shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+    except ValueError:  # a whole number of thousands of digits
+        shown = "..."
     errors.append(f"{path or 'the document'} = {shown} {expected}")
     return _BAD
 
 
 def _join(path: str, key: object) -> str:
-    return f"{path}.{key}" if path else str(key)
+    step = shorten(key)
+    step = step if step.isprintable() else repr(step)
+    return f"{path}.{step}" if path else step

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterable
 
 _NAMES_SHOWN = 12
+_LONGEST = 80
 
 
 class MvmrError(Exception):
@@ -21,8 +22,16 @@ class NotHere(MvmrError):
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the one of `known` that `name` was most likely meant to be, or None if none is close."""
     by_folded = {candidate.casefold(): candidate for candidate in known}
+    if len(name) > _LONGEST:  # no typing error, and slow to compare
+        return None
     close = difflib.get_close_matches(name.casefold(), by_folded, n=1, cutoff=0.6)
     return by_folded[close[0]] if close else None
+
+
+def shorten(text: object) -> str:
+    """The beginning of a stranger's text, for a message that stays one that can be read."""
+    shown = str(text)
+    return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST - 3]}..."
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> MvmrError:
@@ -32,11 +41,11 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> MvmrError:
     """
     names = list(known)
     meant = nearest(name, names)
-    listed = ", ".join(names[:_NAMES_SHOWN])
+    listed = ", ".join(shown if shown.isprintable() else repr(shown) for shown in map(shorten, names[:_NAMES_SHOWN]))
     if len(names) > _NAMES_SHOWN:
         listed += f" and {len(names) - _NAMES_SHOWN} more"
     hint = f"did you mean {meant!r}? " if meant else ""
-    return MvmrError(f"unknown {kind} {name!r}; {hint}Known: {listed or 'none'}")
+    return MvmrError(f"unknown {kind} {shorten(name)!r}; {hint}Known: {listed or 'none'}")
 
 
 # Import names of the optional packages, by the extra that installs them. A test holds it to pyproject.toml.

@@ -12,7 +12,8 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from mvmr.errors import MvmrError
+from mvmr import strict_json
+from mvmr.errors import MvmrError, shorten
 from mvmr.manifest import check_record
 
 WEIGHTS, DESCRIPTION = "head.safetensors", "head.json"
@@ -40,7 +41,7 @@ class Head:
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise MvmrError(
-                f"head name {self.name!r} is not allowed; use at most 64 letters, digits, dots, dashes and "
+                f"head name {shorten(self.name)!r} is not allowed; use at most 64 letters, digits, dots, dashes and "
                 "underscores, a letter or digit first"
             )
         count = len(self.classes)
@@ -53,7 +54,7 @@ class Head:
             raise MvmrError(f"head {self.name} names a class twice among {count}; class names must differ")
         if strange := [name for name in self.classes if name.encode("utf-8", "replace").decode() != name]:
             raise MvmrError(
-                f"head {self.name} has the class {strange[0]!r}, which is no Unicode text; rename its folder"
+                f"head {self.name} has the class {shorten(strange[0])!r}, which is no Unicode text; rename its folder"
             )
 
     def probabilities(self, features: Floats) -> Floats:
@@ -87,19 +88,38 @@ def read(weights: Path, description: Path) -> Head:
 
     Raises: MvmrError naming the file that is missing, broken, or does not fit the other.
     """
+    described = strict_json.read_object(description, "the description of a head")
+    arrays = read_arrays(weights, ("weight", "bias"))
     try:
-        described = json.loads(description.read_text(encoding="utf-8"))
-        arrays = load_file(weights)
+        classes = described["classes"]
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise TypeError("its classes are no list of names")
         return Head(
             name=str(described["name"]),
-            weight=arrays["weight"].astype(np.float32),
-            bias=arrays["bias"].astype(np.float32),
-            classes=tuple(map(str, described["classes"])),
+            weight=arrays["weight"],
+            bias=arrays["bias"],
+            classes=tuple(classes),
             metrics=dict(described["metrics"]),
         )
-    except OSError as error:
-        raise MvmrError(f"cannot read a head in {weights.parent}: {error.strerror or error}") from error
-    except SafetensorError as error:
-        raise MvmrError(f"{weights} is not a whole safetensors file ({error})") from error
     except (KeyError, TypeError, ValueError) as error:
         raise MvmrError(f"{description} does not describe a head ({type(error).__name__}: {error})") from error
+
+
+def read_arrays(weights: Path, names: Sequence[str]) -> dict[str, Floats]:
+    """Read arrays of floating point from a safetensors file, as float32.
+
+    Raises: MvmrError naming the file that is missing or broken, or lacks one of `names` or holds it in another type.
+    """
+    try:
+        arrays = load_file(weights)
+    except OSError as error:
+        raise MvmrError(f"cannot read {weights}: {error.strerror or error}; take a whole copy") from error
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:  # types that numpy lacks are KeyErrors
+        reason = shorten(" ".join(str(error).split()))
+        raise MvmrError(f"{weights} is not a whole safetensors file ({reason}); take a whole copy") from error
+    for name in names:
+        if name not in arrays or arrays[name].dtype.kind != "f":
+            seen = arrays[name].dtype if name in arrays else ", ".join(map(shorten, arrays)) or "nothing"
+            raise MvmrError(f"{weights} has no floating-point {name!r} but {shorten(seen)}; take a whole copy")
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, which its owner refuses
+        return {name: arrays[name].astype(np.float32) for name in names}

@@ -9,10 +9,12 @@ from numbers import Integral, Real
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mvmr.errors import MvmrError, unknown
+from mvmr import strict_json
+from mvmr.errors import MvmrError, shorten, unknown
 from mvmr.preprocess import Preprocess
 
 SCHEMA = 1
+WIDEST = 2**20  # an embedding; what is wider is a mistake, or meant to take all memory
 NAME = "bundle.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _RECORD_KEYS = {"command": str, "data": str, "protocol": str, "values": dict}
@@ -63,10 +65,10 @@ def read(path: Path) -> Manifest:
         unknown or mistyped key, a file path that leaves the bundle.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        content = strict_json.read(path)
     except OSError as error:
         raise MvmrError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise MvmrError(f"{path} is not valid JSON ({error}); take the file from a whole copy of the bundle") from error
     return _checked(content, path)
 
@@ -75,11 +77,13 @@ def check_record(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a metrics record as a plain JSON object, or raise MvmrError for one that bundle.json cannot hold."""
     for key, kind in _RECORD_KEYS.items():
         if not isinstance(record.get(key), kind):
-            raise MvmrError(f"metrics record has {key} = {record.get(key)!r}; it must be of type {kind.__name__}")
+            seen = shorten(repr(record.get(key)))
+            raise MvmrError(f"metrics record has {key} = {seen}; it must be of type {kind.__name__}")
     values: dict[str, int | float] = {}
     for name, value in record["values"].items():
         if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-            raise MvmrError(f"metrics record of {record['protocol']!r} has {name} = {value!r}; give a finite number")
+            whose, seen = shorten(record["protocol"]), f"{shorten(name)} = {shorten(repr(value))}"
+            raise MvmrError(f"metrics record of {whose!r} has {seen}; give a finite number")
         values[name] = int(value) if isinstance(value, Integral) else float(value)  # numpy's numbers are not JSON
     return plain_json({**record, "values": values}, "metrics record")
 
@@ -116,9 +120,9 @@ def _checked(content: object, path: Path) -> Manifest:
         if key not in kinds:
             raise MvmrError(f"{path}: {unknown('key', key, kinds)}")
         if not isinstance(value, kinds[key]) or (isinstance(value, bool) and kinds[key] is not bool):
-            raise MvmrError(f"{path} has {key} = {str(value)[:60]!r}; it must be of type {kinds[key].__name__}")
-    if content["embedding_dim"] < 1:
-        raise MvmrError(f"{path} has embedding_dim = {content['embedding_dim']}; it must be at least 1")
+            raise MvmrError(f"{path} has {key} = {shorten(value)!r}; it must be of type {kinds[key].__name__}")
+    if not 1 <= content["embedding_dim"] <= WIDEST:
+        raise MvmrError(f"{path} has embedding_dim = {content['embedding_dim']}; it must lie between 1 and {WIDEST}")
     _check_files(content["files"], path)
     try:
         preprocessing = Preprocess.from_dict(content["preprocessing"])
@@ -146,9 +150,9 @@ def _check_files(files: Mapping[str, object], path: Path) -> None:
     for name, digest in files.items():
         # A path that leaves the bundle would let a stranger's bundle name any file of this machine.
         if not is_inside(name):
-            raise MvmrError(f"{path} lists the file {name!r}, which is not a plain path inside the bundle")
+            raise MvmrError(f"{path} lists the file {shorten(name)!r}, which is not a plain path inside the bundle")
         if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
-            raise MvmrError(f"{path} lists {name} with sha256 {str(digest)[:70]!r}; it must be 64 hex digits")
+            raise MvmrError(f"{path} lists {name} with sha256 {shorten(digest)!r}; it must be 64 hex digits")
 
 
 def is_inside(name: str) -> bool:
@@ -158,9 +162,5 @@ def is_inside(name: str) -> bool:
 
 def _is_object(value: object) -> bool:
     if not isinstance(value, dict):
-        raise TypeError(f"metrics holds {str(value)[:60]!r}; each record must be an object")
+        raise TypeError(f"metrics holds {shorten(value)!r}; each record must be an object")
     return True
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")

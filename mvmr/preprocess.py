@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from mvmr.errors import MvmrError, unknown
+from mvmr.errors import MvmrError, shorten, unknown
 
 Interpolation = Literal["bilinear", "bicubic"]
 # What shows through a transparent picture, sRGB; None: its hidden colours do, as in bundles that record no background.
@@ -23,6 +23,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _EXIF_ORIENTATION = 0x0112
 _STRIP = 64  # rows
+_LARGEST = 8192  # side in pixels: what a bundle asks for is made of every image, so it must not take all memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +33,8 @@ class Preprocess:
     `image` equals torchvision's `Resize(resize)` and `CenterCrop(crop)` on a PIL image, byte for byte.
     Images smaller than `resize` are enlarged. `mean` and `std` are in units of [0, 1].
 
-    Raises: MvmrError for sizes below 1, a crop larger than the resized image, unknown interpolation, std <= 0, or a
-        background that is no colour.
+    Raises: MvmrError for sizes below 1 or above 8192, a crop larger than the resized image, unknown interpolation,
+        std <= 0, numbers that are not finite, or a background that is no colour.
     """
 
     resize: int
@@ -47,9 +48,11 @@ class Preprocess:
         check_background(self.background)
         if not 1 <= self.crop <= self.resize:
             raise MvmrError(f"preprocessing: crop = {self.crop} must lie between 1 and resize = {self.resize}")
+        if self.resize > _LARGEST:
+            raise MvmrError(f"preprocessing: resize = {self.resize} must be at most {_LARGEST} pixels")
         if self.interpolation not in get_args(Interpolation):
             raise unknown("interpolation", str(self.interpolation), get_args(Interpolation))
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+        if len(self.mean) != 3 or len(self.std) != 3 or not _scales(self.mean, self.std):
             raise MvmrError(f"preprocessing: mean = {self.mean} and std = {self.std} must be 3 numbers each, std > 0")
 
     @classmethod
@@ -126,6 +129,10 @@ class Preprocess:
             std=_triple("std", values["std"]),
             background=_background(values.get("background")),
         )
+
+
+def _scales(mean: tuple[float, ...], std: tuple[float, ...]) -> bool:
+    return min(std) > 0 and bool(np.isfinite([*mean, *std]).all())
 
 
 def check_background(background: Background) -> None:
@@ -229,14 +236,14 @@ def _background(value: object) -> Background:
         return None
     channels = list(value) if isinstance(value, list | tuple) else []
     if len(channels) != 3:
-        raise MvmrError(f"preprocessing: background = {value!r} must be 3 whole numbers")
+        raise MvmrError(f"preprocessing: background = {shorten(repr(value))} must be 3 whole numbers")
     red, green, blue = (_whole("background", channel) for channel in channels)
     return (red, green, blue)
 
 
 def _whole(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise MvmrError(f"preprocessing: {name} = {value!r} must be a whole number")
+        raise MvmrError(f"preprocessing: {name} = {shorten(repr(value))} must be a whole number")
     return value
 
 
@@ -244,5 +251,5 @@ def _triple(name: str, value: object) -> tuple[float, float, float]:
     items = list(value) if isinstance(value, list | tuple) else []
     numbers = [float(item) for item in items if isinstance(item, int | float)]
     if not len(numbers) == len(items) == 3:
-        raise MvmrError(f"preprocessing: {name} = {value!r} must be 3 numbers")
+        raise MvmrError(f"preprocessing: {name} = {shorten(repr(value))} must be 3 numbers")
     return (numbers[0], numbers[1], numbers[2])

@@ -2,18 +2,19 @@
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
-from mvmr.errors import MvmrError
+from mvmr.errors import MvmrError, shorten
 from mvmr.files import is_disk_full, sync, write_json
 from mvmr.progress import track
 
@@ -62,6 +63,31 @@ def cached_rows(
         raise MvmrError(f"cannot keep {label} in {path}: {reason}; free space or point MVMR_CACHE elsewhere") from error
 
 
+def open_rows(path: Path) -> np.memmap:
+    """Open a file of rows, memory-mapped and read-only, believing nothing that its header says without its size.
+
+    Returns: float32 or float16 [N, D], both at least 0, as the file holds them.
+    Raises: MvmrError for a file that is missing or damaged, of another type, shape or order, or longer or shorter.
+    """
+    try:
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            shape, by_columns, kind = np.lib.format.read_array_header_1_0(file)
+            start, size = file.tell(), file.seek(0, os.SEEK_END)
+    except OSError as error:
+        raise MvmrError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # numpy's reader of headers raises a dozen kinds for strangers' bytes
+        raise MvmrError(f"{path} is not a whole .npy file ({shorten(error)}); remove it and make it again") from error
+    told, cure = f"{kind} {shorten(list(shape))}", "remove it and make it again"
+    if version != (1, 0) or len(shape) != 2 or by_columns or kind not in (np.dtype("<f4"), np.dtype("<f2")):
+        raise MvmrError(f"{path} holds {told}, not rows of float32 or float16; {cure}")
+    if min(shape) < 0 or start + math.prod(shape) * kind.itemsize != size:
+        raise MvmrError(f"{path} has {size:,} bytes, not those of {told}; {cure}")
+    if not math.prod(shape):  # nothing that could be mapped
+        return cast(np.memmap, np.empty(shape, kind))
+    return np.memmap(path, kind, "r", start, shape)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Store:
     """The files of one array of rows: `path` when whole, .partial until then, .json for the key, .lock."""
@@ -83,7 +109,7 @@ class _Store:
             return lock.acquire()
 
     def read(self) -> np.memmap:
-        return np.load(self.path, mmap_mode="r")
+        return open_rows(self.path)
 
     def has_key(self) -> bool:
         try:
@@ -145,10 +171,12 @@ class _Store:
         """Return the width and the number of whole rows in a partial file, and stand behind the last of them."""
         try:
             np.lib.format.read_magic(file)
-            shape, _, _ = np.lib.format.read_array_header_1_0(file)
-        except ValueError:
+            (_, width), _, _ = np.lib.format.read_array_header_1_0(file)
+        except Exception:  # numpy's reader of headers raises a dozen kinds for damaged ones
             return None, 0
-        begin, width = file.tell(), int(shape[1])
+        if width < 1:
+            return None, 0
+        begin = file.tell()
         done = min((file.seek(0, os.SEEK_END) - begin) // (4 * width), self.count)
         file.seek(begin + done * 4 * width)
         file.truncate()  # half a row, where the run was killed while it wrote

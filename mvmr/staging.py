@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,11 +22,13 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.partial(\..+)?")  # as `mvmr.files.
 
 
 def digest(path: Path) -> str | None:
-    """Return the sha256 of a file as 64 hex digits, None when there is no such file.
+    """Return the sha256 of a file as 64 hex digits, None when there is no such file, or a pipe or device in its place.
 
     Raises: MvmrError when it is there but cannot be read.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device would be read for ever
+            return None
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from mvmr import bundle, manifest, staging
 from mvmr.errors import MvmrError
@@ -123,7 +124,19 @@ def test_a_run_that_has_not_finished(name, tmp_path):
     assert "has not finished" in refusal(tmp_path / name)
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"schema": NaN}', "[" * 100_000, "\udce9"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        '{"schema": NaN}',
+        '{"schema": 1e999}',
+        "[" * 100_000,
+        '{"a":' * 99 + "1" + "}" * 99,
+        "\udce9",
+        "9" * 5000,
+    ],
+)
 def test_broken_json(text, made):
     (made.path / "bundle.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     assert "bundle.json is not valid JSON" in refusal(made.path)
@@ -152,6 +165,12 @@ def test_newer_schema_says_who_wrote_it(made):
         ({"embedding_dims": 3}, "unknown key 'embedding_dims'; did you mean 'embedding_dim'"),
         ({"embedding_dim": "512"}, "embedding_dim = '512'; it must be of type int"),
         ({"embedding_dim": 0}, "embedding_dim = 0"),
+        ({"embedding_dim": 2**40}, "must lie between 1 and 1048576"),
+        ({"embedding_dim": 10**100}, "is not valid JSON (the number 1000"),
+        ({"preprocessing": Preprocess.for_size(8).to_dict() | {"resize": 100_000}}, "must be at most 8192 pixels"),
+        ({"preprocessing": Preprocess.for_size(8).to_dict() | {"mean": [0, 0, 10**400]}}, "is not valid JSON"),
+        ({"architecture": "\ud800"}, "is not valid JSON"),
+        ({"x" * 5000: 1}, "unknown key 'xxxx"),
         ({"embedding_dim": True}, "embedding_dim = 'True'"),
         ({"small_kernel": 1}, "small_kernel = '1'"),
         ({"preprocessing": {}}, "preprocessing lacks resize"),
@@ -363,6 +382,67 @@ def test_head_whose_description_is_broken_is_refused(text, made):
     damaged(made.path, files=dict(listed) | {"heads/x/head.json": staging.digest(made.path / "heads/x/head.json")})
     with pytest.raises(MvmrError, match="head"):
         bundle.load(made.path).head("x")
+
+
+def with_files(made, **contents):
+    """A bundle with a head whose files hold something else, listed with their hashes."""
+    with_head(made)
+    names = {"weights": "heads/x/head.safetensors", "description": "heads/x/head.json"}
+    return bundle.add_files(made, {names[key]: content for key, content in contents.items()})
+
+
+@pytest.mark.parametrize(
+    ("arrays", "told"),
+    [
+        ({"weight": np.ones((2, WIDTH), np.int64), "bias": np.zeros(2)}, "no floating-point 'weight' but int64"),
+        ({"weight": np.ones((2, WIDTH))}, "no floating-point 'bias' but weight"),
+        ({"weight": np.full((2, WIDTH), 1e300), "bias": np.zeros(2)}, "values that are not finite"),
+        ({"weight": np.ones((2, WIDTH, 1)), "bias": np.zeros(2)}, "do not fit one another"),
+        ({"weight": np.ones((2, WIDTH + 1)), "bias": np.zeros(2)}, f"takes {WIDTH + 1} features"),
+    ],
+)
+def test_head_of_other_arrays_is_refused(arrays, told, made):
+    with pytest.raises(MvmrError, match=told):
+        with_files(made, weights=save(arrays)).head("x")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        (2**62).to_bytes(8, "little") + b"{}",
+        (100).to_bytes(8, "little") + b"{" * 100,
+        (58).to_bytes(8, "little") + b'{"weight":{"dtype":"BF16","shape":[1],"data_offsets":[0,2]}}' + b"\0" * 2,
+        (57).to_bytes(8, "little") + b'{"weight":{"dtype":"F8_E4M3","shape":[99999999999],"data_offsets":[0,2]}}',
+    ],
+)
+def test_head_whose_weights_have_a_header_that_lies_is_refused(content, made):
+    with pytest.raises(MvmrError, match=r"heads/x/head\.safetensors is not a whole safetensors file") as caught:
+        with_files(made, weights=content).head("x")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"name": "y"}, "head x of bundle .* calls itself y"),
+        ({"classes": "ab"}, "its classes are no list of names"),
+        ({"classes": [["a"], "b"]}, "its classes are no list of names"),
+        ({"metrics": 3}, "does not describe a head"),
+        ({"metrics": [[1]]}, "does not describe a head"),
+    ],
+)
+def test_head_whose_description_lies_is_refused(changes, told, made):
+    with_head(made)
+    said = json.loads((made.path / "heads/x/head.json").read_text()) | changes
+    with pytest.raises(MvmrError, match=told):
+        with_files(made, description=json.dumps(said).encode()).head("x")
+
+
+@pytest.mark.parametrize("place", ["encoder.safetensors", "bundle.json"])
+def test_a_pipe_in_a_bundle_is_not_waited_for(place, made):
+    (made.path / place).unlink()
+    os.mkfifo(made.path / place)
+    refusal(made.path)
 
 
 def test_files_can_be_added_from_bytes_and_from_disk(made, tmp_path):

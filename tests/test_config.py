@@ -95,6 +95,47 @@ def test_wrong_values_are_refused(train: object, part: str) -> None:
     assert part in message({"name": "a", "train": train})
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("x = " + "[" * 3000, "not valid TOML: nested too deeply"),
+        ("x = " + "[" * 200 + "]" * 200, "not valid TOML: nested more than 64 deep"),
+        ("a." * 200 + "a = 1", "not valid TOML: nested more than 64 deep"),
+        ("a." * 20_000 + "a = 1", "not valid TOML: a line of 40,005 characters"),
+        ("x = 1 # " + "a" * 70_000, "is no recipe: it has 70,008 bytes, more than 65,536"),
+        ("x = " + "9" * 5000, "not valid TOML: a line of"),
+    ],
+)
+def test_toml_that_python_chokes_on_is_one_line(text: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text(text)
+    with pytest.raises(MvmrError) as caught:
+        parse(Train, read_toml(tmp_path / "r.toml"), where="r.toml")
+    assert told in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "text", ["epochs = 99999999999999999999", "lr = 0x" + "f" * 4000, "epochs = -99999999999999999999"]
+)
+def test_whole_numbers_beyond_64_bits_are_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text(text)
+    with pytest.raises(MvmrError, match="should fit into 64 bits"):
+        parse(Train, read_toml(tmp_path / "r.toml"), where="r.toml")
+
+
+def test_absurd_keys_are_named_in_part(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text(
+        "a" * 4000 + ' = 1\n"b\\u001b[31m\\nc" = 2\n' + "".join(f"x{i} = 1\n" for i in range(500))
+    )
+    with pytest.raises(MvmrError) as caught:
+        parse(Train, read_toml(tmp_path / "r.toml"), where="r.toml")
+    message = str(caught.value)
+    assert message.isprintable()
+    assert message.startswith(f"r.toml: unknown key '{'a' * 77}...', known: epochs")
+    assert message.endswith("; and 482 more")
+    assert len(message) < 3000
+
+
 def test_none_by_word_and_by_value() -> None:
     for value in ("none", None):
         assert parse(Train, {"clip_grad": value}, where="test").clip_grad is None

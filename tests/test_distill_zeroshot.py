@@ -384,14 +384,17 @@ def test_files_that_are_listed_but_hold_something_else(made: Path, teacher: Teac
         return save({"weight": np.ones((outputs, inputs), np.float32), "bias": np.ones(12, np.float32)})
 
     assert "is not a whole safetensors file" in told(weights=b"nonsense")
-    assert "does not describe a map (KeyError: 'weight')" in told(weights=save({"other": np.ones(3)}))
+    assert "has no floating-point 'weight' but other" in told(weights=save({"other": np.ones(3)}))
+    assert "has no floating-point 'bias' but int32" in told(
+        weights=save({"weight": np.ones((12, WIDTH), np.float32), "bias": np.ones(12, np.int32)})
+    )
     assert "weight [11, 512] and bias [12] make no map" in told(weights=array(11, WIDTH))
     assert "the map takes 8 features but the features of" in told(weights=array(12, 8))
-    assert "does not describe a map (JSONDecodeError" in told(record=b"{")
-    assert "does not describe a map (TypeError" in told(record=b"[]")
+    assert "map.json is not the description of a map: Expecting property name" in told(record=b"{")
+    assert "map.json is not the description of a map: it holds no JSON object" in told(record=b"[]")
     assert "does not describe a map (KeyError" in told(record=b"{}")
     assert "fit the map on this bundle" in told(record=json.dumps(record | {"space_id": "0" * 32}).encode())
-    assert "not finite" in told(record=json.dumps(record | {"r2": float("nan")}).encode())
+    assert "NaN is not JSON" in told(record=json.dumps(record | {"r2": float("nan")}).encode())
 
 
 def test_a_real_student_through_its_bundle(made: Path, teacher: Teacher, images: torch.Tensor) -> None:
