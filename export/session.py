@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import mmap
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
+from mvmr import strict_json
 from mvmr.cores import usable_cores
-from mvmr.errors import MvmrError, unknown
+from mvmr.errors import MvmrError, shorten, unknown
 from mvmr.export import rtx_provider
 from mvmr.export.contract import EMBEDDING, IMAGE, LOGITS
 from mvmr.files import cache_dir
@@ -34,6 +37,13 @@ _CURES = {
     rtx_provider.NAME: f"{rtx_provider.INSTALL}, or use cpu",
 }
 _ERRORS_ONLY = 4  # of onnxruntime's log: what fails is raised
+# Texts of a model that name another file: of weights (the key "location", the only one onnxruntime looks for), or of an
+# engine that a provider has compiled. `mvmr export` writes neither, and no bundle lists the hash of such a file. In
+# protobuf a text's length, 8 or 9 here, stands before it; a padded length ends in a zero byte.
+_ELSEWHERE = {
+    "weights": re.compile(rb"location(?<=[\x08\x00]location)"),
+    "a compiled engine": re.compile(rb"EPContext(?<=[\x09\x00]EPContext)"),
+}
 
 
 class Session:
@@ -49,8 +59,8 @@ class Session:
         threads: of one image batch; None takes all cores of this process.
         options: onnxruntime's options of the provider.
 
-    Raises: MvmrError for a file that is missing, damaged, of an opset this onnxruntime doesn't know, or not a student
-        exported by mvmr; or a provider that can't be had.
+    Raises: MvmrError for a file that is missing, damaged, of an opset this onnxruntime doesn't know, not a student
+        exported by mvmr, or that refers to other files; or a provider that can't be had.
     """
 
     def __init__(
@@ -120,19 +130,26 @@ class Session:
             raise MvmrError(f"{self.name} gives {told} instead of {EMBEDDING} float32 [N, D]; make it by `mvmr export`")
 
     def _read_heads(self) -> dict[str, tuple[str, ...]]:
-        heads = {name: tuple(map(str, classes)) for name, classes in self._read("heads").items()}
+        heads = {name: tuple(classes) for name, classes in self._read("heads").items() if _is_names(classes)}
         wanted = {f"{LOGITS}{name}": len(classes) for name, classes in heads.items()}
         found = {name: width for name, width in self._widths().items() if name != EMBEDDING}
         if wanted != found:
-            raise MvmrError(f"{self.name} gives {found} where its metadata say {wanted}; export it again")
+            told = f"gives {shorten(found)} where its metadata say {shorten(wanted)}"
+            raise MvmrError(f"{self.name} {told}; export it again")
         return heads
 
-    def _read(self, key: str) -> dict[str, list[str]]:
+    def _read(self, key: str) -> dict[str, Any]:
         try:
-            value: dict[str, list[str]] = json.loads(self.metadata[key])
-            return dict(value)
+            value = strict_json.parse(self.metadata[key])
+            if not isinstance(value, dict):
+                raise TypeError(f"{key} is no JSON object")
+            return value
         except (KeyError, ValueError, TypeError) as error:
             raise MvmrError(f"{self.name} has no metadata {key!r} of mvmr's; make it by `mvmr export`") from error
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
 def check_provider(provider: str) -> None:
@@ -143,6 +160,16 @@ def check_provider(provider: str) -> None:
         rtx_provider.device()
     elif PROVIDERS[provider] not in onnxruntime.get_available_providers():
         raise MvmrError(f"onnxruntime {onnxruntime.__version__} here has no {provider}: {_CURES[provider]}")
+
+
+def _elsewhere(model: Path | bytes) -> str | None:
+    """What a model refers to in other files, None where it stands alone."""
+    if isinstance(model, bytes):
+        return next((what for what, text in _ELSEWHERE.items() if text.search(model)), None)
+    if not model.stat().st_size:  # which can't be mapped
+        return None
+    with model.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return next((what for what, text in _ELSEWHERE.items() if text.search(content)), None)
 
 
 def _options(provider: str, model: Path | bytes) -> dict[str, str]:
@@ -161,7 +188,10 @@ def _start(
     model: Path | bytes, name: str, provider: str, threads: int | None, options: Mapping[str, str] | None
 ) -> onnxruntime.InferenceSession:
     check_provider(provider)
+    if what := _elsewhere(model):
+        raise MvmrError(f"{name} refers to {what} in another file, which no bundle vouches for; export it again")
     settings = onnxruntime.SessionOptions()
+    settings.add_session_config_entry("session.load_model_format", "ONNX")  # not its own, which is not looked into
     settings.intra_op_num_threads = threads or usable_cores()
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads must not burn a core
     settings.log_severity_level = _ERRORS_ONLY

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
@@ -129,6 +130,59 @@ def test_what_cannot_be_loaded_is_one_line_and_nothing_else_is_printed(
     assert f"onnxruntime {onnxruntime.__version__} doesn't know the opset" in unknown
     assert "--opset 20" in unknown
     assert capfd.readouterr() == ("", "")
+
+
+def with_weights_elsewhere(folder: Path) -> Path:
+    """A model whose weights lie in a file beside it."""
+    folder.mkdir()
+    model = onnx.load_from_string(a_model())
+    (weight,) = (each for each in model.graph.initializer if each.name == "weight")
+    onnx.external_data_helper.set_external_data(weight, "side.bin")
+    (folder / "side.bin").write_bytes(weight.raw_data)
+    weight.ClearField("raw_data")
+    (folder / "m.onnx").write_bytes(model.SerializeToString())
+    return folder / "m.onnx"
+
+
+def test_weights_in_another_file_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = with_weights_elsewhere(tmp_path / "m")
+    onnxruntime.InferenceSession(str(file))  # which sees nothing wrong with it
+    assert f"{file} refers to weights in another file, which no bundle vouches for" in refusal(file)
+    monkeypatch.chdir(file.parent)  # where onnxruntime looks for the weights of a model given as bytes
+    assert "the exported model refers to weights in another file" in refusal(file.read_bytes())
+
+
+def test_no_way_of_writing_the_other_files_name_gets_through(tmp_path: Path) -> None:
+    content = with_weights_elsewhere(tmp_path / "m").read_bytes()
+    # To protobuf a padded length is the same number.
+    entry = onnx.StringStringEntryProto(key="location", value="side.bin").SerializeToString()
+    assert entry in content
+    for padding in (b"\x88\x00", b"\x88\x80\x80\x00"):
+        padded = entry.replace(b"\n\x08location", b"\n" + padding + b"location")
+        assert onnx.StringStringEntryProto.FromString(padded).key == "location"
+        assert "refers to weights in another file" in refusal(padded)
+
+
+def test_an_engine_that_a_provider_compiled_is_refused() -> None:
+    node = helper.make_node("EPContext", ["image"], ["embedding"], domain="com.microsoft", ep_cache_context="x.engine")
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info("image", BYTES, ["batch", SIZE, SIZE, 3])],
+        [helper.make_tensor_value_info("embedding", FLOAT, ["batch", 3])],
+    )
+    assert "refers to a compiled engine in another file" in refusal(helper.make_model(graph).SerializeToString())
+
+
+def test_words_that_only_look_like_a_reference_are_no_hindrance() -> None:
+    classes = ("location", "EPContext")
+    says = METADATA | {"heads": json.dumps({"pets": classes}), "note": "location, EPContext"}
+    assert Session(a_model(metadata=says)).heads == {"pets": classes}
+
+
+@pytest.mark.parametrize("heads", ['{"pets": 2}', '{"pets": [1, 2]}', '{"pets": "ab"}', "[]", "[" * 100_000, "3"])
+def test_heads_that_are_no_names_are_refused(heads: str) -> None:
+    assert "metadata" in refusal(a_model(metadata=METADATA | {"heads": heads}))
 
 
 def test_an_unknown_provider_names_the_nearest() -> None:
