@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from mvmr import bundle as bundles
+from mvmr import strict_json
 from mvmr.bundle import Bundle
 from mvmr.errors import MvmrError, unknown
 from mvmr.export.contract import EMBEDDING, Precision, artifact, decode_canary, report_of, staleness
@@ -90,6 +89,10 @@ class Engine:
         says = opened.manifest
         if stale := staleness(session.metadata, opened):
             raise MvmrError(f"{opened.path / place}: {stale}; run {_export(opened, chosen)}")
+        if (session.size, session.dim) != (says.preprocessing.crop, says.embedding_dim):
+            told = f"makes {session.dim} numbers of images of {session.size} pixels"
+            wanted = f"the bundle says {says.embedding_dim} of {says.preprocessing.crop}"
+            raise MvmrError(f"{opened.path / place} {told}, {wanted}; run {_export(opened, chosen)}")
         return cls(
             path=opened.path,
             name=opened.path.resolve().name,
@@ -149,6 +152,22 @@ class Engine:
             raise unknown("head", head, self.heads)
         return self.heads[head].probabilities(embeddings)
 
+    def with_heads_of_now(self) -> Engine:
+        """This engine with the heads that its bundle has by now.
+
+        Raises: MvmrError for a head that is damaged, or a bundle of another embedding space in this one's place.
+        """
+        now = bundles.load(self.path, verify=False)
+        if now.space_id != self.space_id:
+            raise MvmrError(
+                f"{self.path} is now a bundle of another embedding space ({now.space_id[:12]}) than the one in service "
+                f"({self.space_id[:12]}); restart to serve it"
+            )
+        heads = read_heads(now)
+        if strange := [name for name, head in heads.items() if head.weight.shape[1] != self.dim]:
+            raise MvmrError(f"head {strange[0]} of {self.path} does not take the {self.dim} features served; restart")
+        return replace(self, heads=heads)
+
     def canary_error(self, found: Floats) -> float:
         """Relative error of the canary's embedding, float32 [D], against that of the export; 0 where it kept none.
 
@@ -206,13 +225,13 @@ def _reference(bundle: Bundle, place: str) -> Floats | None:
     if report_of(place) not in bundle.manifest.files:
         return None
     file = bundle.file(report_of(place))
+    report = strict_json.read_object(file, "the report of an export")
+    if "canary" not in report:
+        return None
     try:
-        report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if "canary" not in report:
-            return None
         reference = decode_canary(report["canary"])
         if reference.shape != (bundle.manifest.embedding_dim,):
             raise ValueError(f"its canary has {reference.size} values")
         return reference
-    except (OSError, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise MvmrError(f"{file} is not the report of an export ({error}); export again") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -13,13 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mvmr import bundle as bundles
 from mvmr.cores import usable_cores
 from mvmr.errors import MvmrError
 from mvmr.serve.batcher import Batcher
 from mvmr.serve.decode import Prepared, Rejected
 from mvmr.serve.decode_pool import DecodePool
-from mvmr.serve.engine import Engine, read_heads
+from mvmr.serve.engine import Engine
 from mvmr.serve.metrics import Metrics
 from mvmr.serve.payload import Payload, Take, warm_up
 from mvmr.serve.problems import Problem, busy
@@ -93,14 +91,13 @@ class Service:
         await asyncio.to_thread(self._decoders.close)
 
     def reload_heads(self) -> None:
-        """Read the bundle's heads again; where one is damaged, those of before stay in use, and the log says so."""
+        """Read the bundle's heads again; where they can't be had, those of before stay in use, and the log says why."""
         try:
-            heads = read_heads(bundles.load(self.engine.path, verify=False))
+            self.engine = self.engine.with_heads_of_now()
         except MvmrError as error:
             logger.error("heads not reloaded: %s", error)
             return
-        self.engine = dataclasses.replace(self.engine, heads=heads)
-        logger.info("heads reloaded: %s", ", ".join(heads) or "none")
+        logger.info("heads reloaded: %s", ", ".join(self.engine.heads) or "none")
 
     def refusal(self, client: str, size: int) -> Problem | None:
         """Why a request with a body of so many bytes can't be accepted now, before the body is read; None: it can."""

@@ -22,6 +22,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from mvmr import bundle as bundles
 from mvmr.errors import MvmrError
 from mvmr.serve import Engine, readiness
 from mvmr.serve.batcher import Batcher
@@ -366,6 +367,34 @@ def test_heads_are_read_again_and_a_damaged_one_changes_nothing(
         assert "heads not reloaded" in caplog.text
         assert "heads/shapes/head.json has changed" in caplog.text
         assert client.post("/v1/classify?head=shapes", content=jpeg()).status_code == 200
+
+
+def test_heads_of_another_bundle_in_its_place_are_not_served(
+    path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine = serving.copied(path, tmp_path)
+    engine = Engine.load(mine, threads=1)
+    with serve(engine) as client:
+        running: service.Service = client.app.state.service  # type: ignore[attr-defined]
+        wanted = said_in(client.post("/v1/classify?head=animals", content=jpeg()))
+        says = json.loads((mine / "bundle.json").read_text())
+        other = says | {"files": says["files"] | {"encoder.safetensors": "0" * 64}}
+        (mine / "bundle.json").write_text(json.dumps(other))
+        serving.add_head(mine, "animals", ("cat", "dog", "eel"), seed=1)
+        running.reload_heads()
+        space = bundles.load(mine, verify=False).space_id
+        assert (
+            f"of another embedding space ({space[:12]}) than the one in service ({engine.space_id[:12]})" in caplog.text
+        )
+        assert "restart to serve it" in caplog.text
+        assert said_in(client.post("/v1/classify?head=animals", content=jpeg())) == wanted
+        # The same weights, announced as wider: the space has the same id, and the heads don't fit the engine.
+        (mine / "bundle.json").write_text(json.dumps(says | {"embedding_dim": 2 * serving.DIM}))
+        for name in serving.HEADS:
+            serving.add_head(mine, name, ("round", "square"), dim=2 * serving.DIM)
+        running.reload_heads()
+        assert f"head animals of {mine} does not take the {serving.DIM} features served" in caplog.text
+        assert said_in(client.post("/v1/classify?head=animals", content=jpeg())) == wanted
 
 
 # OpenAI's endpoint
