@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from mvmr import __version__, staging
-from mvmr.errors import MvmrError, unknown
-from mvmr.files import sync, write_json
+from mvmr import staging
+from mvmr.errors import MvmrError, shorten, unknown
+from mvmr.files import sync
 from mvmr.progress import track
 from mvmr.serve.engine import Floats
+from mvmr.serve.index_folder import DESCRIPTION, PATHS, SCHEMA, Description, check_files, fingerprints, read_paths
 from mvmr.serve.kinds import FILES, KINDS, Kind, Options, Searcher, read, recall, sized, write
 from mvmr.serve.parts import LOCK, claimed
 from mvmr.serve.run_manifest import why
 from mvmr.serve.vectors import Stored, open_embeddings
 
-FORMAT = 1
-DESCRIPTION, PATHS = "index.json", "paths.arrow"
 _OWN = {DESCRIPTION, PATHS, LOCK, *FILES.values()}  # what a build that was killed may have left
 
 
@@ -64,25 +61,29 @@ class Index:
         """
         folder = Path(path)
         try:
-            says = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-            if says["format"] != FORMAT:
-                form = says["format"]
-                raise MvmrError(f"{folder} has format {form!r}, this mvmr reads {FORMAT}; upgrade: pip install -U mvmr")
-            for name, size in says["files"].items():
-                if (folder / name).stat().st_size != size:
-                    raise MvmrError(f"{folder / name} has not the {size} bytes it was written with; build it again")
-            searcher = read(says["kind"], folder / FILES[says["kind"]], says["numbers"])
-            paths = pa.ipc.open_file(pa.memory_map(str(folder / PATHS))).read_all()["path"]
-            told = {name: says[name] for name in ("space_id", "dim", "kind", "bundle", "precision", "recall")}
+            says = Description.read(folder)
+            check_files(folder, says)
+            searcher = read(says.kind, folder / FILES[says.kind], says.numbers)
+            paths = read_paths(folder / PATHS)
         except FileNotFoundError as error:
             missing = Path(str(error.filename)).name
             raise MvmrError(f"no index at {folder}: it has no {missing}; make one with `mvmr index`") from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, pa.ArrowException) as error:
-            reason = " ".join(str(error).split())[:160]
+        except (OSError, ValueError, RuntimeError, MemoryError, pa.ArrowException) as error:
+            reason = shorten(" ".join(str(error).split()) or type(error).__name__)
             raise MvmrError(f"cannot read the index {folder} ({reason}); build it again with `mvmr index`") from error
-        if searcher.shape != (len(paths), told["dim"]):
+        if not searcher.shape == (len(paths), says.dim) == (says.vectors, says.dim):
             raise MvmrError(f"the files of the index {folder} don't fit one another; build it again with `mvmr index`")
-        return cls(path=folder, searcher=searcher, paths=paths, **told)
+        return cls(
+            path=folder,
+            space_id=says.space_id,
+            dim=says.dim,
+            kind=says.kind,
+            bundle=says.bundle,
+            precision=says.precision,
+            recall=says.recall,
+            searcher=searcher,
+            paths=paths,
+        )
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -168,9 +169,10 @@ def build(
 
 
 def unit(vectors: Floats) -> Floats:
-    """Vectors of length 1, float32 [n, D]; a vector of zeros stays one."""
-    lengths = np.linalg.norm(vectors.astype(np.float32, copy=False), axis=1, keepdims=True)
-    return np.ascontiguousarray(vectors / np.maximum(lengths, np.finfo(np.float32).tiny), np.float32)
+    """Vectors of length 1, float32 [n, D], of finite ones of any length; a vector of zeros stays one."""
+    largest = np.abs(vectors).max(axis=1, keepdims=True, initial=0)  # whose square may be more than float32 holds
+    scaled = (vectors / np.where(largest > 0, largest, 1)).astype(np.float32, copy=False)
+    return np.ascontiguousarray(scaled / np.maximum(np.linalg.norm(scaled, axis=1, keepdims=True), 1), np.float32)
 
 
 def _write(folder: Path, stored: Stored, kind: Kind, numbers: dict[str, int], progress: bool) -> None:
@@ -180,33 +182,42 @@ def _write(folder: Path, stored: Stored, kind: Kind, numbers: dict[str, int], pr
         for _, vectors in stored.chunks():
             yield unit(vectors)
 
-    schema, done = pa.schema([("path", pa.string())]), 0
+    done, broken, first = 0, 0, ""
     with (
         track("paths", 0, stored.count, unit="rows", shown=progress) as advance,
         pa.OSFile(str(folder / PATHS), "wb") as sink,
-        pa.ipc.new_file(sink, schema) as paths,
+        pa.ipc.new_file(sink, SCHEMA) as paths,
     ):
-        for names, _ in stored.chunks():
-            paths.write_batch(pa.record_batch([pa.array(names, pa.string())], schema=schema))
+        for names, vectors in stored.chunks():
+            paths.write_batch(pa.record_batch([pa.array(names, pa.string())], schema=SCHEMA))
+            if not (finite := np.isfinite(vectors).all(axis=1)).all():
+                first = first or names[int(np.argmin(finite))]
+                broken += int(np.sum(~finite))
             done += len(names)
             advance(done, "")
     if done != stored.count:
         raise MvmrError(f"{stored.path} holds {done} rows and its manifest says {stored.count}; embed the images again")
+    if broken:
+        raise MvmrError(
+            f"{broken} of the {done} embeddings of {stored.path} hold NaN or infinity, the first is that of "
+            f"{shorten(first)}; embed the images again, by another --precision"
+        )
     write(kind, file, chunks, numbers, stored.count, stored.dim)
     found = 1.0 if kind == "exact" else recall(read(kind, file, numbers), chunks, stored.count)
     for each in (file, folder / PATHS):
         sync(each)
-    says: dict[str, Any] = {
-        "format": FORMAT,
-        "mvmr_version": __version__,
-        "kind": kind,
-        "numbers": numbers,
-        "vectors": stored.count,
-        **{name: value for name, value in asdict(stored).items() if name in ("dim", "space_id", "bundle", "precision")},
-        "recall": round(found, 4),
-        "files": {each.name: each.stat().st_size for each in (file, folder / PATHS)},
-    }
-    write_json(folder / DESCRIPTION, says)
+    description = Description(
+        kind=kind,
+        numbers=numbers,
+        vectors=stored.count,
+        dim=stored.dim,
+        space_id=stored.space_id,
+        bundle=stored.bundle,
+        precision=stored.precision,
+        recall=round(found, 4),
+        **fingerprints([file, folder / PATHS]),
+    )
+    description.write(folder)
 
 
 def _publish(partial: Path, target: Path) -> None:

@@ -13,10 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from mvmr.errors import MvmrError
+from mvmr.row_store import open_rows
 from mvmr.serve.engine import Floats
+from mvmr.serve.faiss_files import read_hnsw, read_ivf
 
 Kind = Literal["exact", "ivf", "hnsw"]
 KINDS: tuple[Kind, ...] = ("exact", "ivf", "hnsw")
+NUMBERS: dict[Kind, tuple[str, ...]] = {"exact": (), "ivf": ("lists", "probes"), "hnsw": ("links", "ef_search")}
 FILES = {"exact": "vectors.npy", "ivf": "ivf.faiss", "hnsw": "hnsw.faiss"}
 Chunks = Callable[[], Iterable[Floats]]  # float32 [n, D] of length 1, all vectors in order, each time it is called
 Found = tuple[Floats, npt.NDArray[np.int64]]  # scores and row numbers, [Q, k], best first; -1 where there is no more
@@ -90,10 +93,16 @@ def write(kind: Kind, path: Path, chunks: Chunks, numbers: Mapping[str, int], co
 
 
 def read(kind: Kind, path: Path, numbers: Mapping[str, int]) -> Searcher:
-    """Open an index file, an exact one without reading it into memory; raises OSError, RuntimeError or ValueError."""
+    """Open an index file, an exact one without reading it into memory.
+
+    Raises: MvmrError, OSError, RuntimeError, MemoryError or ValueError for one that is damaged.
+    """
     if kind == "exact":
-        return Searcher(np.load(path, mmap_mode="r"), None, dict(numbers))
-    return Searcher(None, faiss.read_index(str(path)), dict(numbers))
+        rows = open_rows(path)
+        if rows.dtype != np.float32:
+            raise ValueError(f"{path.name} holds {rows.dtype} instead of float32")
+        return Searcher(rows, None, dict(numbers))
+    return Searcher(None, read_ivf(path, numbers["lists"]) if kind == "ivf" else read_hnsw(path), dict(numbers))
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +128,7 @@ class Searcher:
             chosen = _FAISS.SearchParametersIVF(nprobe=probes or self.numbers["probes"])
             scores, rows = self.approximate.search(queries, k, params=chosen)
         else:
-            wide = max(k, ef_search or self.numbers["ef_search"])
+            wide = max(k, min(ef_search or self.numbers["ef_search"], self.shape[0]))  # room is made for all of them
             scores, rows = self.approximate.search(queries, k, params=_FAISS.SearchParametersHNSW(efSearch=wide))
         return scores, rows
 

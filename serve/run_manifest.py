@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvmr.errors import MvmrError
+from mvmr import strict_json
+from mvmr.errors import MvmrError, shorten
 from mvmr.files import is_disk_full
+from mvmr.manifest import is_inside
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -30,19 +32,37 @@ class Part:
 def read_manifest(path: Path) -> dict[str, Any]:
     """Read a manifest.
 
-    Raises: MvmrError for one that is missing, broken, or of a newer mvmr.
+    Raises: MvmrError for one that is missing, broken, or of a newer mvmr, or names a part in another folder.
     """
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        form, _ = content["format"], [content[key] for key in ("state", "settings", "rows", "errors")]
-        [Part(**each) for each in content["parts"]]
+        content = strict_json.read(path)
+        form = content["format"]
+        if form == FORMAT:
+            _check(content, path)
     except OSError as error:
         raise MvmrError(f"cannot read {path}: {error.strerror}; give the output of `mvmr embed`") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise MvmrError(f"{path} is not the manifest of a run of mvmr embed ({error!r}); give another --out") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = shorten(repr(error))
+        raise MvmrError(f"{path} is not the manifest of a run of mvmr embed ({reason}); give another --out") from error
     if form != FORMAT:
-        raise MvmrError(f"{path} has format {form!r}, this mvmr reads {FORMAT}; upgrade with `pip install -U mvmr`")
+        cure = f"this mvmr reads {FORMAT}; upgrade with `pip install -U mvmr`"
+        raise MvmrError(f"{path} has format {shorten(repr(form))}, {cure}")
     return content
+
+
+def _check(content: Mapping[str, Any], path: Path) -> None:
+    """Refuse values that no run writes; raises ValueError, KeyError or TypeError, MvmrError for a part elsewhere."""
+    if content["state"] not in ("running", "finished") or not isinstance(content["settings"], dict):
+        raise ValueError("its state or its settings")
+    parts = [Part(**each) for each in content["parts"]]
+    for name, numbers in [("manifest", content), *((part.file, vars(part)) for part in parts)]:
+        # Another path would let a stranger's run name any file of this machine.
+        if not isinstance(name, str) or not is_inside(name) or "/" in name:
+            raise MvmrError(f"{path} names the part {shorten(name)!r}, which is no file beside it; give another --out")
+        for key in ("rows", "errors"):
+            value = numbers[key]
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{key} = {value!r} of {name}")
 
 
 def check_same(place: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -13,12 +13,15 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from mvmr.errors import MvmrError
+from mvmr.errors import MvmrError, shorten
+from mvmr.manifest import WIDEST
+from mvmr.row_store import open_rows
 from mvmr.serve.engine import Floats
 from mvmr.serve.onefile import manifest_file, paths_file
 from mvmr.serve.run_manifest import MANIFEST, read_manifest
 
 CHUNK = 4096
+_VALUES = 2**24  # at once, so that wide embeddings take no more memory than usual ones
 _SHARD = re.compile(r"shard-(\d+)-of-(\d+)")
 _CURE = "give the --out of a finished `mvmr embed`"
 
@@ -44,35 +47,68 @@ class Stored:
 
         Raises: MvmrError for a file that is damaged.
         """
+        rows = max(1, min(rows, _VALUES // self.dim))
         for file in self.files:
             yield from self._of_npy(file, rows) if file.suffix == ".npy" else self._of_parquet(file, rows)
 
     def _of_parquet(self, file: Path, rows: int) -> Iterator[tuple[list[str], Floats]]:
         try:
             with parquet.ParquetFile(file) as opened:
+                if wrong := _misfit(opened.schema_arrow, self.dim):
+                    raise MvmrError(f"{file} {wrong}; {_CURE}")
                 for batch in opened.iter_batches(rows, columns=["path", "embedding"]):
-                    values = batch.column("embedding").flatten().to_numpy(zero_copy_only=False)
-                    yield batch.column("path").to_pylist(), values.astype(np.float32).reshape(-1, self.dim)
-        except (OSError, pa.ArrowException) as error:
+                    yield self._of_batch(file, batch)
+        except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
             raise MvmrError(f"cannot read {file}: {' '.join(str(error).split())[:200]}; make it again") from error
 
+    def _of_batch(self, file: Path, batch: pa.RecordBatch) -> tuple[list[str], Floats]:
+        batch.validate(full=True)
+        paths, embeddings = batch.column("path"), batch.column("embedding")
+        values = embeddings.flatten()
+        if paths.null_count or embeddings.null_count or values.null_count:
+            raise MvmrError(f"{file} has rows without a path or an embedding; {_CURE}")
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, which an index refuses
+            floats = values.to_numpy(zero_copy_only=False).astype(np.float32)
+        return paths.to_pylist(), floats.reshape(-1, self.dim)
+
     def _of_npy(self, file: Path, rows: int) -> Iterator[tuple[list[str], Floats]]:
-        values = np.load(file, mmap_mode="r")
-        with paths_file(file).open(encoding="utf-8", newline="\n") as lines:
-            for start in range(0, len(values), rows):
-                paths = [line.rstrip("\n") for line in islice(lines, rows)]
-                stretch = np.array(values[start : start + rows], np.float32)
-                if len(paths) != len(stretch):
-                    raise MvmrError(f"{paths_file(file)} has fewer lines than {file} has rows; {_CURE}")
-                yield paths, stretch
+        values = open_rows(file)
+        if values.shape[1] != self.dim:
+            raise MvmrError(f"{file} has embeddings {values.shape[1]} wide, its manifest says {self.dim}; {_CURE}")
+        try:
+            with paths_file(file).open(encoding="utf-8", newline="\n") as lines:
+                for start in range(0, len(values), rows):
+                    paths = [line.rstrip("\n") for line in islice(lines, rows)]
+                    stretch = np.array(values[start : start + rows], np.float32)
+                    if len(paths) != len(stretch):
+                        raise MvmrError(f"{paths_file(file)} has fewer lines than {file} has rows; {_CURE}")
+                    yield paths, stretch
+        except OSError as error:
+            raise MvmrError(f"cannot read {paths_file(file)}: {error.strerror}; {_CURE}") from error
+        except UnicodeDecodeError as error:
+            raise MvmrError(f"{paths_file(file)} is not UTF-8 text (byte {error.start}); {_CURE}") from error
 
 
 def open_embeddings(path: str | Path) -> Stored:
     """Open a folder of parts, a folder of shards, a ``.parquet`` or a ``.npy`` file.
 
-    Raises: MvmrError for anything else, a run or a shard that has not finished, or shards of several spaces.
+    Raises: MvmrError for anything else, a run or a shard that has not finished, shards of several spaces, or parts
+        that lie elsewhere.
     """
     place = Path(path)
+    found = _open(place)
+    files = [*found.files, *(paths_file(file) for file in found.files if file.suffix == ".npy")]
+    within = (place if place.is_dir() else place.parent).resolve()
+    for file in files:
+        # A link would let a stranger's run name any file of this machine; the file that was given may be one.
+        if file != place and not file.resolve().is_relative_to(within):
+            raise MvmrError(f"{file} is a link out of {within}; put the file itself there, or give its own folder")
+        if not file.is_file():
+            raise MvmrError(f"{found.path} lacks {file.name}; {_CURE}")
+    return found
+
+
+def _open(place: Path) -> Stored:
     if place.is_file() and place.suffix in (".parquet", ".npy"):
         return _one_file(place)
     if (place / MANIFEST).is_file():
@@ -122,15 +158,32 @@ def _one_file(file: Path) -> Stored:
         schema, count = footer.schema_arrow, footer.metadata.num_rows
         dim, said = schema.field("embedding").type.list_size, schema.metadata or {}
         space, precision = said[b"space_id"].decode(), said[b"precision"].decode()
-    except (OSError, pa.ArrowException, KeyError, AttributeError) as error:
+    except (OSError, ValueError, MemoryError, pa.ArrowException, KeyError, AttributeError) as error:
         raise MvmrError(f"{file} is no Parquet file of embeddings that names their space; {_CURE}") from error
+    if not 1 <= dim <= WIDEST:
+        raise MvmrError(f"{file} has embeddings {dim} wide, not between 1 and {WIDEST}; {_CURE}")
     return Stored(file, (file,), count, dim, space, "", precision)
+
+
+def _misfit(schema: pa.Schema, dim: int) -> str | None:
+    """What keeps columns from being those of embeddings of width `dim`; None where nothing does."""
+    for name in ("path", "embedding"):
+        if len(schema.get_all_field_indices(name)) != 1:
+            return f"has not one column {name!r}"
+    path, embedding = schema.field("path").type, schema.field("embedding").type
+    if not pa.types.is_string(path) and not pa.types.is_large_string(path):
+        return f"has a column 'path' of {shorten(path)} instead of strings"
+    if not pa.types.is_fixed_size_list(embedding) or not pa.types.is_floating(embedding.value_type):
+        return f"has a column 'embedding' of {shorten(embedding)} instead of lists of {dim} floats"
+    return None if embedding.list_size == dim else f"has embeddings {embedding.list_size} wide instead of {dim}"
 
 
 def _stored(place: Path, files: tuple[Path, ...], says: dict[str, Any]) -> Stored:
     try:
         told = str(says["space_id"]), str(says["bundle"]), str(says["settings"]["precision"])
-        count, dim = int(says["rows"]), int(says["dim"])
-    except (KeyError, TypeError, ValueError) as error:
+        dim = says["dim"]
+    except KeyError as error:
         raise MvmrError(f"the manifest of {place} lacks {error}; {_CURE}") from error
-    return Stored(place, files, count, dim, *told)
+    if type(dim) is not int or not 1 <= dim <= WIDEST:
+        raise MvmrError(f"the manifest of {place} says dim = {shorten(repr(dim))}; {_CURE}")
+    return Stored(place, files, says["rows"], dim, *told)
