@@ -375,7 +375,7 @@ def test_heads_of_another_bundle_in_its_place_are_not_served(
     mine = serving.copied(path, tmp_path)
     engine = Engine.load(mine, threads=1)
     with serve(engine) as client:
-        running: service.Service = client.app.state.service  # type: ignore[attr-defined]
+        running: Service = client.app.state.service  # type: ignore[attr-defined]
         wanted = said_in(client.post("/v1/classify?head=animals", content=jpeg()))
         says = json.loads((mine / "bundle.json").read_text())
         other = says | {"files": says["files"] | {"encoder.safetensors": "0" * 64}}
