@@ -7,7 +7,10 @@ faults of FAISS's own reader: an ivf or hnsw file of a stranger's is to be trust
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import faiss
@@ -15,6 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.integer]
+
+_FAISS: Any = faiss  # its own stubs lack its newer functions
+_limiting = Lock()  # the limit is one for the whole process
 
 
 def read_ivf(path: Path, lists: int) -> faiss.IndexIVFFlat:
@@ -62,9 +68,25 @@ def read_hnsw(path: Path) -> faiss.IndexHNSWFlat:
 def _read(path: Path, kind: bytes, wanted: type) -> Any:
     with path.open("rb") as file:
         _check(file.read(len(kind)) == kind, "its kind")  # FAISS would read any of its hundred kinds
-    index = faiss.read_index(str(path))
+    with _no_larger_than(path.stat().st_size):
+        index = faiss.read_index(str(path))
     _check(type(index) is wanted and index.metric_type == faiss.METRIC_INNER_PRODUCT and index.is_trained, "its kind")
     return index
+
+
+@contextmanager
+def _no_larger_than(size: int) -> Iterator[None]:
+    """Have FAISS make no room for a list of more bytes than the file has; an older FAISS can't be told to."""
+    if not hasattr(_FAISS, "set_deserialization_vector_byte_limit"):
+        yield
+        return
+    with _limiting:
+        before = _FAISS.get_deserialization_vector_byte_limit()
+        _FAISS.set_deserialization_vector_byte_limit(size)
+        try:
+            yield
+        finally:
+            _FAISS.set_deserialization_vector_byte_limit(before)
 
 
 def _ids(stored: Any, number: int) -> Ints:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -433,6 +434,25 @@ def test_links_that_lead_astray_are_refused(tmp_path: Path) -> None:
     assert f"cannot read the index {made.path} (" in loading(made.path)
     file.write_bytes(content)
     assert len(Index.load(made.path)) == 2000
+
+
+@pytest.mark.skipif(
+    not hasattr(faiss, "set_deserialization_vector_byte_limit"), reason="this FAISS can't be told how much is too much"
+)
+def test_a_list_longer_than_the_file_takes_no_memory(tmp_path: Path) -> None:
+    made = build(folder(tmp_path / "out", clustered(2000)), tmp_path / "index", kind="hnsw")
+    file = made.path / "hnsw.faiss"
+    content, opened = file.read_bytes(), faiss.read_index(str(file))
+    levels = faiss.vector_to_array(opened.hnsw.levels).tobytes()
+    count = np.array([2000], "<u8").tobytes()
+    assert content.count(count + levels) == 1
+    file.write_bytes(content.replace(count + levels, np.array([2**28], "<u8").tobytes() + levels))
+    described(made.path, sha256=None)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
+    assert f"cannot read the index {made.path} (" in loading(made.path)
+    status = Path("/proc/self/status").read_text()
+    peak, now = (int(re.findall(rf"{name}:\s+(\d+) kB", status)[0]) for name in ("VmHWM", "VmRSS"))
+    assert peak - now < 200_000
 
 
 def test_another_kind_of_faiss_file_is_not_even_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
