@@ -87,4 +87,6 @@ def search(index: str, image: str, as_json: bool, **options: Any) -> None:
         click.echo(json.dumps([asdict(hit) for hit in hits], ensure_ascii=False))
         return
     for hit in hits:
-        click.echo(f"{hit.score:.4f}  {hit.path}")
+        # a path in an index that others made may hold what commands a terminal
+        path = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in hit.path)
+        click.echo(f"{hit.score:.4f}  {path}")
