@@ -7,11 +7,16 @@ does (a batch to a core); and the whole job, from the first file to the finished
 beside the slower of decoding and the engine as a user calls it. Both take the same cores: beside an engine that wastes
 nothing, the job can't do better than `within_reach`, its time over the sum of both times. Processor time is noted, too,
 the job's with loading the engine.
+
+With `--against PYTHON` the whole job is measured beside that of another version of mvmr instead, on the same images.
 """
 
 from __future__ import annotations
 
+import json
+import select
 import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,17 +24,18 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import click
 import measure
 import numpy as np
+import psutil
 import skimage
-from export_speed import DATA, OPEN, _bundle
+import versions
+from export_speed import export_resnet50
 from PIL import Image
 
 from mvmr.cores import usable_cores
-from mvmr.export.run import export
 from mvmr.serve.decode import Prepared, prepare
 from mvmr.serve.embed import embed
 from mvmr.serve.engine import Engine, Pixels
@@ -38,28 +44,51 @@ from mvmr.serve.sources import open_source
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "ihc.png")
 WIDTH, HEIGHT, QUALITY = 500, 375, 90
-FORMATS = {"fp32": "onnx", "int8": "int8"}
+PRECISIONS = ("fp32", "int8")
+_SAMPLED = 0.1  # seconds
+_JOB = """
+import json, sys
+from mvmr.serve.embed import embed
+for line in sys.stdin:
+    print(embed(**json.loads(line)).seconds, flush=True)
+"""
 
 
 @click.command()
-@click.option("--size", default=224, show_default=True, help="Side of the images in pixels.")
+@click.option(
+    "--bundle", type=click.Path(path_type=Path), help="Exported bundle; left out, a ResNet50 of random weights."
+)
+@click.option("--size", default=224, show_default=True, help="Side of that ResNet50's images in pixels.")
 @click.option("--images", default=1024, show_default=True)
-@click.option("--precision", "precisions", multiple=True, type=click.Choice(list(FORMATS)), default=tuple(FORMATS))
+@click.option("--precision", "precisions", multiple=True, type=click.Choice(PRECISIONS), default=PRECISIONS)
 @click.option("--rounds", default=3, show_default=True)
+@versions.against
 @click.option("--out", type=click.Path(path_type=Path), default=measure.RESULTS, help="Folder of the JSON.")
-def main(size: int, images: int, precisions: tuple[str, ...], rounds: int, out: Path) -> None:
+def main(
+    bundle: Path | None,
+    size: int,
+    images: int,
+    precisions: tuple[str, ...],
+    rounds: int,
+    against: Path | None,
+    out: Path,
+) -> None:
     """Time decoding, the engine and the whole job on the same images, in turn."""
     console = measure.output()
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        bundle = _bundle(folder, size)
-        formats = [FORMATS[each] for each in precisions]
-        export(bundle, formats=formats, data=DATA, calibration=DATA, images=64, gates=OPEN, progress=True)
+        path = bundle or export_resnet50(folder, size)
         make_photographs(folder / "images", images)
         wait = measure.CoreWait()
+        if against:
+            compared = {
+                precision: _compared(path, folder, precision, images, rounds, against) for precision in precisions
+            }
+            versions.save("embed", compared, {"bundle": path.name, "images": images}, wait, out)
+            return
         for precision in precisions:
-            cases = cases_of(bundle, folder / "images", folder / "out", precision, size)
+            cases = cases_of(path, folder / "images", folder / "out", precision)
             busy: dict[str, list[float]] = {case: [] for case in cases}
             seconds = measure.interleave(
                 {case: _counted(work, busy[case]) for case, work in cases.items()}, rounds, precision
@@ -100,6 +129,46 @@ def _counted(work: Callable[[], float], busy: list[float]) -> Callable[[], float
     return counted
 
 
+def _compared(
+    bundle: Path, folder: Path, precision: str, images: int, rounds: int, against: Path
+) -> dict[str, dict[str, measure.Spread]]:
+    """The whole job by this version and by another, each in a process of its own that has all imported."""
+    asked = {
+        "bundle": str(bundle), "images": str(folder / "images"), "out": str(folder / "out"), "precision": precision
+    }  # fmt: skip
+    with _Jobs(None) as here, _Jobs(against) as there:
+        works = [partial(each.run, asked, images) for each in (here, there)]
+        for work in works:
+            work()
+        return versions.compare(*works, rounds, precision)
+
+
+class _Jobs:
+    """Batch jobs one after the other, in a process of their own."""
+
+    def __init__(self, python: Path | None) -> None:
+        pipe = subprocess.PIPE
+        self._process = psutil.Popen(versions.command(python, "-c", _JOB), stdin=pipe, stdout=pipe, text=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.communicate()
+
+    def run(self, asked: dict[str, str], images: int) -> versions.Cost:
+        """Run one. What ends with it is looked at until then: its last tenth of a second is not seen."""
+        before = versions.processor_seconds(self._process)
+        print(json.dumps(asked), file=self._process.stdin, flush=True)
+        after = dict(before)
+        while not select.select([self._process.stdout], [], [], _SAMPLED)[0]:
+            after |= versions.processor_seconds(self._process)
+        seconds = float(self._process.stdout.readline())
+        after |= versions.processor_seconds(self._process)
+        shutil.rmtree(asked["out"])
+        return versions.Cost(images / seconds, 1000 * (sum(after.values()) - sum(before.values())) / images)
+
+
 def make_photographs(folder: Path, number: int) -> None:
     """JPEGs of the size that photographs have in ImageNet, all different."""
     folder.mkdir()
@@ -114,7 +183,7 @@ def make_photographs(folder: Path, number: int) -> None:
         cut.save(folder / f"{each:05}.jpg", quality=QUALITY)
 
 
-def cases_of(bundle: Path, images: Path, out: Path, precision: str, size: int) -> dict[str, Callable[[], float]]:
+def cases_of(bundle: Path, images: Path, out: Path, precision: str) -> dict[str, Callable[[], float]]:
     """What is measured; each returns its seconds."""
     cores = usable_cores()
     engine = Engine.load(bundle, precision=precision)

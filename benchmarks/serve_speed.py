@@ -3,6 +3,8 @@
 Two ways of doing it in one process: the service's own threads and queue without HTTP, and the plainest there is, a
 thread to a core that decodes a batch and runs the engine on it. All have the same cores, JPEGs and exported file, and
 take turns; the clients that put the load on have a process of their own, on the same cores.
+
+With `--against PYTHON` the service is measured beside that of another version of mvmr instead, on the same bundle.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ import measure
 import numpy as np
 import psutil
 import skimage.data
+import versions
 from export_speed import export_resnet50
 from PIL import Image
 
@@ -44,13 +48,29 @@ CLIENTS = 16
 @click.option("--seconds", default=8.0, show_default=True, help="Of each turn.")
 @click.option("--flag", "flags", multiple=True, help="Of `mvmr serve`: --flag=--decoders=1.")
 @click.option("--accept", default="application/x-mvmr-float32", show_default=True, help="What clients ask for.")
+@versions.against
 @click.option("--out", type=click.Path(path_type=Path), default=measure.RESULTS, help="Folder of the JSON.")
-def main(bundle: Path | None, rounds: int, seconds: float, flags: tuple[str, ...], accept: str, out: Path) -> None:
+def main(
+    bundle: Path | None,
+    rounds: int,
+    seconds: float,
+    flags: tuple[str, ...],
+    accept: str,
+    against: Path | None,
+    out: Path,
+) -> None:
     """Measure throughput over HTTP beside that of the same work in process."""
     with tempfile.TemporaryDirectory() as folder:
         path = bundle or export_resnet50(Path(folder), 224)
         files = photographs(Path(folder))
         wait = measure.CoreWait()
+        if against:
+            with Service(path, *flags) as service, Service(path, *flags, python=against) as other:
+                works = [partial(_cost, each, files, seconds, accept) for each in (service, other)]
+                compared = versions.compare(*works, rounds, "serve")
+            settings = {"bundle": path.name, "seconds": seconds, "clients": CLIENTS, "accept": accept, "flags": flags}
+            versions.save("serve", {"http": compared}, settings, wait, out)
+            return
         with Service(path, *flags) as service:
             found = _rounds(path, service, files, rounds, seconds, accept)
         found["core_wait"] = wait.share()
@@ -90,6 +110,13 @@ def _rounds(
         "http_processor_ms_per_image": str(measure.Spread.of(extra)),
         "batches": service.batches(),
     }
+
+
+def _cost(service: Service, files: list[Path], seconds: float, accept: str) -> versions.Cost:
+    before = service.processor_seconds()
+    answers = put_load(service, files, seconds, CLIENTS, accept)
+    done = answers["statuses"]["200"]
+    return versions.Cost(done / answers["seconds"], 1000 * (service.processor_seconds() - before) / done)
 
 
 def in_process(engine: Engine, bodies: list[bytes], seconds: float) -> tuple[float, int]:
@@ -144,8 +171,8 @@ def photographs(folder: Path, count: int = 32) -> list[Path]:
 class Service:
     """`mvmr serve` in a process of its own."""
 
-    def __init__(self, bundle: Path, *flags: str) -> None:
-        self._command = [sys.executable, "-m", "mvmr", "serve", str(bundle), "--port", "0", *flags]
+    def __init__(self, bundle: Path, *flags: str, python: Path | None = None) -> None:
+        self._command = versions.command(python, "-m", "mvmr", "serve", str(bundle), "--port", "0", *flags)
 
     def __enter__(self) -> Service:
         self._process = subprocess.Popen(self._command, stderr=subprocess.PIPE, text=True)
@@ -164,8 +191,7 @@ class Service:
 
     def processor_seconds(self) -> float:
         """Of all its threads and the processes that decode, so far."""
-        family = [self.process, *self.process.children(recursive=True)]
-        return float(sum(sum(process.cpu_times()[:2]) for process in family))
+        return sum(versions.processor_seconds(self.process).values())
 
     def batches(self) -> dict[str, int]:
         """How many batches had at most so many images."""
