@@ -20,6 +20,14 @@ from mvmr.preprocess import Preprocess
 AT_ONCE = 4  # images that a decoding process is handed at most
 
 
+def room_for_pixels(side: int) -> int:
+    """Bytes that pixels take in the memory shared with a decoding process.
+
+    Behind them come a byte that is 1 while the process reads a file, and the images' bytes or paths.
+    """
+    return AT_ONCE * 3 * side**2
+
+
 @dataclass(frozen=True)
 class Limits:
     """What an image may take.

@@ -20,6 +20,7 @@ from mvmr.errors import MvmrError
 from mvmr.preprocess import Preprocess
 from mvmr.serve.decode import AT_ONCE, Limits, Rejected
 from mvmr.serve.decoder import COMMAND, Decoder, ForkServer, Job, Outcome
+from mvmr.serve.items import LocalFile
 
 logger = logging.getLogger(__name__)
 
@@ -88,9 +89,9 @@ class DecodePool:
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def submit(self, data: bytes, client: str = "") -> Future[Outcome]:
+    def submit(self, content: bytes | LocalFile, client: str = "") -> Future[Outcome]:
         """Decode one image file. A future that is cancelled is not begun, and ended where it takes long."""
-        job = Job(data, client)
+        job = Job(content, client)
         with self._lock:
             if self._closed:
                 job.answer.cancel()
@@ -210,7 +211,7 @@ class DecodePool:
                 self._failed_starts = 0
                 continue
             with self._lock:
-                jobs, outcomes = process.jobs, [process.outcome(number, *one) for number, one in enumerate(rest[0])]
+                jobs, outcomes = process.jobs, process.outcomes(rest[0])
                 process.jobs = []
                 self._assign()
             for job, outcome in zip(jobs, outcomes, strict=False):  # none where it has been killed
@@ -222,6 +223,8 @@ class DecodePool:
         if used > _PATIENCE:
             process.yield_to_others()
         late = not process.waits and time.monotonic() - process.since > _WALL * self.limits.seconds
+        if late and process.reads():  # a disk that is slow, or away for a while, is not the image's fault
+            process.since, late = time.monotonic(), False
         if used > self.limits.seconds or late:
             reason = f"decoding it takes more than the {self.limits.seconds:g} s of a processor that are allowed"
             self._try_again(process.jobs, Rejected("too-slow", reason), tries=1)
@@ -234,7 +237,7 @@ class DecodePool:
         """Let images that were decoded together be decoded alone; one that was alone has so many tries."""
         for job in reversed(jobs):
             if job.alone and job.begun >= tries:
-                logger.warning("an image of %d bytes: %s", len(job.data), outcome.reason)
+                logger.warning("%s: %s", job.name, outcome.reason)
                 _settle(job, outcome)
                 continue
             job.begun, job.alone = (job.begun, True) if job.alone else (0, True)

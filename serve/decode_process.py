@@ -17,13 +17,15 @@ import socket
 import sys
 import threading
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from mvmr.preprocess import Preprocess
-from mvmr.serve.decode import AT_ONCE, Limits, Prepared, prepare
+from mvmr.serve.decode import Limits, Prepared, Rejected, prepare, room_for_pixels
+from mvmr.serve.items import Content, LocalFile
 
 _KEPT = 2**23  # bytes of shared memory that stay between images
 _PR_SET_PDEATHSIG = 1
@@ -59,9 +61,10 @@ def main() -> None:
 
 
 def _decode(connection: int, memory: int, preprocess: Preprocess, limits: Limits, hashed: bool) -> None:
-    """Read the numbers of bytes of some images from the socket, and answer with what became of each; lines of JSON.
+    """Read of some images how many bytes there are, and answer with what became of each; lines of JSON.
 
-    The bytes come in the shared memory, behind room for the pixels of `AT_ONCE` images, which go back in it.
+    The bytes come in the shared memory (`room_for_pixels`), in which the pixels go back. They are the image's, or the
+    path of a file and beside their number how many bytes it may have.
     """
     _end_with_parent()
     _end_first()
@@ -95,24 +98,42 @@ class _Reader:
                 return
             self._answer(json.loads(line))
 
-    def _answer(self, sizes: list[int]) -> None:
-        of_pixels = 3 * self.preprocess.crop**2
-        place, found = AT_ONCE * of_pixels, []
-        for number, size in enumerate(sizes):
-            data = os.pread(self.memory, size, place)
+    def _answer(self, sizes: list[tuple[int, float | None]]) -> None:
+        room = room_for_pixels(self.preprocess.crop)
+        place, found = room + 1, []
+        for number, (size, most) in enumerate(sizes):
+            content = self._content(place, size, most)
             place += size
-            outcome = prepare(data, self.preprocess, self.limits, before=self._ask)
-            if self.limits.is_large(self.pixels):
-                self._allow(self.limits.memory / 3)
+            outcome = content if isinstance(content, Rejected) else self._prepare(content)
             if isinstance(outcome, Prepared):
-                os.pwrite(self.memory, outcome.pixels.data, number * of_pixels)
-                digest = hashlib.sha256(data).hexdigest() if self.hashed else ""
-                found.append(["prepared", outcome.width, outcome.height, digest])
+                os.pwrite(self.memory, outcome.pixels.data, number * outcome.pixels.nbytes)
+                found.append(["prepared", outcome.width, outcome.height, outcome.sha256])
             else:
                 found.append(["rejected", outcome.code, outcome.reason])
         if place > _KEPT:
-            os.ftruncate(self.memory, AT_ONCE * of_pixels)
+            os.ftruncate(self.memory, room + 1)
         self._say("done", found)
+
+    def _content(self, place: int, size: int, most: float | None) -> Content:
+        mark = room_for_pixels(self.preprocess.crop)
+        try:
+            handed = os.pread(self.memory, size, place)
+            if most is None:
+                return handed
+            os.pwrite(self.memory, b"\1", mark)
+            return LocalFile(handed, most)()
+        except MemoryError:
+            return Rejected("too-much-memory", "its bytes take more memory than is allowed")
+        finally:
+            os.pwrite(self.memory, b"\0", mark)
+
+    def _prepare(self, data: bytes) -> Prepared | Rejected:
+        outcome = prepare(data, self.preprocess, self.limits, before=self._ask)
+        if self.limits.is_large(self.pixels):
+            self._allow(self.limits.memory / 3)
+        if self.hashed and isinstance(outcome, Prepared):
+            return replace(outcome, sha256=hashlib.sha256(data).hexdigest())
+        return outcome
 
     def _ask(self, pixels: int) -> None:
         self.pixels = pixels

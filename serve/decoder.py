@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from mvmr.preprocess import Preprocess
-from mvmr.serve.decode import AT_ONCE, Limits, Prepared, Rejected
+from mvmr.serve.decode import Limits, Prepared, Rejected, room_for_pixels
+from mvmr.serve.items import LocalFile
 
 Outcome = Prepared | Rejected
 COMMAND = (sys.executable, "-P", "-m", "mvmr.serve.decode_process")
@@ -28,16 +29,28 @@ _FORK_SECONDS = 30.0
 
 @dataclass(eq=False)
 class Job:
-    """An image that waits, or is being decoded.
+    """An image that waits, or is being decoded: its bytes, or where they are.
 
     begun: how often it has been handed over; alone: it is to be, or has been, without others
     """
 
-    data: bytes
+    content: bytes | LocalFile
     client: str
     answer: Future[Outcome] = field(default_factory=Future)
     begun: int = 0
     alone: bool = False
+
+    @property
+    def data(self) -> bytes:
+        """What is handed over: the bytes, or the path."""
+        return self.content.path if isinstance(self.content, LocalFile) else self.content
+
+    @property
+    def name(self) -> str:
+        """For the log."""
+        if isinstance(self.content, LocalFile):
+            return repr(os.fsdecode(self.content.path))
+        return f"an image of {len(self.content)} bytes"
 
 
 @dataclass(eq=False)
@@ -81,12 +94,13 @@ class Decoder:
         """Hand over images; raises OSError where the process has ended or memory lacks."""
         self.jobs, self.waits, self.since, self.base, self._yields = jobs, False, time.monotonic(), 0.0, False
         self.base = self.used()
-        place = AT_ONCE * 3 * self.side**2
+        place, sizes = room_for_pixels(self.side) + 1, list[tuple[int, float | None]]()
         for job in jobs:
             job.begun += 1
             job.alone = job.alone or len(jobs) == 1
             place += os.pwrite(self._memory, job.data, place)
-        self.socket.sendall(json.dumps([len(job.data) for job in jobs]).encode() + b"\n")
+            sizes.append((len(job.data), job.content.most if isinstance(job.content, LocalFile) else None))
+        self.socket.sendall(json.dumps(sizes).encode() + b"\n")
 
     def admit(self) -> None:
         """Let it take the memory that a large image takes."""
@@ -107,13 +121,14 @@ class Decoder:
         *whole, self._unread = (self._unread + said).split(b"\n")
         return [json.loads(line) for line in whole]
 
-    def outcome(self, number: int, kind: str, *rest: Any) -> Outcome:
-        """What became of one of the images."""
-        if kind == "rejected":
-            return Rejected(*rest)
-        pixels = np.empty((self.side, self.side, 3), np.uint8)
-        os.preadv(self._memory, [pixels.data], number * pixels.nbytes)
-        return Prepared(pixels, *rest)
+    def outcomes(self, said: list[list[Any]]) -> list[Outcome]:
+        """What became of the images, from what it has said of each."""
+        pixels = np.empty((len(said), self.side, self.side, 3), np.uint8)
+        os.preadv(self._memory, [pixels.data], 0)  # of those that were rejected, too: one call is cheaper than four
+        return [
+            Rejected(*rest) if kind == "rejected" else Prepared(pixels[number], *rest)
+            for number, (kind, *rest) in enumerate(said)
+        ]
 
     def used(self) -> float:
         """Seconds of a processor that the present images have taken."""
@@ -121,6 +136,10 @@ class Decoder:
             return time.clock_gettime(_clock_of(self._number)) - self.base
         except OSError:  # it has ended, or the system has no such clock
             return time.monotonic() - self.since if self.jobs else 0.0
+
+    def reads(self) -> bool:
+        """Whether it is at reading a file."""
+        return os.pread(self._memory, 1, room_for_pixels(self.side)) == b"\1"
 
     def yield_to_others(self) -> None:
         """Let other images have more of the processors."""

@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol, Self
 
+from mvmr import decoding
 from mvmr.serve.decode import Rejected
 
 Content = bytes | Rejected
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file that is here, and read when this is called; not more than `most` bytes of it are taken."""
+
+    path: bytes
+    most: float
+
+    def __call__(self) -> Content:
+        """Its bytes, or why not."""
+        try:
+            with decoding.open_file(self.path) as file:
+                if (size := os.fstat(file.fileno()).st_size) > self.most:
+                    return too_many_bytes(size, self.most)
+                return file.read()
+        except OSError as error:
+            return Rejected("unreadable", decoding.reason(error))
 
 
 class Item(NamedTuple):
     """One image, not yet read.
 
     path: text that opens it from here (odd characters escaped); done: how far its source has come with it, in its unit
-    read: gives the file's bytes, or says why not; may be called in another thread, in any order
+    read: gives the file's bytes, or says why not; may be called in another thread, in any order, and where it is a
+        `LocalFile` in another process
     """
 
     path: str

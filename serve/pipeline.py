@@ -21,7 +21,7 @@ from mvmr.serve.decode import Prepared, Rejected
 from mvmr.serve.decode_pool import DecodePool
 from mvmr.serve.decoder import Outcome
 from mvmr.serve.engine import Engine
-from mvmr.serve.items import Content, Item
+from mvmr.serve.items import Content, Item, LocalFile
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -88,7 +88,7 @@ class Pipeline:
         ahead = _READ_AHEAD * self.engine.at_once * engines + max(readers, usable_cores())
         with ThreadPoolExecutor(readers, "read") as reading, ThreadPoolExecutor(engines, "embed") as embedding:
             try:
-                read: Iterable[tuple[Item, Content]] = map(_read, items)
+                read: Iterable[tuple[Item, Content | LocalFile]] = map(_read, items)
                 if self.distant:
                     read = in_order(lambda item: reading.submit(_read, item), items, 2 * readers)
                 decoded = in_order(self._decode, read, ahead)
@@ -99,7 +99,7 @@ class Pipeline:
                 for pool in (reading, embedding):
                     pool.shutdown(wait=True, cancel_futures=True)
 
-    def _decode(self, read: tuple[Item, Content]) -> Future[Decoded]:
+    def _decode(self, read: tuple[Item, Content | LocalFile]) -> Future[Decoded]:
         item, content = read
         decoded: Future[Decoded] = Future()
 
@@ -148,8 +148,9 @@ class Pipeline:
         return Embedded(rows, len(batch.images), batch.done, batch.ends_part)
 
 
-def _read(item: Item) -> tuple[Item, Content]:
-    return item, item.read()
+def _read(item: Item) -> tuple[Item, Content | LocalFile]:
+    """Its bytes; what lies here is left to those who decode: a slow disk then has several to serve at a time."""
+    return item, item.read if isinstance(item.read, LocalFile) else item.read()
 
 
 def in_order(begin: Callable[[T], Future[R]], items: Iterable[T], limit: int) -> Iterator[R]:

@@ -19,14 +19,14 @@ from mvmr.data.scan import Packed, Scan, printable, scan, stat_files
 from mvmr.errors import MvmrError
 from mvmr.serve import remote, shards
 from mvmr.serve.decode import LIMITS, Rejected
-from mvmr.serve.items import Content, Item, Source, too_many_bytes
+from mvmr.serve.items import Content, Item, LocalFile, Source
 
 
 @dataclass(frozen=True, eq=False)
 class Listed:
     """Images known by name; a `Source`.
 
-    key, read: the path as text, and the bytes, of one of `names`
+    key, read: the path as text of one of `names`, and what reads it
     lost: path and reason of what could not even be listed; it comes last
     """
 
@@ -34,7 +34,7 @@ class Listed:
     fingerprint: str
     names: Sequence[bytes]
     key: Callable[[bytes], str]
-    read: Callable[[bytes], Content]
+    read: Callable[[bytes], Callable[[], Content]]
     distant: bool = False
     lost: tuple[tuple[str, str], ...] = ()
     chosen: range | None = None
@@ -55,7 +55,7 @@ class Listed:
         for done, number in enumerate(self.numbers[start:], start + 1):
             if number < len(self.names):
                 name = self.names[number]
-                yield Item(self.key(name), partial(self.read, name), done)
+                yield Item(self.key(name), self.read(name), done)
             else:
                 path, reason = self.lost[number - len(self.names)]
                 yield Item(path, partial(Rejected, "unreadable", reason), done)
@@ -130,7 +130,7 @@ def _files(
         fingerprint=fingerprint(root, names, files.sizes, files.times, repr(lost)),
         names=names,
         key=lambda each: printable(os.path.join(root, each)),
-        read=lambda each: _read(os.path.join(root, each), most),
+        read=lambda each: LocalFile(os.path.join(root, each), most),
         lost=lost,
     )
 
@@ -152,7 +152,7 @@ def _lines(name: str, text: bytes, root: bytes, most: float) -> Listed:
         fingerprint=fingerprint(names),
         names=names,
         key=printable,
-        read=lambda each: remote.read(fs, each.decode("utf-8", "surrogateescape"), most),
+        read=lambda each: partial(remote.read, fs, each.decode("utf-8", "surrogateescape"), most),
         distant=True,
     )
 
@@ -167,7 +167,7 @@ def _remote(address: str, most: float) -> Listed:
         fingerprint=fingerprint(names, repr([stamp for _, stamp in found])),
         names=names,
         key=lambda each: printable(os.fsencode(fs.unstrip_protocol(os.fsdecode(each)))),
-        read=lambda each: remote.read(fs, os.fsdecode(each), most),
+        read=lambda each: partial(remote.read, fs, os.fsdecode(each), most),
         distant=True,
     )
 
@@ -195,17 +195,7 @@ def _is_image(name: bytes) -> bool:
 
 
 def _whole(path: bytes) -> bytes:
-    content = _read(path, math.inf)
+    content = LocalFile(path, math.inf)()
     if isinstance(content, Rejected):
         raise MvmrError(f"cannot read the list {printable(path)}: {content.reason}; check the path")
     return content
-
-
-def _read(path: bytes, most: float) -> Content:
-    try:
-        with decoding.open_file(path) as file:
-            if (size := os.fstat(file.fileno()).st_size) > most:
-                return too_many_bytes(size, most)
-            return file.read()
-    except OSError as error:
-        return Rejected("unreadable", decoding.reason(error))

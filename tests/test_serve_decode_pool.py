@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import psutil  # type: ignore[import-untyped]
@@ -17,9 +18,10 @@ from PIL import Image
 
 from mvmr import decoding
 from mvmr.errors import MvmrError
-from mvmr.serve import decoder
+from mvmr.serve import decode_pool, decoder
 from mvmr.serve.decode import Limits, Prepared, Rejected, prepare
 from mvmr.serve.decode_pool import DecodePool
+from mvmr.serve.items import LocalFile
 from tests.serving import PREPROCESS, SLOW, encoded, jpeg
 
 LIMITS = Limits(seconds=0.5)
@@ -136,6 +138,50 @@ def test_an_image_that_takes_too_much_memory_is_told_so(pool: DecodePool) -> Non
         assert prepared(small, jpeg()).width
         assert prepared(small, large).width == 3170
     assert prepared(pool, grey).width == 3150
+
+
+def test_files_are_read_where_they_are_decoded(pool: DecodePool, tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path) + b"/\xff \n.jpg"
+    Path(os.fsdecode(path)).write_bytes(jpeg())
+    answers = [pool.submit(LocalFile(path, most)) for most in (1e9, len(jpeg()) - 1)]
+    answers += [pool.submit(LocalFile(path + b"x", 1e9)), pool.submit(LocalFile(b"/dev/zero", 1e9))]
+    read, large, missing, device = (each.result(_SECONDS) for each in answers)
+    assert isinstance(read, Prepared)
+    np.testing.assert_array_equal(read.pixels, prepared(pool, jpeg()).pixels)
+    assert [getattr(each, "code", "") for each in (large, missing, device)] == [
+        "too-many-bytes", "unreadable", "unreadable"
+    ]  # fmt: skip
+
+
+def test_a_file_that_memory_does_not_hold_costs_itself_alone(pool: DecodePool, tmp_path: Path) -> None:
+    with (tmp_path / "a.png").open("wb") as file:
+        file.truncate(2**30)
+    found = pool.submit(LocalFile(os.fsencode(file.name), 2**31)).result(_SECONDS)
+    assert found == Rejected("too-much-memory", "its bytes take more memory than is allowed")
+    assert prepared(pool, jpeg()).width
+
+
+_WITH_A_SLOW_DISK = """
+import time
+from mvmr.serve import decode_process
+from mvmr.serve.items import LocalFile
+read = LocalFile.__call__
+LocalFile.__call__ = lambda file: (time.sleep(1), read(file))[1]
+decode_process.main()
+"""
+
+
+def test_waiting_for_a_disk_takes_none_of_an_image_s_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(decode_pool, "_WALL", 0.1 / LIMITS.seconds)
+    monkeypatch.setattr(decoder, "COMMAND", (sys.executable, "-c", _WITH_A_SLOW_DISK))
+    (tmp_path / "a.jpg").write_bytes(jpeg())
+    with DecodePool(PREPROCESS, LIMITS, processes=1) as pool:
+        answer = pool.submit(LocalFile(os.fsencode(tmp_path / "a.jpg"), 1e9))
+        assert isinstance(answer.result(_SECONDS), Prepared)
+        for server in psutil.Process().children():
+            for process in server.children():
+                process.suspend()
+        assert rejected(pool, jpeg()) == "too-slow"
 
 
 @pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": b"Exif\0\0II*\0\x08\0\0\0\0\0"}])
