@@ -38,11 +38,11 @@ def known(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in names if name in formats())
 
 
-@lru_cache(maxsize=1)
-def extensions() -> frozenset[bytes]:
-    """Return the endings of image files, lower case with the dot."""
-    known = set(formats())
-    return frozenset(os.fsencode(ext.lower()) for ext, name in Image.registered_extensions().items() if name in known)
+@lru_cache(maxsize=8)
+def extensions(names: tuple[str, ...] | None = None) -> frozenset[bytes]:
+    """Return the endings of image files of the formats `names`, or of all `formats`, lower case with the dot."""
+    meant = set(formats() if names is None else known(names))
+    return frozenset(os.fsencode(ext.lower()) for ext, name in Image.registered_extensions().items() if name in meant)
 
 
 def read(path: bytes) -> Image.Image:

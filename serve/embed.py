@@ -27,7 +27,7 @@ from mvmr.serve.engine import TOLERANCE, Engine
 from mvmr.serve.items import Item, Source
 from mvmr.serve.parts import Parts, check, claimed, open_parts
 from mvmr.serve.pipeline import Pipeline
-from mvmr.serve.sources import open_source
+from mvmr.serve.sources import open_source, passed_over
 
 PART_ROWS = 4096
 
@@ -100,9 +100,11 @@ def embed(
     engine = Engine.load(bundle, precision=precision, provider=provider, threads=1 if provider == "cpu" else None)
     heads = tuple(engine.heads) if "all" in heads else tuple(heads)
     schema = columns.schema(engine, heads, dtype)
-    source: Source = open_source(os.fspath(images), limits.size)
+    source: Source = open_source(os.fspath(images), limits)
     if shard is not None:
         source = source.share(*shard)
+    if note := passed_over(source.other_formats):
+        say(note, shown=progress)
     settings = _settings(engine, heads, source, dtype, shard, part_rows, limits)
     folder = onefile.working_folder(target)
     if (ready := onefile.finished(target, settings, resume=resume)) is not None:

@@ -50,6 +50,7 @@ class Source(Protocol):
     name: as the user typed it; fingerprint: hex sha256 of names, sizes and times, where there are any
     unit, total: what progress is counted in (``img``, or ``MB`` of tar files), and how many of it there are
     distant: reading waits for a network, so that more threads than cores are of use
+    other_formats: images that were passed over, being of formats that are not read
     """
 
     @property
@@ -62,6 +63,8 @@ class Source(Protocol):
     def total(self) -> int: ...
     @property
     def distant(self) -> bool: ...
+    @property
+    def other_formats(self) -> int: ...
 
     def items(self, start: int = 0) -> Iterator[Item]:
         """The images from number `start` on."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
 from typing import Any
 
 import fsspec
@@ -29,10 +28,10 @@ def file_system(address: str) -> Any:
         raise _refused(address, error) from error
 
 
-def find(address: str, endings: Collection[bytes]) -> tuple[Any, list[tuple[str, str]]]:
+def find(address: str) -> tuple[Any, list[tuple[str, str]]]:
     """The file system, and name and state (size, and etag or time) of each file below `address` or matching its glob.
 
-    Names with one of `endings` only, sorted by their bytes.
+    Sorted by the bytes of their names.
 
     Raises: MvmrError when it can't be listed.
     """
@@ -43,12 +42,8 @@ def find(address: str, endings: Collection[bytes]) -> tuple[Any, list[tuple[str,
             found = {path: fs.info(path)}
     except Exception as error:  # each file system raises its own
         raise _refused(address, error) from error
-    kept = [
-        (name, state(info))
-        for name, info in found.items()
-        if info.get("type") == "file" and os.path.splitext(os.fsencode(name))[1].lower() in endings
-    ]
-    return fs, sorted(kept, key=lambda each: os.fsencode(each[0]))
+    files = [(name, state(info)) for name, info in found.items() if info.get("type") == "file"]
+    return fs, sorted(files, key=lambda each: os.fsencode(each[0]))
 
 
 def expand(address: str) -> list[str]:

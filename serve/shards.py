@@ -55,6 +55,7 @@ class Shards:
     distant: bool
     most: float
     unit: str = "MB"
+    other_formats: int = 0
 
     @property
     def total(self) -> int:

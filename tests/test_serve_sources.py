@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from mvmr.errors import MvmrError
-from mvmr.serve.decode import Rejected
+from mvmr.serve.decode import LIMITS, Limits, Rejected
 from mvmr.serve.items import Item
 from mvmr.serve.sources import open_source
 
@@ -63,6 +63,19 @@ def test_a_folder_gives_its_images_at_any_depth_in_the_order_of_their_bytes(tmp_
     assert (found.total, found.unit, found.distant) == (6, "img", False)
     assert contents(found.items(3)) == [(tmp_path / name).read_bytes() for name in wanted[3:]]
     assert [item.done for item in found.items(3)] == [4, 5, 6]
+
+
+def test_images_of_other_formats_are_counted_and_said(tmp_path: Path) -> None:
+    tree(tmp_path, ["a.png", "b.ppm", "c/d.PSD", "notes.txt"])
+    fsspec.filesystem("memory").pipe({"/formats/a.png": png(0), "/formats/b.ppm": b"", "/formats/c/d.PSD": b""})
+    wider = Limits(formats=(*LIMITS.formats, "PPM"))
+    for images in (str(tmp_path), f"{tmp_path}/**/*", "memory://formats"):
+        assert (open_source(images).total, open_source(images).other_formats) == (1, 2)
+        assert (open_source(images, wider).total, open_source(images, wider).other_formats) == (2, 1)
+    hint = "images of other formats are passed over: 1; --format adds formats"
+    assert refused(str(tmp_path / "c")) == f"no images in {tmp_path}/c: {hint}"
+    assert refused(f"{tmp_path}/*.ppm") == f"no image file matches {tmp_path}/*.ppm; {hint}"
+    assert refused("memory://formats/c") == f"no images at memory://formats/c: {hint}"
 
 
 def test_a_trailing_slash_or_dot_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,4 +325,4 @@ def test_files_and_members_of_too_many_bytes_are_not_read(tmp_path: Path) -> Non
     assert contents(open_source(str(tmp_path)).items()) == [png(0), "too-many-bytes"]
     tar(tmp_path / "a.tgz", {"b.png": bytes(10_000), "a.png": png(0)}, "w:gz")
     most = max(2000, len(png(0)))
-    assert contents(open_source(str(tmp_path / "a.tgz"), most).items()) == ["too-many-bytes", png(0)]
+    assert contents(open_source(str(tmp_path / "a.tgz"), Limits(size=most)).items()) == ["too-many-bytes", png(0)]

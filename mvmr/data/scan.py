@@ -106,18 +106,21 @@ class Scan:
 
     files: Files
     others: int = 0  # files without an image's ending
+    other_formats: int = 0  # images of formats that were not asked for
     unlisted: list[Skipped] = field(default_factory=list)  # folders that could not be listed
 
 
-def scan(root: bytes, below: bytes = b"") -> Scan:
+def scan(root: bytes, below: bytes = b"", formats: tuple[str, ...] | None = None) -> Scan:
     """Find the image files (by ending, any case) in folder `root`/`below`, at any depth.
+
+    formats: Pillow's names of those that count; None takes all that it reads
 
     Names that begin with "." are passed over, as are the likes of pipes. A link to a folder elsewhere is followed,
     each folder once; a link to a folder inside or around this one adds nothing, so loops end.
     """
     start = os.path.join(root, below) if below else root
     found = Scan(stat_files(root, ()))
-    names = Packed.of(_walk(start, below + b"/" if below else b"", found))
+    names = Packed.of(_walk(start, below + b"/" if below else b"", decoding.extensions(formats), found))
     found.files = stat_files(root, names)
     return found
 
@@ -147,10 +150,9 @@ def printable(name: bytes) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _walk(start: bytes, prefix: bytes, found: Scan) -> Iterator[bytes]:
+def _walk(start: bytes, prefix: bytes, endings: frozenset[bytes], found: Scan) -> Iterator[bytes]:
     home = os.path.join(os.path.realpath(start), b"")
     seen: set[tuple[int, int]] = set()
-    endings = decoding.extensions()
     waiting = [prefix]  # names still to visit, the next one last; a folder ends in "/"
     cut = len(prefix)
     while waiting:
@@ -181,10 +183,14 @@ def _list(path: bytes, home: bytes, endings: frozenset[bytes], found: Scan) -> l
             if entry.is_dir():
                 if not (entry.is_symlink() and _leads_back(entry.path, home)):
                     inside.append(entry.name + b"/")
-            elif os.path.splitext(entry.name)[1].lower() in endings and (entry.is_file() or entry.is_symlink()):
+                continue
+            ending = os.path.splitext(entry.name)[1].lower()
+            if ending not in decoding.extensions() or not (entry.is_file() or entry.is_symlink()):
+                found.others += 1
+            elif ending in endings:
                 inside.append(entry.name)
             else:
-                found.others += 1
+                found.other_formats += 1
     return inside
 
 
