@@ -65,6 +65,8 @@ def opened(data: bytes, *, background: Background = WHITE, max_pixels: float = L
 def check(data: bytes, decoders: DecodePool) -> None:
     """Decode the file `data` where it can be stopped, before it is opened here.
 
+    What comes of it is small and as one preprocessing wants it: the page shows, and all encoders get, the whole image.
+
     Raises: MvmrError, a sentence for the page, for an image that takes too much time or memory, or is damaged.
     """
     found = decoders.submit(data).result()
@@ -110,7 +112,7 @@ def _decoded(data: bytes, background: Background, max_pixels: float) -> Opened:
         if width * height * max(1.0, _SIDE / max(1, min(width, height))) ** 2 > max_pixels:
             raise MvmrError(f"this image of {width} x {height} pixels is too thin to be embedded; crop it")
         mode = file.mode
-        animated = bool(getattr(file, "is_animated", False)) and file.format != "MPO"
+        notes = _several(file)
         turned = False
         with suppress(Exception):  # a broken EXIF block raises a dozen kinds of error; the pixels are still good
             turned = file.getexif().get(_ORIENTATION, 1) in range(2, 9)
@@ -119,13 +121,6 @@ def _decoded(data: bytes, background: Background, max_pixels: float) -> Opened:
         transparent = file.has_transparency_data and any(upright(file).getchannel("A").histogram()[:255])
         image = image.copy() if image is file else image
         image.info.clear()
-        notes = []
-        if animated:
-            frames = 0
-            with suppress(Exception):  # its later frames may be damaged, the first is not
-                frames = int(getattr(file, "n_frames", 0))
-            kind = "pages" if file.format == "TIFF" else "frames"
-            notes.append(f"the first of {frames} {kind}" if frames > 1 else f"the first of its {kind}")
     if turned:
         notes.append("turned upright, as its EXIF data say")
     if note := _converted(mode):
@@ -133,6 +128,20 @@ def _decoded(data: bytes, background: Background, max_pixels: float) -> Opened:
     if transparent and background is not None:
         notes.append(f"transparent parts {laid_on(background)}")
     return Opened(image, tuple(notes), width, height)
+
+
+def _several(file: Image.Image) -> list[str]:
+    """What is said of an image of several frames.
+
+    A GIF or TIFF tells how many only to those who go through all of it, which it may be made to let them do for hours.
+    """
+    if file.format == "MPO":
+        return []
+    if file.format == "GIF":
+        return ["the first of its frames"] if "loop" in file.info or file.info.get("duration") else []
+    if not getattr(file, "is_animated", False):
+        return []
+    return ["the first of its pages" if file.format == "TIFF" else f"the first of {file.n_frames} frames"]
 
 
 def _converted(mode: str) -> str | None:

@@ -163,7 +163,7 @@ def odd_images() -> dict[str, tuple[bytes, str]]:
     deep = Image.fromarray(np.asarray(base.convert("L")).astype(np.uint16) * 257)
     frames = [base, base.rotate(90), base.rotate(180)]
     return {
-        "an animation": (encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), "the first of 3 frames"),
+        "an animation": (encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]), "the first of 3 frames"),
         "CMYK": (encoded(base.convert("CMYK"), "JPEG"), "CMYK"),
         "16 bits": (encoded(deep), "8"),
         "EXIF": (encoded(base, "JPEG", exif=turned), "upright"),

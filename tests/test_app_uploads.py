@@ -4,10 +4,11 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile, ImageOps
+from PIL import GifImagePlugin, Image, ImageFile, ImageOps, TiffImagePlugin
 
 from mvmr.app.uploads import check, opened
 from mvmr.errors import MvmrError
@@ -113,13 +114,13 @@ def test_a_photograph_stands_upright_however_the_camera_was_held(orientation: in
 
 
 @pytest.mark.parametrize(
-    ("form", "noun"), [("GIF", "frames"), ("WEBP", "frames"), ("PNG", "frames"), ("TIFF", "pages")]
+    ("form", "several"), [("GIF", "its frames"), ("WEBP", "3 frames"), ("PNG", "3 frames"), ("TIFF", "its pages")]
 )
-def test_an_animation_shows_its_first_frame_and_says_so(form: str, noun: str) -> None:
+def test_an_animation_shows_its_first_frame_and_says_so(form: str, several: str) -> None:
     first, *others = (Image.new("RGB", (9, 7), colour) for colour in ("red", "lime", "blue"))
     options = {"lossless": True} if form == "WEBP" else {}
     found = opened(encoded(first, form, save_all=True, append_images=others, duration=50, **options))
-    assert found.notes == (f"the first of 3 {noun}",)
+    assert found.notes == (f"the first of {several}",)
     assert np.array_equal(pixels(found.image), pixels(first))
 
 
@@ -130,9 +131,28 @@ def test_a_photograph_with_a_preview_inside_is_no_animation() -> None:
     assert found.image.size == (WIDTH, HEIGHT)
 
 
+@pytest.mark.parametrize(
+    ("form", "plugin"), [("GIF", GifImagePlugin.GifImageFile), ("TIFF", TiffImagePlugin.TiffImageFile)]
+)
+def test_later_frames_that_no_decoder_has_tried_are_not_gone_through(
+    form: str, plugin: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = [Image.new("RGB", (9, 7), colour) for colour in ("red", "lime", "blue")]
+    data = encoded(frames[0], form, save_all=True, append_images=frames[1:], duration=50)
+    seek, sought = plugin._seek, set[int]()
+
+    def remember(file: Any, frame: int, *rest: Any) -> None:
+        sought.add(frame)
+        seek(file, frame, *rest)
+
+    monkeypatch.setattr(plugin, "_seek", remember)
+    opened(data)
+    assert sought == {0}
+
+
 def test_an_animation_whose_later_frames_are_cut_off_still_shows_the_first() -> None:
     frames = [Image.fromarray(np.roll(pixels(picture()), shift, axis=1)) for shift in range(0, 30, 10)]
-    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], loop=0)
     whole, cut = opened(data), opened(data[: len(data) * 2 // 3])
     assert np.array_equal(pixels(cut.image), pixels(whole.image))
     assert cut.notes[0].startswith("the first of ")
