@@ -139,9 +139,10 @@ def _several(file: Image.Image) -> list[str]:
         return []
     if file.format == "GIF":
         return ["the first of its frames"] if "loop" in file.info or file.info.get("duration") else []
-    if not getattr(file, "is_animated", False):
-        return []
-    return ["the first of its pages" if file.format == "TIFF" else f"the first of {file.n_frames} frames"]
+    if file.format == "TIFF":
+        return ["the first of its pages"] if getattr(file, "is_animated", False) else []
+    frames = getattr(file, "n_frames", 1)
+    return [f"the first of {frames} frames"] if frames > 1 else []
 
 
 def _converted(mode: str) -> str | None:

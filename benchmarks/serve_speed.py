@@ -38,6 +38,7 @@ from mvmr.serve.settings import Settings
 
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket")
 CLIENTS = 16
+_WARM_UP = 1.0  # seconds
 
 
 @click.command()
@@ -65,9 +66,9 @@ def main(
         files = photographs(Path(folder))
         wait = measure.CoreWait()
         if against:
-            with Service(path, *flags) as service, Service(path, *flags, python=against) as other:
-                works = [partial(_cost, each, files, seconds, accept) for each in (service, other)]
-                compared = versions.compare(*works, rounds, "serve")
+            services = [Service(path, *flags, python=python) for python in (None, against)]
+            works = [partial(_cost, each, files, seconds, accept) for each in services]
+            compared = versions.compare(*works, rounds, "serve")
             settings = {"bundle": path.name, "seconds": seconds, "clients": CLIENTS, "accept": accept, "flags": flags}
             versions.save("serve", {"http": compared}, settings, wait, out)
             return
@@ -113,10 +114,13 @@ def _rounds(
 
 
 def _cost(service: Service, files: list[Path], seconds: float, accept: str) -> versions.Cost:
-    before = service.processor_seconds()
-    answers = put_load(service, files, seconds, CLIENTS, accept)
-    done = answers["statuses"]["200"]
-    return versions.Cost(done / answers["seconds"], 1000 * (service.processor_seconds() - before) / done)
+    """Of a service that is started anew: how fast one decodes depends on where its memory happens to lie."""
+    with service:
+        put_load(service, files, _WARM_UP, CLIENTS, accept)
+        before = service.processor_seconds()
+        answers = put_load(service, files, seconds, CLIENTS, accept)
+        done = answers["statuses"]["200"]
+        return versions.Cost(done / answers["seconds"], 1000 * (service.processor_seconds() - before) / done)
 
 
 def in_process(engine: Engine, bodies: list[bytes], seconds: float) -> tuple[float, int]:
