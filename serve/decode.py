@@ -123,9 +123,11 @@ def prepare(
             "not-an-image", f"none of {', '.join(limits.formats)}, or damaged in its header; --format adds formats"
         )
     except Image.DecompressionBombError:  # Pillow's own limit, for files whose header is read later
-        return Rejected("too-many-pixels", f"more pixels than the {limits.pixels / 1e6:g} million allowed")
+        return Rejected(
+            "too-many-pixels", f"more pixels than the {limits.pixels / 1e6:g} million allowed (--max-megapixels)"
+        )
     except MemoryError:
-        return Rejected("too-much-memory", "decoding it takes more memory than is allowed")
+        return Rejected("too-much-memory", "decoding it takes more memory than is allowed (--decode-memory-mb)")
     except Exception as error:  # Pillow's plugins raise whatever their parsing meets
         return Rejected("undecodable", decoding.reason(error))
 
@@ -137,7 +139,7 @@ def _too_many(size: tuple[int, int], preprocess: Preprocess, limits: Limits) -> 
     if width * height * enlarged**2 <= limits.pixels:
         return None
     resized = "" if enlarged == 1 else f", {round(enlarged)} times enlarged"
-    limit = f"more than the {limits.pixels / 1e6:g} million allowed"
+    limit = f"more than the {limits.pixels / 1e6:g} million allowed (--max-megapixels)"
     return Rejected("too-many-pixels", f"{width} x {height} pixels{resized}, {limit}")
 
 

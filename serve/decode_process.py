@@ -123,7 +123,7 @@ class _Reader:
             os.pwrite(self.memory, b"\1", mark)
             return LocalFile(handed, most)()
         except MemoryError:
-            return Rejected("too-much-memory", "its bytes take more memory than is allowed")
+            return Rejected("too-much-memory", "its bytes take more memory than is allowed (--decode-memory-mb)")
         finally:
             os.pwrite(self.memory, b"\0", mark)
 

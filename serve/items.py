@@ -75,4 +75,4 @@ class Source(Protocol):
 
 def too_many_bytes(size: int, most: float) -> Rejected:
     """What becomes of a file that is too large."""
-    return Rejected("too-many-bytes", f"{size:,} bytes, more than the {most / 2**20:g} MiB allowed")
+    return Rejected("too-many-bytes", f"{size:,} bytes, more than the {most / 2**20:g} MiB allowed (--max-file-mb)")

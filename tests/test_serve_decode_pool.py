@@ -157,7 +157,7 @@ def test_a_file_that_memory_does_not_hold_costs_itself_alone(pool: DecodePool, t
     with (tmp_path / "a.png").open("wb") as file:
         file.truncate(2**30)
     found = pool.submit(LocalFile(os.fsencode(file.name), 2**31)).result(_SECONDS)
-    assert found == Rejected("too-much-memory", "its bytes take more memory than is allowed")
+    assert found == Rejected("too-much-memory", "its bytes take more memory than is allowed (--decode-memory-mb)")
     assert prepared(pool, jpeg()).width
 
 
