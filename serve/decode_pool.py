@@ -226,7 +226,8 @@ class DecodePool:
         if late and process.reads():  # a disk that is slow, or away for a while, is not the image's fault
             process.since, late = time.monotonic(), False
         if used > self.limits.seconds or late:
-            reason = f"decoding it takes more than the {self.limits.seconds:g} s of a processor that are allowed (--decode-seconds)"
+            limit = f"the {self.limits.seconds:g} s of a processor that are allowed (--decode-seconds)"
+            reason = f"decoding it takes more than {limit}"
             self._try_again(process.jobs, Rejected("too-slow", reason), tries=1)
         elif not (all(job.answer.cancelled() for job in process.jobs) and (used > _PATIENCE or process.waits)):
             return
