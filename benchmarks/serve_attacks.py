@@ -2,7 +2,7 @@
 
 Each attack of benchmarks/attacks.py alone, then all of them together, from addresses of their own at the lowest
 priority (an attacker's processors are not the service's). Meanwhile a normal client asks ten times a second, each time
-at a connection that stays, and a probe asks on new connections.
+at a connection that stays, and a probe asks on new ones. At the end SIGTERM comes while the attack is made again.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from serve_speed import photographs
 from watching import Client, Memory, Probe
 
 _WARM_UP, _QUIET = 2.0, 8.0  # seconds
+_AGAIN = 4.0  # seconds of another attack, at the height of which the service is told to stop
 _FORMATS = ("PPM", "JPEG2000", "FITS")  # not read by default, and the worst
 _MIB = 2**20
 
@@ -81,10 +82,7 @@ def _watch(
     with Service(path, python, grace, flags) as service:
         client, probe, memory = Client(service.port, picture), Probe(service.port), Memory(service.process)
         with client, probe, memory:
-            attackers = [_prepare(name, service.port, number) for number, name in enumerate(names)]
-            for each in attackers:
-                assert each.stdout is not None
-                assert each.stdout.readline() == "ready\n"
+            attackers = _prepare(names, service.port)
             time.sleep(_WARM_UP)
             client.reset()
             memory.reset()
@@ -99,7 +97,14 @@ def _watch(
             told = [json.loads(each.communicate()[0] or '{"sent": 0}') for each in attackers]
             time.sleep(rest)
             after = memory.reset()
+            attackers = _prepare(names, service.port)
+            for each in attackers:
+                _begin(each, time.time() + _AGAIN + 2 * grace)
+            time.sleep(_AGAIN)
         ended, alive = service.stop(), service.alive
+        for each in attackers:
+            each.kill()
+            each.communicate()
     return {
         "attack": names[0] if len(names) == 1 else "all together",
         "mib_sent": round(sum(each["sent"] for each in told) / _MIB, 1),
@@ -120,9 +125,18 @@ def _watch(
     }
 
 
-def _prepare(name: str, port: int, number: int) -> subprocess.Popen[str]:
-    argv = [sys.executable, attacks.__file__, name, "127.0.0.1", str(port), f"127.0.1.{number + 1}"]
-    return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def _prepare(names: list[str], port: int) -> list[subprocess.Popen[str]]:
+    """Attackers, ready to begin."""
+    command = [sys.executable, attacks.__file__]
+    places = [[name, "127.0.0.1", str(port), f"127.0.1.{number}"] for number, name in enumerate(names, 1)]
+    started = [
+        subprocess.Popen([*command, *place], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for place in places
+    ]
+    for each in started:
+        assert each.stdout is not None
+        assert each.stdout.readline() == "ready\n"
+    return started
 
 
 def _begin(attacker: subprocess.Popen[str], until: float) -> None:
