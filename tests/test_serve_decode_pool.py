@@ -166,13 +166,13 @@ import time
 from mvmr.serve import decode_process
 from mvmr.serve.items import LocalFile
 read = LocalFile.__call__
-LocalFile.__call__ = lambda file: (time.sleep(1), read(file))[1]
+LocalFile.__call__ = lambda file: (time.sleep(3), read(file))[1]
 decode_process.main()
 """
 
 
 def test_waiting_for_a_disk_takes_none_of_an_image_s_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(decode_pool, "_WALL", 0.1 / LIMITS.seconds)
+    monkeypatch.setattr(decode_pool, "_WALL", 1 / LIMITS.seconds)
     monkeypatch.setattr(decoder, "COMMAND", (sys.executable, "-c", _WITH_A_SLOW_DISK))
     (tmp_path / "a.jpg").write_bytes(jpeg())
     with DecodePool(PREPROCESS, LIMITS, processes=1) as pool:
