@@ -238,7 +238,7 @@ def json_of_lists(size: int) -> Callable[[Target], None]:
 
 def json_of_numbers(target: Target) -> None:
     """A tensor of as many numbers as fit, and not one too many."""
-    shape = [13, 224, 224, 3]
+    shape = [6, 224, 224, 3]
     data = b"1," * (int(np.prod(shape)) - 1) + b"1"
     document = {"inputs": [{"name": "image", "datatype": "UINT8", "shape": shape, "data": [0]}]}
     body = json.dumps(document).encode().replace(b"[0]", b"[" + data + b"]")

@@ -648,7 +648,7 @@ PRODUCED: dict[str, list[Ask]] = {
     ],
     "invalid": [
         asking("POST", "/v1/embed", **as_json({"input": [[0]] * 60_000})),
-        asking("POST", INFER, **as_json({"inputs": [tensor(pixels(1), data=[0] * 2_000_001)]})),
+        asking("POST", INFER, **as_json({"inputs": [tensor(pixels(1), data=[0] * 1_000_001)]})),
         asking("POST", "/v1/classify?top_k=0", **ONE_JPEG),
         asking("POST", "/v1/search?k=x", **ONE_JPEG),
         asking("POST", "/v1/embed", data={"file": "text"}, files=files(jpeg())),

@@ -54,6 +54,8 @@ class Acceptor:
         if self._door.fileno() >= 0:
             self._loop.remove_reader(self._door.fileno())
             self._door.close()
+        for task in self._tasks:  # those that would only just begin
+            task.cancel()
 
     def _accept(self) -> None:
         for _ in range(_AT_ONCE):
