@@ -156,6 +156,7 @@ def busy_connections(target: Target) -> None:
                 with contextlib.suppress(OSError):
                     if not key.fileobj.recv(2**16):  # type: ignore[union-attr]
                         selector.unregister(key.fileobj)
+                        continue
                     target.send(key.fileobj, key.data)  # type: ignore[arg-type]
 
 

@@ -1,8 +1,8 @@
 """Claim: a stranger can't stop the service: probes are answered, others are served, memory comes back.
 
-Each attack of benchmarks/attacks.py alone, then all of them together, from addresses of their own at the lowest
-priority (an attacker's processors are not the service's). Meanwhile a normal client asks ten times a second, each time
-at a connection that stays, and a probe asks on new ones. At the end SIGTERM comes while the attack is made again.
+Each attack of benchmarks/attacks.py alone, then all of them together, by one stranger and by as many as there are
+attacks, at the lowest priority (an attacker's processors are not the service's). Meanwhile a normal client asks ten
+times a second, at a connection that stays, and a probe on new ones. At the end SIGTERM comes while it is made again.
 """
 
 from __future__ import annotations
@@ -66,8 +66,9 @@ def main(
         for name in names or attacks.ATTACKS:
             rows.append(_watch([name], path, picture, seconds, min(rest, 5.0), grace, python, flags))
             console.print(_line(rows[-1]))
-        if together and not names:
-            rows.append(_watch(list(attacks.ATTACKS), path, picture, together, rest, grace, python, flags))
+        for spread in (False, True) if together and not names else ():
+            every = list(attacks.ATTACKS)
+            rows.append(_watch(every, path, picture, together, rest, grace, python, flags, spread=spread))
             console.print(_line(rows[-1]))
     console.print(_table(rows))
     found = {"machine": measure.machine("cpu"), "core_wait": wait.share(), "attacks": rows}
@@ -76,13 +77,13 @@ def main(
 
 def _watch(
     names: list[str], path: Path, picture: bytes, seconds: float, rest: float, grace: float, python: str,
-    flags: tuple[str, ...],
+    flags: tuple[str, ...], *, spread: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """One service, attacked for so long."""
+    """One service, attacked for so long; spread: from an address each, as by as many strangers."""
     with Service(path, python, grace, flags) as service:
         client, probe, memory = Client(service.port, picture), Probe(service.port), Memory(service.process)
         with client, probe, memory:
-            attackers = _prepare(names, service.port)
+            attackers = _prepare(names, service.port, spread)
             time.sleep(_WARM_UP)
             client.reset()
             memory.reset()
@@ -97,7 +98,7 @@ def _watch(
             told = [json.loads(each.communicate()[0] or '{"sent": 0}') for each in attackers]
             time.sleep(rest)
             after = memory.reset()
-            attackers = _prepare(names, service.port)
+            attackers = _prepare(names, service.port, spread)
             for each in attackers:
                 _begin(each, time.time() + _AGAIN + 2 * grace)
             time.sleep(_AGAIN)
@@ -106,7 +107,7 @@ def _watch(
             each.kill()
             each.communicate()
     return {
-        "attack": names[0] if len(names) == 1 else "all together",
+        "attack": names[0] if len(names) == 1 else f"all, from {'an address each' if spread else 'one address'}",
         "mib_sent": round(sum(each["sent"] for each in told) / _MIB, 1),
         "alive": alive,
         "longest_probe_s": longest["longest_s"],
@@ -125,10 +126,12 @@ def _watch(
     }
 
 
-def _prepare(names: list[str], port: int) -> list[subprocess.Popen[str]]:
+def _prepare(names: list[str], port: int, spread: bool) -> list[subprocess.Popen[str]]:
     """Attackers, ready to begin."""
     command = [sys.executable, attacks.__file__]
-    places = [[name, "127.0.0.1", str(port), f"127.0.1.{number}"] for number, name in enumerate(names, 1)]
+    places = [
+        [name, "127.0.0.1", str(port), f"127.0.1.{number if spread else 1}"] for number, name in enumerate(names, 1)
+    ]
     started = [
         subprocess.Popen([*command, *place], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for place in places

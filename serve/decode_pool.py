@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import selectors
+import socket
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from concurrent.futures import Future, InvalidStateError
 from types import TracebackType
 from typing import Self
@@ -54,6 +55,7 @@ class DecodePool:
         self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()  # by client, whose turn is next first
         self._lock = threading.Lock()
         self._selector = selectors.DefaultSelector()
+        self._wake: _Wake | None = None
         self._server: ForkServer | None = None
         self._processes: list[Decoder] = []
         self._large: deque[Job] = deque()  # take much memory: the first has it, the others wait
@@ -75,6 +77,8 @@ class DecodePool:
 
         Raises: MvmrError when none can be started.
         """
+        self._wake = _Wake()
+        self._selector.register(self._wake.socket, selectors.EVENT_READ, self._wake)
         self._thread.start()
         end = time.monotonic() + _START_SECONDS
         while not any(each.ready for each in self._processes):
@@ -89,15 +93,23 @@ class DecodePool:
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def submit(self, content: bytes | LocalFile, client: str = "") -> Future[Outcome]:
-        """Decode one image file. A future that is cancelled is not begun, and ended where it takes long."""
+    def submit(self, content: bytes | LocalFile, client: str = "", *, first: bool = False) -> Future[Outcome]:
+        """Decode one image file. A future that is cancelled is not begun, and ended where it takes long.
+
+        first: before those of all other clients.
+        """
         job = Job(content, client)
         with self._lock:
             if self._closed:
                 job.answer.cancel()
                 return job.answer
             self._waiting.setdefault(client, deque()).append(job)
-            self._assign()
+            if first:
+                self._waiting.move_to_end(client, last=False)
+            if len(job.data) <= _TOGETHER or self._wake is None:
+                self._assign()
+            else:
+                self._wake.set()  # handing it over takes a while, which is not for an event loop
         return job.answer
 
     def _watch(self) -> None:
@@ -110,10 +122,17 @@ class DecodePool:
                         self._look(process)
                 self._fill()
                 with self._lock:
+                    self._forget_cancelled()
                     self._assign()
                     self._admit()
+                    self._make_way()
             for key, _ in self._selector.select(_TICK):
-                self._hear(key.data)
+                if isinstance(key.data, _Wake):
+                    key.data.clear()
+                    with self._lock:
+                        self._assign()
+                else:
+                    self._hear(key.data)
         with self._lock:
             for process in self._processes:
                 for job in process.jobs:
@@ -126,6 +145,8 @@ class DecodePool:
         if self._server:
             self._server.close()
         self._selector.close()
+        if self._wake:
+            self._wake.close()
 
     def _fill(self) -> None:
         """Start what is missing, from the thread that watches; requests don't wait for it."""
@@ -209,6 +230,8 @@ class DecodePool:
             if kind == "ready":
                 process.ready, process.thread = True, rest[0]
                 self._failed_starts = 0
+                with self._lock:
+                    self._assign()
                 continue
             with self._lock:
                 jobs, outcomes = process.jobs, process.outcomes(rest[0])
@@ -219,7 +242,7 @@ class DecodePool:
 
     def _look(self, process: Decoder) -> None:
         """End a process whose images have taken all their time, or are of no more use; the lock is held."""
-        used = process.used()
+        used = process.used() + (process.jobs[0].spent if len(process.jobs) == 1 else 0.0)
         if used > _PATIENCE:
             process.yield_to_others()
         late = not process.waits and time.monotonic() - process.since > _WALL * self.limits.seconds
@@ -233,6 +256,35 @@ class DecodePool:
             return
         process.jobs = []
         process.kill()
+
+    def _forget_cancelled(self) -> None:
+        """Drop images whose clients have gone, whatever keeps them waiting; the lock is held."""
+        for client, waiting in list(self._waiting.items()):
+            left = deque(job for job in waiting if not job.answer.cancelled())
+            if left:
+                self._waiting[client] = left
+            else:
+                del self._waiting[client]
+
+    def _make_way(self) -> None:
+        """Where a client waits and has nothing, let one who has most lose what takes long; the lock is held.
+
+        It begins again in its turn: without this, two clients with images that take long would keep all others waiting.
+        """
+        at_work = [process for process in self._processes if process.jobs and not process.killed]
+        busy = Counter(process.jobs[0].client for process in at_work)
+        starved = sum(client not in busy for client in self._waiting)
+        if not starved or len(at_work) < self._size:
+            return
+        long = [process for process in at_work if process.waits or process.used() > _PATIENCE]
+        for process in sorted(long, key=lambda process: (-busy[process.jobs[0].client], -process.used()))[:starved]:
+            for job in process.jobs:
+                if job.alone:
+                    job.spent += process.used()
+                job.begun, job.alone = 0, True
+                self._waiting.setdefault(job.client, deque()).append(job)
+            process.jobs = []
+            process.kill()
 
     def _try_again(self, jobs: list[Job], outcome: Rejected, *, tries: int) -> None:
         """Let images that were decoded together be decoded alone; one that was alone has so many tries."""
@@ -253,6 +305,25 @@ class DecodePool:
                 self._has_failed("it ended at once")
             # what ended it may have been another thing than an image
             self._try_again(process.jobs, Rejected("undecodable", "its decoder ended before it was done"), tries=_TRIES)
+
+
+class _Wake:
+    """Wakes a thread that selects."""
+
+    def __init__(self) -> None:
+        self.socket, self._other = socket.socketpair()
+        self._other.setblocking(False)
+
+    def set(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # it has been told
+            self._other.send(b"\0")
+
+    def clear(self) -> None:
+        self.socket.recv(4096)
+
+    def close(self) -> None:
+        self.socket.close()
+        self._other.close()
 
 
 def _settle(job: Job, outcome: Outcome) -> None:

@@ -32,6 +32,7 @@ class Job:
     """An image that waits, or is being decoded: its bytes, or where they are.
 
     begun: how often it has been handed over; alone: it is to be, or has been, without others
+    spent: seconds of a processor that it had taken before it had to make way
     """
 
     content: bytes | LocalFile
@@ -39,6 +40,7 @@ class Job:
     answer: Future[Outcome] = field(default_factory=Future)
     begun: int = 0
     alone: bool = False
+    spent: float = 0.0
 
     @property
     def data(self) -> bytes:

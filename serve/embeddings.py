@@ -43,13 +43,17 @@ async def embeddings(request: Request) -> Response:
     service = service_of(request)
 
     async def work(body: bytes, take: payload.Take) -> Response:
-        asked = await payload.apart(payload.parse, EmbeddingsRequest, body, size=len(body))
+        asked = await payload.apart(payload.parse, EmbeddingsRequest, body, size=len(body), client=client_of(request))
         check_model(service, asked.model)
         if asked.dimensions not in (None, service.engine.dim):
             told = f"dimensions {asked.dimensions} can't be given, this model has {service.engine.dim}"
             raise Problem("invalid", f"{told}; leave dimensions out")
         given = await payload.from_texts(
-            asked.texts, most=service.settings.max_items, remote=request.app.state.remote, take=take
+            asked.texts,
+            most=service.settings.max_items,
+            remote=request.app.state.remote,
+            take=take,
+            client=client_of(request),
         )
         outcomes = await _embed(request, given)
         usage = {"prompt_tokens": len(outcomes), "total_tokens": len(outcomes)}
@@ -118,7 +122,8 @@ async def search(request: Request, k: int = Query(10, ge=1, le=1000)) -> Respons
 
 async def _images(request: Request, body: bytes, take: payload.Take) -> list[payload.Payload]:
     most = service_of(request).settings.max_items
-    return await payload.images(request, body, most=most, remote=request.app.state.remote, take=take)
+    remote, client = request.app.state.remote, client_of(request)
+    return await payload.images(request, body, most=most, remote=remote, take=take, client=client)
 
 
 async def _embed(request: Request, given: Sequence[payload.Payload]) -> list[Outcome]:

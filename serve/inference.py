@@ -53,7 +53,13 @@ async def infer(name: str, request: Request) -> Response:
         engine = service.engine
         header = request.headers.get(protocol.HEADER)
         asked, pixels = await payload.apart(
-            protocol.read, body, header, engine, service.settings.max_json, size=len(body) if header is None else 0
+            protocol.read,
+            body,
+            header,
+            engine,
+            service.settings.max_json,
+            size=len(body) if header is None else 0,
+            client=client_of(request),
         )
         payload.check_count(len(pixels), service.settings.max_items)
         content, headers = protocol.answer(asked, engine, await service.infer(pixels, client_of(request)))

@@ -27,7 +27,7 @@ class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._waiting.put_nowait(f"{self.format(record)}\n".encode(errors="backslashreplace"))
-        except queue.Full:
+        except Exception:  # it is full, or what was to be said can't be formatted
             self._dropped += 1
 
     def finish(self) -> None:
@@ -42,8 +42,11 @@ class _Lines(logging.Handler):
             while line:
                 try:
                     line = line[os.write(self._file, line) :]
-                except OSError:  # nobody reads it any more
+                except BrokenPipeError:  # nobody reads it any more
                     return
+                except OSError:  # a disk that is full, perhaps not for long
+                    self._dropped += 1
+                    break
             if self._dropped:
                 dropped, self._dropped = self._dropped, 0
                 with contextlib.suppress(queue.Full):

@@ -9,6 +9,7 @@ import re
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, TypeVar
+from weakref import WeakValueDictionary
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -28,6 +29,7 @@ _WORDS = {"missing": "is missing"}
 _VALUES = 100_000  # in the JSON of a request with images: each takes up to fifty times the memory of its letters
 _AT_ONCE = 2**16  # bytes of JSON that are read, and of a multipart body, while nothing else is done
 _READER = ThreadPoolExecutor(1, "mvmr-json")
+_TURNS: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by client
 
 Payload = bytes | Rejected
 Take = Callable[[int], None]  # hears of bytes before they are kept, and may raise Problem
@@ -85,15 +87,15 @@ async def read_body(request: Request, *, most: int, flag: str, seconds: float, t
     return b"".join(parts)
 
 
-async def images(request: Request, body: bytes, *, most: int, remote: Remote, take: Take) -> list[Payload]:
+async def images(request: Request, body: bytes, *, most: int, remote: Remote, take: Take, client: str) -> list[Payload]:
     """The images of a body, by its content type; each is there or has its own reason why not.
 
     Raises: Problem for a body of another type, not well-formed, without images, or with more than `most`.
     """
     kind = request.headers.get("content-type", "application/octet-stream").partition(";")[0].strip().lower()
     if kind == JSON:
-        asked = await apart(parse, Input, body, size=len(body))
-        return await from_texts(asked.texts, most=most, remote=remote, take=take)
+        asked = await apart(parse, Input, body, size=len(body), client=client)
+        return await from_texts(asked.texts, most=most, remote=remote, take=take, client=client)
     if kind == MULTIPART:
         return await _multipart(request, body, most)
     if kind == "application/octet-stream" or kind.startswith("image/"):
@@ -103,11 +105,16 @@ async def images(request: Request, body: bytes, *, most: int, remote: Remote, ta
     )
 
 
-async def apart(work: Callable[..., Result], *given: Any, size: int) -> Result:
-    """Do `work` with JSON of so many bytes: much of it in a thread, so that others are heard meanwhile."""
+async def apart(work: Callable[..., Result], *given: Any, size: int, client: str) -> Result:
+    """Do `work` with JSON of so many bytes: much of it in a thread, so that others are heard meanwhile.
+
+    client: whose it is; one has one piece of work at a time in that thread, so that others' waits for no crowd.
+    """
     if size <= _AT_ONCE:
         return work(*given)
-    return await asyncio.get_running_loop().run_in_executor(_READER, work, *given)
+    turn = _TURNS.setdefault(client, asyncio.Lock())
+    async with turn:
+        return await asyncio.get_running_loop().run_in_executor(_READER, work, *given)
 
 
 def warm_up() -> None:
@@ -134,10 +141,13 @@ def parse(model: type[Model], body: bytes, values: int = _VALUES) -> Model:
         raise Problem("invalid", f"{first['at']}: {first['problem']}", errors=found) from None
 
 
-async def from_texts(texts: Sequence[str], *, most: int, remote: Remote, take: Take) -> list[Payload]:
+async def from_texts(texts: Sequence[str], *, most: int, remote: Remote, take: Take, client: str) -> list[Payload]:
     """Decode base64 and data URLs, fetch what is an address; raises Problem for more than `most`."""
     check_count(len(texts), most)
-    return await together([_image(text, remote, take) for text in texts])
+    fetched = await together([remote.fetch(text, take) for text in texts if _ADDRESS.match(text)])
+    addresses = iter(fetched)
+    decoded = await apart(_decoded, texts, size=sum(map(len, texts)), client=client)
+    return [next(addresses) if each is None else each for each in decoded]
 
 
 def check_count(count: int, most: int) -> None:
@@ -149,9 +159,12 @@ def check_count(count: int, most: int) -> None:
         )
 
 
-async def _image(text: str, remote: Remote, take: Take) -> Payload:
-    if _ADDRESS.match(text):
-        return await remote.fetch(text, take)
+def _decoded(texts: Sequence[str]) -> list[Payload | None]:
+    """The bytes that each text stands for; None for an address."""
+    return [None if _ADDRESS.match(text) else _image(text) for text in texts]
+
+
+def _image(text: str) -> Payload:
     if text.startswith("data:"):
         head = _DATA_URL.match(text)
         if not head:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from mvmr.serve.batcher import Batcher
 from mvmr.serve.decode import Prepared, Rejected
 from mvmr.serve.decode_pool import DecodePool
 from mvmr.serve.engine import Engine
+from mvmr.serve.heap import trim
 from mvmr.serve.metrics import Metrics
 from mvmr.serve.payload import Payload, Take, warm_up
 from mvmr.serve.problems import Problem, busy
@@ -33,6 +35,8 @@ Floats = npt.NDArray[np.float32]
 _LARGE = "bodies under way take all the memory they may (four of --max-body-mb)"
 _BODIES = 4  # of the largest size, in memory at once
 _SPARE = 2  # decoders that one client leaves to the others
+_LARGE_BYTES = 2**22  # of bodies under way, after which memory is given back to the system
+_LAST_SECONDS = 2.0
 _BEAT = 0.5  # seconds between two signs of life of the event loop
 
 
@@ -71,6 +75,7 @@ class Service:
         )
         self._readiness = Readiness(engine, self._decoders, self._batcher, settings.stuck_seconds)
         self._bytes = Shares(_BODIES * settings.max_body)
+        self._was_large = False  # the bodies under way, since memory was last given back
         self._heart: asyncio.Task[None] | None = None
         self._beat = time.monotonic()
 
@@ -87,7 +92,7 @@ class Service:
         """End all threads; to be called when nothing is under way any more."""
         if self._heart:
             self._heart.cancel()
-        await self._batcher.stop(self.settings.grace)
+        await self._batcher.stop(_LAST_SECONDS)  # --grace is over
         await asyncio.to_thread(self._decoders.close)
 
     def reload_heads(self) -> None:
@@ -116,6 +121,7 @@ class Service:
 
         def take(count: int) -> None:
             nonlocal held
+            self._was_large = self._was_large or self._bytes.total > _LARGE_BYTES
             if not self._bytes.take(client, count):
                 raise busy(_LARGE, 1)
             held += count
@@ -148,14 +154,23 @@ class Service:
 
     async def fault(self) -> str | None:
         """Why the service is not ready, None when it is; in any event loop."""
-        found = await asyncio.shield(asyncio.wrap_future(self._readiness.fault()))
+        found = await asyncio.shield(asyncio.wrap_future(self.look()))
         fault = "draining: it has been told to stop" if self.draining else found
         self.metrics.ready.set(fault is None)
         return fault
 
+    def look(self) -> Future[str | None]:
+        """See whether it is ready, without waiting for it."""
+        verdict = self._readiness.fault()
+        verdict.add_done_callback(lambda done: self.metrics.ready.set(done.result() is None and not self.draining))
+        return verdict
+
     async def _live(self) -> None:
         while True:
             self._beat = time.monotonic()
+            if self._was_large and not self._bytes.total:
+                self._was_large = False
+                await asyncio.to_thread(trim)
             await asyncio.sleep(_BEAT)
 
     async def _outcome(self, payload: Payload, client: str) -> Outcome:

@@ -45,6 +45,8 @@ class ConnectionLimits:
         for name in ("total", "of_one", "head", "headers", "pipelined", "unsent"):
             _check_count(name, getattr(self, name))
         for name in ("head_seconds", "body_seconds", "answer_seconds", "idle_seconds"):
+            if getattr(self, name) == 0:
+                raise MvmrError(f"{name} = 0 leaves no time; give more")
             _check_seconds(name, getattr(self, name))
         for proxy in self.proxies:
             try:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import ipaddress
 from collections import Counter
+from collections.abc import Iterable
 
-_OF_THE_REST = 3  # a client may have that many times what it leaves
+_OF_THE_REST = 2  # a client may have that many times what it leaves
 _PREFIX = 64  # bits of an IPv6 address that tell one customer of a network from another
 
 
 class Shares:
     """An amount, such as places in a queue or bytes, of which clients take and give back.
 
-    A client gets no more than three quarters of what the others have left, so that the next finds a quarter of it, and
-    it takes many clients to leave nothing. The first that a client asks for it gets where there is as much.
+    A client gets no more than two thirds of what the others have left, so that the next finds a third of it, and it
+    takes many clients to leave nothing. Where nobody has any, one may have all.
     """
 
     def __init__(self, bound: float) -> None:
@@ -24,8 +25,7 @@ class Shares:
     def fits(self, client: str, count: int) -> bool:
         """Whether a client can have so much more."""
         left = self._bound - self.total - count
-        own = self._taken.get(client, 0)
-        return left >= 0 and (not own or own + count <= _OF_THE_REST * left)
+        return left >= 0 and (not self.total or self._taken[client] + count <= _OF_THE_REST * left)
 
     def take(self, client: str, count: int) -> bool:
         """Let a client have so much more; False, and nothing is taken, where it doesn't fit."""
@@ -41,6 +41,16 @@ class Shares:
         self._taken[client] -= count
         if self._taken[client] <= 0:
             del self._taken[client]
+
+
+def share_of(rest: int) -> int:
+    """How much a client may have of what the others have left."""
+    return -(-rest * _OF_THE_REST // (_OF_THE_REST + 1))
+
+
+def is_among(address: str, addresses: Iterable[str]) -> bool:
+    """Whether an address is one of some, however it is written: an IPv4 address may come as one of IPv6."""
+    return any(address.removeprefix("::ffff:") == each.removeprefix("::ffff:") for each in addresses)
 
 
 def owner_of(address: str) -> str:

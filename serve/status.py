@@ -38,7 +38,7 @@ async def readyz(request: Request) -> Response:
 @probes.get("/metrics", responses=openapi.TEXT)
 async def prometheus(request: Request) -> Response:
     """Counters for Prometheus."""
-    await service_of(request).fault()  # whether it is ready is among them
+    service_of(request).look()  # whether it is ready is among them, as of the last look
     return Response(service_of(request).metrics.text(), media_type=metrics.CONTENT_TYPE)
 
 

@@ -174,7 +174,7 @@ def test_no_client_takes_all_the_room() -> None:
     async def test(tested: Batcher, engine: Engine) -> None:
         with tested.room(60, "many"):
             assert tested.refusal("many") is None
-            with tested.room(15, "many"):
+            with tested.room(6, "many"):
                 refusal = tested.refusal("many")
                 assert refusal is not None
                 assert refusal.name == "busy"
@@ -218,7 +218,7 @@ def test_rooms_are_bounded_and_given_back() -> None:
             ):
                 raise AssertionError
             assert (caught.value.name, caught.value.headers) == ("busy", {"retry-after": "1"})
-            with tested.room(2, "another"):
+            with tested.room(1, "another"):
                 pass
         with pytest.raises(ZeroDivisionError), tested.room(5):
             raise ZeroDivisionError

@@ -22,7 +22,7 @@ from mvmr.serve import decode_pool, decoder
 from mvmr.serve.decode import Limits, Prepared, Rejected, prepare
 from mvmr.serve.decode_pool import DecodePool
 from mvmr.serve.items import LocalFile
-from tests.serving import PREPROCESS, SLOW, encoded, jpeg
+from tests.serving import PREPROCESS, SLOW, encoded, jpeg, wait_until
 
 LIMITS = Limits(seconds=0.5)
 _SECONDS = 60
@@ -104,6 +104,33 @@ def test_one_client_s_slow_images_leave_decoders_to_the_others() -> None:
         slow = [pool.submit(SLOW, "a") for _ in range(9)]
         assert prepared(pool, jpeg(), "b").width
         assert not any(each.done() for each in slow)
+
+
+def test_slow_images_of_many_clients_make_way_for_another() -> None:
+    with DecodePool(PREPROCESS, Limits(seconds=60), processes=2, spare=2) as pool:
+        slow = [pool.submit(SLOW, f"client {number}") for number in range(8)]
+        for number in range(3):
+            assert prepared(pool, jpeg(), f"another {number}").width
+        assert not any(each.done() for each in slow)
+
+
+def test_what_takes_long_and_makes_way_has_its_time_in_all() -> None:
+    with DecodePool(PREPROCESS, Limits(seconds=1), processes=1) as pool:
+        slow = pool.submit(SLOW, "slow")
+        while not slow.done():
+            assert prepared(pool, jpeg(), "another").width
+        found = slow.result()
+        assert isinstance(found, Rejected)
+        assert found.code == "too-slow"
+
+
+def test_images_of_who_has_gone_are_kept_no_longer() -> None:
+    with DecodePool(PREPROCESS, Limits(seconds=60), processes=1, spare=1) as pool:
+        pool.submit(SLOW, "one")
+        waiting = [pool.submit(jpeg(), "one") for _ in range(100)]
+        for each in waiting:
+            each.cancel()
+        wait_until(lambda: not pool._waiting, "their end")
 
 
 def test_what_takes_long_gets_less_of_the_processors() -> None:

@@ -742,7 +742,10 @@ def test_with_a_valid_key_all_is_as_without(engine: Engine, headers: dict[str, s
         assert client.post("/v1/embed", content=jpeg(), headers=headers).status_code == 200
 
 
-@pytest.mark.parametrize("place", ["/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"])
+PROBES = ["/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready", "/v2/models/student/ready"]
+
+
+@pytest.mark.parametrize("place", PROBES)
 def test_probes_need_no_key(engine: Engine, place: str) -> None:
     with serve(engine, api_keys=(KEY,)) as client:
         assert client.get(place).status_code == 200
@@ -983,20 +986,39 @@ def test_who_has_gone_is_dropped_before_inference(engine: Engine, place: str) ->
     assert count(app, "mvmr_images_total", outcome="embedded") == 2
 
 
+def test_who_finds_no_room_hears_so_before_his_body_has_come(engine: Engine) -> None:
+    session = Session()
+    app = create_app(session.within(engine), Settings(queue=1, max_items=1))
+
+    async def whole() -> httpx2.Response:
+        async with app.router.lifespan_context(app):
+            with session.held():
+                first = asyncio.create_task(post(app, jpeg()))
+                await asyncio.to_thread(session.begun)
+                refused = await post(app, b"", more=True, client="another")  # whose body never comes
+            assert (await first).status_code == 200
+            return refused
+
+    refused = asyncio.run(whole())
+    assert problem(refused) == "busy"
+    assert "--queue" in refused.json()["detail"]
+    assert count(app, "mvmr_http_requests_total", endpoint="/v1/embed", status="429") == 1
+
+
 def test_bodies_under_way_take_only_so_much_memory(engine: Engine) -> None:
     app = create_app(engine, Settings(max_body=1000))
 
     async def whole() -> httpx2.Response:
         async with app.router.lifespan_context(app):
-            waiting = [asyncio.create_task(post(app, bytes(1000), more=True)) for _ in range(3)]
+            waiting = [asyncio.create_task(post(app, bytes(1000), more=True)) for _ in range(2)]
             await asyncio.sleep(0)
+            while app.state.service._bytes.total < 2000:
+                await asyncio.sleep(0)
+            assert problem(await post(app, bytes(1000), more=True)) == "busy"  # what is left is for others
+            waiting.append(asyncio.create_task(post(app, bytes(1000), more=True, client="another")))
             while app.state.service._bytes.total < 3000:
                 await asyncio.sleep(0)
-            assert problem(await post(app, bytes(1000), more=True)) == "busy"  # the last quarter is for others
-            waiting.append(asyncio.create_task(post(app, bytes(1000), more=True, client="another")))
-            while app.state.service._bytes.total < 4000:
-                await asyncio.sleep(0)
-            refused = await post(app, b"1", client="a third")
+            refused = await post(app, bytes(700), client="a third")
             for task in waiting:
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)

@@ -11,10 +11,12 @@ import ssl
 from collections.abc import Callable
 from functools import partial
 
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+
+from mvmr.serve.http import heads
 from mvmr.serve.http.connection import Connection
 from mvmr.serve.http.connections import Connections
 from mvmr.serve.problems import Problem
-from mvmr.serve.shares import owner_of
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ class Acceptor:
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self._door, self._connections, self._make, self._tls = door, connections, make, tls
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._connecting: dict[Connection, asyncio.Task[None]] = {}
 
     def start(self) -> None:
         """Begin; to be called in the running event loop."""
@@ -54,8 +56,8 @@ class Acceptor:
         if self._door.fileno() >= 0:
             self._loop.remove_reader(self._door.fileno())
             self._door.close()
-        for task in self._tasks:  # those that would only just begin
-            task.cancel()
+        for connection in self._connecting:
+            connection.abort()
 
     def _accept(self) -> None:
         for _ in range(_AT_ONCE):
@@ -64,19 +66,18 @@ class Acceptor:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                if error.errno not in _NO_FILES:
-                    raise
+                if error.errno not in _NO_FILES:  # of the network, and of that connection alone: see accept(2)
+                    continue
                 if not self._connections.make_room():
                     self._loop.remove_reader(self._door.fileno())
                     self._loop.call_later(_PAUSE, self._resume)
                 return
-            owner = owner_of(str(address[0]) if isinstance(address, tuple) else "")
-            connection = self._make(owner)
+            connection = self._make(self._connections.owner_of(str(address[0])))
             if not self._connections.admit(connection):
                 self._send_away(peer)
                 continue
-            task = connection.connecting = self._loop.create_task(self._connect(peer, connection))
-            self._tasks.add(task)
+            connection.peer = peer
+            task = self._connecting[connection] = self._loop.create_task(self._connect(peer, connection))
             task.add_done_callback(partial(self._connected, peer, connection))
 
     def _resume(self) -> None:
@@ -88,17 +89,20 @@ class Acceptor:
             peer.setblocking(False)
             if self._tls is None:
                 answer = _FULL.response("")
-                head = b"".join(b"%s: %s\r\n" % pair for pair in answer.raw_headers)
-                peer.send(b"HTTP/1.1 %d \r\n%sconnection: close\r\n\r\n%s" % (answer.status_code, head, answer.body))
+                head = STATUS_LINE[answer.status_code]
+                peer.send(heads.write_answer(head, answer.raw_headers, bytes(answer.body)))
 
     async def _connect(self, peer: socket.socket, connection: Connection) -> None:
         timeout = self._connections.limits.head_seconds if self._tls else None
         await self._loop.connect_accepted_socket(lambda: connection, peer, ssl=self._tls, ssl_handshake_timeout=timeout)
 
     def _connected(self, peer: socket.socket, connection: Connection, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if task.cancelled() or (error := task.exception()):  # to make room, or what came was no handshake
+        del self._connecting[connection]
+        connection.peer = None
+        error = None if task.cancelled() else task.exception()
+        if error or task.cancelled():  # what came was no handshake, or the loop ends
             self._connections.remove(connection)
+            self._connections.count("no-handshake")
             peer.close()
-            if not task.cancelled() and not isinstance(error, OSError):
-                logger.error("a connection failed", exc_info=error)
+        if error and not isinstance(error, OSError):
+            logger.error("a connection failed", exc_info=error)

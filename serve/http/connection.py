@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import re
+import socket
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import httptools
@@ -12,12 +14,10 @@ from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
+from mvmr.serve.http import heads
 from mvmr.serve.http.connections import Connections
 from mvmr.serve.problems import Problem
 
-_HOST = re.compile(rb"[\w.~!$&'()*+,;=%:\[\]-]*", re.ASCII)
-# Of a request that asks for another protocol; none is spoken here, so it is answered as if it did not.
-_UPGRADE = frozenset({b"upgrade", b"http2-settings", b"connection"})
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _ASK_AGAIN = 0.25  # seconds until a client that has closed its side is asked a second time whether it is still there
 _LINGER = 2.0  # seconds for a client to read why it was refused
@@ -39,7 +39,7 @@ class Connection(HttpToolsProtocol):
     A request whose head or body is not as it may be is refused by a problem document, and the connection ends.
 
     owner: whose the connection is, for `connections`, which it is one of.
-    connecting: what makes it, until it is made.
+    peer: the socket, until it is connected.
     """
 
     def __init__(
@@ -47,11 +47,12 @@ class Connection(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, state, app_state)
         self.owner = owner
-        self.connecting: asyncio.Task[None] | None = None
+        self.peer: socket.socket | None = None
         self._all, self._limits = connections, connections.limits
         self._stage, self._since = _Stage.CONNECTING, 0.0
         self._running: RequestResponseCycle | None = None  # `cycle` is the last that came, which may have to wait
-        self._heads = self._head_bytes = self._pieces = self._body_bytes = 0
+        self._heads_begun = self._head_bytes = self._pieces = self._body_bytes = 0
+        self._waiting_bytes = 0  # of heads whose requests wait for the answers of others
         self._refusal: Problem | None = None
         self._unread_since: float | None = None
         self._closing_since: float | None = None
@@ -63,6 +64,7 @@ class Connection(HttpToolsProtocol):
         self._stage, self._since = _Stage.FRESH, self.loop.time()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._unset_keepalive_if_required()
         self.pipeline.clear()
         if self._running is not None:  # uvicorn thinks of the last request alone
             self._running.disconnected = True
@@ -71,12 +73,13 @@ class Connection(HttpToolsProtocol):
         self._all.remove(self)
 
     def data_received(self, data: bytes) -> None:
-        self._unset_keepalive_if_required()
         if self._stage is _Stage.REFUSED:
             return
         if self._stage in (_Stage.FRESH, _Stage.IDLE):
+            if not data.strip(b"\r\n"):  # RFC 9112, 2.2: an empty line before a request means nothing
+                return
             self._begin_head()
-        heads = self._heads
+        begun, before = self._heads_begun, self._head_bytes
         while data:
             try:
                 self.parser.feed_data(data)
@@ -87,8 +90,9 @@ class Connection(HttpToolsProtocol):
                 reason = " ".join(str(error).split()) or "it is not HTTP/1.1"
                 self._refuse(self._refusal or Problem("malformed", f"the request can't be read: {reason}"))
                 return
-        if self._stage is _Stage.HEAD and self._heads == heads:  # a head that has begun in these bytes is short so far
-            self._head_bytes += len(data)
+        # a head that has begun in these bytes is short so far
+        if self._stage is _Stage.HEAD and self._heads_begun == begun:
+            self._head_bytes = before + len(data)
             if self._head_bytes > self._limits.head:
                 self._refuse(self._large_head())
 
@@ -106,22 +110,20 @@ class Connection(HttpToolsProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         self._unread_since = self.loop.time()
+        self._all.set_busy(self)
         self._all.set_unread(self, True)
 
     def resume_writing(self) -> None:
         super().resume_writing()
         self._unread_since = None
         self._all.set_unread(self, False)
-
-    def timeout_keep_alive_handler(self) -> None:
-        # closing would wait for the client to take what it has not read, and for its answer under TLS
-        self.abort()
+        self._note_idle()
 
     # What the parser tells
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._heads += 1
+        self._heads_begun += 1
         if self._stage is not _Stage.HEAD:
             self._begin_head()
         self._head_bytes = 0
@@ -133,28 +135,25 @@ class Connection(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._add_to_head(len(name) + len(value))
+        if self._stage is _Stage.BODY:  # a trailer, which is no header: who trusts a proxy trusts what that has set
+            return
         if len(self.headers) >= self._limits.headers:
             self._stop(Problem("large-head", f"more than {self._limits.headers} headers (--max-headers); send fewer"))
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._head_bytes = 0
+        head_bytes, self._head_bytes = self._head_bytes, 0
         self._stage, self._since, self._pieces, self._body_bytes = _Stage.BODY, self.loop.time(), 0, 0
-        hosts = [value for name, value in self.headers if name == b"host"]
-        if len(hosts) > 1 or (not hosts and self.parser.get_http_version() == "1.1"):
-            self._stop(Problem("malformed", f"a request has one Host header, this one has {len(hosts)}"))
-        if hosts and not _HOST.fullmatch(hosts[0]):
-            self._stop(Problem("malformed", "the Host header is not the name of a host"))
-        if self.parser.get_method() == b"CONNECT":
-            self._stop(
-                Problem("wrong-method", "this is no proxy: CONNECT is not taken", headers={"allow": "GET, POST"})
-            )
+        self._all.set_busy(self)
+        if problem := heads.find_fault(self.parser.get_method(), self.parser.get_http_version(), self.headers):
+            self._stop(problem)
         if self.parser.should_upgrade():
             self._upgrading = True
             return
-        if len(self.pipeline) >= self._limits.pipelined:
-            told = f"more than {self._limits.pipelined} requests were sent before their answers (--max-pipelined)"
-            self._stop(Problem("malformed", f"{told}; wait for some"))
+        self._waiting_bytes = head_bytes + (self._waiting_bytes if self.pipeline else 0)
+        if len(self.pipeline) >= self._limits.pipelined or (self.pipeline and self._waiting_bytes > self._limits.head):
+            told = f"more than {self._limits.pipelined} requests (--max-pipelined), or more bytes than a head may have"
+            self._stop(Problem("malformed", f"{told}, were sent before their answers; wait for some"))
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -175,17 +174,24 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
-        super()._start_asgi_task(cycle, app)
+        self._all.begin(self.owner, partial(self._begin, cycle, app))
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self._unset_keepalive_if_required()  # `check` looks at that
+        if self._stage is _Stage.IDLE:
+            self._since = self.loop.time()
         self._note_idle()
 
     def shutdown(self) -> None:
-        if self._running is None or (self._running.response_complete and not self.pipeline):
-            self.abort()  # to close an idle connection takes an answer of its client under TLS, and idle ones give none
-        else:
+        if self._stage in (_Stage.CONNECTING, _Stage.REFUSED):
+            return  # it ends soon
+        if self._is_answering or self.pipeline:
             super().shutdown()
+        elif self.unsent:
+            self.transport.close()
+        else:
+            self.abort()  # to close takes an answer of the client under TLS, and idle ones give none
 
     # What `Connections` asks
 
@@ -196,12 +202,11 @@ class Connection(HttpToolsProtocol):
 
     def abort(self) -> None:
         """End it at once, whatever has not been sent."""
-        if self._stage is _Stage.CONNECTING:
-            if self.connecting:
-                self.connecting.cancel()
-            return
-        self._unset_keepalive_if_required()
-        self.transport.abort()
+        if self._stage is not _Stage.CONNECTING:
+            self.transport.abort()
+        elif self.peer is not None:  # then it ends as by its client's wish
+            with suppress(OSError):
+                self.peer.shutdown(socket.SHUT_RDWR)
 
     def check(self, now: float) -> None:
         """End it where it takes too long."""
@@ -212,12 +217,16 @@ class Connection(HttpToolsProtocol):
             self._closing_since = self._closing_since or now
             if now - self._closing_since > limits.answer_seconds:
                 self.abort()
+        elif self._unread_since is not None:
+            if now - self._unread_since > limits.answer_seconds:
+                self._all.note("slow-answer", "a client has not read its answer for %g s", limits.answer_seconds)
+                self.abort()
         elif self._stage is _Stage.REFUSED:
             if since > _LINGER and not self._is_answering:
                 self.abort()
-        elif self._unread_since is not None and now - self._unread_since > limits.answer_seconds:
-            self._all.note("slow-answer", "a client has not read its answer for %g s", limits.answer_seconds)
-            self.abort()
+        elif self._stage is _Stage.IDLE:
+            if since > limits.idle_seconds and not self._is_answering:
+                self.abort()
         elif self._stage is _Stage.FRESH and since > limits.head_seconds:
             self.abort()
         elif self._stage is _Stage.HEAD and since > limits.head_seconds and not self._is_answering:
@@ -226,16 +235,21 @@ class Connection(HttpToolsProtocol):
         elif self._stage is _Stage.BODY and since > limits.body_seconds and not self._is_answering:
             self.abort()  # it has its answer, and its body still comes
 
+    def _begin(self, cycle: RequestResponseCycle, app: Any) -> bool:
+        if not cycle.disconnected:
+            super()._start_asgi_task(cycle, app)
+        return not cycle.disconnected
+
     @property
     def _is_answering(self) -> bool:
-        return self._running is not None and not self._running.response_complete
+        running = self._running
+        return running is not None and not (running.response_complete or running.disconnected)
 
     def _begin_head(self) -> None:
         self._stage, self._since, self._head_bytes = _Stage.HEAD, self.loop.time(), 0
-        self._all.set_busy(self)
 
     def _note_idle(self) -> None:
-        if self._stage is _Stage.IDLE and not self._is_answering:
+        if self._stage is _Stage.IDLE and not self._is_answering and self._unread_since is None:
             self._all.set_idle(self)
 
     def _add_to_head(self, count: int) -> None:
@@ -255,20 +269,20 @@ class Connection(HttpToolsProtocol):
 
     def _without_upgrade(self, rest: bytes) -> bytes:
         """The request once more, without its wish for another protocol, and what came behind its head."""
-        version, method = self.parser.get_http_version(), self.parser.get_method()
-        lines = [b"%s %s HTTP/%s" % (method, self.url, version.encode())]
-        lines += [b"%s: %s" % (name, value) for name, value in self.headers if name not in _UPGRADE]
-        if not self.parser.should_keep_alive():
-            lines.append(b"connection: close")
+        version, close = self.parser.get_http_version(), not self.parser.should_keep_alive()
+        head = heads.drop_upgrade(self.parser.get_method(), self.url, version, self.headers, close=close)
         self.parser = httptools.HttpRequestParser(self)
-        return b"\r\n".join(lines) + b"\r\n\r\n" + rest
+        return head + rest
 
     def _refuse(self, problem: Problem) -> None:
         """Answer with a problem document and end, after the requests before this one have been answered."""
         self._all.count(problem.name)
+        in_body = self._stage is _Stage.BODY and self._refusal is None
         self._stage, self._since = _Stage.REFUSED, self.loop.time()
         running = self._running
-        if running is None or running.response_complete:
+        if in_body and running is self.cycle and running is not None and running.response_complete:
+            self.abort()  # it has had its answer, and its body still came
+        elif running is None or running.response_complete:
             self._write(problem)
         elif self.pipeline or not running.more_body:  # those that came whole have their answers
             if self.cycle.more_body:
@@ -279,14 +293,14 @@ class Connection(HttpToolsProtocol):
             self.abort()
         else:
             running.disconnected = True
+            running.waiting_for_100_continue = False
             running.message_event.set()
             self._write(problem)
 
     def _write(self, problem: Problem) -> None:
         answer = problem.response(getattr(self, "url", b"").decode("latin-1"))
-        headers = [*self.server_state.default_headers, *answer.raw_headers, (b"connection", b"close")]
-        head = b"".join(b"%s: %s\r\n" % pair for pair in headers)
-        self.transport.write(b"%s%s\r\n%s" % (STATUS_LINE[answer.status_code], head, answer.body))
+        headers = [*self.server_state.default_headers, *answer.raw_headers]
+        self.transport.write(heads.write_answer(STATUS_LINE[answer.status_code], headers, bytes(answer.body)))
         # what it still sends is dropped for a while: closed at once, it might never read the answer
         if self.transport.can_write_eof():
             self.transport.write_eof()

@@ -9,11 +9,13 @@ import os
 import resource
 import time
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from mvmr.serve.http.turns import Turns
 from mvmr.serve.metrics import Metrics
 from mvmr.serve.settings import ConnectionLimits
-from mvmr.serve.shares import owner_of
+from mvmr.serve.shares import is_among, owner_of, share_of
 
 if TYPE_CHECKING:
     from mvmr.serve.http.connection import Connection
@@ -28,19 +30,21 @@ _KEPT = 48  # files that the service itself may open on top of those it has: dec
 class Connections:
     """Counts connections by whose they are, and ends those that are in others' way or take too long.
 
+    turns: in which their requests begin; closing: set when no more of them are taken.
+
     Where there is no room, the longest idle connection of whoever has the most goes; one at which a request is under
     way never does. Where all are busy, newcomers are refused.
     """
 
     def __init__(self, limits: ConnectionLimits, metrics: Metrics) -> None:
-        self.limits, self._metrics = limits, metrics
+        self.limits, self.turns, self._metrics = limits, Turns(), metrics
         self._most = min(limits.total, _room_for_files())
-        self._unlimited = frozenset(map(owner_of, limits.proxies))
         self._counts: Counter[str] = Counter()
         self._idle: dict[str, OrderedDict[Connection, None]] = {}
         self._all: set[Connection] = set()
         self._unread: set[Connection] = set()
         self._said: dict[str, float] = {}
+        self.closing = False
         if self._most < limits.total:
             logger.warning(
                 "%d connections at most, not %d: this process may open no more files; raise it by `ulimit -n`",
@@ -49,15 +53,15 @@ class Connections:
 
     def admit(self, connection: Connection) -> bool:
         """Count a new connection, for which another may have to go; False where there is no room."""
-        own = self._counts[connection.owner]
-        if own >= self.limits.of_one and connection.owner not in self._unlimited and not self._evict(connection.owner):
-            self.note("too-many-connections", "an address has the %d connections it may have", self.limits.of_one)
+        owner = connection.owner
+        if not self._has_share(owner) and not self._evict(owner):
+            self.note("too-many-connections", "an address has all the connections it may have, %d", self._counts[owner])
             return False
         if len(self._all) >= self._most and not (self._idle and self._evict(self._largest())):
             self.note("too-many-connections", "all %d connections are in use; more are refused", self._most)
             return False
         self._all.add(connection)
-        self._counts[connection.owner] += 1
+        self._counts[owner] += 1
         self.set_idle(connection)
         return True
 
@@ -102,13 +106,29 @@ class Connections:
         return bool(self._idle) and self._evict(self._largest())
 
     async def watch(self) -> None:
-        """End what takes too long, again and again."""
+        """End what takes too long, again and again; and when no more is taken, what has nothing under way."""
         while True:
             await asyncio.sleep(_TICK)
             now = asyncio.get_running_loop().time()
             for connection in list(self._all):
-                connection.check(now)
+                try:
+                    connection.check(now)
+                    if self.closing:
+                        connection.shutdown()
+                except Exception:  # of one, which must not keep the others from their end
+                    logger.exception("a connection can't be ended")
             self._metrics.connections.set(len(self._all))
+
+    def owner_of(self, address: str) -> str:
+        """Whose a connection from an address is; a trusted proxy's its own."""
+        return address if is_among(address, self.limits.proxies) else owner_of(address)
+
+    def begin(self, owner: str, begin: Callable[[], bool]) -> None:
+        """Begin a request; of an owner that has begun many already, a little later."""
+        if is_among(owner, self.limits.proxies):
+            begin()
+        else:
+            self.turns.take(owner, begin)
 
     def count(self, cause: str) -> None:
         """Count a problem by its cause."""
@@ -121,6 +141,12 @@ class Connections:
         if now - self._said.get(words, -_QUIET) >= _QUIET:
             self._said[words] = now
             logger.warning(f"{words} (said once a minute; mvmr_errors_total counts {cause})", *values)
+
+    def _has_share(self, owner: str) -> bool:
+        """Whether an owner may have one more connection beside those of others; the first is no question of shares."""
+        own = self._counts[owner]
+        may = min(self.limits.of_one, share_of(self._most - len(self._all) + own))
+        return own < max(1, may) or is_among(owner, self.limits.proxies)
 
     def _largest(self) -> str:
         """Who has the most connections, of those that have an idle one."""

@@ -35,15 +35,15 @@ class Server(uvicorn.Server):
         tls_cert: str | None = None,
         tls_key: str | None = None,
     ) -> None:
+        mapped = [f"::ffff:{each}" for each in limits.proxies if "." in each]  # as they come to an address of IPv6
         config = uvicorn.Config(
             app,  # type: ignore[arg-type]
             http="httptools", ws="none", lifespan=lifespan, log_config=None, access_log=False, server_header=False,
-            proxy_headers=bool(limits.proxies), forwarded_allow_ips=list(limits.proxies),
-            timeout_keep_alive=limits.idle_seconds,  # type: ignore[arg-type]
+            proxy_headers=bool(limits.proxies), forwarded_allow_ips=[*limits.proxies, *mapped],
             timeout_graceful_shutdown=max(1, round(grace)), ssl_certfile=tls_cert, ssl_keyfile=tls_key,
         )  # fmt: skip
         super().__init__(config)
-        self._door, self._connections = door, Connections(limits, metrics)
+        self._door, self._limits, self._metrics = door, limits, metrics
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -51,16 +51,18 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=[])
-        self._acceptor = Acceptor(self._door, self._connections, self._connection, self.config.ssl)
+        self._connections = Connections(self._limits, self._metrics)  # now that the files of everything else are open
+        self._acceptor = Acceptor(self._door, self._connections, self._make_connection, self.config.ssl)
         self._acceptor.start()
         self._watch = asyncio.ensure_future(self._connections.watch())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._acceptor.stop()
+        self._connections.closing = True
         await super().shutdown(sockets=[])
         self._watch.cancel()
 
-    def _connection(self, owner: str) -> Connection:
+    def _make_connection(self, owner: str) -> Connection:
         return Connection(
             self.config, self.server_state, self.lifespan.state, connections=self._connections, owner=owner
         )
