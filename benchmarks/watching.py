@@ -43,19 +43,26 @@ class Client(Watcher):
         self._port, self._picture = port, picture
         self._seconds: list[float] = []
         self._statuses: dict[str, int] = {}
+        self._began = 0.0  # of the request that waits for its answer
 
     def reset(self) -> dict[str, Any]:
-        """Seconds of the requests that were answered with 200, and all by status."""
+        """Seconds of the requests that were answered with 200, and all by status.
+
+        One that has been waiting for a second counts as if it were answered now: it may never be.
+        """
         with self._lock:
             found = {"seconds": self._seconds, "statuses": self._statuses}
             self._seconds, self._statuses = [], {}
+            if self._began and (waited := time.perf_counter() - self._began) > 1:
+                found["seconds"].append(waited)
+                found["statuses"]["waiting"] = 1
         return found
 
     def _run(self) -> None:
         headers = {"content-type": "image/jpeg", "accept": "application/x-mvmr-float32"}
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=_WAIT)
         while not self._stop.is_set():
-            began = time.perf_counter()
+            began = self._began = time.perf_counter()
             try:
                 connection.request("POST", "/v1/embed", self._picture, headers)
                 answer = connection.getresponse()
@@ -66,6 +73,7 @@ class Client(Watcher):
                 status = type(error).__name__
             seconds = time.perf_counter() - began
             with self._lock:
+                self._began = 0.0
                 self._statuses[status] = self._statuses.get(status, 0) + 1
                 if status == "200":
                     self._seconds.append(seconds)

@@ -223,7 +223,7 @@ class DecodePool:
             if kind == "large":
                 with self._lock:
                     if process.jobs:  # none where it has been killed
-                        process.waits = True
+                        process.waits = process.large = True
                         self._large.append(process.jobs[0])
                         self._admit()
                 continue
@@ -236,6 +236,8 @@ class DecodePool:
             with self._lock:
                 jobs, outcomes = process.jobs, process.outcomes(rest[0])
                 process.jobs = []
+                if process.large:  # what it keeps of that memory others would lack: another takes its place
+                    process.kill()
                 self._assign()
             for job, outcome in zip(jobs, outcomes, strict=False):  # none where it has been killed
                 _settle(job, outcome)

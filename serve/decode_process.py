@@ -73,6 +73,7 @@ def _decode(connection: int, memory: int, preprocess: Preprocess, limits: Limits
         while not reader.ended:
             # the parent lowers the priority of a thread that takes long, and it can't be raised again
             thread = threading.Thread(target=reader.run)
+            reader.allow(resource.RLIM_INFINITY)  # one that finds no memory to begin with would be waited for for ever
             thread.start()
             thread.join()
 
@@ -85,11 +86,11 @@ class _Reader:
         self.hashed = hashed
         self.lines = parent.makefile("rb")
         self.ended, self.pixels = False, 0
-        self._allow(limits.memory / 3)
 
     def run(self) -> None:
         """Answer until the parent ends, or has lowered this thread's priority."""
         priority = os.getpriority(os.PRIO_PROCESS, 0)
+        self.allow(self.limits.memory / 3)
         self._say("ready", threading.get_native_id())
         while os.getpriority(os.PRIO_PROCESS, 0) == priority:
             line = self.lines.readline()
@@ -130,7 +131,7 @@ class _Reader:
     def _prepare(self, data: bytes) -> Prepared | Rejected:
         outcome = prepare(data, self.preprocess, self.limits, before=self._ask)
         if self.limits.is_large(self.pixels):
-            self._allow(self.limits.memory / 3)
+            self.allow(self.limits.memory / 3)
         if self.hashed and isinstance(outcome, Prepared):
             return replace(outcome, sha256=hashlib.sha256(data).hexdigest())
         return outcome
@@ -140,9 +141,10 @@ class _Reader:
         if self.limits.is_large(pixels):
             self._say("large")
             self.lines.readline()  # comes when there is memory for it
-            self._allow(self.limits.memory)
+            self.allow(self.limits.memory)
 
-    def _allow(self, memory: float) -> None:
+    def allow(self, memory: float) -> None:
+        """Set how much memory this process may have."""
         with contextlib.suppress(OSError, ValueError):  # a system that has no such limit
             resource.setrlimit(resource.RLIMIT_DATA, (int(memory), resource.RLIM_INFINITY))
 

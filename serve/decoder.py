@@ -60,7 +60,7 @@ class Decoder:
     """A process that decodes.
 
     ready: it has started; killed: it will end; thread: that decodes there; jobs: what it is at
-    waits: for the memory that a large image takes
+    waits: for the memory that a large image takes; large: it has had it, and keeps some of it
     since: when it began, by the clock; base: what it had taken of a processor before, in seconds
     """
 
@@ -71,6 +71,7 @@ class Decoder:
     thread: int = 0
     jobs: list[Job] = field(default_factory=list)
     waits: bool = False
+    large: bool = False
     since: float = 0.0
     base: float = 0.0
 

@@ -141,6 +141,14 @@ def test_what_takes_long_gets_less_of_the_processors() -> None:
         answer.cancel()
 
 
+def test_a_large_image_leaves_no_less_memory_to_those_after_it() -> None:
+    large = encoded(Image.new("L", (7000, 7000)), "PNG")
+    with DecodePool(PREPROCESS, Limits(seconds=_SECONDS, memory=450 * 2**20), processes=1) as pool:
+        for _ in range(4):
+            assert prepared(pool, large).width == 7000
+            assert prepared(pool, jpeg()).width
+
+
 def test_a_cancelled_image_is_not_decoded_on() -> None:
     with DecodePool(PREPROCESS, Limits(seconds=_SECONDS), processes=1) as pool:
         slow, waiting = pool.submit(SLOW), pool.submit(SLOW)
