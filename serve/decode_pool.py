@@ -133,6 +133,7 @@ class DecodePool:
                         self._assign()
                 else:
                     self._hear(key.data)
+                    self._fill()  # at once: after a large image, a process is missing
         with self._lock:
             for process in self._processes:
                 for job in process.jobs:

@@ -63,9 +63,8 @@ class Edge:
             else:
                 await self._app(scope, receive, answer)
         finally:
-            endpoint = getattr(
-                scope.get("route", refused_at), "path", "other"
-            )  # never the path as it came: strangers could make up millions
+            # never the path as it came: strangers could make up millions
+            endpoint = getattr(scope.get("route", refused_at), "path", "other")
             self._service.metrics.requests.labels(endpoint, status).inc()
             self._service.metrics.request_seconds.labels(endpoint).observe(time.perf_counter() - began)
 

@@ -155,9 +155,7 @@ class Service:
     async def fault(self) -> str | None:
         """Why the service is not ready, None when it is; in any event loop."""
         found = await asyncio.shield(asyncio.wrap_future(self.look()))
-        fault = "draining: it has been told to stop" if self.draining else found
-        self.metrics.ready.set(fault is None)
-        return fault
+        return "draining: it has been told to stop" if self.draining else found
 
     def look(self) -> Future[str | None]:
         """See whether it is ready, without waiting for it."""

@@ -221,6 +221,16 @@ def test_who_stays_after_he_was_refused_is_not_kept(service: Running) -> None:
         serving.wait_until(lambda: connections(service) < 10, "their end", service)
 
 
+@pytest.mark.parametrize("body", [b"nothing\r\n", b"1\r\na\r\n" * 5000])
+def test_a_body_that_cannot_be_read_is_no_second_answer(service: Running, body: bytes) -> None:
+    with connected(service) as opened:
+        opened.sendall(b"POST /nowhere HTTP/1.1\r\n" + HOST + b"transfer-encoding: chunked\r\n\r\n")
+        assert opened.recv(12) == b"HTTP/1.1 404"
+        time.sleep(0.2)
+        opened.sendall(body)
+        assert b"HTTP/1.1" not in everything(opened)
+
+
 def test_trailers_are_no_headers(path: Path, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("0123456789abcdef\n")
     chunked = b"POST /v1/embed HTTP/1.1\r\n" + HOST + b"transfer-encoding: chunked\r\n\r\n0\r\n"

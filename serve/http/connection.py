@@ -98,8 +98,7 @@ class Connection(HttpToolsProtocol):
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """A client that sends no more may still read, or may have gone; only writing to it shows which."""
-        running = self._running
-        half_open = self._stage is _Stage.IDLE and running is not None and not running.response_complete
+        half_open = self._stage is _Stage.IDLE and self._is_answering
         if not half_open or self.scheme == "https":
             return False
         self.cycle.keep_alive = False
@@ -143,8 +142,6 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         head_bytes, self._head_bytes = self._head_bytes, 0
-        self._stage, self._since, self._pieces, self._body_bytes = _Stage.BODY, self.loop.time(), 0, 0
-        self._all.set_busy(self)
         if problem := heads.find_fault(self.parser.get_method(), self.parser.get_http_version(), self.headers):
             self._stop(problem)
         if self.parser.should_upgrade():
@@ -155,6 +152,8 @@ class Connection(HttpToolsProtocol):
             told = f"more than {self._limits.pipelined} requests (--max-pipelined), or more bytes than a head may have"
             self._stop(Problem("malformed", f"{told}, were sent before their answers; wait for some"))
         super().on_headers_complete()
+        self._stage, self._since, self._pieces, self._body_bytes = _Stage.BODY, self.loop.time(), 0, 0
+        self._all.set_busy(self)
 
     def on_body(self, body: bytes) -> None:
         self._pieces += 1
@@ -277,10 +276,10 @@ class Connection(HttpToolsProtocol):
     def _refuse(self, problem: Problem) -> None:
         """Answer with a problem document and end, after the requests before this one have been answered."""
         self._all.count(problem.name)
-        in_body = self._stage is _Stage.BODY and self._refusal is None
+        in_body = self._stage is _Stage.BODY
         self._stage, self._since = _Stage.REFUSED, self.loop.time()
         running = self._running
-        if in_body and running is self.cycle and running is not None and running.response_complete:
+        if in_body and self.cycle.response_complete:
             self.abort()  # it has had its answer, and its body still came
         elif running is None or running.response_complete:
             self._write(problem)
