@@ -12,33 +12,34 @@ import selectors
 import socket
 import threading
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter
 from concurrent.futures import Future, InvalidStateError
 from types import TracebackType
 from typing import Self
 
 from mvmr.errors import MvmrError
 from mvmr.preprocess import Preprocess
-from mvmr.serve.decode import AT_ONCE, Limits, Rejected
+from mvmr.serve.decode import Limits, Rejected
+from mvmr.serve.decode_queue import TOGETHER, DecodeQueue
 from mvmr.serve.decoder import COMMAND, Decoder, ForkServer, Job, Outcome
 from mvmr.serve.items import LocalFile
 
 logger = logging.getLogger(__name__)
 
-_TICK = 0.1  # seconds between looks at what takes long
+_TICK = 0.05  # seconds between looks at what takes long
 _PATIENCE = 0.1  # seconds of a processor after which an image must leave the others the way
 _WALL = 6  # times the seconds of a processor: a process that sleeps or starves is ended, too
 _START_SECONDS = 60.0
 _FAILED_STARTS = 3
 _TRIES = 2
-_TOGETHER = 2**20  # bytes of the images that are handed over at once
 
 
 class DecodePool:
     """Processes that decode, each an image at a time; an image that takes too much ends its process and no other.
 
     One client has at most `processes` of them at a time, so that `spare` more are left to the others whatever it sends;
-    those who wait take turns. What takes more than a tenth of a second goes on with less of the processor.
+    of those who wait, whose images have taken least of late is next. What takes more than a tenth of a second goes on
+    with less of the processor.
 
     Args:
         preprocess: of the bundle.
@@ -52,13 +53,12 @@ class DecodePool:
     ) -> None:
         self._preprocess, self.limits, self._hashed = preprocess, limits, hashed
         self._most, self._size = processes, processes + spare
-        self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()  # by client, whose turn is next first
+        self._queue = DecodeQueue()
         self._lock = threading.Lock()
         self._selector = selectors.DefaultSelector()
         self._wake: _Wake | None = None
         self._server: ForkServer | None = None
         self._processes: list[Decoder] = []
-        self._large: deque[Job] = deque()  # take much memory: the first has it, the others wait
         self._failed_starts, self._not_before = 0, 0.0
         self._closed = False
         self._thread = threading.Thread(target=self._watch, name="mvmr-decode", daemon=True)
@@ -93,20 +93,15 @@ class DecodePool:
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def submit(self, content: bytes | LocalFile, client: str = "", *, first: bool = False) -> Future[Outcome]:
-        """Decode one image file. A future that is cancelled is not begun, and ended where it takes long.
-
-        first: before those of all other clients.
-        """
+    def submit(self, content: bytes | LocalFile, client: str = "") -> Future[Outcome]:
+        """Decode one image file. A future that is cancelled is not begun, and ended where it takes long."""
         job = Job(content, client)
         with self._lock:
             if self._closed:
                 job.answer.cancel()
                 return job.answer
-            self._waiting.setdefault(client, deque()).append(job)
-            if first:
-                self._waiting.move_to_end(client, last=False)
-            if len(job.data) <= _TOGETHER or self._wake is None:
+            self._queue.add(job)
+            if len(job.data) <= TOGETHER or self._wake is None:
                 self._assign()
             else:
                 self._wake.set()  # handing it over takes a while, which is not for an event loop
@@ -122,9 +117,8 @@ class DecodePool:
                         self._look(process)
                 self._fill()
                 with self._lock:
-                    self._forget_cancelled()
+                    self._queue.forget_cancelled()
                     self._assign()
-                    self._admit()
                     self._make_way()
             for key, _ in self._selector.select(_TICK):
                 if isinstance(key.data, _Wake):
@@ -140,9 +134,7 @@ class DecodePool:
                     job.answer.cancel()
                 process.kill()
                 process.close()
-            for waiting in self._waiting.values():
-                for job in waiting:
-                    job.answer.cancel()
+            self._queue.cancel()
         if self._server:
             self._server.close()
         self._selector.close()
@@ -173,7 +165,12 @@ class DecodePool:
     def _assign(self) -> None:
         """Give waiting images to idle processes; the lock is held."""
         idle = [process for process in self._processes if process.idle]
-        while idle and (jobs := self._next(len(idle))):
+        while idle:
+            at_work = Counter(process.jobs[0].client for process in self._processes if process.jobs)
+            busy = [client for client, count in at_work.items() if count >= self._most]
+            jobs = self._queue.take(len(idle), busy=busy, memory=self._has_memory())
+            if not jobs:
+                return
             process = idle.pop()
             try:
                 process.begin(jobs)
@@ -181,39 +178,9 @@ class DecodePool:
                 logger.error("a decoder failed: %s", error)
                 process.kill()
 
-    def _admit(self) -> None:
-        """Let one large image have the memory; the lock is held."""
-        at = {process.jobs[0]: process for process in self._processes if process.jobs and not process.killed}
-        while self._large and self._large[0] not in at:
-            self._large.popleft()
-        if self._large and (process := at[self._large[0]]).waits:
-            process.admit()
-
-    def _next(self, idle: int) -> list[Job]:
-        """The next images of the client whose turn it is: its share of them, for one of so many idle processes."""
-        busy = [process.jobs[0].client for process in self._processes if process.jobs]
-        for client in list(self._waiting):
-            if busy.count(client) >= self._most:
-                continue
-            waiting = self._waiting[client]
-            most, jobs, size = min(AT_ONCE, -(-len(waiting) // idle)), list[Job](), 0
-            while waiting and len(jobs) < most:
-                size += len(waiting[0].data)
-                if jobs and (waiting[0].alone or size > _TOGETHER):
-                    break
-                job = waiting.popleft()
-                if job.answer.cancelled():
-                    continue
-                jobs.append(job)
-                if job.alone:
-                    break
-            if waiting:
-                self._waiting.move_to_end(client)
-            else:
-                del self._waiting[client]
-            if jobs:
-                return jobs
-        return []
+    def _has_memory(self) -> bool:
+        """Whether no image has the memory that there is for a large one."""
+        return not any(process.large and process.jobs and not process.killed for process in self._processes)
 
     def _hear(self, process: Decoder) -> None:
         lines = process.lines()
@@ -223,10 +190,7 @@ class DecodePool:
         for kind, *rest in lines:
             if kind == "large":
                 with self._lock:
-                    if process.jobs:  # none where it has been killed
-                        process.waits = process.large = True
-                        self._large.append(process.jobs[0])
-                        self._admit()
+                    process.admit(may=process.large or self._has_memory())
                 continue
             if kind == "ready":
                 process.ready, process.thread = True, rest[0]
@@ -236,57 +200,70 @@ class DecodePool:
                 continue
             with self._lock:
                 jobs, outcomes = process.jobs, process.outcomes(rest[0])
-                process.jobs = []
+                self._release(process)
+                for job in [job for job, outcome in zip(jobs, outcomes, strict=False) if outcome is None]:
+                    job.large = job.alone = True
+                    job.begun -= 1
+                    self._queue.add(job)
                 if process.large:  # what it keeps of that memory others would lack: another takes its place
                     process.kill()
                 self._assign()
             for job, outcome in zip(jobs, outcomes, strict=False):  # none where it has been killed
-                _settle(job, outcome)
+                if outcome:
+                    _settle(job, outcome)
 
     def _look(self, process: Decoder) -> None:
         """End a process whose images have taken all their time, or are of no more use; the lock is held."""
         used = process.used() + (process.jobs[0].spent if len(process.jobs) == 1 else 0.0)
         if used > _PATIENCE:
             process.yield_to_others()
-        late = not process.waits and time.monotonic() - process.since > _WALL * self.limits.seconds
+        late = time.monotonic() - process.since > _WALL * self.limits.seconds
         if late and process.reads():  # a disk that is slow, or away for a while, is not the image's fault
             process.since, late = time.monotonic(), False
         if used > self.limits.seconds or late:
             limit = f"the {self.limits.seconds:g} s of a processor that are allowed (--decode-seconds)"
             reason = f"decoding it takes more than {limit}"
+            if used - process.used() > self.limits.seconds / 2:
+                reason += ", for it has had to make way for others; try again later"
             self._try_again(process.jobs, Rejected("too-slow", reason), tries=1)
-        elif not (all(job.answer.cancelled() for job in process.jobs) and (used > _PATIENCE or process.waits)):
+        elif used <= _PATIENCE or not all(job.answer.cancelled() for job in process.jobs):
             return
-        process.jobs = []
+        self._release(process)
         process.kill()
 
-    def _forget_cancelled(self) -> None:
-        """Drop images whose clients have gone, whatever keeps them waiting; the lock is held."""
-        for client, waiting in list(self._waiting.items()):
-            left = deque(job for job in waiting if not job.answer.cancelled())
-            if left:
-                self._waiting[client] = left
-            else:
-                del self._waiting[client]
+    def _release(self, process: Decoder) -> None:
+        """Take its images from it, and count what they have taken; the lock is held."""
+        if process.jobs:
+            self._queue.had.add(process.jobs[0].client, process.used())
+        process.jobs = []
 
     def _make_way(self) -> None:
-        """Where a client waits and has nothing, let one who has most lose what takes long; the lock is held.
+        """Where a client waits and has nothing, let one who has had more lose what takes long; the lock is held.
 
-        It begins again in its turn: without this, two clients with images that take long would keep all others waiting.
+        It begins again in its turn: without this, a few clients with images that take long would keep all others
+        waiting. The image that has come furthest is left to its end, so that not all work is for nothing.
         """
         at_work = [process for process in self._processes if process.jobs and not process.killed]
-        busy = Counter(process.jobs[0].client for process in at_work)
-        starved = sum(client not in busy for client in self._waiting)
-        if not starved or len(at_work) < self._size:
+        had = dict[str, float]()
+        for process in at_work:
+            client = process.jobs[0].client
+            had[client] = had.get(client, self._queue.had.of(client)) + process.used()
+        waiting = [client for client in self._queue.clients(memory=self._has_memory()) if client not in had]
+        if not waiting or len(at_work) < self._size:
             return
-        long = [process for process in at_work if process.waits or process.used() > _PATIENCE]
-        for process in sorted(long, key=lambda process: (-busy[process.jobs[0].client], -process.used()))[:starved]:
-            for job in process.jobs:
+        at_work.remove(max(at_work, key=Decoder.used))
+        long = [process for process in at_work if process.used() > _PATIENCE]
+        long.sort(key=lambda process: (-had[process.jobs[0].client], process.used()))
+        for client, process in zip(waiting, long, strict=False):
+            jobs = process.jobs
+            if had[jobs[0].client] < self._queue.had.of(client) + _PATIENCE:
+                return
+            for job in jobs:
                 if job.alone:
                     job.spent += process.used()
                 job.begun, job.alone = 0, True
-                self._waiting.setdefault(job.client, deque()).append(job)
-            process.jobs = []
+                self._queue.add(job)
+            self._release(process)
             process.kill()
 
     def _try_again(self, jobs: list[Job], outcome: Rejected, *, tries: int) -> None:
@@ -297,7 +274,7 @@ class DecodePool:
                 _settle(job, outcome)
                 continue
             job.begun, job.alone = (job.begun, True) if job.alone else (0, True)
-            self._waiting.setdefault(job.client, deque()).appendleft(job)
+            self._queue.add(job, first=True)
 
     def _remove(self, process: Decoder) -> None:
         with self._lock:
@@ -308,6 +285,7 @@ class DecodePool:
                 self._has_failed("it ended at once")
             # what ended it may have been another thing than an image
             self._try_again(process.jobs, Rejected("undecodable", "its decoder ended before it was done"), tries=_TRIES)
+            self._release(process)
 
 
 class _Wake:

@@ -78,6 +78,10 @@ def _decode(connection: int, memory: int, preprocess: Preprocess, limits: Limits
             thread.join()
 
 
+class _Later(BaseException):
+    """There is no memory for a large image now. No Exception, for those are of the image's own doing."""
+
+
 class _Reader:
     def __init__(
         self, parent: socket.socket, memory: int, preprocess: Preprocess, limits: Limits, hashed: bool
@@ -101,11 +105,15 @@ class _Reader:
 
     def _answer(self, sizes: list[tuple[int, float | None]]) -> None:
         room = room_for_pixels(self.preprocess.crop)
-        place, found = room + 1, []
+        place, found = room + 1, list[list[Any]]()
         for number, (size, most) in enumerate(sizes):
             content = self._content(place, size, most)
             place += size
-            outcome = content if isinstance(content, Rejected) else self._prepare(content)
+            try:
+                outcome = content if isinstance(content, Rejected) else self._prepare(content)
+            except _Later:
+                found.append(["later"])
+                continue
             if isinstance(outcome, Prepared):
                 os.pwrite(self.memory, outcome.pixels.data, number * outcome.pixels.nbytes)
                 found.append(["prepared", outcome.width, outcome.height, outcome.sha256])
@@ -140,7 +148,8 @@ class _Reader:
         self.pixels = pixels
         if self.limits.is_large(pixels):
             self._say("large")
-            self.lines.readline()  # comes when there is memory for it
+            if self.lines.readline() != b"1\n":
+                raise _Later
             self.allow(self.limits.memory)
 
     def allow(self, memory: float) -> None:

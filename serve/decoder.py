@@ -32,6 +32,7 @@ class Job:
     """An image that waits, or is being decoded: its bytes, or where they are.
 
     begun: how often it has been handed over; alone: it is to be, or has been, without others
+    large: it takes memory that only one image at a time may have
     spent: seconds of a processor that it had taken before it had to make way
     """
 
@@ -40,6 +41,7 @@ class Job:
     answer: Future[Outcome] = field(default_factory=Future)
     begun: int = 0
     alone: bool = False
+    large: bool = False
     spent: float = 0.0
 
     @property
@@ -60,7 +62,7 @@ class Decoder:
     """A process that decodes.
 
     ready: it has started; killed: it will end; thread: that decodes there; jobs: what it is at
-    waits: for the memory that a large image takes; large: it has had it, and keeps some of it
+    large: it has had the memory that a large image takes, and keeps some of it
     since: when it began, by the clock; base: what it had taken of a processor before, in seconds
     """
 
@@ -70,7 +72,6 @@ class Decoder:
     killed: bool = False
     thread: int = 0
     jobs: list[Job] = field(default_factory=list)
-    waits: bool = False
     large: bool = False
     since: float = 0.0
     base: float = 0.0
@@ -95,7 +96,7 @@ class Decoder:
 
     def begin(self, jobs: list[Job]) -> None:
         """Hand over images; raises OSError where the process has ended or memory lacks."""
-        self.jobs, self.waits, self.since, self.base, self._yields = jobs, False, time.monotonic(), 0.0, False
+        self.jobs, self.since, self.base, self._yields = jobs, time.monotonic(), 0.0, False
         self.base = self.used()
         place, sizes = room_for_pixels(self.side) + 1, list[tuple[int, float | None]]()
         for job in jobs:
@@ -105,11 +106,11 @@ class Decoder:
             sizes.append((len(job.data), job.content.most if isinstance(job.content, LocalFile) else None))
         self.socket.sendall(json.dumps(sizes).encode() + b"\n")
 
-    def admit(self) -> None:
-        """Let it take the memory that a large image takes."""
-        self.waits, self.since = False, time.monotonic()
+    def admit(self, *, may: bool) -> None:
+        """Tell it whether it may take the memory that a large image takes now, or is to leave that image."""
+        self.large = self.large or may
         with contextlib.suppress(OSError):  # it has ended
-            self.socket.sendall(b"\n")
+            self.socket.sendall(b"%d\n" % may)
 
     def lines(self) -> list[list[Any]] | None:
         """What it has said since; None: it has ended."""
@@ -124,14 +125,17 @@ class Decoder:
         *whole, self._unread = (self._unread + said).split(b"\n")
         return [json.loads(line) for line in whole]
 
-    def outcomes(self, said: list[list[Any]]) -> list[Outcome]:
-        """What became of the images, from what it has said of each."""
+    def outcomes(self, said: list[list[Any]]) -> list[Outcome | None]:
+        """What became of the images, from what it has said of each; None: left to a later time."""
         pixels = np.empty((len(said), self.side, self.side, 3), np.uint8)
         os.preadv(self._memory, [pixels.data], 0)  # of those that were rejected, too: one call is cheaper than four
-        return [
-            Rejected(*rest) if kind == "rejected" else Prepared(pixels[number], *rest)
-            for number, (kind, *rest) in enumerate(said)
-        ]
+        found: list[Outcome | None] = []
+        for number, (kind, *rest) in enumerate(said):
+            if kind == "later":
+                found.append(None)
+            else:
+                found.append(Rejected(*rest) if kind == "rejected" else Prepared(pixels[number], *rest))
+        return found
 
     def used(self) -> float:
         """Seconds of a processor that the present images have taken."""
@@ -175,7 +179,7 @@ class ForkServer:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,  # libtiff writes to it what it thinks of strangers' files
-                start_new_session=True,  # Ctrl-C is for the parent
+                process_group=0,  # Ctrl-C is for the parent
                 env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
             )
         self._socket.settimeout(_FORK_SECONDS)

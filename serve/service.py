@@ -35,8 +35,10 @@ Floats = npt.NDArray[np.float32]
 _LARGE = "bodies under way take all the memory they may (four of --max-body-mb)"
 _BODIES = 4  # of the largest size, in memory at once
 _SPARE = 2  # decoders that one client leaves to the others
-_LARGE_BYTES = 2**22  # of bodies under way, after which memory is given back to the system
+_LARGE_BYTES = 2**20  # of bodies under way, after which memory is given back to the system
+_TRIMS = 10  # half a second apart: a thread may still be at what its client no longer waits for
 _LAST_SECONDS = 2.0
+_WARM_UPS = 2  # onnxruntime plans its memory in the first batch of a size, and takes it in the second
 _BEAT = 0.5  # seconds between two signs of life of the event loop
 
 
@@ -62,27 +64,32 @@ class Service:
         self.engine, self.settings, self.metrics = engine, settings, Metrics()
         self.metrics.describe(precision=engine.precision, provider=engine.provider, space_id=engine.space_id)
         self.draining = False
+        self._at_once, self._workers = settings.max_batch or engine.at_once, settings.workers or 1
         decoders = settings.decoders or usable_cores()
         self._decoders = DecodePool(
             engine.preprocess, settings.limits, processes=decoders, spare=max(_SPARE, decoders // 4)
         )
         self._batcher = Batcher(
             engine,
-            at_once=settings.max_batch or engine.at_once,
+            at_once=self._at_once,
             bound=settings.queue,
-            workers=settings.workers or 1,
+            workers=self._workers,
             metrics=self.metrics,
         )
         self._readiness = Readiness(engine, self._decoders, self._batcher, settings.stuck_seconds)
         self._bytes = Shares(_BODIES * settings.max_body)
-        self._was_large = False  # the bodies under way, since memory was last given back
+        self._trims = 0  # that are due, because of large bodies
         self._heart: asyncio.Task[None] | None = None
         self._beat = time.monotonic()
 
     async def start(self) -> None:
-        """Start the engine's thread, and run it once: its first batch is slow."""
+        """Start threads and processes; the engine embeds full batches, of which the first are slow and take memory."""
         await asyncio.to_thread(self._decoders.start)
         warm_up()
+        full = np.zeros((self._at_once, self.engine.size, self.engine.size, 3), np.uint8)
+        for _ in range(_WARM_UPS):
+            runs = [asyncio.to_thread(self.engine, full) for _ in range(self._workers)]
+            await asyncio.gather(*runs, return_exceptions=True)  # what is wrong shows in the canary
         self._batcher.start()
         self._heart = asyncio.create_task(self._live())
         if fault := await self.fault():
@@ -121,7 +128,8 @@ class Service:
 
         def take(count: int) -> None:
             nonlocal held
-            self._was_large = self._was_large or self._bytes.total > _LARGE_BYTES
+            if self._bytes.total > _LARGE_BYTES:
+                self._trims = _TRIMS
             if not self._bytes.take(client, count):
                 raise busy(_LARGE, 1)
             held += count
@@ -166,8 +174,8 @@ class Service:
     async def _live(self) -> None:
         while True:
             self._beat = time.monotonic()
-            if self._was_large and not self._bytes.total:
-                self._was_large = False
+            if self._trims and not self._bytes.total:
+                self._trims -= 1
                 await asyncio.to_thread(trim)
             await asyncio.sleep(_BEAT)
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
+import time
 from collections import Counter
 from collections.abc import Iterable
+from functools import lru_cache
 
+_HALF = 5.0  # seconds in which half of what a client has had is forgotten
+_KEPT = 1024  # clients of whom that is known, before those who have had next to nothing are dropped
+_NOTHING = 1e-3
 _OF_THE_REST = 2  # a client may have that many times what it leaves
 _PREFIX = 64  # bits of an IPv6 address that tell one customer of a network from another
 
@@ -43,6 +48,24 @@ class Shares:
             del self._taken[client]
 
 
+class Recent:
+    """How much each client has had of late, such as seconds of a processor."""
+
+    def __init__(self) -> None:
+        self._had: dict[str, tuple[float, float]] = {}  # how much, and when that was
+
+    def of(self, client: str) -> float:
+        """What a client has had, of which half is forgotten every five seconds."""
+        amount, at = self._had.get(client, (0.0, 0.0))
+        return amount * 0.5 ** ((time.monotonic() - at) / _HALF)
+
+    def add(self, client: str, amount: float) -> None:
+        """Note that it has had so much more."""
+        self._had[client] = self.of(client) + amount, time.monotonic()
+        if len(self._had) > _KEPT:
+            self._had = {each: had for each, had in self._had.items() if self.of(each) > _NOTHING}
+
+
 def share_of(rest: int) -> int:
     """How much a client may have of what the others have left."""
     return -(-rest * _OF_THE_REST // (_OF_THE_REST + 1))
@@ -53,6 +76,7 @@ def is_among(address: str, addresses: Iterable[str]) -> bool:
     return any(address.removeprefix("::ffff:") == each.removeprefix("::ffff:") for each in addresses)
 
 
+@lru_cache(1024)
 def owner_of(address: str) -> str:
     """Whose an address is: itself for IPv4, the network of 64 bits for IPv6, whose customers have as many each."""
     try:

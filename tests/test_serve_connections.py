@@ -21,7 +21,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from mvmr.serve.http.turns import Turns
-from mvmr.serve.shares import Shares, owner_of
+from mvmr.serve.shares import Recent, Shares, owner_of
 from tests import serving
 from tests.serving import Running, counted, jpeg, problem, running
 
@@ -483,7 +483,7 @@ def test_who_asks_much_at_once_is_begun_a_few_at_a_turn_and_others_at_once() -> 
 
     async def whole() -> list[list[str]]:
         turns, seen = Turns(), []
-        for _ in range(20):
+        for _ in range(5):
             turns.take("many", partial(begin, "many"))
         turns.take("one", partial(begin, "one"))
         for _ in range(4):
@@ -494,9 +494,9 @@ def test_who_asks_much_at_once_is_begun_a_few_at_a_turn_and_others_at_once() -> 
         return seen
 
     first, second, third, last = asyncio.run(whole())
-    assert first == ["many"] * 8 + ["one"]
-    assert second == ["one"] + ["many"] * 8
-    assert third == ["one"] + ["many"] * 4
+    assert first == ["many", "many", "one"]
+    assert second == ["one", "many", "many"]
+    assert third == ["one", "many"]
     assert last == ["one"]
 
 
@@ -526,3 +526,19 @@ def test_no_client_takes_all_and_many_hardly_do() -> None:
 )  # fmt: skip
 def test_whose_an_address_is(one: str, other: str, same: bool) -> None:
     assert (owner_of(one) == owner_of(other)) is same
+
+
+def test_half_of_what_a_client_has_had_is_forgotten_every_five_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    recent = Recent()
+    recent.add("one", 4)
+    now += 5
+    recent.add("one", 1)
+    assert (recent.of("one"), recent.of("another")) == (3, 0)
+    now += 10
+    assert recent.of("one") == 0.75
+    for number in range(5000):
+        recent.add(str(number), 1e-4)
+    assert recent.of("one") == 0.75
+    assert len(recent._had) <= 1025

@@ -114,14 +114,27 @@ def test_slow_images_of_many_clients_make_way_for_another() -> None:
         assert not any(each.done() for each in slow)
 
 
-def test_what_takes_long_and_makes_way_has_its_time_in_all() -> None:
-    with DecodePool(PREPROCESS, Limits(seconds=1), processes=1) as pool:
-        slow = pool.submit(SLOW, "slow")
-        while not slow.done():
+def test_whose_images_have_taken_least_is_next() -> None:
+    order: list[str] = []
+    with DecodePool(PREPROCESS, LIMITS, processes=1) as pool:
+        answers = [pool.submit(SLOW, "much")]
+        for client in ("much", "much", "none"):
+            answers.append(pool.submit(jpeg(), client))
+            answers[-1].add_done_callback(lambda _, client=client: order.append(client))
+        assert [type(each.result(_SECONDS)) for each in answers] == [Rejected, Prepared, Prepared, Prepared]
+    assert order == ["none", "much", "much"]
+
+
+def test_what_makes_way_has_its_time_in_all_and_what_has_come_furthest_never_does() -> None:
+    with DecodePool(PREPROCESS, Limits(seconds=1), processes=1, spare=1) as pool:
+        slow = [pool.submit(SLOW, f"client {number}") for number in range(3)]
+        while not all(each.done() for each in slow):
             assert prepared(pool, jpeg(), "another").width
-        found = slow.result()
-        assert isinstance(found, Rejected)
-        assert found.code == "too-slow"
+        found = [each.result() for each in slow]
+    assert all(isinstance(each, Rejected) and each.code == "too-slow" for each in found)
+    ways = ["to make way" in each.reason for each in found if isinstance(each, Rejected)]
+    assert True in ways
+    assert False in ways
 
 
 def test_images_of_who_has_gone_are_kept_no_longer() -> None:
@@ -130,7 +143,7 @@ def test_images_of_who_has_gone_are_kept_no_longer() -> None:
         waiting = [pool.submit(jpeg(), "one") for _ in range(100)]
         for each in waiting:
             each.cancel()
-        wait_until(lambda: not pool._waiting, "their end")
+        wait_until(lambda: not pool._queue._jobs, "their end")
 
 
 def test_what_takes_long_gets_less_of_the_processors() -> None:
@@ -216,6 +229,7 @@ def test_waiting_for_a_disk_takes_none_of_an_image_s_time(monkeypatch: pytest.Mo
         for server in psutil.Process().children():
             for process in server.children():
                 process.suspend()
+                until(lambda process=process: process.status() == psutil.STATUS_STOPPED)
         assert rejected(pool, jpeg()) == "too-slow"
 
 

@@ -94,8 +94,9 @@ class Session:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """From here on, after the canary at the start, each batch waits for `let_go`; until the block ends."""
-        self.begun()
+        """From here on, after those at the start, each batch waits for `let_go`; until the block ends."""
+        for _ in range(3):  # two to warm up, and the canary
+            self.begun()
         self._held = True
         try:
             yield
@@ -950,7 +951,7 @@ def test_a_body_that_ends_early_is_no_request(engine: Engine) -> None:
     session = Session()
     app = create_app(session.within(engine), Settings())
     assert ask_by_hand(app, jpeg()[:1000], gone=True).status_code == 499
-    assert session.batches == [1]  # the canary
+    assert session.batches == [4, 4, 1]  # to warm up, and the canary
     assert count(app, "mvmr_errors_total", cause="client-gone") == 1
     assert count(app, "mvmr_queue_images") == 0
 
@@ -981,7 +982,7 @@ def test_who_has_gone_is_dropped_before_inference(engine: Engine, place: str) ->
             return [*statuses, (await first).status_code, (await third).status_code]
 
     assert asyncio.run(whole()) == [499, 200, 200]
-    assert session.batches == [1, 1, 1]  # the canary, the first and the third
+    assert session.batches == [4, 4, 1, 1, 1]  # to warm up, the canary, the first and the third
     assert count(app, "mvmr_errors_total", cause="client-gone") == 1
     assert count(app, "mvmr_images_total", outcome="embedded") == 2
 

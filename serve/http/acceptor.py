@@ -20,7 +20,7 @@ from mvmr.serve.problems import Problem
 
 logger = logging.getLogger(__name__)
 
-_AT_ONCE = 128  # connections taken before others are heard again
+_AT_ONCE = 32  # connections taken before others are heard again
 _PAUSE = 0.1  # seconds without taking any, where the system has no more files
 _NO_FILES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _FULL = Problem(
@@ -57,7 +57,8 @@ class Acceptor:
             self._loop.remove_reader(self._door.fileno())
             self._door.close()
         for connection in self._connecting:
-            connection.abort()
+            if connection.is_connecting:  # the others may have begun a request by now
+                connection.abort()
 
     def _accept(self) -> None:
         for _ in range(_AT_ONCE):

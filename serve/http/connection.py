@@ -195,13 +195,18 @@ class Connection(HttpToolsProtocol):
     # What `Connections` asks
 
     @property
+    def is_connecting(self) -> bool:
+        """Whether TLS is still being agreed on."""
+        return self._stage is _Stage.CONNECTING
+
+    @property
     def unsent(self) -> int:
         """Bytes of answers that the client has not taken yet."""
         return self.transport.get_write_buffer_size()
 
     def abort(self) -> None:
         """End it at once, whatever has not been sent."""
-        if self._stage is not _Stage.CONNECTING:
+        if not self.is_connecting:
             self.transport.abort()
         elif self.peer is not None:  # then it ends as by its client's wish
             with suppress(OSError):

@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import Callable
 
-_AT_A_TURN = 8  # requests of one owner that begin in a turn: a turn takes milliseconds, not as long as all of them
+_AT_A_TURN = 2  # requests of one owner that begin in a turn: others' requests take several turns each
 
 
 class Turns:
