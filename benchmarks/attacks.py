@@ -25,6 +25,7 @@ import bombs
 import numpy as np
 from PIL import Image
 
+_LOW_PRIORITY = 19  # a real attacker has processors of its own
 _PATIENCE = 60.0
 MIB = 2**20
 SMALL_JSON = 15 * MIB  # below the limit
@@ -322,8 +323,9 @@ def main() -> None:
     Prints a line when it is ready, and at the end the bytes sent, with the errors, as JSON.
     """
     name, host, port, source = sys.argv[1:]
-    if hasattr(os, "SCHED_IDLE"):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # a real attacker has processors of its own
+    os.nice(_LOW_PRIORITY)
+    if hasattr(os, "SCHED_IDLE"):  # lower still
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     attack = ATTACKS[name]
     attack.prepare()
     print("ready", flush=True)

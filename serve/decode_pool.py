@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _TICK = 0.05  # seconds between looks at what takes long
 _PATIENCE = 0.1  # seconds of a processor after which an image must leave the others the way
+_MUCH_MORE = 2  # times what another has had: among equals, images that begin again and again would be all there is
 _WALL = 6  # times the seconds of a processor: a process that sleeps or starves is ended, too
 _START_SECONDS = 60.0
 _FAILED_STARTS = 3
@@ -93,9 +94,12 @@ class DecodePool:
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def submit(self, content: bytes | LocalFile, client: str = "") -> Future[Outcome]:
-        """Decode one image file. A future that is cancelled is not begun, and ended where it takes long."""
-        job = Job(content, client)
+    def submit(self, content: bytes | LocalFile, client: str = "", *, urgent: bool = False) -> Future[Outcome]:
+        """Decode one image file. A future that is cancelled is not begun, and ended where it takes long.
+
+        urgent: before those of all other clients.
+        """
+        job = Job(content, client, urgent=urgent)
         with self._lock:
             if self._closed:
                 job.answer.cancel()
@@ -168,7 +172,7 @@ class DecodePool:
         while idle:
             at_work = Counter(process.jobs[0].client for process in self._processes if process.jobs)
             busy = [client for client, count in at_work.items() if count >= self._most]
-            jobs = self._queue.take(len(idle), busy=busy, memory=self._has_memory())
+            jobs = self._queue.take(len(idle), running=self._running(), memory=self._has_memory(), busy=busy)
             if not jobs:
                 return
             process = idle.pop()
@@ -178,9 +182,21 @@ class DecodePool:
                 logger.error("a decoder failed: %s", error)
                 process.kill()
 
-    def _has_memory(self) -> bool:
-        """Whether no image has the memory that there is for a large one."""
-        return not any(process.large and process.jobs and not process.killed for process in self._processes)
+    def _running(self) -> dict[str, float]:
+        """Seconds of a processor that the images at work have taken so far, by client."""
+        running = dict[str, float]()
+        for process in self._processes:
+            if process.jobs:
+                client = process.jobs[0].client
+                running[client] = running.get(client, 0.0) + process.used()
+        return running
+
+    def _has_memory(self, of: Decoder | None = None) -> bool:
+        """Whether no image has, or is about to take, the memory that there is for a large one; of others than `of`."""
+        return not any(
+            process.jobs and not process.killed and process is not of and (process.large or process.jobs[0].large)
+            for process in self._processes
+        )
 
     def _hear(self, process: Decoder) -> None:
         lines = process.lines()
@@ -190,7 +206,7 @@ class DecodePool:
         for kind, *rest in lines:
             if kind == "large":
                 with self._lock:
-                    process.admit(may=process.large or self._has_memory())
+                    process.admit(may=process.large or self._has_memory(of=process))
                 continue
             if kind == "ready":
                 process.ready, process.thread = True, rest[0]
@@ -200,11 +216,12 @@ class DecodePool:
                 continue
             with self._lock:
                 jobs, outcomes = process.jobs, process.outcomes(rest[0])
-                self._release(process)
-                for job in [job for job, outcome in zip(jobs, outcomes, strict=False) if outcome is None]:
+                for job in reversed([job for job, outcome in zip(jobs, outcomes, strict=False) if outcome is None]):
+                    job.spent += process.used() if job.alone else 0.0
                     job.large = job.alone = True
                     job.begun -= 1
-                    self._queue.add(job)
+                    self._queue.add(job, first=True)
+                self._release(process)
                 if process.large:  # what it keeps of that memory others would lack: another takes its place
                     process.kill()
                 self._assign()
@@ -238,29 +255,26 @@ class DecodePool:
         process.jobs = []
 
     def _make_way(self) -> None:
-        """Where a client waits and has nothing, let one who has had more lose what takes long; the lock is held.
+        """Where a client waits and has nothing, let one who has had much more lose what takes long; the lock is held.
 
         It begins again in its turn: without this, a few clients with images that take long would keep all others
         waiting. The image that has come furthest is left to its end, so that not all work is for nothing.
         """
         at_work = [process for process in self._processes if process.jobs and not process.killed]
-        had = dict[str, float]()
-        for process in at_work:
-            client = process.jobs[0].client
-            had[client] = had.get(client, self._queue.had.of(client)) + process.used()
-        waiting = [client for client in self._queue.clients(memory=self._has_memory()) if client not in had]
-        if not waiting or len(at_work) < self._size:
+        if len(at_work) < self._size:
             return
+        running, queue = self._running(), self._queue
+        clients = queue.clients(running=running, memory=self._has_memory())
+        had = {client: queue.had.of(client) + running.get(client, 0.0) for client in {*running, *clients}}
         at_work.remove(max(at_work, key=Decoder.used))
         long = [process for process in at_work if process.used() > _PATIENCE]
         long.sort(key=lambda process: (-had[process.jobs[0].client], process.used()))
-        for client, process in zip(waiting, long, strict=False):
+        for client, process in zip((client for client in clients if client not in running), long, strict=False):
             jobs = process.jobs
-            if had[jobs[0].client] < self._queue.had.of(client) + _PATIENCE:
+            if had[jobs[0].client] < _MUCH_MORE * (had[client] + _PATIENCE):
                 return
             for job in jobs:
-                if job.alone:
-                    job.spent += process.used()
+                job.spent += process.used() if job.alone else 0.0
                 job.begun, job.alone = 0, True
                 self._queue.add(job)
             self._release(process)
@@ -285,7 +299,7 @@ class DecodePool:
                 self._has_failed("it ended at once")
             # what ended it may have been another thing than an image
             self._try_again(process.jobs, Rejected("undecodable", "its decoder ended before it was done"), tries=_TRIES)
-            self._release(process)
+            process.jobs = []
 
 
 class _Wake:

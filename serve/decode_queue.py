@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
+from itertools import islice
 
 from mvmr.serve.decode import AT_ONCE
 from mvmr.serve.decoder import Job
@@ -30,24 +31,30 @@ class DecodeQueue:
         else:
             waiting.append(job)
 
-    def clients(self, *, memory: bool) -> list[str]:
+    def clients(self, *, running: Mapping[str, float], memory: bool) -> list[str]:
         """Those who have an image that could begin, in the order of their turns.
 
-        memory: whether there is memory for a large image.
+        running: what the images that are being decoded have taken so far, by client
+        memory: whether there is memory for a large image
         """
-        return sorted((client for client in self._jobs if self._ready(client, memory)), key=self.had.of)
 
-    def take(self, idle: int, *, busy: Collection[str], memory: bool) -> list[Job]:
+        def turn(client: str) -> tuple[bool, float, bool]:
+            return not self._jobs[client][0].urgent, self.had.of(client) + running.get(client, 0.0), client in running
+
+        return sorted((client for client in self._jobs if any(self._ready(client, memory))), key=turn)
+
+    def take(self, idle: int, *, running: Mapping[str, float], memory: bool, busy: Collection[str]) -> list[Job]:
         """The next images for one of so many idle processes: its share of a client's; none where none can begin.
 
-        busy: clients that get nothing now; memory: as for `clients`.
+        running, memory: as for `clients`; busy: who gets nothing now.
         """
-        client = next((each for each in self.clients(memory=memory) if each not in busy), None)
+        clients = self.clients(running=running, memory=memory)
+        client = next((each for each in clients if each not in busy), None)
         if client is None:
             return []
-        ready = self._ready(client, memory)
+        ready = list(islice(self._ready(client, memory), AT_ONCE * idle))
         jobs, size = list[Job](), 0
-        for job in ready[: min(AT_ONCE, -(-len(ready) // idle))]:
+        for job in ready[: -(-len(ready) // idle)]:
             size += len(job.data)
             if jobs and (job.alone or size > TOGETHER):
                 break
@@ -75,5 +82,5 @@ class DecodeQueue:
                 job.answer.cancel()
         self._jobs.clear()
 
-    def _ready(self, client: str, memory: bool) -> list[Job]:
-        return [job for job in self._jobs[client] if not job.answer.cancelled() and (memory or not job.large)]
+    def _ready(self, client: str, memory: bool) -> Iterator[Job]:
+        return (job for job in self._jobs[client] if not job.answer.cancelled() and (memory or not job.large))

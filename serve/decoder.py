@@ -32,7 +32,7 @@ class Job:
     """An image that waits, or is being decoded: its bytes, or where they are.
 
     begun: how often it has been handed over; alone: it is to be, or has been, without others
-    large: it takes memory that only one image at a time may have
+    large: it takes memory that only one image at a time may have; urgent: it is next, whoever else waits
     spent: seconds of a processor that it had taken before it had to make way
     """
 
@@ -42,6 +42,7 @@ class Job:
     begun: int = 0
     alone: bool = False
     large: bool = False
+    urgent: bool = False
     spent: float = 0.0
 
     @property
@@ -179,7 +180,7 @@ class ForkServer:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,  # libtiff writes to it what it thinks of strangers' files
-                process_group=0,  # Ctrl-C is for the parent
+                process_group=0,  # Ctrl-C is for the parent; across sessions Linux heeds no priorities
                 env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
             )
         self._socket.settimeout(_FORK_SECONDS)

@@ -8,7 +8,7 @@ import ctypes
 _M_ARENA_MAX = -8  # of glibc's malloc.h
 
 
-def share() -> None:
+def have_one() -> None:
     """Have all threads take memory from one heap: `trim` doesn't give back the ends of others. To be called first."""
     with contextlib.suppress(OSError, AttributeError):  # another system, another C library
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)

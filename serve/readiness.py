@@ -54,7 +54,7 @@ class Readiness:
 
     def _look(self) -> str | None:
         try:
-            decoded = self._decoders.submit(self._file, _PROBES).result(self._seconds)
+            decoded = self._decoders.submit(self._file, _PROBES, urgent=True).result(self._seconds)
         except TimeoutError:
             return f"no image has been decoded for {self._seconds:g} s"
         if not isinstance(decoded, Prepared):

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Seconds until a thread that waits for the interpreter claims it. An event loop gives it up for a moment at each turn,
-# which begins their wait anew: with Python's own 5 ms, threads of engine and decoders waited for a tenth of a second.
+# Seconds until a thread that waits for the interpreter claims it. A busy event loop gives it up for a moment at each
+# turn, which begins that wait anew: with Python's own 5 ms, the threads of the engine waited for a tenth of a second.
 _SWITCH = 1e-4
 
 
@@ -59,7 +59,7 @@ def serve(
     Raises: MvmrError, before the door opens, for a bundle, an index, a certificate or a port that can't be had.
     """
     _check_tls(tls_cert, tls_key)
-    heap.share()
+    heap.have_one()
     with ExitStack() as stack:
         door = stack.enter_context(open_door(settings.host, settings.port))
         probe_door = None

@@ -86,12 +86,11 @@ class Service:
         """Start threads and processes; the engine embeds full batches, of which the first are slow and take memory."""
         await asyncio.to_thread(self._decoders.start)
         warm_up()
-        full = np.zeros((self._at_once, self.engine.size, self.engine.size, 3), np.uint8)
-        for _ in range(_WARM_UPS):
-            runs = [asyncio.to_thread(self.engine, full) for _ in range(self._workers)]
-            await asyncio.gather(*runs, return_exceptions=True)  # what is wrong shows in the canary
+        blank = np.zeros((self.engine.size, self.engine.size, 3), np.uint8)
+        first = [self._batcher.embed_first(blank) for _ in range(_WARM_UPS * self._at_once * self._workers)]
         self._batcher.start()
         self._heart = asyncio.create_task(self._live())
+        await asyncio.wait(map(asyncio.wrap_future, first), timeout=self.settings.stuck_seconds)
         if fault := await self.fault():
             logger.error("not ready: %s", fault)
 
@@ -176,7 +175,7 @@ class Service:
             self._beat = time.monotonic()
             if self._trims and not self._bytes.total:
                 self._trims -= 1
-                await asyncio.to_thread(trim)
+                asyncio.get_running_loop().run_in_executor(None, trim)
             await asyncio.sleep(_BEAT)
 
     async def _outcome(self, payload: Payload, client: str) -> Outcome:

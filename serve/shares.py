@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 _HALF = 5.0  # seconds in which half of what a client has had is forgotten
-_KEPT = 1024  # clients of whom that is known, before those who have had next to nothing are dropped
+_SWEEP = 60.0  # seconds until those who have had next to nothing are forgotten
 _NOTHING = 1e-3
 _OF_THE_REST = 2  # a client may have that many times what it leaves
 _PREFIX = 64  # bits of an IPv6 address that tell one customer of a network from another
@@ -53,6 +53,7 @@ class Recent:
 
     def __init__(self) -> None:
         self._had: dict[str, tuple[float, float]] = {}  # how much, and when that was
+        self._swept = time.monotonic()
 
     def of(self, client: str) -> float:
         """What a client has had, of which half is forgotten every five seconds."""
@@ -61,8 +62,10 @@ class Recent:
 
     def add(self, client: str, amount: float) -> None:
         """Note that it has had so much more."""
-        self._had[client] = self.of(client) + amount, time.monotonic()
-        if len(self._had) > _KEPT:
+        now = time.monotonic()
+        self._had[client] = self.of(client) + amount, now
+        if now - self._swept > _SWEEP:
+            self._swept = now
             self._had = {each: had for each, had in self._had.items() if self.of(each) > _NOTHING}
 
 

@@ -125,16 +125,25 @@ def test_whose_images_have_taken_least_is_next() -> None:
     assert order == ["none", "much", "much"]
 
 
-def test_what_makes_way_has_its_time_in_all_and_what_has_come_furthest_never_does() -> None:
-    with DecodePool(PREPROCESS, Limits(seconds=1), processes=1, spare=1) as pool:
+def test_what_takes_long_and_makes_way_has_its_time_in_all() -> None:
+    with DecodePool(PREPROCESS, Limits(seconds=2), processes=1, spare=1) as pool:
         slow = [pool.submit(SLOW, f"client {number}") for number in range(3)]
         while not all(each.done() for each in slow):
             assert prepared(pool, jpeg(), "another").width
         found = [each.result() for each in slow]
     assert all(isinstance(each, Rejected) and each.code == "too-slow" for each in found)
-    ways = ["to make way" in each.reason for each in found if isinstance(each, Rejected)]
-    assert True in ways
-    assert False in ways
+
+
+def test_small_images_are_decoded_while_large_ones_wait_for_memory() -> None:
+    order: list[int] = []
+    large = encoded(Image.new("L", (6000, 6000)), "PNG")
+    with DecodePool(PREPROCESS, Limits(seconds=_SECONDS), processes=2) as pool:
+        answers = [pool.submit(large if number < 12 else jpeg()) for number in range(14)]
+        for number, answer in enumerate(answers):
+            answer.add_done_callback(lambda _, number=number: order.append(number))
+        sizes = [each.result(_SECONDS).width for each in answers]  # type: ignore[union-attr]
+    assert sizes == [6000] * 12 + [240] * 2
+    assert order.index(13) < 6
 
 
 def test_images_of_who_has_gone_are_kept_no_longer() -> None:

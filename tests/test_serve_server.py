@@ -855,8 +855,9 @@ def test_it_is_ready_while_all_its_room_is_taken_and_a_probe_waits_for_no_reques
 def test_probes_cost_the_engine_one_image_a_second(engine: Engine) -> None:
     session = Session()
     with serve(session.within(engine)) as client:
+        before = len(session.batches)
         assert [client.get("/readyz").status_code for _ in range(50)] == [200] * 50
-    assert len(session.batches) <= 3
+    assert len(session.batches) - before <= 3
 
 
 def test_draining_it_is_not_ready_but_answers_and_ends_the_connection(engine: Engine) -> None:

@@ -56,9 +56,9 @@ class Acceptor:
         if self._door.fileno() >= 0:
             self._loop.remove_reader(self._door.fileno())
             self._door.close()
-        for connection in self._connecting:
-            if connection.is_connecting:  # the others may have begun a request by now
-                connection.abort()
+        if self._tls:  # without it a request may have come by now
+            for connection in self._connecting:
+                connection.end_handshake()
 
     def _accept(self) -> None:
         for _ in range(_AT_ONCE):

@@ -195,20 +195,20 @@ class Connection(HttpToolsProtocol):
     # What `Connections` asks
 
     @property
-    def is_connecting(self) -> bool:
-        """Whether TLS is still being agreed on."""
-        return self._stage is _Stage.CONNECTING
-
-    @property
     def unsent(self) -> int:
         """Bytes of answers that the client has not taken yet."""
         return self.transport.get_write_buffer_size()
 
     def abort(self) -> None:
         """End it at once, whatever has not been sent."""
-        if not self.is_connecting:
+        if self._stage is _Stage.CONNECTING:
+            self.end_handshake()
+        else:
             self.transport.abort()
-        elif self.peer is not None:  # then it ends as by its client's wish
+
+    def end_handshake(self) -> None:
+        """End it, as by its client's wish, where it is not yet connected."""
+        if self._stage is _Stage.CONNECTING and self.peer is not None:
             with suppress(OSError):
                 self.peer.shutdown(socket.SHUT_RDWR)
 
