@@ -410,7 +410,9 @@ def test_clients_that_have_gone_cost_no_inference(path: Path, tmp_path: Path) ->
             assert patient.recv(12) == b"HTTP/1.1 200"
         found = metrics(service, "mvmr_images_total")
         assert found['outcome="embedded"'] - before == 1
-        assert metrics(service, "mvmr_batch_images_count")[""] <= 5  # two to warm up, the canary, the patient one, the canary
+        assert (
+            metrics(service, "mvmr_batch_images_count")[""] <= 5
+        )  # two to warm up, the canary, the patient one, the canary
         with asking(service) as client:
             assert client.get("/readyz").status_code == 200
         assert service.stop() == 0
