@@ -27,6 +27,7 @@ Floats = npt.NDArray[np.float32]
 _SHARED = 1.0  # seconds after which a client counts no more
 _SMALL = 4  # times: a quarter of the largest batch takes little longer on a GPU than a single image
 _JOIN_SECONDS = 0.01
+_WARM_UPS = 2  # onnxruntime plans its memory in the first batch of a size, and takes it in the second
 _MEMORY = 0.8  # of the measured rate: the share that each new batch leaves of what was known
 
 
@@ -71,6 +72,17 @@ class Batcher:
         self._loop = asyncio.get_running_loop()
         for worker in self._workers:
             worker.start()
+
+    async def warm_up(self, image: Pixels, seconds: float) -> None:
+        """Have the workers embed full batches of an image, for no longer than `seconds`.
+
+        The first are slow, and take memory that is kept; the log tells of those that fail.
+        """
+        with self._changed:  # all at once, so that batches are full
+            images = [self.embed_first(image) for _ in range(_WARM_UPS * self._at_once * len(self._workers))]
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await asyncio.gather(*map(asyncio.wrap_future, images), return_exceptions=True)
 
     async def stop(self, seconds: float) -> None:
         """End the workers, after what they are doing now; one that takes longer than `seconds` is left behind."""

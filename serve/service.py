@@ -38,7 +38,6 @@ _SPARE = 2  # decoders that one client leaves to the others
 _LARGE_BYTES = 2**20  # of bodies under way, after which memory is given back to the system
 _TRIMS = 10  # half a second apart: a thread may still be at what its client no longer waits for
 _LAST_SECONDS = 2.0
-_WARM_UPS = 2  # onnxruntime plans its memory in the first batch of a size, and takes it in the second
 _BEAT = 0.5  # seconds between two signs of life of the event loop
 
 
@@ -64,16 +63,15 @@ class Service:
         self.engine, self.settings, self.metrics = engine, settings, Metrics()
         self.metrics.describe(precision=engine.precision, provider=engine.provider, space_id=engine.space_id)
         self.draining = False
-        self._at_once, self._workers = settings.max_batch or engine.at_once, settings.workers or 1
         decoders = settings.decoders or usable_cores()
         self._decoders = DecodePool(
             engine.preprocess, settings.limits, processes=decoders, spare=max(_SPARE, decoders // 4)
         )
         self._batcher = Batcher(
             engine,
-            at_once=self._at_once,
+            at_once=settings.max_batch or engine.at_once,
             bound=settings.queue,
-            workers=self._workers,
+            workers=settings.workers or 1,
             metrics=self.metrics,
         )
         self._readiness = Readiness(engine, self._decoders, self._batcher, settings.stuck_seconds)
@@ -83,14 +81,13 @@ class Service:
         self._beat = time.monotonic()
 
     async def start(self) -> None:
-        """Start threads and processes; the engine embeds full batches, of which the first are slow and take memory."""
+        """Start threads and processes, and have them do what is slow for the first time."""
         await asyncio.to_thread(self._decoders.start)
         warm_up()
-        blank = np.zeros((self.engine.size, self.engine.size, 3), np.uint8)
-        first = [self._batcher.embed_first(blank) for _ in range(_WARM_UPS * self._at_once * self._workers)]
         self._batcher.start()
         self._heart = asyncio.create_task(self._live())
-        await asyncio.wait(map(asyncio.wrap_future, first), timeout=self.settings.stuck_seconds)
+        blank = np.zeros((self.engine.size, self.engine.size, 3), np.uint8)
+        await self._batcher.warm_up(blank, self.settings.stuck_seconds)
         if fault := await self.fault():
             logger.error("not ready: %s", fault)
 

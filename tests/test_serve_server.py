@@ -957,6 +957,19 @@ def test_a_body_that_ends_early_is_no_request(engine: Engine) -> None:
     assert count(app, "mvmr_queue_images") == 0
 
 
+def test_full_batches_that_fail_are_told_of_at_the_start(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    def result(pixels: Pixels) -> Floats:
+        if len(pixels) > 1:
+            raise RuntimeError("no memory for so many")
+        return serving.embedded(pixels)
+
+    with serve(Session(result).within(engine)) as client:
+        assert client.get("/readyz").status_code == 200  # one at a time, it does
+    assert [each.getMessage() for each in caplog.records if each.levelno >= 40] == [
+        "the engine failed on a batch of 4"
+    ] * 2
+
+
 @pytest.mark.parametrize("place", ["/v1/embed", INFER])
 def test_who_has_gone_is_dropped_before_inference(engine: Engine, place: str) -> None:
     session = Session()
