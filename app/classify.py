@@ -12,7 +12,7 @@ from mvmr.errors import MvmrError
 from mvmr.serve.engine import Floats
 
 if TYPE_CHECKING:
-    from mvmr.distillation.teacher import Teacher
+    from mvmr.distillation.teachers.teacher import Teacher
 
 MOST_NAMES = 200
 _LONGEST_NAME = 80

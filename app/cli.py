@@ -37,7 +37,7 @@ def app(
     """Compare BUNDLE (the newest below runs/ when left out) with its teacher, in the browser."""
     from mvmr.app.opening import open_workbench
     from mvmr.app.server import run
-    from mvmr.serve.door import open_door
+    from mvmr.serve.http.connections.listener import open_door
 
     with open_door(host, port) as door:
         bench = open_workbench(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mvmr.neighbours import Bank
+from mvmr.evaluation.neighbours import Bank
 from mvmr.serve.engine import Floats
 
 

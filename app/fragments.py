@@ -13,7 +13,7 @@ from PIL import Image
 
 from mvmr.app.classify import Guess
 from mvmr.app.compare import Neighbour
-from mvmr.app.encoders import TEACHER
+from mvmr.app.embedders.embedder import TEACHER
 from mvmr.app.workbench import Compared, Workbench
 
 PROBLEM, NOTE = "problem", "note"

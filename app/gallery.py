@@ -19,22 +19,22 @@ import pyarrow as pa
 from PIL import Image
 from pyarrow import parquet
 
-from mvmr.app.encoders import BATCH, Encoder
-from mvmr.bundle import Bundle
+from mvmr.app.embedders.embedder import BATCH, Encoder
+from mvmr.bundles.bundle import Bundle
+from mvmr.bundles.preprocess import WHITE, Background
 from mvmr.cores import usable_cores
 from mvmr.data import ImageSet, Skipped, open_images
-from mvmr.data.images import background_mark, digest
+from mvmr.data.image_set import background_mark, digest
 from mvmr.data.scan import Files, Packed, stat_files
-from mvmr.distillation.images import drawn, evaluated
+from mvmr.distillation.report.images import drawn, evaluated
 from mvmr.errors import MvmrError
-from mvmr.files import cache_dir
-from mvmr.preprocess import WHITE, Background
-from mvmr.row_store import cached_rows
+from mvmr.serve.batch.manifest import MANIFEST, read_manifest
+from mvmr.serve.batch.pipeline import in_order
+from mvmr.serve.batch.single_file import SUFFIXES, manifest_file
+from mvmr.serve.batch.stored import Stored, open_embeddings
 from mvmr.serve.engine import Floats
-from mvmr.serve.onefile import SUFFIXES, manifest_file
-from mvmr.serve.pipeline import in_order
-from mvmr.serve.run_manifest import MANIFEST, read_manifest
-from mvmr.serve.vectors import Stored, open_embeddings
+from mvmr.storage.atomic import cache_dir
+from mvmr.storage.row_store import cached_rows
 
 logger = logging.getLogger(__name__)
 

@@ -6,13 +6,13 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from mvmr import bundle as bundles
-from mvmr.app.encoders import TEACHER
-from mvmr.app.engines import Engines
+from mvmr.app.embedders.embedder import TEACHER
+from mvmr.app.embedders.engines import Engines
+from mvmr.app.embedders.teacher import TeacherSide, load_teacher
 from mvmr.app.gallery import Gallery, cache_folder
-from mvmr.app.teacher_side import TeacherSide, load_teacher
 from mvmr.app.workbench import Workbench
-from mvmr.bundle import Bundle
+from mvmr.bundles import bundle as bundles
+from mvmr.bundles.bundle import Bundle
 from mvmr.errors import MvmrError
 from mvmr.progress import say, say_plan
 

@@ -21,16 +21,16 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Res
 from fastapi.staticfiles import StaticFiles
 
 from mvmr.app import fragments
-from mvmr.app.maps_service import METHODS, Maps
+from mvmr.app.tabs.maps_service import METHODS, Maps
 from mvmr.app.ui import STATIC, build
 from mvmr.app.workbench import Workbench
+from mvmr.bundles.preprocess import Preprocess
 from mvmr.cores import usable_cores
+from mvmr.data.image_bytes import LIMITS
 from mvmr.errors import MvmrError
-from mvmr.preprocess import Preprocess
 from mvmr.progress import say
-from mvmr.serve.decode import LIMITS
-from mvmr.serve.decode_pool import DecodePool
-from mvmr.serve.door import url_of
+from mvmr.serve.decoding.pool import DecodePool
+from mvmr.serve.http.connections.listener import url_of
 
 MAX_UPLOAD = "64mb"
 _LOOKED_AT = 32  # pixels: what comes of decoding an upload beforehand is thrown away
@@ -79,7 +79,7 @@ def create_app(bench: Workbench) -> FastAPI:
 
     @app.get("/disagreements/{table}.csv")
     def csv(table: str, engine: str, k: Annotated[int, Query(ge=1)] = bench.k) -> Response:
-        from mvmr.app.disagreement_page import tables  # here, for scikit-learn takes seconds
+        from mvmr.app.tabs.disagreement_page import tables  # here, for scikit-learn takes seconds
 
         name = f"{table}-{engine}-k{k}.csv"
         headers = {"content-disposition": f'attachment; filename="{name}"'}
@@ -87,7 +87,7 @@ def create_app(bench: Workbench) -> FastAPI:
 
     @app.get("/figures.csv")
     def figures() -> Response:
-        from mvmr.app.figures_page import table_csv
+        from mvmr.app.tabs.figures_page import table_csv
 
         headers = {"content-disposition": 'attachment; filename="figures.csv"'}
         return Response(table_csv(bench), media_type="text/csv; charset=utf-8", headers=headers)

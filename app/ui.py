@@ -14,12 +14,12 @@ from PIL import Image
 
 from mvmr.app import fragments
 from mvmr.app.classify import Guess, best, names_of, suggested, zero_shot
-from mvmr.app.encoders import TEACHER
+from mvmr.app.embedders.embedder import TEACHER
 from mvmr.app.uploads import check, opened, taken
 from mvmr.app.workbench import Workbench
+from mvmr.bundles.preprocess import Background
 from mvmr.errors import MvmrError
-from mvmr.preprocess import Background
-from mvmr.serve.decode_pool import DecodePool
+from mvmr.serve.decoding.pool import DecodePool
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +214,7 @@ def _figures_tab(bench: Workbench, tab: gr.Tab) -> None:
     shown = _html(fragments.message("Reading the bundle's reports."), elem_id="figures")
 
     def run(measured: bool, progress: Any = _PROGRESS) -> str:
-        from mvmr.app.figures_page import figures_table  # here, for scikit-learn takes seconds
+        from mvmr.app.tabs.figures_page import figures_table  # here, for scikit-learn takes seconds
 
         return _told(lambda: figures_table(bench, _bar(progress), measure=measured))
 
@@ -235,7 +235,7 @@ def _disagreements_tab(bench: Workbench, tab: gr.Tab, engine: gr.Dropdown, k: gr
     shown = _html(fragments.message("Comparing all images of the gallery."), elem_id="disagreements")
 
     def make(key: str, count: int, progress: Any) -> str:
-        from mvmr.app.disagreement_page import disagreement  # here, for scikit-learn takes seconds
+        from mvmr.app.tabs.disagreement_page import disagreement  # here, for scikit-learn takes seconds
 
         bench.rows(key, _bar(progress))
         return disagreement(bench, key, int(count))
@@ -247,7 +247,7 @@ def _disagreements_tab(bench: Workbench, tab: gr.Tab, engine: gr.Dropdown, k: gr
         return _told(lambda: make(key, count, progress)) if was else gr.skip()
 
     def probe(key: str, count: int, progress: Any = _PROGRESS) -> str:
-        from mvmr.app.fidelity_service import fit_probes
+        from mvmr.app.tabs.fidelity_service import fit_probes
 
         def probed() -> str:
             fit_probes(bench, key, _bar(progress, "embedding the training images"))

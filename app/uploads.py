@@ -13,11 +13,11 @@ from typing import Any
 from gradio.utils import get_upload_folder
 from PIL import Image, UnidentifiedImageError
 
-from mvmr import decoding
+from mvmr.bundles.preprocess import WHITE, Background, laid_on, to_rgb, upright
+from mvmr.data import decoding
+from mvmr.data.image_bytes import LIMITS, Rejected
 from mvmr.errors import MvmrError
-from mvmr.preprocess import WHITE, Background, laid_on, to_rgb, upright
-from mvmr.serve.decode import LIMITS, Rejected
-from mvmr.serve.decode_pool import DecodePool
+from mvmr.serve.decoding.pool import DecodePool
 
 _PREVIEW_SECONDS = 5.0
 _SIDE = 512  # pixels that the short side of a small image is enlarged to, at most, by a preprocessing

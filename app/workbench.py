@@ -17,13 +17,13 @@ import numpy.typing as npt
 from PIL import Image
 
 from mvmr.app.compare import Comparison, Side, compare
-from mvmr.app.encoders import TEACHER, Encoder
-from mvmr.app.engines import Engines
+from mvmr.app.embedders.embedder import TEACHER, Encoder
+from mvmr.app.embedders.engines import Engines
+from mvmr.app.embedders.teacher import TeacherSide
 from mvmr.app.gallery import Gallery
-from mvmr.app.teacher_side import TeacherSide
-from mvmr.bundle import Bundle
+from mvmr.bundles.bundle import Bundle
 from mvmr.errors import MvmrError
-from mvmr.neighbours import Bank, neighbour_overlap
+from mvmr.evaluation.neighbours import Bank, neighbour_overlap
 from mvmr.serve.engine import Floats
 
 logger = logging.getLogger(__name__)

@@ -26,10 +26,11 @@ import torch
 from jpegs import HEIGHT, WIDTH, write_jpegs
 from rich.console import Console
 
-from mvmr import targets, trainer, weights
+from mvmr.bundles import weights
 from mvmr.cores import usable_cores
-from mvmr.distillation.run import distill
+from mvmr.distillation.distill import distill
 from mvmr.errors import MvmrError
+from mvmr.training import targets, trainer
 
 _EPOCHS = 1_000_000  # never reached: the clock ends the run
 
@@ -73,14 +74,14 @@ class Clock:
     idle: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
     def represent(self, *arguments: Any, **options: Any) -> Any:
-        """In the place of `mvmr.targets.represent`."""
+        """In the place of `mvmr.training.targets.represent`."""
         began = time.perf_counter()
         rows = _represent(*arguments, **options)
         self.teacher += time.perf_counter() - began
         return rows
 
     def read(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """In the place of `mvmr.trainer.read`."""
+        """In the place of `mvmr.training.trainer.read`."""
         reader = _read(batches)
         stopped = False
         while True:

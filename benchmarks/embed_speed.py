@@ -36,11 +36,11 @@ from export_speed import export_resnet50
 from PIL import Image
 
 from mvmr.cores import usable_cores
-from mvmr.serve.decode import Prepared, prepare
-from mvmr.serve.embed import embed
+from mvmr.data.image_bytes import Prepared, prepare
+from mvmr.data.listing import open_source
+from mvmr.serve.batch.job import embed
+from mvmr.serve.batch.pipeline import in_order
 from mvmr.serve.engine import Engine, Pixels
-from mvmr.serve.pipeline import in_order
-from mvmr.serve.sources import open_source
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "ihc.png")
 WIDTH, HEIGHT, QUALITY = 500, 375, 90
@@ -48,7 +48,7 @@ PRECISIONS = ("fp32", "int8")
 _SAMPLED = 0.1  # seconds
 _JOB = """
 import json, sys
-from mvmr.serve.embed import embed
+from mvmr.serve.batch.job import embed
 for line in sys.stdin:
     print(embed(**json.loads(line)).seconds, flush=True)
 """

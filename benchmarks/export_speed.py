@@ -24,10 +24,10 @@ from jpegs import write_jpegs
 from rich.console import Console
 from students import Engine, half, onnx_engines, random_bundle, torch_engine
 
-from mvmr import bundle as bundles
+from mvmr.bundles import bundle as bundles
 from mvmr.data import open_images
-from mvmr.encoder import Architecture
 from mvmr.errors import MvmrError
+from mvmr.models.encoder import Architecture
 
 DATA = "sample:patches"
 OPEN = ("centred_cosine_mean=-1", "overlap=-1")
@@ -82,7 +82,7 @@ def _exported(size: int, rounds: int, threads: tuple[int, ...], compiled: bool, 
 
 def export_resnet50(folder: Path, size: int) -> Path:
     """A bundle with a ResNet50 of random weights, exported in float32 and in 8 bits."""
-    from mvmr.export.run import export
+    from mvmr.export.export import export
 
     images = open_images(DATA, "train").subset(range(0, 1360, 20))
     path = random_bundle(folder, images, architecture="resnet50", size=size)

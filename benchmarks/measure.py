@@ -28,7 +28,7 @@ from rich.progress import track
 
 from mvmr import __version__
 from mvmr.cores import usable_cores
-from mvmr.files import write_json
+from mvmr.storage.atomic import write_json
 
 P = ParamSpec("P")
 T = TypeVar("T")

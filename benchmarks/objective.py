@@ -24,12 +24,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mvmr.dependence import Estimator
-from mvmr.objective import Embeddings, Objective, ObjectiveConfig
+from mvmr.methods.dependence import Estimator
+from mvmr.methods.objective import Embeddings, Objective, ObjectiveConfig
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-_PRELOAD = ("mvmr.objective",)
+_PRELOAD = ("mvmr.methods.objective",)
 _TEACHER_WIDTH = 512
 _NOISE_MIB = 1.0  # of a resident set
 _ENOUGH_SECONDS = 0.02  # a sample is the mean of as many calls as take so long
@@ -52,7 +52,7 @@ SIZES = {
 
 
 def ours(estimator: Estimator) -> Loss:
-    """The dependence terms of :class:`mvmr.objective.Objective`, and no other."""
+    """The dependence terms of :class:`mvmr.methods.objective.Objective`, and no other."""
     config = ObjectiveConfig(invariance=0, variance=0, representations={"teacher": 1.0}, estimator=estimator)
     objective = Objective(config, feature_dim=1, statistics={})
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvmr.objective import Embeddings, Objective, ObjectiveConfig
+from mvmr.methods.objective import Embeddings, Objective, ObjectiveConfig
 
 
 class Observed(Objective):

@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.neighbors import KNeighborsClassifier
 
-from mvmr.classifiers import LARGE, adam_probe
-from mvmr.neighbours import knn_predict
+from mvmr.evaluation.classifiers import LARGE, adam_probe
+from mvmr.evaluation.neighbours import knn_predict
 
-_PRELOAD = ("mvmr.classifiers", "mvmr.neighbours", "sklearn.neighbors")
+_PRELOAD = ("mvmr.evaluation.classifiers", "mvmr.evaluation.neighbours", "sklearn.neighbors")
 _K = 20
 
 

@@ -1,7 +1,7 @@
 """Which recipe? The trials behind docs/method.md: `python benchmarks/recipes.py distil|pretrain [--table]`.
 
-A trial trains a ResNet18 by `mvmr.pretraining.fit` on a part of a set's training split and scores its frozen features
-on the rest of it, so that no test split decides anything; `--test` trains on the whole training split and reads the
+A trial trains a ResNet18 by `mvmr.training.pretraining.fit` on a part of a set's training split and scores its frozen
+features on the rest of it, so that no test split decides anything; `--test` trains on the whole training split and reads the
 test split, at the end. Each result is a line of benchmarks/results/recipes.jsonl: what is there is not run again, so
 a run that was stopped goes on by the same command. Sets, teachers and trials: benchmarks/trials.py.
 """
@@ -26,15 +26,16 @@ import torch
 from objectives import Observed
 from trials import DISTIL, PRETRAIN, SETS, Trial, splits_of, teacher_of
 
-from mvmr import __version__, pretraining, views
+from mvmr import __version__
+from mvmr.bundles.preprocess import Preprocess
 from mvmr.config import assign, parse
-from mvmr.encoder import build_encoder, feature_dim
 from mvmr.errors import MvmrError
-from mvmr.preprocess import Preprocess
-from mvmr.protocols import Labelled, Measured
-from mvmr.recipe import Recipe
+from mvmr.evaluation.protocols import Labelled, Measured
+from mvmr.models.encoder import build_encoder, feature_dim
+from mvmr.models.student import Student
 from mvmr.representations import Pretrained, Representation
-from mvmr.student import Student
+from mvmr.training import pretraining, views
+from mvmr.training.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results" / "recipes.jsonl"
 RUNS = Path(__file__).resolve().parents[1] / "runs" / "trials"

@@ -27,8 +27,8 @@ from rich.table import Table
 from serve_speed import CLIENTS, photographs
 
 from mvmr.cores import usable_cores
-from mvmr.files import cache_dir
 from mvmr.serve import Engine
+from mvmr.storage.atomic import cache_dir
 
 OURS = "mvmr"
 _WARM_UP = 1.5  # seconds

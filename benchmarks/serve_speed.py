@@ -31,10 +31,10 @@ from export_speed import export_resnet50
 from PIL import Image
 
 from mvmr.cores import usable_cores
+from mvmr.data.image_bytes import Prepared, prepare
 from mvmr.serve import Engine
-from mvmr.serve.decode import Prepared, prepare
-from mvmr.serve.service import Service as Pipeline
-from mvmr.serve.settings import Settings
+from mvmr.serve.http.service import Service as Pipeline
+from mvmr.serve.http.settings import Settings
 
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket")
 CLIENTS = 16

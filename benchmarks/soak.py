@@ -29,16 +29,16 @@ import torch
 from jpegs import write_jpegs
 from students import Engine, half, onnx_engines, random_bundle, torch_engine
 
-from mvmr import bundle as bundles
+from mvmr.bundles import bundle as bundles
+from mvmr.bundles.preprocess import Preprocess
 from mvmr.cores import usable_cores
 from mvmr.data import open_images
-from mvmr.encoder import Architecture
+from mvmr.data.image_bytes import Prepared, prepare
 from mvmr.errors import MvmrError
-from mvmr.preprocess import Preprocess
-from mvmr.serve.batcher import Batcher
-from mvmr.serve.decode import Prepared, prepare
-from mvmr.serve.metrics import Metrics
-from mvmr.serve.problems import Problem
+from mvmr.models.encoder import Architecture
+from mvmr.serve.http.batcher import Batcher
+from mvmr.serve.http.metrics import Metrics
+from mvmr.serve.http.problems import Problem
 
 _PAUSE = 0.1  # seconds of a client that was refused, before it asks again
 _LOOK = 0.5  # seconds between two looks at the memory

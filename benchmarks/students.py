@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mvmr import bundle as bundles
-from mvmr.bundle import Bundle
+from mvmr.bundles import bundle as bundles
+from mvmr.bundles.bundle import Bundle
+from mvmr.bundles.preprocess import Preprocess
 from mvmr.data import ImageSet
-from mvmr.encoder import Architecture, EncoderConfig, build_encoder, feature_dim
 from mvmr.errors import MvmrError
-from mvmr.preprocess import Preprocess
-from mvmr.pretraining import recalibrate
+from mvmr.models.encoder import Architecture, EncoderConfig, build_encoder, feature_dim
+from mvmr.training.pretraining import recalibrate
 
 # [N, S, S, 3] uint8 -> [N, D] float32
 Engine = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
@@ -82,11 +82,11 @@ def onnx_engines(path: Path, device: str, data: Path) -> dict[str, Engine]:
         MvmrError: onnxruntime is not there or can't use this device, or what exports isn't there.
     """
     try:
-        from mvmr.export.contract import EMBEDDING, artifact
-        from mvmr.export.session import Session, check_provider
+        from mvmr.export.artifacts import EMBEDDING, artifact
+        from mvmr.export.onnx.session import Session, check_provider
 
         check_provider(device)
-        from mvmr.export.run import export
+        from mvmr.export.export import export
 
         export(path, formats=["onnx", "fp16"], data=str(data), images=32, device=device)
     except ImportError as error:

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mvmr.bundles.preprocess import Preprocess
 from mvmr.data import ImageSet
-from mvmr.distillation.teacher import Teacher
-from mvmr.distillation.tiny_clip import TinyClip, train_tiny_clip
+from mvmr.distillation.teachers.teacher import Teacher
+from mvmr.distillation.teachers.tiny_clip import TinyClip, train_tiny_clip
 from mvmr.errors import MvmrError
-from mvmr.preprocess import Preprocess
 from mvmr.representations import Pretrained
 
 _FETCH = "python benchmarks/data/fetch.py teachers"

@@ -6,8 +6,8 @@
 Of the trainer's own case it also says what it makes of the device: operations a second, beside those of a product of
 two large matrices, and the share of the step that the objective takes when it is run alone.
 
-The step is the body of :func:`mvmr.trainer.train` on the real learner: forward on both views, objective, backward,
-optimiser. Images, and what the teacher would see of them, lie ready on the device: loading is not in the figures.
+The step is the body of :func:`mvmr.training.trainer.train` on the real learner: forward on both views, objective,
+backward, optimiser. Images, and what the teacher would see of them, lie ready on the device: loading is not in the figures.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mvmr import weights
+from mvmr.bundles import weights
+from mvmr.bundles.preprocess import Preprocess
 from mvmr.config import to_mapping
-from mvmr.distillation.teacher import Teacher
-from mvmr.encoder import Architecture, build_encoder, build_projector, feature_dim
+from mvmr.distillation.teachers.teacher import Teacher
 from mvmr.errors import MvmrError, unknown
-from mvmr.learner import Learner
-from mvmr.objective import Embeddings, Objective
-from mvmr.preprocess import Preprocess
-from mvmr.recipe import Recipe, load_recipe
+from mvmr.methods.learner import Learner
+from mvmr.methods.objective import Embeddings, Objective
+from mvmr.models.encoder import Architecture, build_encoder, build_projector, feature_dim
 from mvmr.representations import AUGMENTED_PIXELS, HAND_CRAFTED, hand_crafted
+from mvmr.training.recipe import Recipe, load_recipe
 
 _ENOUGH_SECONDS = 0.02  # of the objective alone, to a sample
-_PRELOAD = ("mvmr.distillation.teacher", "mvmr.pretraining", "mvmr.representations.scattering")
+_PRELOAD = ("mvmr.distillation.teachers.teacher", "mvmr.training.pretraining", "mvmr.representations.scattering")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,7 @@ class Bench:
         return rows
 
     def _learner(self) -> Learner:
-        """What :func:`mvmr.pretraining.build_learner` builds, with targets taken to be standardised already."""
+        """What `pretraining.build_learner` builds, with targets taken to be standardised already."""
         recipe, width = self.setup.recipe, feature_dim(self.setup.recipe.model)
         statistics = {name: (torch.zeros(row.shape[1]), torch.ones(row.shape[1])) for name, row in self.rows.items()}
         objective = Objective(recipe.objective, width, statistics)

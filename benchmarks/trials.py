@@ -13,12 +13,12 @@ from PIL import Image
 from teachers import EfficientNetLite, Standardised, Unit, Whitened, stand_in
 
 from mvmr.data import ImageSet, open_images
-from mvmr.data.images import Arrays, digest
+from mvmr.data.image_set import Arrays, digest
 from mvmr.data.samples import strip
-from mvmr.distillation.tiny_clip import TinyClip
+from mvmr.distillation.teachers.tiny_clip import TinyClip
 from mvmr.errors import MvmrError
 from mvmr.representations import Pretrained
-from mvmr.row_cache import represent
+from mvmr.representations.cache import represent
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 _LARGEST = 260  # pixels of the short side: what the largest teacher sees

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from mvmr.commands import finished, slug, told_all
-from mvmr.options import LABELLED, MAX_UNREADABLE, TRAINING
+from mvmr.cli.commands import finished, slug, told_all
+from mvmr.cli.options import LABELLED, MAX_UNREADABLE, TRAINING
 from mvmr.progress import say_plan
 
 
@@ -29,8 +29,8 @@ def distill(
     teacher: str, pretrained: str | None, data: str, out: str | None, assign: tuple[str, ...], **options: Any
 ) -> None:
     """Distil a teacher into a small student, from unlabelled images."""
-    from mvmr.distillation.run import distill as run
-    from mvmr.distillation.source import default_weights
+    from mvmr.distillation.distill import distill as run
+    from mvmr.distillation.teachers.open_clip import default_weights
 
     target = out or f"runs/{slug(teacher)}-{slug(data)}"
     weights = pretrained or default_weights(teacher)
@@ -67,8 +67,8 @@ def evaluate(
     **options: Any,
 ) -> None:
     """Measure the frozen features of BUNDLE (the newest below runs/ when left out), and of its teacher."""
-    from mvmr.evaluation import evaluate as run
-    from mvmr.evaluation import newest_or
+    from mvmr.evaluation.evaluate import evaluate as run
+    from mvmr.evaluation.evaluate import newest_or
 
     path, protocols = newest_or(bundle), protocol.split(",") if protocol else None
     neighbours = _numbers(ks)
@@ -101,8 +101,8 @@ def evaluate(
 @MAX_UNREADABLE
 def report(bundle: str | None, data: str, out: str | None, **options: Any) -> None:
     """Show how faithful BUNDLE (the newest below runs/ when left out) is to its teacher, on one HTML page."""
-    from mvmr.distillation.report import report as run
-    from mvmr.evaluation import newest_or
+    from mvmr.distillation.report.report import report as run
+    from mvmr.evaluation.evaluate import newest_or
 
     path = newest_or(bundle)
     target = out or f"{path}-report"
@@ -135,7 +135,7 @@ def _numbers(text: str | None) -> list[int] | None:
 @click.option("--overwrite", is_flag=True, help="Train again what --out holds.")
 def quickstart(out: str, teacher: str | None, pretrained: str | None, seeds: int, overwrite: bool) -> None:
     """Run the whole path on sample images, in minutes."""
-    from mvmr.distillation.quickstart import quickstart as run
+    from mvmr.distillation.quickstart.quickstart import quickstart as run
     from mvmr.distillation.tables import print_results
 
     try:

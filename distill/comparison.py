@@ -6,14 +6,14 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mvmr import bundle as bundles
-from mvmr.distillation.recorded import teacher_of
+from mvmr.bundles import bundle as bundles
+from mvmr.distillation.teachers.recorded import teacher_of
 from mvmr.distillation.zeroshot import fit_space_map, store_map, templates_for, zero_shot_logits
 from mvmr.errors import MvmrError
-from mvmr.evaluation import open_labelled, record
-from mvmr.protocols import Labelled, Measured, Values, protocols_for
+from mvmr.evaluation.evaluate import open_labelled, record
+from mvmr.evaluation.protocols import Labelled, Measured, Values, protocols_for
+from mvmr.evaluation.scores import top_k
 from mvmr.representations import Representation
-from mvmr.scores import top_k
 
 ZERO_SHOT = "zeroshot"
 Comparison = dict[str, dict[str, Values]]

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mvmr.commands import told
+from mvmr.cli.commands import told
 
 _TITLES = {
     "pixels": "raw pixels",
@@ -21,7 +21,7 @@ _TITLES = {
 
 
 def print_results(results: dict[str, Any], out: str) -> None:
-    """Print the comparison that :func:`mvmr.distillation.quickstart.quickstart` returned, and the next commands."""
+    """Print the comparison that the quickstart returned, and the next commands."""
     console = Console()
     table = Table(
         title=f"{results['data']}, test split, top-1 in %"

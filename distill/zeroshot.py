@@ -21,11 +21,11 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from mvmr import strict_json
-from mvmr.bundle import Bundle, add_files
-from mvmr.distillation.teacher import Teacher
-from mvmr.distillation.tiny_clip import TEMPLATES
+from mvmr.bundles.bundle import Bundle, add_files
+from mvmr.bundles.head import Floats, read_arrays
+from mvmr.distillation.teachers.teacher import Teacher
+from mvmr.distillation.teachers.tiny_clip import TEMPLATES
 from mvmr.errors import MvmrError, unknown
-from mvmr.head import Floats, read_arrays
 
 IMAGENET_TEMPLATES: tuple[str, ...] = tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
 """The 80 captions of OpenAI's prompt ensemble as open_clip ships them, with {} in the place of the class name."""

@@ -16,14 +16,14 @@ import numpy.typing as npt
 import torch
 
 from mvmr import __version__
-from mvmr import bundle as bundles
-from mvmr.bundle import Bundle
+from mvmr.bundles import bundle as bundles
+from mvmr.bundles.bundle import Bundle
 from mvmr.cores import usable_cores
 from mvmr.errors import MvmrError
-from mvmr.export.contract import FORMATS, artifact
-from mvmr.export.session import Session
-from mvmr.files import write_json
+from mvmr.export.artifacts import FORMATS, artifact
+from mvmr.export.onnx.session import Session
 from mvmr.progress import track
+from mvmr.storage.atomic import write_json
 
 Images = npt.NDArray[np.uint8]
 Engine = Callable[[Images], object]
@@ -144,7 +144,7 @@ def _provider(precision: str, device: str) -> str:
 
 
 def _tensorrt(bundle: Bundle) -> Engine:
-    from mvmr.export import tensorrt
+    from mvmr.export.tensorrt import engine as tensorrt
 
     stored = tensorrt.find(bundle)
     return tensorrt.Engine.load(stored.path, stored.sidecar, onnx_sha256=stored.onnx_sha256)

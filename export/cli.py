@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from mvmr.export.contract import FORMATS
-from mvmr.options import MAX_UNREADABLE
+from mvmr.cli.options import MAX_UNREADABLE
+from mvmr.export.artifacts import FORMATS
 from mvmr.progress import say_plan
 
 
@@ -40,8 +40,8 @@ from mvmr.progress import say_plan
 @MAX_UNREADABLE
 def export(bundle: str | None, min_batch: int, opt_batch: int, max_batch: int, **options: Any) -> None:
     """Export BUNDLE (the newest below runs/ when left out), each file verified against torch before it may be used."""
-    from mvmr.evaluation import newest_or
-    from mvmr.export.run import export as run
+    from mvmr.evaluation.evaluate import newest_or
+    from mvmr.export.export import export as run
 
     asked = {name: options.pop(name) for name in FORMATS}
     formats = [name for name, flag in asked.items() if flag] or ["onnx"]
@@ -82,7 +82,7 @@ def bench_export(bundle: str | None, out: str | None, **options: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from mvmr.evaluation import newest_or
+    from mvmr.evaluation.evaluate import newest_or
     from mvmr.export.bench import bench as run
 
     path = newest_or(bundle)

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from mvmr.bundle import Bundle
+from mvmr.bundles.bundle import Bundle
 from mvmr.data import ImageSet, open_images
-from mvmr.data.images import Split
+from mvmr.data.image_set import Split
 from mvmr.errors import MvmrError
 from mvmr.progress import say
 

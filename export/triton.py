@@ -14,11 +14,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
+from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
-from mvmr.export.contract import EMBEDDING, IMAGE, LOGITS, Precision
-from mvmr.files import atomic, sync, write_text
-from mvmr.preprocess import Preprocess
-from mvmr.staging import locked, sweep
+from mvmr.export.artifacts import EMBEDDING, IMAGE, LOGITS, Precision
+from mvmr.storage.atomic import atomic, sync, write_text
+from mvmr.storage.staging import locked, sweep
 
 CONFIG = "config.pbtxt"
 

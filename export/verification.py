@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mvmr.bundles.head import Head
 from mvmr.errors import MvmrError, unknown
-from mvmr.export.contract import EMBEDDING, LOGITS, Precision
-from mvmr.head import Head
-from mvmr.neighbours import neighbour_overlap
+from mvmr.evaluation.neighbours import neighbour_overlap
+from mvmr.export.artifacts import EMBEDDING, LOGITS, Precision
+from mvmr.models.student import Student
 from mvmr.progress import track
-from mvmr.student import Student
 
 Floats = npt.NDArray[np.float32]
 Run = Callable[[npt.NDArray[np.uint8]], Mapping[str, Floats]]
@@ -144,7 +144,7 @@ def verify(
     """Run an artifact over the reference's images and compare.
 
     Args:
-        run: uint8 [N, S, S, 3] -> outputs by name, such as a :class:`mvmr.export.session.Session`.
+        run: uint8 [N, S, S, 3] -> outputs by name, such as a :class:`mvmr.export.onnx.session.Session`.
         batches: sizes, the largest last: it sees all images, each of the others 16 batches of them.
 
     Returns:

@@ -8,17 +8,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mvmr.ablation import ablate as ablate
-    from mvmr.bundle import load as load
+    from mvmr.bundles.bundle import load as load
+    from mvmr.comparison.ablation import ablate as ablate
     from mvmr.data import open_images as open_images
-    from mvmr.dependence import distance_correlation as distance_correlation
-    from mvmr.distillation.report import report as report
-    from mvmr.distillation.run import distill as distill
+    from mvmr.distillation.distill import distill as distill
+    from mvmr.distillation.report.report import report as report
     from mvmr.errors import MvmrError as MvmrError
-    from mvmr.evaluation import evaluate as evaluate
-    from mvmr.evaluation import probe as probe
-    from mvmr.finetuning import finetune as finetune
-    from mvmr.pretraining import pretrain as pretrain
+    from mvmr.evaluation.evaluate import evaluate as evaluate
+    from mvmr.evaluation.evaluate import probe as probe
+    from mvmr.methods.dependence import distance_correlation as distance_correlation
+    from mvmr.training.finetuning import finetune as finetune
+    from mvmr.training.pretraining import pretrain as pretrain
 
 __version__ = "0.1.0"
 
@@ -28,16 +28,16 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
     "MvmrError": "mvmr.errors",
-    "ablate": "mvmr.ablation",
-    "distance_correlation": "mvmr.dependence",
-    "distill": "mvmr.distillation.run",
-    "evaluate": "mvmr.evaluation",
-    "finetune": "mvmr.finetuning",
-    "load": "mvmr.bundle",
+    "ablate": "mvmr.comparison.ablation",
+    "distance_correlation": "mvmr.methods.dependence",
+    "distill": "mvmr.distillation.distill",
+    "evaluate": "mvmr.evaluation.evaluate",
+    "finetune": "mvmr.training.finetuning",
+    "load": "mvmr.bundles.bundle",
     "open_images": "mvmr.data",
-    "pretrain": "mvmr.pretraining",
-    "probe": "mvmr.evaluation",
-    "report": "mvmr.distillation.report",
+    "pretrain": "mvmr.training.pretraining",
+    "probe": "mvmr.evaluation.evaluate",
+    "report": "mvmr.distillation.report.report",
 }
 
 __all__ = [

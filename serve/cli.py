@@ -43,10 +43,10 @@ def serve(
     **options: Any,
 ) -> None:
     """Serve embeddings of BUNDLE (the newest below runs/ when left out) over HTTP, by its exported file."""
-    from mvmr.bundle import newest
-    from mvmr.serve.logs import log_to
-    from mvmr.serve.run import serve as run
-    from mvmr.serve.settings import Settings, read_keys
+    from mvmr.bundles.bundle import newest
+    from mvmr.serve.http.logs import log_to
+    from mvmr.serve.http.run import serve as run
+    from mvmr.serve.http.settings import Settings, read_keys
 
     keys = read_keys(api_keys) if api_keys else ()
     for_the_engine = {name: options.pop(name) for name in ("name", "precision", "provider", "threads")}

@@ -11,15 +11,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mvmr import bundle as bundles
 from mvmr import strict_json
-from mvmr.bundle import Bundle
+from mvmr.bundles import bundle as bundles
+from mvmr.bundles.bundle import Bundle
+from mvmr.bundles.head import Head
+from mvmr.bundles.preprocess import Preprocess
+from mvmr.data.image_bytes import LIMITS, Limits, Prepared, prepare
 from mvmr.errors import MvmrError, unknown
-from mvmr.export.contract import EMBEDDING, Precision, artifact, decode_canary, report_of, staleness
-from mvmr.export.session import Session, check_provider
-from mvmr.head import Head
-from mvmr.preprocess import Preprocess
-from mvmr.serve.decode import LIMITS, Limits, Prepared, prepare
+from mvmr.export.artifacts import EMBEDDING, Precision, artifact, decode_canary, report_of, staleness
+from mvmr.export.onnx.session import Session, check_provider
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]

@@ -31,8 +31,8 @@ def embed(bundle: str, images: str, out: str, shard: str | None, **options: Any)
     IMAGES: a folder, a quoted glob, a .txt list of paths (- for standard input), tar files (shards:PATTERN, with
     {000..009}), or an address such as s3://bucket/prefix.
     """
-    from mvmr.serve.embed import embed as run
-    from mvmr.serve.embed import read_shard
+    from mvmr.serve.batch.job import embed as run
+    from mvmr.serve.batch.job import read_shard
 
     piece = read_shard(shard) if shard else None
     say_plan(bundle=bundle, images=images, out=out)
@@ -57,7 +57,7 @@ def embed(bundle: str, images: str, out: str, shard: str | None, **options: Any)
 @click.option("--overwrite", is_flag=True, help="Replace the index that --out holds.")
 def index(embeddings: str, out: str, **options: Any) -> None:
     """Index EMBEDDINGS, as `mvmr embed` wrote them, for `mvmr search` and the service."""
-    from mvmr.serve.index import build
+    from mvmr.serve.index.index import build
 
     made = build(embeddings, out, progress=True, **options)
     told = "" if made.kind == "exact" else f", recall@10 {made.recall:.3f}"
@@ -80,7 +80,7 @@ def search(index: str, image: str, as_json: bool, **options: Any) -> None:
     import json
     from dataclasses import asdict
 
-    from mvmr.serve.search import search as run
+    from mvmr.serve.index.search import search as run
 
     hits = run(index, image, **options)
     if as_json:

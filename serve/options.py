@@ -6,10 +6,10 @@ from typing import Any
 
 import click
 
-from mvmr import decoding
-from mvmr.options import options
-from mvmr.serve.decode import Limits
-from mvmr.serve.settings import ConnectionLimits
+from mvmr.cli.options import options
+from mvmr.data import decoding
+from mvmr.data.image_bytes import Limits
+from mvmr.serve.http.settings import ConnectionLimits
 
 _FILE_MB = 256.0
 ENGINE = options(

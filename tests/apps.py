@@ -18,13 +18,13 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
-from mvmr import evaluation
 from mvmr.data import open_images
-from mvmr.distillation.teacher import Teacher
-from mvmr.distillation.tiny_clip import TinyClip, train_tiny_clip
-from mvmr.export.run import export
-from mvmr.pretraining import fit
-from mvmr.recipe import load_recipe
+from mvmr.distillation.teachers.teacher import Teacher
+from mvmr.distillation.teachers.tiny_clip import TinyClip, train_tiny_clip
+from mvmr.evaluation import evaluate as evaluation
+from mvmr.export.export import export
+from mvmr.training.pretraining import fit
+from mvmr.training.recipe import load_recipe
 
 CHROMIUM = "/usr/bin/chromium"
 DATA = "sample:patches"

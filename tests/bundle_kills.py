@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mvmr import bundle, staging
+from mvmr.bundles import bundle
+from mvmr.bundles.manifest import Manifest
+from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
-from mvmr.manifest import Manifest
-from mvmr.preprocess import Preprocess
+from mvmr.storage import staging
 
 _WATCHED = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
 

@@ -30,12 +30,13 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from PIL import Image
 
-from mvmr import __version__, staging
-from mvmr import bundle as bundles
-from mvmr.export.contract import artifact, canary, encode_canary, metadata, report_of
-from mvmr.files import write_json
-from mvmr.manifest import SCHEMA, Manifest
-from mvmr.preprocess import Preprocess
+from mvmr import __version__
+from mvmr.bundles import bundle as bundles
+from mvmr.bundles.manifest import SCHEMA, Manifest
+from mvmr.bundles.preprocess import Preprocess
+from mvmr.export.artifacts import artifact, canary, encode_canary, metadata, report_of
+from mvmr.storage import staging
+from mvmr.storage.atomic import write_json
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -233,7 +234,7 @@ def running(
     argv = command(path, "--drain", str(drain), *options)
     if wrapped is not None:
         script = folder / "wrapped.py"
-        script.write_text(f"{wrapped}\nfrom mvmr.cli import main\nmain(prog_name='mvmr')\n")
+        script.write_text(f"{wrapped}\nfrom mvmr.cli.main import main\nmain(prog_name='mvmr')\n")
         argv[1:3] = [str(script)]
     log = folder / "log"
     surroundings = {name: value for name, value in {**os.environ, **(env or {})}.items() if value is not None}

@@ -1,7 +1,7 @@
 """NVIDIA's own builder and parser without a GPU: TensorRT for RTX, under the Python bindings of either TensorRT.
 
 Its libraries come with onnxruntime's plug-in. Under the bindings of TensorRT for RTX that is what `mvmr export --trt`
-uses (`mvmr.export.rtx_build.package`). Under those of the data centres' TensorRT, which a machine with a GPU has, it
+uses (`rtx_build.package`). Under those of the data centres' TensorRT, which a machine with a GPU has, it
 shows that our calls pass through them: the libraries go by other names there, and lack one function, of plug-ins.
 """
 
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from mvmr.export import rtx_build, rtx_provider
-from mvmr.export.tensorrt_runtime import Device
+from mvmr.export.tensorrt import rtx_build, rtx_provider
+from mvmr.export.tensorrt.runtime import Device
 
 NO_GPU = Device(name="none", compute_capability="8.9", driver=None, cuda="13.0")
 
@@ -29,7 +29,7 @@ def needed() -> None:
 
 
 def build_under_data_centre_bindings(folder: Path, model: Path, size: int) -> dict[str, object]:
-    """Build with `mvmr.export.tensorrt_build` in a process of its own: returns its sidecar, or the refusal.
+    """Build with `mvmr.export.tensorrt.build` in a process of its own: returns its sidecar, or the refusal.
 
     In one process the two kinds of bindings would register the same C++ classes twice.
     """
@@ -65,7 +65,7 @@ def _build(folder: str, model: str, size: str) -> dict[str, object]:
     import tensorrt_bindings
 
     from mvmr.errors import MvmrError
-    from mvmr.export import tensorrt_build
+    from mvmr.export.tensorrt import build as tensorrt_build
 
     assert Path(tensorrt_bindings.__file__).parent == Path(folder) / "tensorrt_bindings"
     tensorrt_build.device = lambda: NO_GPU

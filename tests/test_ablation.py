@@ -14,13 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from mvmr import ablation, trainer
-from mvmr.ablation import ablate
-from mvmr.ablation_results import plot, read_results, table
+from mvmr.comparison import ablation
+from mvmr.comparison.ablation import ablate
+from mvmr.comparison.results import plot, read_results, table
 from mvmr.errors import MvmrError
-from mvmr.evaluation import evaluate
-from mvmr.pretraining import pretrain
-from mvmr.recipe import Recipe
+from mvmr.evaluation.evaluate import evaluate
+from mvmr.training import trainer
+from mvmr.training.pretraining import pretrain
+from mvmr.training.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 

@@ -19,7 +19,7 @@ import skimage.data
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
-from mvmr.distillation.report import report
+from mvmr.distillation.report.report import report
 from tests import serving
 from tests.apps import DATA, Running, Visit, chromium, make_quickstart, running, visit, wait_until
 

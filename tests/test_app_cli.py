@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from mvmr.cli import main
+from mvmr.cli.main import main
 from tests import serving
 
 

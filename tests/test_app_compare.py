@@ -8,7 +8,7 @@ import pytest
 from mvmr.app.classify import best, names_of, suggested
 from mvmr.app.compare import Side, compare
 from mvmr.errors import MvmrError
-from mvmr.neighbours import Bank, neighbour_overlap
+from mvmr.evaluation.neighbours import Bank, neighbour_overlap
 
 RANDOM = np.random.default_rng(0)
 TEACHER, STUDENT = (RANDOM.normal(size=(40, width)).astype(np.float32) for width in (12, 7))

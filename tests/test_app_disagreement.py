@@ -13,19 +13,19 @@ import pytest
 import torch
 from PIL import Image
 
-from mvmr.app import probes as module
-from mvmr.app.disagreement import RIGHT, Fidelity, Interval, fidelity_of
-from mvmr.app.encoders import Encoder
-from mvmr.app.engines import Engines
+from mvmr.app.embedders.embedder import Encoder
+from mvmr.app.embedders.engines import Engines
 from mvmr.app.gallery import Gallery
-from mvmr.app.probes import Probed, Probes, Training
 from mvmr.app.table import to_csv
-from mvmr.bundle import Bundle
-from mvmr.distillation import report as report_module
-from mvmr.distillation import subject
-from mvmr.distillation.report import report
+from mvmr.app.tabs import probes as module
+from mvmr.app.tabs.disagreement import RIGHT, Fidelity, Interval, fidelity_of
+from mvmr.app.tabs.probes import Probed, Probes, Training
+from mvmr.bundles.bundle import Bundle
+from mvmr.bundles.preprocess import WHITE
+from mvmr.distillation.report import report as report_module
+from mvmr.distillation.report import subject
+from mvmr.distillation.report.report import report
 from mvmr.errors import MvmrError
-from mvmr.preprocess import WHITE
 from tests.test_distill_report import COLOURS, Corners, a_bundle
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")

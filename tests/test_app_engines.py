@@ -16,17 +16,18 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from mvmr import bundle as bundles
-from mvmr.app import engines as module
-from mvmr.app.engines import Engines
-from mvmr.app.teacher_side import load_teacher
-from mvmr.bundle import Bundle
+from mvmr.app.embedders import engines as module
+from mvmr.app.embedders.engines import Engines
+from mvmr.app.embedders.teacher import load_teacher
+from mvmr.bundles import bundle as bundles
+from mvmr.bundles.bundle import Bundle
 from mvmr.data import ImageSet, open_images
-from mvmr.distillation.teacher import Teacher
+from mvmr.distillation.teachers.teacher import Teacher
 from mvmr.errors import MvmrError
-from mvmr.export import rtx_provider, tensorrt
-from mvmr.export.contract import artifact
-from mvmr.row_cache import represent
+from mvmr.export.artifacts import artifact
+from mvmr.export.tensorrt import engine as tensorrt
+from mvmr.export.tensorrt import rtx_provider
+from mvmr.representations.cache import represent
 from mvmr.serve.client import Client
 from mvmr.serve.client import Embeddings as Answer
 from mvmr.serve.engine import Engine
@@ -330,7 +331,7 @@ def test_a_service_that_was_given_another_model_meanwhile_is_refused(
 
 
 def test_a_service_that_is_not_there_or_is_none_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mvmr.serve.client.sleep", lambda seconds: None)
+    monkeypatch.setattr("mvmr.serve.client.client.sleep", lambda seconds: None)
     assert "http://127.0.0.1:9" in refused(Engines, None, service="http://127.0.0.1:9")
     assert "is no URL of a service" in refused(Engines, None, service="localhost")
     for says in ([], [{}], [{"id": "x", "heads": 3}]):

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvmr import bundle as bundles
-from mvmr import protocols
-from mvmr.app import figures as module
-from mvmr.app.encoders import Encoder
-from mvmr.app.engines import Engines
-from mvmr.app.figures import (
+from mvmr.app.embedders.embedder import Encoder
+from mvmr.app.embedders.engines import Engines
+from mvmr.app.gallery import Gallery
+from mvmr.app.tabs import figures as module
+from mvmr.app.tabs.figures import (
     COLUMNS,
     Cell,
     Line,
@@ -28,18 +27,20 @@ from mvmr.app.figures import (
     speed,
     student_parameters,
 )
-from mvmr.app.gallery import Gallery
-from mvmr.app.probes import Training
-from mvmr.app.records import Records
-from mvmr.bundle import Bundle
-from mvmr.distillation import comparison, subject
-from mvmr.distillation import report as report_module
+from mvmr.app.tabs.probes import Training
+from mvmr.app.tabs.records import Records
+from mvmr.bundles import bundle as bundles
+from mvmr.bundles.bundle import Bundle
+from mvmr.bundles.preprocess import WHITE
+from mvmr.distillation import comparison
 from mvmr.distillation.comparison import compare
-from mvmr.distillation.images import drawn_rows
-from mvmr.distillation.report import report
+from mvmr.distillation.report import report as report_module
+from mvmr.distillation.report import subject
+from mvmr.distillation.report.images import drawn_rows
+from mvmr.distillation.report.report import report
 from mvmr.errors import MvmrError
-from mvmr.evaluation import record
-from mvmr.preprocess import WHITE
+from mvmr.evaluation import protocols
+from mvmr.evaluation.evaluate import record
 from tests.test_app_disagreement import pictures, side
 from tests.test_distill_report import Corners, a_bundle
 

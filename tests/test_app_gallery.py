@@ -17,17 +17,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvmr import bundle as bundles
-from mvmr.app.encoders import Encoder, Written
-from mvmr.app.engines import Engines
+from mvmr.app.embedders.embedder import Encoder, Written
+from mvmr.app.embedders.engines import Engines
 from mvmr.app.gallery import Gallery, cache_folder
-from mvmr.bundle import Bundle
+from mvmr.bundles import bundle as bundles
+from mvmr.bundles.bundle import Bundle
 from mvmr.data import ImageSet
-from mvmr.data.images import Arrays, Numbered
-from mvmr.distillation.subject import Subject
+from mvmr.data.image_set import Arrays, Numbered
+from mvmr.distillation.report.subject import Subject
 from mvmr.errors import MvmrError
-from mvmr.row_cache import represent
-from mvmr.serve.embed import embed
+from mvmr.representations.cache import represent
+from mvmr.serve.batch.job import embed
 from tests import serving
 from tests.test_distill_report import a_bundle
 

@@ -24,7 +24,7 @@ plotly = pytest.importorskip("plotly", reason="plotly is not installed")
 
 from playwright.sync_api import Browser, Page  # noqa: E402
 
-from mvmr.app.maps import Map, map_json  # noqa: E402
+from mvmr.app.tabs.maps import Map, map_json  # noqa: E402
 from tests.apps import chromium  # noqa: E402
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]

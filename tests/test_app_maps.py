@@ -14,8 +14,8 @@ from scipy.stats import ortho_group
 from sklearn.decomposition import PCA
 from sklearn.manifold import trustworthiness
 
-from mvmr.app import maps
-from mvmr.app.maps import Map, cached_map, map_json, pca_map, stored_map, umap_map
+from mvmr.app.tabs import maps
+from mvmr.app.tabs.maps import Map, cached_map, map_json, pca_map, stored_map, umap_map
 from mvmr.errors import MvmrError
 from mvmr.serve.engine import Floats
 
@@ -225,7 +225,7 @@ def test_umap_of_poor_embeddings() -> None:
 
 @pytest.mark.slow
 def test_importing_the_module_imports_neither_numba_nor_torch() -> None:
-    code = "import sys, mvmr.app.maps; print({'numba', 'umap', 'torch', 'sklearn'} & set(sys.modules))"
+    code = "import sys, mvmr.app.tabs.maps; print({'numba', 'umap', 'torch', 'sklearn'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

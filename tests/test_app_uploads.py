@@ -11,10 +11,10 @@ import pytest
 from PIL import GifImagePlugin, Image, ImageFile, ImageOps, TiffImagePlugin
 
 from mvmr.app.uploads import check, opened
+from mvmr.bundles.preprocess import Preprocess, to_rgb
+from mvmr.data.image_bytes import Limits
 from mvmr.errors import MvmrError
-from mvmr.preprocess import Preprocess, to_rgb
-from mvmr.serve.decode import Limits
-from mvmr.serve.decode_pool import DecodePool
+from mvmr.serve.decoding.pool import DecodePool
 from tests.serving import SLOW, encoded, photograph
 
 WIDTH, HEIGHT = 60, 40

@@ -22,9 +22,9 @@ from click.testing import CliRunner
 from PIL import Image
 from rich.console import Console
 
-from mvmr import bundle as bundles
+from mvmr.bundles import bundle as bundles
+from mvmr.bundles.preprocess import Preprocess
 from mvmr.data import open_images
-from mvmr.preprocess import Preprocess
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from mvmr.errors import MvmrError
-from mvmr.objective import Embeddings, Objective, ObjectiveConfig
+from mvmr.methods.objective import Embeddings, Objective, ObjectiveConfig
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

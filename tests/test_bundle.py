@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from mvmr import bundle, manifest, staging
+from mvmr.bundles import bundle, manifest
+from mvmr.bundles.manifest import Manifest
+from mvmr.bundles.model_card import model_card
+from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
-from mvmr.manifest import Manifest
-from mvmr.model_card import model_card
-from mvmr.preprocess import Preprocess
+from mvmr.storage import staging
 
 WIDTH, CLASSES = 8, ("coins", "moon")
 KILLS = Path(__file__).with_name("bundle_kills.py")

@@ -9,7 +9,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
-from mvmr.classifiers import (
+from mvmr.data import open_images
+from mvmr.errors import MvmrError
+from mvmr.evaluation.classifiers import (
     PAPER_VOC,
     AdamConfig,
     LinearHead,
@@ -19,8 +21,6 @@ from mvmr.classifiers import (
     linear_probe,
     one_vs_all,
 )
-from mvmr.data import open_images
-from mvmr.errors import MvmrError
 
 Split = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from mvmr import __version__
-from mvmr.cli import COMMANDS, main
+from mvmr.cli.main import COMMANDS, main
 from mvmr.errors import MvmrError, unknown
 
 HEAVY = ("torch", "torchvision", "numpy", "sklearn", "skimage", "open_clip", "lightning_fabric")
@@ -44,16 +44,18 @@ def test_help_lists_every_command_and_imports_none() -> None:
     for name, (_, line) in COMMANDS.items():
         assert name in result.output
         assert line in result.output
-    assert loaded_after("from mvmr.cli import main; main(['--help'], standalone_mode=False)") == set()
+    assert loaded_after("from mvmr.cli.main import main; main(['--help'], standalone_mode=False)") == set()
 
 
 def test_every_command_loads_without_torch() -> None:
-    code = "from mvmr.cli import COMMANDS, main\nfor name in COMMANDS: main([name, '--help'], standalone_mode=False)"
+    code = (
+        "from mvmr.cli.main import COMMANDS, main\nfor name in COMMANDS: main([name, '--help'], standalone_mode=False)"
+    )
     assert not loaded_after(code) & {"torch", "torchvision", "open_clip", "sklearn"}
 
 
 def test_reading_a_bundle_needs_no_torch() -> None:
-    loaded = loaded_after("import mvmr.bundle, mvmr.config, mvmr.model_card, mvmr.preprocess")
+    loaded = loaded_after("import mvmr.bundles.bundle, mvmr.config, mvmr.bundles.model_card, mvmr.bundles.preprocess")
     assert not loaded - {"numpy"}
 
 

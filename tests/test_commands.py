@@ -20,12 +20,12 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from mvmr import bundle as bundles
-from mvmr import pretraining
-from mvmr.cli import main
-from mvmr.commands import slug
-from mvmr.options import SHORTHANDS
-from mvmr.preprocess import Preprocess
+from mvmr.bundles import bundle as bundles
+from mvmr.bundles.preprocess import Preprocess
+from mvmr.cli.commands import slug
+from mvmr.cli.main import main
+from mvmr.cli.options import SHORTHANDS
+from mvmr.training import pretraining
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 
@@ -409,7 +409,7 @@ for descriptor, name in ((1, "stdout"), (2, "stderr")):
     os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT), descriptor)
 os.fsync = lambda descriptor: None
 torch.set_num_threads(1)
-from mvmr.cli import main
+from mvmr.cli.main import main
 main(argv)
 """
 
@@ -418,7 +418,7 @@ main(argv)
 def start(tmp_path: Path, cache: Path) -> Callable[..., Any]:
     """Run `mvmr` in a process and a process group of its own; torch is imported by their common parent."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mvmr.pretraining", "mvmr.commands"])
+    context.set_forkserver_preload(["mvmr.training.pretraining", "mvmr.cli.commands"])
 
     def begin(*argv: str) -> Any:
         given = {"argv": list(argv), "folder": str(tmp_path), "cache": str(cache)}

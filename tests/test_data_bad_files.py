@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvmr import decoding
-from mvmr.data import open_images
+from mvmr.bundles.preprocess import Preprocess
+from mvmr.data import decoding, open_images
 from mvmr.errors import MvmrError
-from mvmr.preprocess import Preprocess
 
 
 @pytest.fixture(scope="module")

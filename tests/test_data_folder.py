@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvmr import decoding
-from mvmr.data import ImageSet, Split, checking, open_images
+from mvmr.data import ImageSet, Split, checking, decoding, open_images
 from mvmr.data.scan import Packed, printable
 from mvmr.errors import MvmrError
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mvmr.data import ImageSet, Skipped, open_images
-from mvmr.data.images import Arrays, Labels, Numbered
+from mvmr.data.image_set import Arrays, Labels, Numbered
 
 
 def small(count: int = 6) -> ImageSet:

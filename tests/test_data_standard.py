@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision import datasets
 
 from mvmr.data import ImageSet, Split, open_images
-from mvmr.data.standard import VOC_CLASSES
+from mvmr.data.datasets import VOC_CLASSES
 from mvmr.errors import MvmrError
 
 STL10_NAMES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]

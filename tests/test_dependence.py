@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mvmr
-from mvmr.dependence import centred_distances, correlate, distance_correlation, effective_rank, permutation_null
+from mvmr.methods.dependence import centred_distances, correlate, distance_correlation, effective_rank, permutation_null
 
 ESTIMATORS = ("biased", "unbiased")
 ORACLES = {"biased": dcor.distance_correlation, "unbiased": dcor.u_distance_correlation_sqr}

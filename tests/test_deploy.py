@@ -22,8 +22,8 @@ from docker.utils import exclude_paths
 from prometheus_client.metrics import MetricWrapperBase
 
 from mvmr.serve.cli import serve
-from mvmr.serve.metrics import Metrics
-from mvmr.serve.settings import Settings
+from mvmr.serve.http.metrics import Metrics
+from mvmr.serve.http.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "mvmr.json"
@@ -82,7 +82,7 @@ def test_the_wheel_gets_its_sources_and_they_exist() -> None:
 
 
 def test_nothing_but_sources_reaches_the_build(tmp_path: Path) -> None:
-    wanted = {"mvmr/cli.py", "mvmr/recipes/a.toml", "distill/page.html", "serve/engine.py", "export/run.py"}
+    wanted = {"mvmr/cli/main.py", "mvmr/recipes/a.toml", "distill/page.html", "serve/engine.py", "export/export.py"}
     wanted |= {"pyproject.toml", "README.md", "LICENSE", "constraints.txt"}
     kept_out = {
         ".git/config",

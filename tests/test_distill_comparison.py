@@ -7,17 +7,17 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from mvmr import bundle as bundles
-from mvmr.bundle import Bundle
-from mvmr.classifiers import linear_probe
-from mvmr.cli import main
+from mvmr.bundles import bundle as bundles
+from mvmr.bundles.bundle import Bundle
+from mvmr.cli.main import main
 from mvmr.data import open_images
 from mvmr.distillation.comparison import compare
-from mvmr.distillation.run import distill
-from mvmr.distillation.teacher import Teacher
-from mvmr.distillation.tiny_clip import TEMPLATES, TinyClip, train_tiny_clip
+from mvmr.distillation.distill import distill
+from mvmr.distillation.teachers.teacher import Teacher
+from mvmr.distillation.teachers.tiny_clip import TEMPLATES, TinyClip, train_tiny_clip
 from mvmr.distillation.zeroshot import fit_space_map, read_map, zero_shot_logits
 from mvmr.errors import MvmrError
+from mvmr.evaluation.classifiers import linear_probe
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread", "no_fsync")]
 

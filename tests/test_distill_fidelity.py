@@ -11,18 +11,18 @@ from PIL import Image
 from scipy.stats import bootstrap
 from torch import Tensor, nn
 
-from mvmr.bundle import Bundle
+from mvmr.bundles.bundle import Bundle
+from mvmr.bundles.preprocess import Preprocess
 from mvmr.data import ImageSet, open_images
-from mvmr.distillation.fidelity import dependence, interval, neighbours, predictions, spectrum
-from mvmr.distillation.stages import STAGES, split, stages_of, untrained
-from mvmr.encoder import EncoderConfig, build_encoder, feature_dim
-from mvmr.neighbours import neighbour_overlap
-from mvmr.preprocess import Preprocess
-from mvmr.pretraining import fit
-from mvmr.recipe import load_recipe
-from mvmr.row_cache import represent
-from mvmr.scores import linear_cka
-from mvmr.student import Student
+from mvmr.distillation.report.fidelity import dependence, interval, neighbours, predictions, spectrum
+from mvmr.distillation.report.stages import STAGES, split, stages_of, untrained
+from mvmr.evaluation.neighbours import neighbour_overlap
+from mvmr.evaluation.scores import linear_cka
+from mvmr.models.encoder import EncoderConfig, build_encoder, feature_dim
+from mvmr.models.student import Student
+from mvmr.representations.cache import represent
+from mvmr.training.pretraining import fit
+from mvmr.training.recipe import load_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvmr.distillation.page import write_page
+from mvmr.distillation.report.page import write_page
 
 ROWS = ["student.stem", "student.layer1", "student.layer2", "student.layer3", "student.layer4", "untrained", "teacher"]
 COLUMNS = ["teacher", "pixels", "scattering", "hog", "local_std"]

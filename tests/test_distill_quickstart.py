@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mvmr import bundle, pretraining
+from mvmr.bundles import bundle
 from mvmr.data import open_images
-from mvmr.distillation import quickstart as module
+from mvmr.distillation.quickstart import quickstart as module
 from mvmr.distillation.tables import print_results
-from mvmr.distillation.teacher import Teacher
-from mvmr.distillation.tiny_clip import TinyClip, train_tiny_clip
+from mvmr.distillation.teachers.teacher import Teacher
+from mvmr.distillation.teachers.tiny_clip import TinyClip, train_tiny_clip
 from mvmr.errors import MvmrError
-from mvmr.recipe import Recipe, load_recipe
+from mvmr.training import pretraining
+from mvmr.training.recipe import Recipe, load_recipe
 
 pytestmark = pytest.mark.slow
 

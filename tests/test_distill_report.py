@@ -17,19 +17,19 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mvmr import bundle as bundles
-from mvmr import protocols
-from mvmr.bundle import Bundle
-from mvmr.classifiers import linear_probe
+from mvmr.bundles import bundle as bundles
+from mvmr.bundles.bundle import Bundle
+from mvmr.bundles.preprocess import Preprocess
 from mvmr.data import ImageSet, open_images
-from mvmr.distillation import report as module
-from mvmr.distillation import subject
-from mvmr.distillation.report import report
-from mvmr.distillation.teacher import Teacher
-from mvmr.encoder import EncoderConfig, build_encoder
+from mvmr.distillation.report import report as module
+from mvmr.distillation.report import subject
+from mvmr.distillation.report.report import report
+from mvmr.distillation.teachers.teacher import Teacher
 from mvmr.errors import MvmrError
-from mvmr.preprocess import Preprocess
-from mvmr.student import Student
+from mvmr.evaluation import protocols
+from mvmr.evaluation.classifiers import linear_probe
+from mvmr.models.encoder import EncoderConfig, build_encoder
+from mvmr.models.student import Student
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 

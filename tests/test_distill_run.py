@@ -15,11 +15,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import mvmr
-from mvmr import pretraining
-from mvmr.distillation.run import distill
-from mvmr.distillation.teacher import Teacher
+from mvmr.distillation.distill import distill
+from mvmr.distillation.teachers.teacher import Teacher
 from mvmr.errors import MvmrError
-from mvmr.files import cache_dir
+from mvmr.storage.atomic import cache_dir
+from mvmr.training import pretraining
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 

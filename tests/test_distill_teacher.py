@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import mvmr
-from mvmr.distillation import source
-from mvmr.distillation.source import default_tag, find_source
-from mvmr.distillation.teacher import Teacher
+from mvmr.distillation.teachers import open_clip as source
+from mvmr.distillation.teachers.open_clip import default_tag, find_source
+from mvmr.distillation.teachers.teacher import Teacher
 from mvmr.errors import MvmrError
-from mvmr.row_cache import represent
+from mvmr.representations.cache import represent
 
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
 VIT = {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16}

@@ -13,11 +13,11 @@ from open_clip.model import CLIP
 from safetensors.torch import load_file
 
 import mvmr
-from mvmr.data.images import Arrays, ImageSet, Numbered
-from mvmr.distillation.teacher import Teacher
-from mvmr.distillation.tiny_clip import TEMPLATES, TinyClip, augment, train_tiny_clip
+from mvmr.data.image_set import Arrays, ImageSet, Numbered
+from mvmr.distillation.teachers.teacher import Teacher
+from mvmr.distillation.teachers.tiny_clip import TEMPLATES, TinyClip, augment, train_tiny_clip
 from mvmr.errors import MvmrError
-from mvmr.row_cache import represent
+from mvmr.representations.cache import represent
 
 VERY_TINY = TinyClip(
     image_size=32, width=8, head_width=32, embed_dim=16, text_width=16, steps=6, batch_size=12, warmup=2, lr=3e-3
@@ -105,7 +105,7 @@ def test_an_interrupted_training_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mvmr.distillation.tiny_clip.save_file", interrupted)
+    monkeypatch.setattr("mvmr.distillation.teachers.tiny_clip.save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_tiny_clip(coloured(), tmp_path / "teacher", config=replace(VERY_TINY, steps=1))
     assert not list(tmp_path.iterdir())

@@ -18,9 +18,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch.nn.functional import interpolate, normalize
 
-from mvmr import bundle
-from mvmr.distillation.teacher import Teacher
-from mvmr.distillation.tiny_clip import TEMPLATES
+from mvmr.bundles import bundle
+from mvmr.bundles.preprocess import Preprocess
+from mvmr.distillation.teachers.teacher import Teacher
+from mvmr.distillation.teachers.tiny_clip import TEMPLATES
 from mvmr.distillation.zeroshot import (
     IMAGENET_TEMPLATES,
     STRENGTHS,
@@ -31,9 +32,8 @@ from mvmr.distillation.zeroshot import (
     templates_for,
     zero_shot_logits,
 )
-from mvmr.encoder import EncoderConfig, build_encoder
 from mvmr.errors import MvmrError
-from mvmr.preprocess import Preprocess
+from mvmr.models.encoder import EncoderConfig, build_encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 

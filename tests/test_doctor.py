@@ -8,11 +8,11 @@ from types import ModuleType
 import pytest
 from click.testing import CliRunner
 
-from mvmr.cli import COMMANDS, main
-from mvmr.doctor import NEEDS, examine
+from mvmr.cli.doctor import NEEDS, examine
+from mvmr.cli.main import COMMANDS, main
+from mvmr.cli.tensorrt_check import TensorRT, data_centre
 from mvmr.errors import EXTRAS
-from mvmr.export import rtx_build, rtx_provider
-from mvmr.tensorrt_check import TensorRT, data_centre
+from mvmr.export.tensorrt import rtx_build, rtx_provider
 from tests import tensorrt_rtx
 
 

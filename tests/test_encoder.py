@@ -10,10 +10,10 @@ import torchvision
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mvmr import bundle
-from mvmr.encoder import EncoderConfig, build_encoder, build_projector, check_state, feature_dim, load_init
+from mvmr.bundles import bundle
+from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
-from mvmr.preprocess import Preprocess
+from mvmr.models.encoder import EncoderConfig, build_encoder, build_projector, check_state, feature_dim, load_init
 
 SMALL = EncoderConfig(architecture="resnet18", small_kernel=True)
 PLAIN = EncoderConfig(architecture="resnet18")

@@ -13,17 +13,17 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, top_k_accuracy_score
 
 import mvmr
-from mvmr import bundle as bundles
-from mvmr.bundle import Bundle
-from mvmr.classifiers import linear_probe
+from mvmr.bundles import bundle as bundles
+from mvmr.bundles.bundle import Bundle
+from mvmr.bundles.preprocess import Preprocess
 from mvmr.data import ImageSet, open_images
-from mvmr.encoder import EncoderConfig, build_encoder
 from mvmr.errors import MvmrError
-from mvmr.evaluation import evaluate, newest_or, probe
-from mvmr.neighbours import knn_predict
-from mvmr.preprocess import Preprocess
-from mvmr.protocols import Labelled, Measured, protocols_for
-from mvmr.student import Student
+from mvmr.evaluation.classifiers import linear_probe
+from mvmr.evaluation.evaluate import evaluate, newest_or, probe
+from mvmr.evaluation.neighbours import knn_predict
+from mvmr.evaluation.protocols import Labelled, Measured, protocols_for
+from mvmr.models.encoder import EncoderConfig, build_encoder
+from mvmr.models.student import Student
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -145,7 +145,7 @@ def test_classes_of_few_images(bundle: Bundle, tmp_path: Path, counts: dict[str,
 @pytest.fixture
 def no_features(monkeypatch: pytest.MonkeyPatch) -> None:
     """What can't be measured is refused before anything is computed."""
-    monkeypatch.setattr("mvmr.student.Student.__call__", pytest.fail)
+    monkeypatch.setattr("mvmr.models.student.Student.__call__", pytest.fail)
 
 
 @pytest.mark.parametrize("action", [evaluate, probe])
@@ -288,7 +288,7 @@ def test_more_neighbours_than_images_are_refused(bundle: Bundle, photos: Path, m
     data = Labelled.of(open_images(str(photos), "train"), open_images(str(photos), "test"))
     with pytest.raises(MvmrError, match=r"kNN with k = 200: .*photos has \d+ training images"):
         Measured(bundle.student(), data).knn(ks=(1, 200))
-    monkeypatch.setattr("mvmr.protocols.represent", pytest.fail)
+    monkeypatch.setattr("mvmr.evaluation.protocols.represent", pytest.fail)
     with pytest.raises(MvmrError, match=r"kNN with k = 200: .*photos has \d+ training images; give a smaller k"):
         evaluate(bundle.path, str(photos), ks=[1, 200])
     with pytest.raises(MvmrError, match="kNN takes one or more neighbours"):
@@ -314,7 +314,7 @@ def test_unknown_protocols_data_and_devices_are_one_line(bundle: Bundle, photos:
 
 def test_features_are_computed_once(bundle: Bundle, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = evaluate(bundle.path, str(photos))
-    monkeypatch.setattr("mvmr.student.Student.__call__", pytest.fail)
+    monkeypatch.setattr("mvmr.models.student.Student.__call__", pytest.fail)
     assert evaluate(bundle.path, str(photos), protocols=["knn"]) == {"knn": found["knn"]}
 
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from mvmr import bundle as bundles
-from mvmr.cli import main
-from mvmr.encoder import EncoderConfig, build_encoder
+from mvmr.bundles import bundle as bundles
+from mvmr.bundles.preprocess import Preprocess
+from mvmr.cli.main import main
 from mvmr.errors import MvmrError
 from mvmr.export.bench import BASE, bench
-from mvmr.export.run import export
-from mvmr.preprocess import Preprocess
+from mvmr.export.export import export
+from mvmr.models.encoder import EncoderConfig, build_encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 

@@ -18,14 +18,14 @@ from onnx import TensorProto, numpy_helper
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
+from mvmr.bundles.head import Head
+from mvmr.bundles.preprocess import Preprocess
 from mvmr.data import open_images
-from mvmr.encoder import EncoderConfig, build_encoder
 from mvmr.errors import MvmrError
-from mvmr.export.graph import ServedEncoder, fold_batch_norm, rounded, to_onnx
-from mvmr.export.session import Session
-from mvmr.head import Head
-from mvmr.preprocess import Preprocess
-from mvmr.student import Student
+from mvmr.export.onnx.graph import ServedEncoder, fold_batch_norm, rounded, to_onnx
+from mvmr.export.onnx.session import Session
+from mvmr.models.encoder import EncoderConfig, build_encoder
+from mvmr.models.student import Student
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,16 +18,16 @@ import torch
 from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
+from mvmr.bundles.head import Head
+from mvmr.bundles.preprocess import Preprocess
 from mvmr.data import open_images
-from mvmr.encoder import EncoderConfig, build_encoder
 from mvmr.errors import MvmrError
-from mvmr.export import int8
-from mvmr.export.graph import to_onnx
-from mvmr.export.int8 import quantise, search
-from mvmr.export.session import Session
-from mvmr.head import Head
-from mvmr.preprocess import Preprocess
-from mvmr.student import Student
+from mvmr.export.onnx import int8
+from mvmr.export.onnx.graph import to_onnx
+from mvmr.export.onnx.int8 import quantise, search
+from mvmr.export.onnx.session import Session
+from mvmr.models.encoder import EncoderConfig, build_encoder
+from mvmr.models.student import Student
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -244,7 +244,7 @@ def test_the_same_in_other_batches_and_in_another_process_in_silence(
     (tmp_path / "float.onnx").write_bytes(model)
     np.save(tmp_path / "images.npy", photos[0])
     code = (
-        "import hashlib, logging, sys, numpy as np; from mvmr.export.int8 import quantise\n"
+        "import hashlib, logging, sys, numpy as np; from mvmr.export.onnx.int8 import quantise\n"
         "model = quantise(open('float.onnx', 'rb').read(), [np.load('images.npy')])\n"
         "print(hashlib.sha256(model).hexdigest(), len(logging.root.handlers), 'torch' in sys.modules)"
     )

@@ -19,11 +19,11 @@ import onnxruntime
 import pytest
 from click.testing import CliRunner
 
-from mvmr.cli import main
+from mvmr.cli.main import main
 from mvmr.errors import MvmrError
-from mvmr.export import rtx_build, rtx_provider
-from mvmr.export.graph import to_onnx
-from mvmr.export.session import Session
+from mvmr.export.onnx.graph import to_onnx
+from mvmr.export.onnx.session import Session
+from mvmr.export.tensorrt import rtx_build, rtx_provider
 from tests import tensorrt_rtx
 from tests.test_export_session import SIZE, a_model, images
 from tests.test_export_tensorrt import cosines, small_student

@@ -21,17 +21,20 @@ from onnx import numpy_helper
 from PIL import Image
 from torch import nn
 
-from mvmr import bundle as bundles
-from mvmr.bundle import Bundle
+from mvmr.bundles import bundle as bundles
+from mvmr.bundles.bundle import Bundle
+from mvmr.bundles.preprocess import Preprocess
 from mvmr.data import open_images
-from mvmr.encoder import Architecture, EncoderConfig, build_encoder
 from mvmr.errors import MvmrError
-from mvmr.export import graph, rtx_build, rtx_provider, run, tensorrt
+from mvmr.export import export as run
 from mvmr.export.cli import export as command
+from mvmr.export.export import export
 from mvmr.export.images import to_calibrate_with, to_verify_with
-from mvmr.export.run import export
-from mvmr.export.session import Session
-from mvmr.preprocess import Preprocess
+from mvmr.export.onnx import graph
+from mvmr.export.onnx.session import Session
+from mvmr.export.tensorrt import engine as tensorrt
+from mvmr.export.tensorrt import rtx_build, rtx_provider
+from mvmr.models.encoder import Architecture, EncoderConfig, build_encoder
 from tests import tensorrt_rtx
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
@@ -275,7 +278,9 @@ def test_a_layer_that_overflows_in_half_is_refused_in_fp16_only(tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["mvmr.bundle.write_json", "mvmr.staging.stage", "mvmr.staging.settle"])
+@pytest.mark.parametrize(
+    "moment", ["mvmr.bundles.bundle.write_json", "mvmr.storage.staging.stage", "mvmr.storage.staging.settle"]
+)
 def test_stopped_at_any_moment_the_bundle_is_as_it_was(
     path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,7 +302,7 @@ def test_stopped_at_any_moment_the_bundle_is_as_it_was(
 _KILLED = """
 import os, signal, sys
 from mvmr import files, staging
-from mvmr.export.run import export
+from mvmr.export.export import export
 count = 0
 def sync(path):
     global count
@@ -325,7 +330,7 @@ def test_killed_in_the_middle_nothing_is_half_written(path: Path, moment: int) -
 
 @pytest.fixture
 def nothing_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mvmr.student.Student.__call__", pytest.fail)
+    monkeypatch.setattr("mvmr.models.student.Student.__call__", pytest.fail)
     monkeypatch.setattr(run, "to_onnx", pytest.fail)
 
 
@@ -499,7 +504,7 @@ def test_int8_is_calibrated_on_training_images(path: Path) -> None:
 
 
 class Double:
-    """A stand-in for `mvmr.export.tensorrt` on a machine with a GPU: its engines are onnxruntime on the same ONNX."""
+    """A stand-in for `tensorrt.engine` on a machine with a GPU: its engines are onnxruntime on the same ONNX."""
 
     TIMING_CACHE, NAME = "trt/timing.cache", "trt/encoder.fp16.sm90.trt11.4.0.engine"
 
@@ -539,8 +544,8 @@ class Double:
 
 def with_double(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Double:
     double = Double(**options)
-    monkeypatch.setattr("mvmr.export.tensorrt", double, raising=False)
-    monkeypatch.setitem(sys.modules, "mvmr.export.tensorrt", double)
+    monkeypatch.setattr("mvmr.export.tensorrt.engine", double, raising=False)
+    monkeypatch.setitem(sys.modules, "mvmr.export.tensorrt.engine", double)
     return double
 
 

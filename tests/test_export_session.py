@@ -13,9 +13,9 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
-from mvmr.export.session import Session
-from mvmr.preprocess import Preprocess
+from mvmr.export.onnx.session import Session
 
 SIZE = 6
 CLASSES = ("cat", "dög")
@@ -239,7 +239,7 @@ def test_threads_are_as_asked_and_never_spin(monkeypatch: pytest.MonkeyPatch) ->
         return real(model, settings, **options)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", recorded)
-    monkeypatch.setattr("mvmr.export.session.usable_cores", lambda: 3)
+    monkeypatch.setattr("mvmr.export.onnx.session.usable_cores", lambda: 3)
     Session(a_model())
     Session(a_model(), threads=1)
     assert seen == [(3, "0"), (1, "0")]
@@ -251,7 +251,7 @@ def test_a_service_needs_no_torch(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 import numpy
-from mvmr.export.session import Session
+from mvmr.export.onnx.session import Session
 session = Session(Path({str(tmp_path / "m.onnx")!r}))
 assert session(numpy.zeros((2, {SIZE}, {SIZE}, 3), numpy.uint8))["embedding"].shape == (2, 3)
 assert not {{"torch", "torchvision", "onnx", "scipy", "sklearn"}} & set(sys.modules)

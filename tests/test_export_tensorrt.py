@@ -28,17 +28,20 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from mvmr import bundle as bundles
-from mvmr.bundle import Bundle
+from mvmr.bundles import bundle as bundles
+from mvmr.bundles.bundle import Bundle
+from mvmr.bundles.head import Head
+from mvmr.bundles.manifest import Manifest
+from mvmr.bundles.preprocess import Preprocess
 from mvmr.data import open_images
-from mvmr.encoder import EncoderConfig, build_encoder
 from mvmr.errors import MvmrError
-from mvmr.export import rtx_build, tensorrt, tensorrt_build, tensorrt_runtime
-from mvmr.export.graph import to_onnx
-from mvmr.head import Head
-from mvmr.manifest import Manifest
-from mvmr.preprocess import Preprocess
-from mvmr.student import Student
+from mvmr.export.onnx.graph import to_onnx
+from mvmr.export.tensorrt import build as tensorrt_build
+from mvmr.export.tensorrt import engine as tensorrt
+from mvmr.export.tensorrt import rtx_build
+from mvmr.export.tensorrt import runtime as tensorrt_runtime
+from mvmr.models.encoder import EncoderConfig, build_encoder
+from mvmr.models.student import Student
 from tests import tensorrt_rtx
 
 SIDE, DIM = 4, 5

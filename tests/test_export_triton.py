@@ -17,10 +17,10 @@ from google.protobuf import text_format
 from onnx import TensorProto, helper
 from tritonclient.grpc import model_config_pb2
 
+from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
 from mvmr.export import triton
-from mvmr.export.session import Session
-from mvmr.preprocess import Preprocess
+from mvmr.export.onnx.session import Session
 
 SIDE, DIM = 4, 6
 SPACE = "5" * 32

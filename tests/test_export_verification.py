@@ -16,15 +16,15 @@ from sklearn.neighbors import NearestNeighbors
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
+from mvmr.bundles.head import Head
+from mvmr.bundles.preprocess import Preprocess
 from mvmr.data import open_images
 from mvmr.errors import MvmrError
-from mvmr.export.drift import INPUT, first_drift
-from mvmr.export.graph import rounded, to_onnx
-from mvmr.export.session import Session
+from mvmr.export.onnx.drift import INPUT, first_drift
+from mvmr.export.onnx.graph import rounded, to_onnx
+from mvmr.export.onnx.session import Session
 from mvmr.export.verification import Gates, Reference, Report, Run, verify
-from mvmr.head import Head
-from mvmr.preprocess import Preprocess
-from mvmr.student import Student
+from mvmr.models.student import Student
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

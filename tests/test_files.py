@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mvmr.errors import MvmrError
-from mvmr.files import atomic, cache_dir, is_disk_full, write_json, write_text
+from mvmr.storage.atomic import atomic, cache_dir, is_disk_full, write_json, write_text
 
 
 def names(folder: Path) -> list[str]:

@@ -14,18 +14,18 @@ import torch
 from PIL import Image
 from sklearn.metrics import top_k_accuracy_score
 
-from mvmr import bundle as bundles
-from mvmr import finetuning, trainer
-from mvmr.bundle import Bundle
-from mvmr.classifiers import linear_probe
+from mvmr.bundles import bundle as bundles
+from mvmr.bundles.bundle import Bundle
+from mvmr.bundles.preprocess import Preprocess
 from mvmr.data import open_images
-from mvmr.encoder import EncoderConfig, build_encoder
 from mvmr.errors import MvmrError
-from mvmr.finetuning import finetune
-from mvmr.preprocess import Preprocess
-from mvmr.pretraining import recalibrate
-from mvmr.protocols import Values
-from mvmr.student import Student
+from mvmr.evaluation.classifiers import linear_probe
+from mvmr.evaluation.protocols import Values
+from mvmr.models.encoder import EncoderConfig, build_encoder
+from mvmr.models.student import Student
+from mvmr.training import finetuning, trainer
+from mvmr.training.finetuning import finetune
+from mvmr.training.pretraining import recalibrate
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 

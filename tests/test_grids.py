@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from mvmr.comparison.grids import GRIDS, POLICIES, REPRESENTATIONS, check_free, rows_of
 from mvmr.errors import MvmrError
-from mvmr.grids import GRIDS, POLICIES, REPRESENTATIONS, check_free, rows_of
-from mvmr.recipe import Recipe, load_recipe
 from mvmr.representations import AUGMENTED_PIXELS, HAND_CRAFTED
-from mvmr.views import POLICIES as VIEW_POLICIES
-from mvmr.views import STEPS, make_policy
+from mvmr.training.recipe import Recipe, load_recipe
+from mvmr.training.views import POLICIES as VIEW_POLICIES
+from mvmr.training.views import STEPS, make_policy
 
 SIZES = {"losses": 7, "representations": 31, "augmentations": 6, "projector": 19}
 
@@ -123,5 +123,5 @@ def test_what_the_rows_decide_cannot_be_set(grid: str, assignment: str) -> None:
 
 
 def test_grids_are_read_without_torch() -> None:
-    asked = "import sys, mvmr.grids; sys.exit('torch' in sys.modules)"
+    asked = "import sys, mvmr.comparison.grids; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", asked], check=True)

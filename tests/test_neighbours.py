@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
 from mvmr.errors import MvmrError
-from mvmr.neighbours import Bank, knn_predict, nearest, neighbour_overlap, others, votes
+from mvmr.evaluation.neighbours import Bank, knn_predict, nearest, neighbour_overlap, others, votes
 
 Split = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mvmr.errors import MvmrError
-from mvmr.objective import Embeddings, Objective, ObjectiveConfig
+from mvmr.methods.objective import Embeddings, Objective, ObjectiveConfig
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import mvmr
-from mvmr.doctor import DISTRIBUTIONS
+from mvmr.cli.doctor import DISTRIBUTIONS
 from mvmr.errors import EXTRAS
 
 ROOT = Path(__file__).parent.parent

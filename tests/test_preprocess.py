@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+from mvmr.bundles.preprocess import Preprocess, to_rgb
 from mvmr.data import open_images
 from mvmr.errors import MvmrError
-from mvmr.preprocess import Preprocess, to_rgb
 
 BICUBIC, BILINEAR = transforms.InterpolationMode.BICUBIC, transforms.InterpolationMode.BILINEAR
 
@@ -168,5 +168,6 @@ def test_broken_exif_does_not_lose_the_image() -> None:
 
 
 def test_preprocessing_needs_no_torch() -> None:
-    code = "import sys, mvmr.preprocess; sys.exit(any(m in sys.modules for m in ('torch', 'torchvision', 'scipy')))"
+    heavy = "('torch', 'torchvision', 'scipy')"
+    code = f"import sys, mvmr.bundles.preprocess; sys.exit(any(m in sys.modules for m in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

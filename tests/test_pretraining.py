@@ -15,18 +15,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 import mvmr
-from mvmr import bundle as bundles
-from mvmr import pretraining, trainer
-from mvmr.bundle import Bundle
+from mvmr.bundles import bundle as bundles
+from mvmr.bundles.bundle import Bundle
+from mvmr.bundles.preprocess import Preprocess
 from mvmr.data import ImageSet, open_images
-from mvmr.encoder import EncoderConfig, build_encoder
 from mvmr.errors import MvmrError
-from mvmr.objective import Embeddings, Objective
-from mvmr.preprocess import Preprocess
-from mvmr.pretraining import fit, pretrain, recalibrate
-from mvmr.recipe import Recipe, load_recipe
-from mvmr.targets import Targets, WithRows
-from mvmr.views import Views
+from mvmr.methods.objective import Embeddings, Objective
+from mvmr.models.encoder import EncoderConfig, build_encoder
+from mvmr.training import pretraining, trainer
+from mvmr.training.pretraining import fit, pretrain, recalibrate
+from mvmr.training.recipe import Recipe, load_recipe
+from mvmr.training.targets import Targets, WithRows
+from mvmr.training.views import Views
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 

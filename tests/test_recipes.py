@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mvmr.recipe import load_recipe, recipe_names
-from mvmr.views import make_policy
+from mvmr.training.recipe import load_recipe, recipe_names
+from mvmr.training.views import make_policy
 
 DOC = Path(__file__).parent.parent / "docs" / "recipes.md"
 SHIPPED = [(package, name) for package in ("mvmr", "mvmr.distillation") for name in recipe_names(package)]

@@ -9,8 +9,8 @@ from skimage import data
 from skimage.feature import hog
 from torch import Tensor
 
+from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
-from mvmr.preprocess import Preprocess
 from mvmr.representations import HAND_CRAFTED, hand_crafted
 from mvmr.representations.hog import Hog
 from mvmr.representations.local_std import local_std

@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mvmr import row_store
-from mvmr.data.images import Arrays, ImageSet, Numbered
+from mvmr.data.image_set import Arrays, ImageSet, Numbered
 from mvmr.errors import MvmrError
-from mvmr.row_cache import represent
-from mvmr.row_store import cached_rows
+from mvmr.representations.cache import represent
+from mvmr.storage import row_store
+from mvmr.storage.row_store import cached_rows
 
 COUNT, WIDTH = 10, 3
 ROWS = torch.arange(COUNT * WIDTH, dtype=torch.float32).reshape(COUNT, WIDTH) / 7
@@ -102,7 +102,7 @@ def test_a_run_stopped_after_its_last_row_only_renames(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys, torch
 from pathlib import Path
-from mvmr.row_store import cached_rows
+from mvmr.storage.row_store import cached_rows
 
 def dying(start):
     for row in range(4):

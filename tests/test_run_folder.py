@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mvmr.errors import MvmrError
-from mvmr.run_folder import RunFolder, claim, find_run, give_up
+from mvmr.training.runs import RunFolder, claim, find_run, give_up
 
 RUN: dict[str, Any] = {
     "data": {"name": "photos", "images": 40},

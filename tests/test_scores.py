@@ -8,7 +8,7 @@ import repsim
 from sklearn.metrics import average_precision_score, top_k_accuracy_score
 
 from mvmr.errors import MvmrError
-from mvmr.scores import Definition, average_precision, linear_cka, mean_average_precision, top_k
+from mvmr.evaluation.scores import Definition, average_precision, linear_cka, mean_average_precision, top_k
 
 DEFINITIONS: tuple[Definition, ...] = ("area", "voc07")
 DTYPES = (np.float16, np.float32, np.float64)

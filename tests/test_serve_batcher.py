@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mvmr.serve.batcher import Batcher
-from mvmr.serve.metrics import Metrics
-from mvmr.serve.problems import Problem
+from mvmr.serve.http.batcher import Batcher
+from mvmr.serve.http.metrics import Metrics
+from mvmr.serve.http.problems import Problem
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -99,7 +99,7 @@ def dropped(metrics: Metrics) -> float | None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Stop the batcher's clock at 0; the function that is returned sets it."""
     now = [0.0]
-    monkeypatch.setattr("mvmr.serve.batcher.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("mvmr.serve.http.batcher.time.perf_counter", lambda: now[0])
     return lambda seconds: now.__setitem__(0, seconds)
 
 

@@ -23,10 +23,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvmr import bundle as bundles
+from mvmr.bundles import bundle as bundles
 from mvmr.errors import MvmrError
-from mvmr.serve import client as module
 from mvmr.serve.client import AsyncClient, Client, Embeddings, Hit, ImageError
+from mvmr.serve.client import client as module
 from tests import serving
 
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket")

@@ -20,7 +20,7 @@ import httpx2
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from mvmr.serve.http.turns import Turns
+from mvmr.serve.http.connections.turns import Turns
 from mvmr.serve.shares import Recent, Shares, owner_of
 from tests import serving
 from tests.serving import Running, counted, jpeg, problem, running
@@ -389,8 +389,8 @@ def test_probes_at_a_port_of_their_own_wait_for_nobody(path: Path, tmp_path: Pat
     block = tmp_path / "block"
     wrapped = f"""
 import os, time
-import mvmr.serve.service as module
-from mvmr.serve.edge import Edge
+import mvmr.serve.http.service as module
+from mvmr.serve.http.admission import Edge
 call = Edge.__call__
 async def blocking(self, scope, receive, send):
     while scope.get("path") == "/block" and os.path.exists({str(block)!r}):
@@ -420,7 +420,7 @@ Edge.__call__ = blocking
 
 def test_an_event_loop_that_stands_still_is_not_alive(path: Path, tmp_path: Path) -> None:
     wrapped = """
-import mvmr.serve.service as module
+import mvmr.serve.http.service as module
 module.Service.silence = lambda self: 31.0
 """
     with running(path, tmp_path, "--probe-port", "0", wrapped=wrapped) as service:
@@ -434,11 +434,11 @@ def test_a_log_that_nobody_reads_keeps_nobody_waiting(path: Path, tmp_path: Path
     # a log of every request, which a full pipe would stop
     script = tmp_path / "wrapped.py"
     script.write_text(
-        "import logging\nfrom mvmr.serve.edge import Edge\ncall = Edge.__call__\n"
+        "import logging\nfrom mvmr.serve.http.admission import Edge\ncall = Edge.__call__\n"
         "async def talkative(self, scope, receive, send):\n"
         "    for _ in range(100):\n        logging.getLogger('mvmr').warning('x' * 1000)\n"
         "    await call(self, scope, receive, send)\n"
-        "Edge.__call__ = talkative\nfrom mvmr.cli import main\nmain(prog_name='mvmr')\n"
+        "Edge.__call__ = talkative\nfrom mvmr.cli.main import main\nmain(prog_name='mvmr')\n"
     )
     with subprocess.Popen([sys.executable, str(script), *argv[3:]], stderr=subprocess.PIPE) as process:
         assert process.stderr is not None

@@ -16,12 +16,13 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from PIL import Image
 
-from mvmr import decoding
+from mvmr.data import decoding
+from mvmr.data.image_bytes import Limits, Prepared, Rejected, prepare
+from mvmr.data.readable import LocalFile
 from mvmr.errors import MvmrError
-from mvmr.serve import decode_pool, decoder
-from mvmr.serve.decode import Limits, Prepared, Rejected, prepare
-from mvmr.serve.decode_pool import DecodePool
-from mvmr.serve.items import LocalFile
+from mvmr.serve.decoding import decoder
+from mvmr.serve.decoding import pool as decode_pool
+from mvmr.serve.decoding.pool import DecodePool
 from tests.serving import PREPROCESS, SLOW, encoded, jpeg, wait_until
 
 LIMITS = Limits(seconds=0.5)
@@ -221,7 +222,7 @@ def test_a_file_that_memory_does_not_hold_costs_itself_alone(pool: DecodePool, t
 _WITH_A_SLOW_DISK = """
 import time
 from mvmr.serve import decode_process
-from mvmr.serve.items import LocalFile
+from mvmr.data.readable import LocalFile
 read = LocalFile.__call__
 LocalFile.__call__ = lambda file: (time.sleep(3), read(file))[1]
 decode_process.main()
@@ -306,8 +307,8 @@ def test_decoders_that_do_not_start_are_told_of(monkeypatch: pytest.MonkeyPatch)
 
 _PARENT = """
 import sys, time
-from mvmr.serve.decode import Limits
-from mvmr.serve.decode_pool import DecodePool
+from mvmr.data.image_bytes import Limits
+from mvmr.serve.decoding.pool import DecodePool
 from tests.serving import PREPROCESS, SLOW
 pool = DecodePool(PREPROCESS, Limits(seconds=60), processes=2)
 pool.start()

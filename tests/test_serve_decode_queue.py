@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from mvmr.serve.decode import AT_ONCE
-from mvmr.serve.decode_queue import TOGETHER, DecodeQueue
-from mvmr.serve.decoder import Job
+from mvmr.data.image_bytes import AT_ONCE
+from mvmr.serve.decoding.decoder import Job
+from mvmr.serve.decoding.queue import TOGETHER, DecodeQueue
 
 
 @pytest.fixture

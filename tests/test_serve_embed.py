@@ -26,18 +26,18 @@ from click.testing import CliRunner
 from filelock import FileLock
 from PIL import Image
 
-from mvmr import bundle as bundles
-from mvmr.cli import main
-from mvmr.encoder import EncoderConfig, build_encoder
+from mvmr.bundles import bundle as bundles
+from mvmr.bundles.preprocess import Preprocess
+from mvmr.cli.main import main
 from mvmr.errors import MvmrError
-from mvmr.export.run import export
-from mvmr.preprocess import Preprocess
-from mvmr.serve import embed as job
-from mvmr.serve import parts as parts_module
-from mvmr.serve.embed import embed, read_shard
+from mvmr.export.export import export
+from mvmr.models.encoder import EncoderConfig, build_encoder
+from mvmr.serve.batch import job
+from mvmr.serve.batch import parts as parts_module
+from mvmr.serve.batch.job import embed, read_shard
+from mvmr.serve.batch.stored import open_embeddings
 from mvmr.serve.engine import Engine
-from mvmr.serve.index import build
-from mvmr.serve.vectors import open_embeddings
+from mvmr.serve.index.index import build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -486,7 +486,7 @@ def test_the_command_says_what_it_made_and_what_to_run_next(bundle: Path, photos
 
 
 def test_search_refuses_another_space_and_a_bundle_that_is_gone(bundle: Path, photos: Path, tmp_path: Path) -> None:
-    from mvmr.serve.search import search
+    from mvmr.serve.index.search import search
 
     shutil.copytree(bundle, tmp_path / "moved")
     run(tmp_path / "moved", photos, tmp_path / "out")
@@ -505,8 +505,8 @@ def test_search_refuses_another_space_and_a_bundle_that_is_gone(bundle: Path, ph
 
 def test_the_job_needs_no_torch(bundle: Path, photos: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from mvmr.serve import jobs_cli; from mvmr.serve.embed import embed; "
-        "from mvmr.serve.index import build; from mvmr.serve.search import search; "
+        "import sys; from mvmr.serve import jobs_cli; from mvmr.serve.batch.job import embed; "
+        "from mvmr.serve.index.index import build; from mvmr.serve.index.search import search; "
         "bundle, images, out = sys.argv[1:]; embed(bundle, images, out=out, heads=['all']); "
         "build(out, out + '-index', kind='hnsw'); search(out + '-index', images + '/05.png'); "
         "bad = {'torch', 'torchvision', 'scipy', 'sklearn', 'skimage', 's3fs'} & set(sys.modules); "
@@ -531,7 +531,7 @@ def test_killed_at_twenty_random_moments_rows_are_those_of_an_undisturbed_run(bu
     whole, out = tmp_path / "whole", tmp_path / "out"
     run(bundle, images, whole, part_rows=50)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mvmr.serve.embed"])
+    context.set_forkserver_preload(["mvmr.serve.batch.job"])
     chance = random.Random(0)
     kills = 0
     while kills < 20:

@@ -26,13 +26,16 @@ from PIL import Image
 from prometheus_client import Counter
 from prometheus_client.metrics import MetricWrapperBase
 
-from mvmr import decoding
-from mvmr.cli import main
-from mvmr.serve import cli, decode, decode_pool, embeddings, engine, fetch, inference, payload, run, status
-from mvmr.serve.decode import Limits
-from mvmr.serve.metrics import Metrics
-from mvmr.serve.problems import PROBLEMS
-from mvmr.serve.settings import ConnectionLimits, Settings
+from mvmr.cli.main import main
+from mvmr.data import decoding
+from mvmr.data.image_bytes import Limits
+from mvmr.serve import cli, engine
+from mvmr.serve.decoding import pool as decode_pool
+from mvmr.serve.http import fetch, run
+from mvmr.serve.http.metrics import Metrics
+from mvmr.serve.http.problems import PROBLEMS
+from mvmr.serve.http.routes import embeddings, inference, status
+from mvmr.serve.http.settings import ConnectionLimits, Settings
 from tests import serving
 
 PAGE = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
@@ -66,7 +69,7 @@ def test_all_problems_are_listed() -> None:
 
 
 def test_all_reasons_why_an_image_has_no_embedding_are_listed() -> None:
-    sources = "".join(Path(module.__file__).read_text() for module in (decode, decode_pool, payload, fetch))
+    sources = "".join(Path(module.__file__).read_text() for module in (image_bytes, decode_pool, request_body, fetch))
     codes = re.findall(r'Rejected\(\s*"([a-z0-9-]+)"', sources)
     assert sorted(row[0].strip("`") for row in rows("## What becomes of each image")[1:]) == sorted(set(codes))
 
@@ -210,10 +213,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder where the examples run: runs/photos is a small ResNet with a head, exported by torch."""
     import torch
 
-    from mvmr import bundle as bundles
-    from mvmr.encoder import EncoderConfig, build_encoder
-    from mvmr.export.run import export
-    from mvmr.preprocess import Preprocess
+    from mvmr.bundles import bundle as bundles
+    from mvmr.bundles.preprocess import Preprocess
+    from mvmr.export.export import export
+    from mvmr.models.encoder import EncoderConfig, build_encoder
 
     folder = tmp_path_factory.mktemp("place")
     for path, name in zip(IMAGES, ("chelsea", "astronaut"), strict=True):
@@ -237,7 +240,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def student(place: Path) -> np.ndarray:
     """What torch makes of the images, float32 [2, D]."""
-    from mvmr import bundle as bundles
+    from mvmr.bundles import bundle as bundles
 
     vectors = bundles.load(place / "runs" / "photos").student().embed([place / image for image in IMAGES])
     return np.asarray(vectors, np.float32)
@@ -300,7 +303,7 @@ def two_classes(said: str, place: Path, student: np.ndarray) -> None:
 
 
 def best(place: Path, embedding: np.ndarray) -> list[str]:
-    from mvmr import bundle as bundles
+    from mvmr.bundles import bundle as bundles
 
     head = bundles.load(place / "runs" / "photos").head("animals")
     return [CLASSES[number] for number in np.argsort(-(head.weight @ embedding + head.bias))[:2]]

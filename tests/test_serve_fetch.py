@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from mvmr.serve import Engine, fetch
-from mvmr.serve.decode import Rejected
-from mvmr.serve.fetch import Remote
-from mvmr.serve.server import create_app
-from mvmr.serve.settings import Settings
+from mvmr.data.image_bytes import Rejected
+from mvmr.serve import Engine
+from mvmr.serve.http import fetch
+from mvmr.serve.http.app import create_app
+from mvmr.serve.http.fetch import Remote
+from mvmr.serve.http.settings import Settings
 from tests import serving
 from tests.serving import jpeg, problem, said_in
 

@@ -16,14 +16,13 @@ import pytest
 import skimage.data
 from PIL import Image
 
-from mvmr import bundle as bundles
-from mvmr import decoding
-from mvmr.data import open_images
-from mvmr.export.contract import EMBEDDING, artifact, report_of
-from mvmr.preprocess import Preprocess
+from mvmr.bundles import bundle as bundles
+from mvmr.bundles.preprocess import Preprocess
+from mvmr.data import decoding, open_images
+from mvmr.data.image_bytes import Limits, Prepared, prepare
+from mvmr.export.artifacts import EMBEDDING, artifact, report_of
 from mvmr.serve import Engine
-from mvmr.serve.decode import Limits, Prepared, prepare
-from mvmr.serve.embed import embed
+from mvmr.serve.batch.job import embed
 from tests.serving import FLOAT32, PREPROCESS, Running, encoded, rows, running, said_in
 
 pytestmark = pytest.mark.slow
@@ -137,8 +136,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ResNet18 in float32 and in 8 bits, each of which has passed its gates on photographs."""
     import torch
 
-    from mvmr.encoder import EncoderConfig, build_encoder
-    from mvmr.export.run import export
+    from mvmr.export.export import export
+    from mvmr.models.encoder import EncoderConfig, build_encoder
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -264,7 +263,7 @@ def test_the_engine_does_as_torch_does_on_each_kind_of_file(
 
 
 def test_so_does_what_evaluate_computes(path: Path, folder: Path, files: Mapping[str, bytes]) -> None:
-    from mvmr.row_cache import represent
+    from mvmr.representations.cache import represent
 
     student = bundles.load(path).student()
     evaluated = represent(open_images(str(folder), "unlabelled"), student)

@@ -452,7 +452,7 @@ def test_nothing_is_sent_anywhere(path: Path, tmp_path: Path) -> None:
     assert {kind for kind, _, _ in watch.seen} == {"SOCK_STREAM"}
     # the name of the host that it listens at is looked up, and images are decoded in processes, nothing else
     asked = set((tmp_path / "asked").read_text().splitlines())
-    decoders = "subprocess.Popen ['-P', '-m', 'mvmr.serve.decode_process']"
+    decoders = "subprocess.Popen ['-P', '-m', 'mvmr.serve.decoding.process']"
     assert asked == {"socket.getaddrinfo ('127.0.0.1', 0)", decoders}
     assert [str(file) for file in home.rglob("*") if "microsoft" in file.name.lower()] == []
     assert list(home.iterdir()) == []

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from mvmr.errors import MvmrError
-from mvmr.serve import kinds
-from mvmr.serve.index import Index, build
-from mvmr.serve.vectors import open_embeddings
+from mvmr.serve.batch.stored import open_embeddings
+from mvmr.serve.index import faiss_kinds
+from mvmr.serve.index.index import Index, build
 
 SPACE, OTHER = "a" * 32, "b" * 32
 DIM = 16
@@ -146,9 +146,9 @@ def test_the_recall_that_is_told_is_the_recall_there_is(tmp_path: Path) -> None:
 
 
 def test_lists_are_sized_by_the_data_and_refused_where_it_is_too_few(tmp_path: Path) -> None:
-    assert kinds.sized("ivf", kinds.Options(), 10**6) == {"lists": 4000, "probes": 250}
-    assert kinds.sized("ivf", kinds.Options(), 25_000)["lists"] == 632
-    assert kinds.sized("ivf", kinds.Options(lists=4, probes=99), 10**4) == {"lists": 4, "probes": 4}
+    assert faiss_kinds.sized("ivf", faiss_kinds.Options(), 10**6) == {"lists": 4000, "probes": 250}
+    assert faiss_kinds.sized("ivf", faiss_kinds.Options(), 25_000)["lists"] == 632
+    assert faiss_kinds.sized("ivf", faiss_kinds.Options(lists=4, probes=99), 10**4) == {"lists": 4, "probes": 4}
     made = folder(tmp_path / "out", clustered(5000))
     message = refused(made, tmp_path / "index", kind="ivf")
     assert "5000 embeddings are too few for an ivf index of 283 lists, 39 to each; take --kind exact" in message
@@ -388,7 +388,7 @@ def test_a_pipe_in_an_index_is_not_waited_for(tmp_path: Path) -> None:
 
 def rewritten(index: Index, change: Callable[[Any], None]) -> str:
     """Why an index is refused whose FAISS file was changed by `change`, with a description that vouches for it."""
-    file = index.path / kinds.FILES[index.kind]
+    file = index.path / faiss_kinds.FILES[index.kind]
     opened = faiss.read_index(str(file))
     change(opened)
     faiss.write_index(opened, str(file))

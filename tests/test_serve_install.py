@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 
 import mvmr
-from mvmr import bundle as bundles
-from mvmr.encoder import EncoderConfig, build_encoder
-from mvmr.export.run import export
-from mvmr.preprocess import Preprocess
+from mvmr.bundles import bundle as bundles
+from mvmr.bundles.preprocess import Preprocess
+from mvmr.export.export import export
+from mvmr.models.encoder import EncoderConfig, build_encoder
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 

@@ -19,17 +19,17 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from mvmr import bundle as bundles
-from mvmr.cli import main
-from mvmr.export.contract import artifact
-from mvmr.serve import run
+from mvmr.bundles import bundle as bundles
+from mvmr.cli.main import main
+from mvmr.export.artifacts import artifact
+from mvmr.serve.http import run
 from tests import serving
 from tests.serving import FLOAT32, Running, counted, jpeg, problem, rows, running
 
 # Leaves in the file `counted` what the service has counted, when it ends.
 COUNTING = """
 import atexit
-import mvmr.serve.run as run
+import mvmr.serve.http.run as run
 made, create = [], run.create_app
 def spy(*arguments):
     made.append(create(*arguments))

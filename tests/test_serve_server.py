@@ -22,15 +22,16 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from mvmr import bundle as bundles
+from mvmr.bundles import bundle as bundles
+from mvmr.data.image_bytes import Limits
 from mvmr.errors import MvmrError
-from mvmr.serve import Engine, readiness
-from mvmr.serve.batcher import Batcher
-from mvmr.serve.decode import Limits
-from mvmr.serve.problems import PROBLEMS
-from mvmr.serve.server import create_app
-from mvmr.serve.service import Service
-from mvmr.serve.settings import ConnectionLimits, Settings, read_keys
+from mvmr.serve import Engine
+from mvmr.serve.http import readiness
+from mvmr.serve.http.app import create_app
+from mvmr.serve.http.batcher import Batcher
+from mvmr.serve.http.problems import PROBLEMS
+from mvmr.serve.http.service import Service
+from mvmr.serve.http.settings import ConnectionLimits, Settings, read_keys
 from tests import serving
 from tests.serving import DIM, FLOAT16, FLOAT32, HEADS, PREPROCESS, jpeg, problem, rows, said_in
 
@@ -134,7 +135,7 @@ class Index:
 
 def expected(*names: str) -> Floats:
     """The embeddings of photographs that went through a JPEG."""
-    from mvmr.serve.decode import Prepared, prepare
+    from mvmr.data.image_bytes import Prepared, prepare
 
     found = [prepare(jpeg(name), PREPROCESS) for name in names]
     return serving.embedded(np.stack([each.pixels for each in found if isinstance(each, Prepared)]))
@@ -306,7 +307,7 @@ def test_an_image_of_more_pixels_than_allowed_is_not_decoded(engine: Engine) -> 
 
 
 def softmax(embeddings: Floats, path: Path, name: str) -> Floats:
-    from mvmr import bundle as bundles
+    from mvmr.bundles import bundle as bundles
 
     head = bundles.load(path, verify=False).head(name)
     powers = np.exp(embeddings.astype(np.float64) @ head.weight.T + head.bias)

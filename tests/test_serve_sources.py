@@ -12,10 +12,10 @@ import fsspec
 import pytest
 from PIL import Image
 
+from mvmr.data.image_bytes import LIMITS, Limits, Rejected
+from mvmr.data.listing import open_source
+from mvmr.data.readable import Item
 from mvmr.errors import MvmrError
-from mvmr.serve.decode import LIMITS, Limits, Rejected
-from mvmr.serve.items import Item
-from mvmr.serve.sources import open_source
 
 
 def png(value: int) -> bytes:

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mvmr import bundle as bundles
+from mvmr.bundles import bundle as bundles
 from mvmr.errors import MvmrError
-from mvmr.recipe import load_recipe
 from mvmr.serve.engine import read_heads
-from mvmr.serve.index import Index, build
+from mvmr.serve.index.index import Index, build
+from mvmr.training.recipe import load_recipe
 from tests import serving
 from tests.test_serve_index import clustered, folder, manifest
 

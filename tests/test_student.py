@@ -9,12 +9,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 
-from mvmr import bundle
-from mvmr.encoder import EncoderConfig, build_encoder
+from mvmr.bundles import bundle
+from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
-from mvmr.preprocess import Preprocess
+from mvmr.models.encoder import EncoderConfig, build_encoder
+from mvmr.models.student import Student
 from mvmr.representations import Representation
-from mvmr.student import Student
 
 CONFIG = EncoderConfig(architecture="resnet18", small_kernel=True)
 PREPROCESS = Preprocess(resize=20, crop=16, interpolation="bicubic", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))

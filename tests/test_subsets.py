@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from mvmr.data import ImageSet
-from mvmr.data.images import Arrays
+from mvmr.data.image_set import Arrays
 from mvmr.errors import MvmrError
-from mvmr.subsets import draw, listed, parse_labels
+from mvmr.training.subsets import draw, listed, parse_labels
 
 KEYS = ("train/cat/1.jpg", "train/cat/2.jpg", "train/cat/old/3.jpg", "train/dog/1.jpg", "train/dog/4.jpg")
 KINDS = (0, 0, 0, 1, 1)

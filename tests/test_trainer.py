@@ -17,12 +17,12 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from mvmr import checkpoint
+from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
-from mvmr.learner import Learner
-from mvmr.objective import Embeddings, Objective, ObjectiveConfig
-from mvmr.preprocess import Preprocess
-from mvmr.trainer import BatchOrder, TrainConfig, learning_rate, train
+from mvmr.methods.learner import Learner
+from mvmr.methods.objective import Embeddings, Objective, ObjectiveConfig
+from mvmr.training import checkpoint
+from mvmr.training.trainer import BatchOrder, TrainConfig, learning_rate, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

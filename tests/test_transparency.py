@@ -14,20 +14,20 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mvmr import bundle as bundles
 from mvmr.app.opening import open_workbench
 from mvmr.app.ui import Asked
 from mvmr.app.uploads import opened
+from mvmr.bundles import bundle as bundles
+from mvmr.bundles.preprocess import WHITE, Preprocess, to_rgb
 from mvmr.data import ImageSet, open_images
-from mvmr.encoder import EncoderConfig, build_encoder
+from mvmr.data.image_bytes import Prepared, prepare
 from mvmr.errors import MvmrError
-from mvmr.preprocess import WHITE, Preprocess, to_rgb
-from mvmr.pretraining import fit
-from mvmr.recipe import load_recipe
-from mvmr.serve.client_images import Sent, parts
-from mvmr.serve.decode import Prepared, prepare
+from mvmr.models.encoder import EncoderConfig, build_encoder
+from mvmr.serve.client.images import Sent, parts
 from mvmr.serve.engine import Engine
-from mvmr.views import Views
+from mvmr.training.pretraining import fit
+from mvmr.training.recipe import load_recipe
+from mvmr.training.views import Views
 from tests.serving import encoded, photograph
 
 Pixels = npt.NDArray[np.uint8]
@@ -225,7 +225,7 @@ def test_the_app_shows_it_what_it_was_shown_before(old: bundles.Bundle, content:
 
 @pytest.mark.slow
 def test_so_does_its_export(old: bundles.Bundle, tmp_path: Path) -> None:
-    from mvmr.export.run import export
+    from mvmr.export.export import export
 
     for number in range(16):
         encoded_file = encoded(faded().rotate(20 * number), "PNG")

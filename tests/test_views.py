@@ -13,11 +13,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms import v2
 
+from mvmr.bundles.preprocess import Preprocess
 from mvmr.data import ImageSet, open_images
-from mvmr.data.images import Labels
+from mvmr.data.image_set import Labels
 from mvmr.errors import MvmrError
-from mvmr.preprocess import Preprocess
-from mvmr.views import (
+from mvmr.training.views import (
     CROP_AREA,
     POLICIES,
     STEPS,

@@ -22,8 +22,8 @@ import bentoml
 import numpy as np
 from bentoml.validators import ContentType
 
+from mvmr.data.image_bytes import prepare
 from mvmr.serve import Engine
-from mvmr.serve.decode import prepare
 
 WORKERS, THREADS, BATCH = (int(os.environ[f"PEER_{name}"]) for name in ("WORKERS", "THREADS", "BATCH"))
 _LATENCY_MS = 10_000

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from fastapi import Response
 
+from mvmr.data.image_bytes import prepare
 from mvmr.serve import Engine
-from mvmr.serve.decode import prepare
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]

@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import PIL
 
-from mvmr import decoding
 from mvmr.cores import usable_cores
+from mvmr.data import decoding
 from mvmr.data.scan import Files
 from mvmr.errors import MvmrError
-from mvmr.files import atomic, cache_dir
 from mvmr.progress import track
+from mvmr.storage.atomic import atomic, cache_dir
 
 logger = logging.getLogger(__name__)
 

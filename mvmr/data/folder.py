@@ -9,11 +9,11 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from mvmr.bundles.preprocess import Background
 from mvmr.data.checking import Verdicts, check_files
-from mvmr.data.images import ImageSet, Labels, Skipped, Split, background_mark, digest
+from mvmr.data.image_set import ImageSet, Labels, Skipped, Split, background_mark, digest
 from mvmr.data.scan import Files, Keys, Scan, printable, scan
 from mvmr.errors import MvmrError
-from mvmr.preprocess import Background
 
 TEST_SHARE = 0.2
 _NAMED = 3  # unreadable files named in an error

@@ -6,20 +6,20 @@ from dataclasses import replace
 from functools import partial
 from typing import get_args
 
-from mvmr.data import samples, standard
+from mvmr.bundles.preprocess import WHITE, Background, check_background
+from mvmr.data import datasets, samples
 from mvmr.data.folder import Opening, open_folder
-from mvmr.data.images import ImageSet, Split
+from mvmr.data.image_set import ImageSet, Split
 from mvmr.errors import MvmrError, nearest, unknown
-from mvmr.preprocess import WHITE, Background, check_background
 
 SAMPLES: dict[str, Callable[[Split], ImageSet]] = {"patches": samples.patches, "digits": samples.digits}
 STANDARD: dict[str, Callable[[str, Opening], ImageSet]] = {
-    "stl10": standard.stl10,
-    "cifar10": partial(standard.cifar, kind="cifar10"),
-    "cifar20": partial(standard.cifar, kind="cifar20"),
-    "cifar100": partial(standard.cifar, kind="cifar100"),
-    "imagenet": standard.imagenet,
-    "voc07": standard.voc07,
+    "stl10": datasets.stl10,
+    "cifar10": partial(datasets.cifar, kind="cifar10"),
+    "cifar20": partial(datasets.cifar, kind="cifar20"),
+    "cifar100": partial(datasets.cifar, kind="cifar100"),
+    "imagenet": datasets.imagenet,
+    "voc07": datasets.voc07,
 }
 DEFAULT_ROOT = "data"
 

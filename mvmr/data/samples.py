@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mvmr.data.images import Arrays, ImageSet, Labels, Numbered, Split, digest
+from mvmr.bundles.preprocess import to_rgb
+from mvmr.data.image_set import Arrays, ImageSet, Labels, Numbered, Split, digest
 from mvmr.errors import MvmrError
-from mvmr.preprocess import to_rgb
 
 PATCH = 64
 DIGIT = 32

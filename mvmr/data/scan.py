@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mvmr import decoding
-from mvmr.data.images import Skipped
+from mvmr.data import decoding
+from mvmr.data.image_set import Skipped
 from mvmr.errors import MvmrError
 
 

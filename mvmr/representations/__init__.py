@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import unknown
-from mvmr.preprocess import Preprocess
 from mvmr.representations.hog import Hog
 from mvmr.representations.local_std import local_std
 from mvmr.representations.pixels import pixels

@@ -1,0 +1,1 @@
+"""Whatever turns images into embeddings for the app: engines, the teacher, another service."""

@@ -1,0 +1,117 @@
+"""The teacher as an encoder, loaded when it is first needed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mvmr.app.embedders.embedder import TEACHER, Encoder, device_type, identity_of, in_torch, once
+from mvmr.bundles.bundle import Bundle
+from mvmr.errors import MvmrError
+
+logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    from mvmr.distillation.teachers.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A teacher in memory; has_text: whether its text tower is there, for zero-shot classification."""
+
+    teacher: Teacher
+    has_text: bool
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TeacherSide(Encoder):
+    """The teacher as an encoder.
+
+    load: gives the teacher, from the second call on the same one; raises MvmrError when it can't be had
+    """
+
+    load: Callable[[], Loaded]
+
+    @property
+    def teacher(self) -> Teacher:
+        """The teacher itself; raises as `load`."""
+        return self.load().teacher
+
+    @property
+    def has_text(self) -> bool:
+        """Whether its text tower is there, for zero-shot classification; raises as `load`."""
+        return self.load().has_text
+
+
+def load_teacher(
+    bundle: Bundle | None, teacher: str | Path | None, pretrained: str | Path | None, device: str = "cpu"
+) -> TeacherSide:
+    """Load the teacher named, or else the one that the bundle records, with its text tower where it has one.
+
+    One that is recorded with a file of weights that is there is not loaded before it is needed: embeddings that were
+    computed before are told by the identity that the bundle records.
+
+    Raises: MvmrError when it can't be had, or neither is there.
+    """
+    if bundle is None and teacher is None:
+        raise MvmrError("a service does not say what its student was distilled from; name it: --teacher ViT-B-16")
+    load = once(lambda: _with_text(bundle, teacher, pretrained, device))
+    recorded = _recorded(bundle) if bundle is not None and teacher is None else None
+    if recorded is None:
+        found = load().teacher
+        name, weights, identity, dim = found.name, found.weights, found.identity, found.dim
+    else:
+        (name, weights, identity), dim = recorded, None
+    return TeacherSide(
+        key=TEACHER,
+        label=f"{name} ({Path(weights).name})",
+        identity=identity_of(identity, TEACHER, device_type(device)),
+        dim=dim,
+        nbytes=_size(name, weights),
+        prepare=lambda image: load().teacher.prepare(image),
+        forward=lambda prepared: in_torch(load().teacher, load().teacher.dim, device, prepared),
+        load=load,
+    )
+
+
+def _with_text(bundle: Bundle | None, teacher: str | Path | None, pretrained: str | Path | None, device: str) -> Loaded:
+    from mvmr.distillation.teachers.recorded import teacher_of  # here, for open_clip takes seconds
+    from mvmr.distillation.teachers.teacher import Teacher
+
+    def load(*, text: bool) -> Teacher:
+        if bundle is not None:
+            return teacher_of(bundle, teacher, pretrained, device, text=text)
+        return Teacher.load(teacher or "", pretrained, device=device, text=text)
+
+    try:
+        return Loaded(load(text=True), has_text=True)
+    except MvmrError as error:
+        if "text tower" not in str(error):
+            raise
+    except Exception as error:  # some text towers need packages or files of their own, which each fail in their own way
+        logger.warning("no text tower of the teacher, so no zero-shot: %s", " ".join(str(error).split())[:200])
+    return Loaded(load(text=False), has_text=False)
+
+
+def _recorded(bundle: Bundle) -> tuple[str, str, str] | None:
+    """Name, file of weights and identity of the teacher that the bundle records; None where the file is not there."""
+    teachers = bundle.manifest.training.get("teachers")
+    says = teachers.get("teacher") if isinstance(teachers, Mapping) else None
+    if not isinstance(says, Mapping) or not {"name", "weights", "identity"} <= set(says):
+        return None
+    name, weights, identity = (str(says[key]) for key in ("name", "weights", "identity"))
+    return (name, weights, identity) if Path(weights).is_file() else None
+
+
+def _size(name: str, weights: str) -> int | None:
+    try:
+        if Path(weights).is_file():
+            return Path(weights).stat().st_size
+        from mvmr.distillation.teachers.open_clip import find_source
+
+        return find_source(name, weights).file.stat().st_size
+    except (MvmrError, OSError):
+        return None

@@ -1,0 +1,93 @@
+"""What a bundle's own reports say of its accuracy on the gallery's data, and the commands that measured it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mvmr import strict_json
+from mvmr.bundles import bundle as bundles
+from mvmr.bundles.bundle import Bundle
+from mvmr.bundles.manifest import Manifest
+from mvmr.distillation.teachers.open_clip import default_tag
+from mvmr.errors import MvmrError
+from mvmr.export.artifacts import FORMATS, artifact, report_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Records:
+    """What a bundle's own reports say of the gallery's data.
+
+    data: as the user named it; labelled: whether it has one label to an image
+    teacher, weights, identity: of the teacher that is loaded, as `Teacher` names them
+    """
+
+    bundle: Bundle | None
+    data: str
+    labelled: bool
+    teacher: str = ""
+    weights: str = ""
+    identity: str = ""
+
+    def command(self, protocol: str, *, table: bool) -> str:
+        """What measures a protocol with `mvmr evaluate`; table: for the teacher, too."""
+        path = "BUNDLE" if self.bundle is None else self.bundle.path
+        return f"mvmr evaluate {path} --data {self.data} --protocol {protocol}{' --table' if table else ''}"
+
+    def find(self, protocol: str, *, teacher: bool) -> tuple[float, str] | None:
+        """Top-1 in percent from the newest record of it, and the command that made the record."""
+        said = f"{protocol}, teacher {self.teacher}" if teacher else protocol
+        name = "top1_weighted_k5" if protocol == "knn" else "top1"
+        for record in reversed(self._now().metrics if self.bundle else ()):
+            if record["protocol"] != said or name not in record["values"] or not _same(record["data"], self.data):
+                continue
+            if not teacher or self._measured_ours(record["command"]):
+                return float(record["values"][name]), str(record["command"])
+        return None
+
+    def exported(self, key: str) -> tuple[float, str] | None:
+        """Top-1 in percent of a head on the images that an export was verified with, from the report beside it."""
+        place = {f"onnx-{precision}": report_of(artifact(precision)) for precision in FORMATS.values()}.get(key)
+        if self.bundle is None or place is None or place not in self.bundle.manifest.files:
+            return None
+        try:
+            report = strict_json.read(self.bundle.file(place))
+            measured = {
+                name: each["accuracy"] for name, each in report["heads"].items() if each["accuracy"] is not None
+            }
+            if not measured or not _same(report["data"], self.data):
+                return None
+            head = min(measured)
+            of = f"{report['images']} images of {report['data']} ({report['split']})"
+            return float(measured[head]), f"mvmr export, {place}: head {head} on {of}"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a bundle may come from a stranger
+            return None
+
+    def _now(self) -> Manifest:
+        """The bundle's manifest as it stands: what was measured since the app was started is in it."""
+        assert self.bundle is not None
+        try:
+            found = bundles.load(self.bundle.path, verify=False)
+        except MvmrError:
+            return self.bundle.manifest
+        return found.manifest if found.space_id == self.bundle.space_id else self.bundle.manifest
+
+    def _measured_ours(self, command: str) -> bool:
+        """Whether a record of a teacher of this name is of these weights, and not of others."""
+        given = dict(re.findall(r"--(teacher|pretrained) (\S+)", command))
+        if "teacher" in given:
+            try:
+                taken = given.get("pretrained") or default_tag(self.teacher)
+            except MvmrError:  # a folder with its own weights
+                return _same(given["teacher"], os.path.dirname(self.weights))
+            return _same(taken, self.weights)
+        recorded = None if self.bundle is None else self.bundle.manifest.training.get("teachers")
+        described = recorded.get("teacher") if isinstance(recorded, Mapping) else None
+        return isinstance(described, Mapping) and described.get("identity") == self.identity
+
+
+def _same(ours: str, theirs: str) -> bool:
+    """Whether two names are of the same data or file; paths may be written in several ways."""
+    return os.path.abspath(ours) == os.path.abspath(theirs)

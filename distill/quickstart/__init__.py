@@ -1,0 +1,1 @@
+"""The whole path on sample images, in minutes."""

@@ -1,0 +1,167 @@
+"""The whole path on sample images: a teacher, a student distilled from it, one trained alone, and what they know."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mvmr.bundles.preprocess import Preprocess
+from mvmr.data import ImageSet, open_images
+from mvmr.distillation.quickstart.picture import draw_neighbours
+from mvmr.distillation.teachers.teacher import Teacher
+from mvmr.distillation.teachers.tiny_clip import TinyClip, train_tiny_clip
+from mvmr.distillation.zeroshot import templates_for, zero_shot_logits
+from mvmr.evaluation.neighbours import nearest
+from mvmr.evaluation.protocols import Labelled, Measured
+from mvmr.evaluation.scores import top_k
+from mvmr.models.encoder import build_encoder, feature_dim
+from mvmr.models.student import Student
+from mvmr.representations import Representation, hand_crafted
+from mvmr.storage.atomic import write_json
+from mvmr.training.pretraining import fit, recalibrate
+from mvmr.training.recipe import Recipe, load_recipe
+
+DATA = "sample:patches"
+ROWS = ("pixels", "scattering", "random", "ssl", "student", "teacher")
+# The teacher where no real one is given: half a minute on two cores, chosen on the training part (docs/method.md).
+STAND_IN = TinyClip(width=16, steps=60)
+_QUERIES, _NEIGHBOURS = 8, 5
+
+logger = logging.getLogger(__name__)
+
+
+def quickstart(
+    out: str | os.PathLike[str] = "runs/quickstart",
+    *,
+    teacher: str | None = None,
+    pretrained: str | None = None,
+    seeds: int = 1,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Run the whole path on ``sample:patches`` and compare what each representation knows.
+
+    Trains a tiny CLIP on captions made of the class names (a stand-in for real CLIP weights), distils a ResNet18 from
+    it without labels, trains another without any teacher, and measures both beside raw pixels, scattering features, a
+    random encoder and the teacher. What an interrupted run has finished is not done again.
+
+    Args:
+        out: folder for ``teacher/``, the bundles ``student/`` and ``ssl/``, ``neighbours.png`` and ``results.json``.
+        teacher, pretrained: a real teacher in place of the tiny one, as ``mvmr distill`` takes it.
+        seeds: repeat with seeds 0 to ``seeds`` - 1; further ones go to ``out``/seed-N.
+        overwrite: train the students again, though ``out`` holds them or those of another run.
+
+    Returns:
+        The content of ``results.json``: mean over seeds and per seed, accuracies in percent.
+    """
+    folder = Path(out)
+    data = Labelled.of(open_images(DATA, "train"), open_images(DATA, "test"))
+    runs = []
+    for seed in range(seeds):
+        place = folder if seed == 0 else folder / f"seed-{seed}"
+        runs.append(_run(place, data, seed, teacher, pretrained, overwrite, progress))
+    names = list(runs[0]["rows"])
+    results = {
+        "data": DATA,
+        "teacher": runs[0]["teacher"],
+        "stand_in": teacher is None,
+        "seeds": seeds,
+        "rows": {name: _spread([run["rows"][name] for run in runs]) for name in names},
+        "runs": runs,
+    }
+    write_json(folder / "results.json", results)
+    return results
+
+
+def _run(
+    folder: Path,
+    data: Labelled,
+    seed: int,
+    teacher: str | None,
+    pretrained: str | None,
+    overwrite: bool,
+    progress: bool,
+) -> dict[str, Any]:
+    seconds: dict[str, float] = {}
+    with _timed("teacher", seconds):
+        source = teacher or train_tiny_clip(
+            data.train, folder / "teacher", config=STAND_IN, seed=seed, progress=progress
+        )
+        teaching = Teacher.load(source, pretrained, text=True)
+    unlabelled = open_images(DATA, "unlabelled")
+    train = partial(fit, unlabelled, resume=not overwrite, overwrite=overwrite, device="cpu", progress=progress)
+    with _timed("ssl", seconds):
+        alone = load_recipe("quickstart", "mvmr", [f"train.seed={seed}"])
+        ssl = train(folder / "ssl", alone)
+    with _timed("student", seconds):
+        recipe = load_recipe("quickstart", "mvmr.distillation", [f"train.seed={seed}"])
+        student = train(folder / "student", recipe, teachers={"teacher": teaching})
+    with _timed("evaluation", seconds):
+        preprocess = student.manifest.preprocessing
+        described: dict[str, Representation] = {
+            "pixels": hand_crafted("pixels", preprocess),
+            "scattering": hand_crafted("scattering", Preprocess.for_size(32)),
+            "random": _random_encoder(recipe, preprocess, data.train, seed),
+            "ssl": ssl.student(),
+            "student": student.student(),
+            "teacher": teaching,
+        }
+        measured = {name: Measured(each, data, progress=progress) for name, each in described.items()}
+        rows = {name: _row(each) for name, each in measured.items()}
+    rows["teacher"]["zero_shot"] = _zero_shot(teaching, measured["teacher"])
+    _picture(folder / "neighbours.png", data, measured)
+    return {"seed": seed, "teacher": f"{teaching.name} ({teaching.weights})", "rows": rows, "seconds": seconds}
+
+
+def _random_encoder(recipe: Recipe, preprocess: Preprocess, images: ImageSet, seed: int) -> Student:
+    """The student before its first step, its batch-norm statistics set as those of a trained one are."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = build_encoder(recipe.model)
+    recalibrate(encoder, images, preprocess, batch_size=recipe.train.batch_size, workers=0, device=torch.device("cpu"))
+    identity = hashlib.sha256(repr((recipe.model, preprocess, seed, images.fingerprint)).encode()).hexdigest()
+    return Student(encoder, preprocess, dim=feature_dim(recipe.model), name="random-encoder", identity=identity)
+
+
+def _row(measured: Measured) -> dict[str, float]:
+    return {"linear": measured.linear()["top1"], "knn": measured.knn(ks=(5,))["top1_weighted_k5"]}
+
+
+def _zero_shot(teacher: Teacher, measured: Measured) -> float:
+    columns = teacher.zero_shot_classifier(measured.data.classes, templates_for(teacher))
+    return top_k(zero_shot_logits(measured.test_features, columns), measured.data.test_labels, 1)
+
+
+def _picture(path: Path, data: Labelled, measured: dict[str, Measured]) -> None:
+    # the first test image of every second class: chosen by number, not by how well it does
+    queries = [int(np.flatnonzero(data.test_labels == c)[0]) for c in range(0, len(data.classes), 2)][:_QUERIES]
+    columns = {}
+    for title in ("teacher", "student"):
+        each = measured[title]
+        columns[f"nearest under the {title}"] = nearest(each.features, each.test_features[queries], _NEIGHBOURS)[1]
+    draw_neighbours(path, data.test, data.train, queries, columns)
+
+
+def _spread(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Mean over seeds of each figure, and its sample standard deviation where there are several."""
+    result = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+    if len(rows) > 1:
+        result |= {f"{key}_std": float(np.std([row[key] for row in rows], ddof=1)) for key in rows[0]}
+    return result
+
+
+@contextmanager
+def _timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - began, 1)

@@ -1,0 +1,159 @@
+"""`mvmr report`: how faithful a student is to its teacher, on images of the user's choice, as JSON and as a page."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping
+from functools import partial
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mvmr import __version__
+from mvmr.bundles import bundle as bundles
+from mvmr.cores import usable_cores
+from mvmr.distillation.report.fidelity import Figures, dependence, neighbours, predictions, spectrum
+from mvmr.distillation.report.images import SEED
+from mvmr.distillation.report.page import write_page
+from mvmr.distillation.report.stages import STAGES, split, stages_of, untrained
+from mvmr.distillation.report.subject import Subject
+from mvmr.errors import MvmrError
+from mvmr.evaluation.protocols import Measured
+from mvmr.representations import HAND_CRAFTED, hand_crafted
+from mvmr.representations.cache import represent
+from mvmr.storage.atomic import write_json
+
+SCHEMA = 1
+JSON, PAGE = "report.json", "index.html"
+_FEATURES = {"student": f"student.{STAGES[-1]}", "teacher": "teacher", "untrained": "untrained"}
+_NEVER = {
+    "corruptions, and images of another kind": "the figures hold for these images: make a report on the others, too",
+    "zero-shot classification and text search": "they take a text tower: mvmr evaluate BUNDLE --data DATA --table",
+    "speed and memory": "they depend on how the student is exported: see mvmr export",
+}
+
+
+def report(
+    bundle: str | os.PathLike[str],
+    data: str,
+    *,
+    teacher: str | Path | None = None,
+    pretrained: str | Path | None = None,
+    out: str | os.PathLike[str] = "report",
+    k: int = 10,
+    permutations: int = 200,
+    limit: int = 1000,
+    device: str = "cpu",
+    max_unreadable: float = 0.01,
+    progress: bool = False,
+) -> Figures:
+    """Measure how much of its teacher a student has kept, and write ``out``/report.json and ``out``/index.html.
+
+    Measured on the test split, or on all images where there are no labels. What can't be measured is listed in the
+    report, with the reason. The same input gives the same report.json.
+
+    Args:
+        teacher, pretrained: left out, those the student was distilled from, as the bundle records them.
+        out: a folder that is not there yet, is empty, or holds a former report, which is replaced.
+        k: neighbours of an image that are compared.
+        permutations: of the images, to learn what distance correlation comes by chance.
+        limit: of more images than these, so many are drawn, always the same; the probe takes all.
+
+    Returns:
+        The content of report.json.
+
+    Raises:
+        MvmrError: a teacher that was named and can't be had, too few images for ``k``, or other files in ``out``; all
+            of this before any feature is computed.
+    """
+    folder = Path(out)
+    _refuse_other_files(folder)
+    if permutations < 1:
+        raise MvmrError(f"permutations = {permutations}: give 1 or more")
+    opened = bundles.load(bundle)
+    subject = Subject.open(
+        opened, data, teacher=teacher, pretrained=pretrained,
+        limit=limit, k=k, device=device, max_unreadable=max_unreadable, progress=progress,
+    )  # fmt: skip
+    measured = _features(subject, device, progress)
+    options = {"teacher": teacher, "pretrained": pretrained, "k": k, "permutations": permutations, "limit": limit}
+    found = {
+        "schema": SCHEMA,
+        "mvmr_version": __version__,
+        "command": _command(opened.path, {"data": data, "out": out}, options),
+        **subject.described(),
+        "dependence": _dependence(measured, permutations, progress),
+        "neighbours": _neighbours(subject, measured, k),
+        "probe": _probe(subject, device, progress),
+        "spectrum": {name: spectrum(measured[key]) for name, key in _FEATURES.items() if key in measured},
+        "training": subject.training,
+        "not_measured": [{"what": what, "why": why} for what, why in {**subject.missing, **_NEVER}.items()],
+    }
+    write_json(folder / JSON, found)
+    write_page(found, subject.images.load, folder / PAGE)
+    return found
+
+
+def _features(subject: Subject, device: str, progress: bool) -> dict[str, np.ndarray]:
+    """Rows of the dependence table by name, then the hand-crafted representations: [N, D] float32 each."""
+    images, preprocess = subject.images, subject.bundle.manifest.preprocessing
+    workers = 0 if images.native_size else usable_cores()  # arrays in memory need no help
+    rows = partial(represent, images, device=device, workers=workers, progress=progress)
+    stages, widths = stages_of(subject.student)
+    found: dict[str, np.ndarray] = {f"student.{name}": part for name, part in split(rows(stages), widths).items()}
+    found["untrained"] = rows(untrained(subject.bundle, images, device=device, workers=workers, seed=SEED))
+    if subject.teacher is not None:
+        found["teacher"] = rows(subject.teacher)
+    return found | {name: rows(hand_crafted(name, preprocess)) for name in HAND_CRAFTED}
+
+
+def _dependence(measured: Mapping[str, np.ndarray], permutations: int, progress: bool) -> Figures:
+    rows = {name: each for name, each in measured.items() if name not in HAND_CRAFTED}
+    columns = {name: measured[name] for name in ("teacher", *HAND_CRAFTED) if name in measured}
+    cells = dependence(rows, columns, permutations=permutations, seed=SEED, progress=progress)
+    return {"permutations": permutations, "rows": list(rows), "columns": list(columns), "cells": cells}
+
+
+def _neighbours(subject: Subject, measured: Mapping[str, np.ndarray], k: int) -> Figures | None:
+    if subject.teacher is None:
+        return None
+    teacher, student, reference = (measured[_FEATURES[name]] for name in ("teacher", "student", "untrained"))
+    return neighbours(teacher, student, reference, k, labels=subject.labels, classes=subject.classes or (), seed=SEED)
+
+
+def _probe(subject: Subject, device: str, progress: bool) -> Figures | None:
+    """Linear probes of both sides, fitted on the training split, on every image of the test split."""
+    data = subject.labelled
+    if data is None:
+        return None
+    found: Figures = {"student": None, "teacher": None}
+    predicted: dict[str, np.ndarray] = {}
+    for name, representation in {"student": subject.student, "teacher": subject.teacher}.items():
+        if representation is not None:
+            measured = Measured(representation, data, device=device, progress=progress)
+            found[name], predicted[name] = measured.linear(), measured.head.predict(measured.test_features)
+    return found | predictions(
+        data.test_labels, data.classes, predicted["student"], predicted.get("teacher"), seed=SEED
+    )
+
+
+def _command(path: Path, given: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    """What to type for the same report; an option at its default is left out."""
+    defaults = signature(report).parameters
+    changed = {name: value for name, value in options.items() if value != defaults[name].default}
+    flags = [word for name, value in {**given, **changed}.items() for word in (f"--{name}", str(value))]
+    return shlex.join(["mvmr", "report", str(path), *flags])
+
+
+def _refuse_other_files(folder: Path) -> None:
+    try:
+        held = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise MvmrError(f"cannot write a report to {folder}: {error.strerror}; give another folder") from error
+    if other := [name for name in held if name not in (JSON, PAGE)]:
+        raise MvmrError(f"{folder} holds {other[0]!r}, which is no part of a report; give a folder of its own")

@@ -1,0 +1,1 @@
+"""Frozen teachers, each one more representation of the original view."""

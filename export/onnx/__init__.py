@@ -1,0 +1,1 @@
+"""The student as ONNX, in three precisions, and onnxruntime to run it."""

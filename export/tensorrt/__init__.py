@@ -1,0 +1,1 @@
+"""TensorRT's engines, and TensorRT for RTX."""

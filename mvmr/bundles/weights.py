@@ -1,0 +1,101 @@
+"""Files of weights: read ours and strangers', check that they fit, write ours."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mvmr.errors import MvmrError
+from mvmr.storage.atomic import atomic
+
+_WRAPPERS = ("state_dict", "model")
+_KEYS_SHOWN = 3
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """Read a state dict from `.safetensors` or from what `torch.save` wrote (with `weights_only=True`), on the CPU.
+
+    One level of wrapping ("state_dict", "model") and a "module." prefix are taken off.
+
+    Raises: MvmrError when the file is missing, broken, or holds anything but a state dict of tensors.
+    """
+    if not path.is_file():
+        raise MvmrError(f"weights file {path} not found; give a .safetensors or a state-dict file")
+    try:
+        safe = path.suffix == ".safetensors"
+        content = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise MvmrError(f"cannot read weights file {path}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise MvmrError(f"weights file {path} is not a whole safetensors file ({_one_line(error)})") from error
+    except Exception as error:  # torch.load raises a dozen kinds for strangers' bytes
+        raise MvmrError(
+            f"weights file {path} is not a plain state dict ({_one_line(error)}); save its state_dict() alone"
+        ) from error
+    if isinstance(content, Mapping):
+        content = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), Mapping)), content)
+    if not isinstance(content, Mapping) or not content:
+        raise MvmrError(f"weights file {path} holds no tensors but a {type(content).__name__}; give a state dict")
+    if strange := [str(key) for key, value in content.items() if not isinstance(value, Tensor)]:
+        raise MvmrError(f"weights file {path} is not a state dict of tensors: see {first(strange)}")
+    return {str(key).removeprefix("module."): cast(Tensor, value) for key, value in content.items()}
+
+
+def check_fit(module: nn.Module, weights: Mapping[str, Tensor], *, origin: str) -> None:
+    """Check that `weights` are exactly the keys and shapes of `module` (which may be on the meta device), and finite.
+
+    A missing `num_batches_tracked` is forgiven: old files lack these counters.
+
+    Raises: MvmrError that starts with `origin` and names the keys that don't fit, in one line.
+    """
+    own = module.state_dict()
+    shapes = [
+        f"{key} {list(weights[key].shape)} instead of {list(own[key].shape)}"
+        for key in own
+        if key in weights and weights[key].shape != own[key].shape
+    ]
+    missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in weights if key not in own]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    if parts := [f"{len(keys)} {kind} ({first(keys)})" for kind, keys in kinds.items() if keys]:
+        stem_only = not missing and not unexpected and [line.split()[0] for line in shapes] == ["conv1.weight"]
+        cure = "the stems differ: switch --small-kernel" if stem_only else "use weights of the same architecture"
+        raise MvmrError(f"{origin} does not fit: keys {'; '.join(parts)}; {cure}")
+    if broken := [key for key, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]:
+        raise MvmrError(f"{origin} holds values that are not finite in {len(broken)} keys ({first(broken)})")
+
+
+def fit(module: nn.Module, weights: Mapping[str, Tensor], *, origin: str) -> None:
+    """Load `weights` into `module` after `check_fit`; nothing is loaded when anything does not fit."""
+    check_fit(module, weights, origin=origin)
+    module.load_state_dict({**module.state_dict(), **weights}, strict=True)
+
+
+def save(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write `state` as safetensors, atomically: on the CPU, contiguous, floating point as float32.
+
+    Raises: MvmrError when the disk is full or the folder can't be written to.
+    """
+    with atomic(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file({key: _plain(value) for key, value in state.items()}, temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)  # safetensors lets nobody but the owner read: a service runs as another user
+
+
+def _plain(value: Tensor) -> Tensor:
+    value = value.detach().cpu()
+    return (value.float() if value.is_floating_point() else value).contiguous()
+
+
+def first(keys: Sequence[str]) -> str:
+    """The first few keys, for a message."""
+    return ", ".join(keys[:_KEYS_SHOWN]) + (", ..." if len(keys) > _KEYS_SHOWN else "")
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0][:160] or type(error).__name__

@@ -1,0 +1,1 @@
+"""The core's command line."""

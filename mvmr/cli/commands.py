@@ -1,0 +1,174 @@
+"""The core's subcommands: options in, one call of the library, its result out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from mvmr.cli.options import (
+    DEVICE,
+    DEVICES,
+    LABELLED,
+    MAX_UNREADABLE,
+    OF_THE_STUDENT,
+    OVERWRITE,
+    RECIPE,
+    RESUME,
+    TRAINING,
+    options,
+    recipe_options,
+)
+from mvmr.progress import say_plan
+
+
+@click.command()
+@click.option("--data", default="sample:patches", show_default=True, help="A folder, or a name such as stl10:ROOT.")
+@TRAINING
+def pretrain(data: str, out: str | None, assign: tuple[str, ...], **options: Any) -> None:
+    """Train a student from unlabelled images without a teacher (self-supervised MV-MR)."""
+    from mvmr.training.pretraining import pretrain as run
+
+    target = out or f"runs/pretrain-{slug(data)}"
+    say_plan(data=data, recipe=options["recipe"], out=target)
+    finished(run(data, target, assign=assign, progress=True, **options).path, data)
+
+
+@click.command()
+@click.argument("bundle", required=False)
+@LABELLED
+@click.option("--head", help="Name of the head; made from the data's name when left out.")
+@click.option("--device", default="cpu", show_default=True)
+@MAX_UNREADABLE
+def probe(bundle: str | None, data: str, head: str | None, device: str, max_unreadable: float) -> None:
+    """Fit a linear head on frozen features and store it in BUNDLE (the newest below runs/ when left out)."""
+    from mvmr.evaluation.evaluate import newest_or
+    from mvmr.evaluation.evaluate import probe as run
+
+    stored, values = run(
+        newest_or(bundle), data, head=head, device=device, max_unreadable=max_unreadable, progress=True
+    )
+    click.echo(f"{stored.path}: heads {', '.join(stored.heads)}; on the test split {told_all(values)}")
+
+
+@click.command()
+@click.argument("bundle", required=False)
+@LABELLED
+@click.option(
+    "--labels",
+    default="10%",
+    show_default=True,
+    metavar="N%|FILE",
+    help="Share of the training labels, drawn class by class, or a file that lists the images' names.",
+)
+@click.option("--out", metavar="FOLDER", help="Folder of the fine-tuned bundle; made from BUNDLE's when left out.")
+@click.option("--head", help="Name of the classifier; made from the data's name when left out.")
+@options(RECIPE, recipe_options(without=(*OF_THE_STUDENT, "accumulate")), RESUME, OVERWRITE, DEVICE, MAX_UNREADABLE)
+def finetune(
+    bundle: str | None, data: str, labels: str, out: str | None, assign: tuple[str, ...], **options: Any
+) -> None:
+    """Fine-tune the whole of BUNDLE (the newest below runs/ when left out) on few labels, into a bundle of its own."""
+    from mvmr.evaluation.evaluate import newest_or
+    from mvmr.training.finetuning import finetune as run
+
+    path = newest_or(bundle)
+    target = out or f"{path}-{slug(labels)}"
+    say_plan(bundle=path, data=data, labels=labels, recipe=options["recipe"], out=target)
+    made, values = run(path, data, target, labels=labels, assign=assign, progress=True, **options)
+    click.echo(f"{made.path}: heads {', '.join(made.heads)}; on the test split {told_all(values)}")
+
+
+@click.command()
+@click.option("--grid", required=True, type=click.Choice(["losses", "representations", "augmentations", "projector"]))
+@click.option("--data", default="sample:patches", show_default=True, help="Labelled data; training reads no label.")
+@click.option("--out", metavar="FOLDER", help="Folder of the results; made from grid and data when left out.")
+@click.option("--seeds", default=1, show_default=True, help="Repeat with so many seeds.")
+@click.option("--only", metavar="TEXT", help="Rows whose label matches, such as 'L1*'.")
+@click.option("--keep", is_flag=True, help="Keep the bundle of every run.")
+@click.option(
+    "--recipe", default="paper", show_default=True, help="Name of a recipe of `mvmr pretrain`, or a TOML file."
+)
+@options(recipe_options(without=("seed",)), DEVICE, DEVICES, MAX_UNREADABLE)
+def ablate(grid: str, data: str, out: str | None, assign: tuple[str, ...], **options: Any) -> None:
+    """Train and measure a grid of the paper's ablations (Tables 5 to 8), a row at a time."""
+    from mvmr.comparison.ablation import ablate as run
+    from mvmr.comparison.results import table
+
+    target = out or f"runs/ablate-{grid}-{slug(data)}"
+    say_plan(grid=grid, data=data, recipe=options["recipe"], out=target)
+    click.echo(table(run(grid, data, target, assign=assign, progress=True, **options)))
+    click.echo(f"{target}/table.md   {target}/plot.svg   {target}/results.jsonl")
+
+
+@click.command()
+@click.argument("bundle", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print bundle.json.")
+def info(bundle: str | None, as_json: bool) -> None:
+    """Show what BUNDLE is (the newest below runs/ when left out); its files are checked on the way."""
+    import json
+
+    from mvmr.bundles import bundle as bundles
+    from mvmr.bundles.preprocess import laid_on
+
+    opened = bundles.load(bundle or bundles.newest())
+    says = opened.manifest
+    if as_json:
+        click.echo(json.dumps(says.to_json(), indent=2))
+        return
+    training, image = says.training, says.preprocessing
+    teachers = training.get("teachers")
+    named = teachers.values() if isinstance(teachers, Mapping) else ()
+    lines = {
+        "bundle": opened.path,
+        "encoder": says.architecture + (", small kernel" if says.small_kernel else ""),
+        "features": says.embedding_dim,
+        "images": f"{image.crop} px, resized to {image.resize} px first ({image.interpolation}), transparent ones "
+        f"{laid_on(image.background)}",
+        "trained": f"{_said(training, 'method')}, recipe {_said(training, 'recipe', 'name')}, "
+        f"{_said(training, 'steps')} steps",
+        "teacher": ", ".join(f"{_said(each, 'name')}, weights {_said(each, 'weights')}" for each in named) or "none",
+        "data": f"{_said(training, 'data', 'name')}, {_said(training, 'data', 'images')} images",
+        "space": opened.space_id,
+        "heads": ", ".join(opened.heads) or "none; make one with `mvmr probe`",
+        "files": f"{len(says.files)}, all as they were written",
+    }
+    for name, value in lines.items():
+        click.echo(f"{name:<9} {value}")
+    for record in says.metrics:
+        values = ", ".join(f"{name} {value:.4g}" for name, value in record["values"].items())
+        click.echo(f"measured  {record['protocol']} on {record['data']}: {values}")
+
+
+def _said(record: object, *keys: str) -> str:
+    """A value out of nested tables that a stranger may have written."""
+    for key in keys:
+        if not isinstance(record, Mapping) or key not in record:
+            return "not recorded"
+        record = record[key]
+    return str(record)
+
+
+def told(name: str, value: float) -> str:
+    """A figure of a protocol: accuracies and precisions in percent, anything else as a number."""
+    return f"{value:.1f} %" if name.startswith(("top", "map_11point", "map_area")) else f"{value:.3g}"
+
+
+def told_all(values: Mapping[str, float]) -> str:
+    """The figures of a protocol on one line."""
+    return ", ".join(f"{name} {told(name, value)}" for name, value in values.items())
+
+
+def finished(path: object, data: str) -> None:
+    """Where the bundle is, and what to type next."""
+    click.echo(f"{path}")
+    click.echo(
+        f"next: mvmr info {path}   mvmr evaluate {path} --data {data}   mvmr probe {path} --data LABELLED", err=True
+    )
+
+
+def slug(data: str) -> str:
+    """A folder name made from the name of data or of a teacher."""
+    import re
+
+    return re.sub(r"[^A-Za-z0-9]+", "-", data).strip("-").lower() or "data"

@@ -1,0 +1,78 @@
+"""What a batch job reads: images one after the other, whatever they lie in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, Self
+
+from mvmr.data import decoding
+from mvmr.data.image_bytes import Rejected
+
+Content = bytes | Rejected
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file that is here, and read when this is called; not more than `most` bytes of it are taken."""
+
+    path: bytes
+    most: float
+
+    def __call__(self) -> Content:
+        """Its bytes, or why not."""
+        try:
+            with decoding.open_file(self.path) as file:
+                if (size := os.fstat(file.fileno()).st_size) > self.most:
+                    return too_many_bytes(size, self.most)
+                return file.read()
+        except OSError as error:
+            return Rejected("unreadable", decoding.reason(error))
+
+
+class Item(NamedTuple):
+    """One image, not yet read.
+
+    path: text that opens it from here (odd characters escaped); done: how far its source has come with it, in its unit
+    read: gives the file's bytes, or says why not; may be called in another thread, in any order, and where it is a
+        `LocalFile` in another process
+    """
+
+    path: str
+    read: Callable[[], Content]
+    done: int
+
+
+class Source(Protocol):
+    """Images in an order that stays the same while they do.
+
+    name: as the user typed it; fingerprint: hex sha256 of names, sizes and times, where there are any
+    unit, total: what progress is counted in (``img``, or ``MB`` of tar files), and how many of it there are
+    distant: reading waits for a network, so that more threads than cores are of use
+    other_formats: images that were passed over, being of formats that are not read
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def unit(self) -> str: ...
+    @property
+    def total(self) -> int: ...
+    @property
+    def distant(self) -> bool: ...
+    @property
+    def other_formats(self) -> int: ...
+
+    def items(self, start: int = 0) -> Iterator[Item]:
+        """The images from number `start` on."""
+
+    def share(self, number: int, of: int) -> Self:
+        """The piece `number` (from 0) of `of` pieces of nearly one size; in order, they make up the whole."""
+
+
+def too_many_bytes(size: int, most: float) -> Rejected:
+    """What becomes of a file that is too large."""
+    return Rejected("too-many-bytes", f"{size:,} bytes, more than the {most / 2**20:g} MiB allowed (--max-file-mb)")

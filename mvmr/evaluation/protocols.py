@@ -1,0 +1,225 @@
+"""The protocols by which frozen features are measured: fitted on the training split, scored once on the test split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import numpy as np
+
+from mvmr.cores import usable_cores
+from mvmr.data import ImageSet
+from mvmr.errors import MvmrError, unknown
+from mvmr.evaluation.classifiers import (
+    PAPER,
+    PAPER_VOC,
+    LinearHead,
+    adam_one_vs_all,
+    adam_probe,
+    linear_probe,
+    one_vs_all,
+)
+from mvmr.evaluation.neighbours import nearest, votes
+from mvmr.evaluation.scores import Definition, mean_average_precision, top_k
+from mvmr.representations import Representation
+from mvmr.representations.cache import represent
+
+Values = dict[str, float]
+KS = (1, 5, 20, 200)
+TEMPERATURE = 0.07
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Two labelled splits of the same classes, checked before any feature is computed.
+
+    labels, test_labels: int64 [N], or [N, C] in VOC's code where an image has several (1, -1, 0 left out).
+    """
+
+    train: ImageSet
+    test: ImageSet
+    classes: tuple[str, ...]
+    labels: np.ndarray
+    test_labels: np.ndarray
+
+    @property
+    def several(self) -> bool:
+        """Whether an image has several labels."""
+        return self.labels.ndim == 2
+
+    @classmethod
+    def of(cls, train: ImageSet, test: ImageSet) -> Labelled:
+        """Read the labels of both splits.
+
+        Raises:
+            MvmrError: there are none, the splits' classes differ, there is one class only, or a class of the test
+                split has no image in the training split.
+        """
+        classes, labels = _labels(train)
+        test_classes, test_labels = _labels(test)
+        if test_classes != classes:
+            odd = sorted(set(test_classes) ^ set(classes))[0]
+            raise MvmrError(f"{train.name}: training and test split have other classes ({odd!r} is in one only)")
+        found = cls(train, test, classes, labels, test_labels)
+        trained, tested = found._counts(labels), found._counts(test_labels)
+        if np.count_nonzero(trained) < 2:
+            raise MvmrError(f"{train.name}: all training images are of one class; measuring needs two or more")
+        if absent := [name for name, have, asked in zip(classes, trained, tested, strict=True) if asked and not have]:
+            raise MvmrError(
+                f"{train.name}: class {absent[0]!r} is in the test split and has no image in the training split; "
+                "put some there, or leave the class out of both"
+            )
+        if found.several and (lacking := [name for name, asked in zip(classes, tested, strict=True) if not asked]):
+            raise MvmrError(
+                f"{test.name}: class {lacking[0]!r} has no image in the test split: no precision to measure"
+            )
+        return found
+
+    def _counts(self, labels: np.ndarray) -> np.ndarray:
+        if self.several:
+            return (labels > 0).sum(0)
+        return np.bincount(labels, minlength=len(self.classes))
+
+
+class Measured:
+    """Features of both splits under one representation; every test image is counted in every protocol."""
+
+    def __init__(self, representation: Representation, data: Labelled, *, device: str = "cpu", progress: bool = False):
+        self.data, self._progress = data, progress
+        workers = 0 if data.train.native_size else usable_cores()  # arrays in memory need no help
+        self.features, self.test_features = (
+            represent(images, representation, device=device, workers=workers, progress=progress)
+            for images in (data.train, data.test)
+        )
+
+    @cached_property
+    def head(self) -> LinearHead:
+        """The linear probe of protocol ``linear``, or of ``voc07`` where an image has several labels."""
+        if self.data.several:
+            return one_vs_all(self.features, self.data.labels)
+        return linear_probe(self.features, self.data.labels, len(self.data.classes), progress=self._progress)
+
+    def linear(self) -> Values:
+        """``top1`` and ``top5`` in percent, and the hyper-parameter that was chosen on a part of the training split."""
+        return self._scored(self.head)
+
+    def linear_paper(self) -> Values:
+        """As ``linear``, by the paper's 100 epochs of Adam (1e-3); the last one counts, and nothing is chosen."""
+        classes = len(self.data.classes)
+        return self._scored(adam_probe(self.features, self.data.labels, classes, PAPER, progress=self._progress))
+
+    def knn(self, ks: Sequence[int] | None = None) -> Values:
+        """``top1_weighted_k5`` and ``top1_plain_k5`` in percent, and so on for every k.
+
+        Weighted: each of the k nearest by cosine votes exp(cosine / 0.07); plain: each has one vote.
+
+        Args:
+            ks: left out, those of 1, 5, 20 and 200 for which there are training images enough.
+
+        Raises:
+            MvmrError: as :func:`check_ks`.
+        """
+        classes, labels = len(self.data.classes), self.data.labels
+        wanted = [k for k in KS if k <= len(labels)] if ks is None else list(ks)
+        check_ks(wanted, self.data)
+        similarity, neighbour = nearest(self.features, self.test_features, max(wanted))
+        values = {}
+        for k in wanted:
+            for name, temperature in (("weighted", TEMPERATURE), ("plain", None)):
+                counted = votes(similarity[:, :k], labels[neighbour[:, :k]], classes, temperature=temperature)
+                values[f"top1_{name}_k{k}"] = 100 * float((counted.argmax(1) == self.data.test_labels).mean())
+        return values
+
+    def voc07(self) -> Values:
+        """``map_area`` and ``map_11point`` in percent: means over classes of the average precision."""
+        return self._precision(self.head)
+
+    def voc07_paper(self) -> Values:
+        """As ``voc07``, by the released code's 1000 epochs of Adam (1e-4, batches of 32); nothing is chosen."""
+        return self._precision(adam_one_vs_all(self.features, self.data.labels, PAPER_VOC, progress=self._progress))
+
+    def _precision(self, head: LinearHead) -> Values:
+        logits = head.logits(self.test_features)
+
+        def score(definition: Definition) -> float:
+            mean, _ = mean_average_precision(logits, self.data.test_labels, self.data.classes, definition=definition)
+            return mean
+
+        return {"map_11point": score("voc07"), "map_area": score("area"), **head.chosen}
+
+    def _scored(self, head: LinearHead) -> Values:
+        logits = head.logits(self.test_features)
+        tops = {f"top{k}": top_k(logits, self.data.test_labels, k) for k in (1, 5) if k < len(self.data.classes)}
+        return tops | dict(head.chosen)
+
+
+# By name; the first set for one label to an image, the second for several.
+SINGLE: dict[str, Callable[[Measured], Values]] = {
+    "linear": Measured.linear,
+    "linear-paper": Measured.linear_paper,
+    "knn": Measured.knn,
+}
+SEVERAL: dict[str, Callable[[Measured], Values]] = {
+    "voc07": Measured.voc07,
+    "voc07-paper": Measured.voc07_paper,
+}
+DEFAULTS = {False: ("linear", "knn"), True: ("voc07",)}
+
+
+def check_protocols(names: Sequence[str]) -> None:
+    """Refuse names that are no protocol.
+
+    Raises:
+        MvmrError: naming the nearest one.
+    """
+    for name in names:
+        if name not in SINGLE | SEVERAL:
+            raise unknown("protocol", name, SINGLE | SEVERAL)
+
+
+def check_ks(ks: Sequence[int], data: Labelled) -> None:
+    """Refuse numbers of neighbours that can't be counted.
+
+    Raises:
+        MvmrError: a k below 1, or more than there are training images.
+    """
+    if not ks or min(ks) < 1:
+        raise MvmrError("kNN takes one or more neighbours: give numbers such as 5 or 1,5,20")
+    if max(ks) > len(data.labels):
+        raise MvmrError(
+            f"kNN with k = {max(ks)}: {data.train.name} has {len(data.labels)} training images; give a smaller k"
+        )
+
+
+def protocols_for(
+    data: Labelled, names: Sequence[str] | None, *, ks: Sequence[int] | None = None
+) -> dict[str, Callable[[Measured], Values]]:
+    """The protocols asked for, or those that suit the data; ``knn`` with the numbers of neighbours in ``ks``.
+
+    Raises:
+        MvmrError: an unknown protocol, or one for another kind of labels; or as :func:`check_ks`.
+    """
+    known = SEVERAL if data.several else SINGLE
+    wanted = DEFAULTS[data.several] if names is None else names
+    check_protocols(wanted)
+    if unfit := [name for name in wanted if name not in known]:
+        kind = "several labels" if data.several else "one label"
+        raise MvmrError(
+            f"protocol {unfit[0]} does not fit {data.train.name}, which has {kind} to an image; use {', '.join(known)}"
+        )
+    if ks is None:
+        return {name: known[name] for name in wanted}
+    if "knn" not in wanted:
+        raise MvmrError("numbers of neighbours are for protocol knn, which was not asked for")
+    check_ks(ks, data)
+    return {name: partial(Measured.knn, ks=ks) if name == "knn" else known[name] for name in wanted}
+
+
+def _labels(images: ImageSet) -> tuple[tuple[str, ...], np.ndarray]:
+    labels = images.labels
+    if labels is None or images.classes is None:
+        raise MvmrError(
+            f"{images.name} has no labels to measure with: put the images of each class into a folder of its own"
+        )
+    return images.classes, labels

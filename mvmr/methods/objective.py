@@ -1,0 +1,163 @@
+"""The MV-MR objective: invariance and variance (L1), dependence between views (L2) and on representations (L3).
+
+With h the features, z the projection, a tilde for the augmented view and z*_k the k-th fixed representation of the
+original view::
+
+    L1 = invariance * MSE(z, z~) + variance * [v(z) + v(z~)],   v(z) = mean_j max(0, gamma - sqrt(Var(z_j) + eps))
+    L2 = dependence * (1 - dCor(z~, z))
+    L3 = sum_k representations[k] * (1 - dCor(z~, z*_k))
+
+Two more terms, both zero in the paper's objective, were added by measurement (docs/method.md)::
+
+    regression[k] * mean over both views of MSE(W_k h, standardised z*_k),   W_k a linear map trained along
+    decorrelation * [c(z) + c(z~)],   c(z) = sum of squared off-diagonal covariances / D   (VICReg, equation 3)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvmr.errors import MvmrError
+from mvmr.methods.dependence import Estimator, centred_distances, correlate, effective_rank, permutation_null
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """Weights of the terms; the defaults are the paper's, without any representation."""
+
+    invariance: float = 1.0  # lambda
+    variance: float = 1.0  # mu
+    gamma: float = 1.0  # the standard deviation each dimension of z must reach
+    eps: float = 1e-4  # inside the square root of v(z)
+    dependence: float = 1.0  # alpha
+    representations: dict[str, float] = field(default_factory=dict)  # beta_k, by name
+    regression: dict[str, float] = field(default_factory=dict)
+    decorrelation: float = 0.0
+    space: Literal["projection", "features"] = "projection"  # what the terms in z are taken on
+    estimator: Estimator = "biased"
+
+    def __post_init__(self) -> None:
+        weights = {"invariance": self.invariance, "variance": self.variance, "dependence": self.dependence}
+        weights |= {"decorrelation": self.decorrelation}
+        weights |= {f"representations.{name}": weight for name, weight in self.representations.items()}
+        weights |= {f"regression.{name}": weight for name, weight in self.regression.items()}
+        if negative := [name for name, weight in weights.items() if not weight >= 0]:
+            raise MvmrError(f"[objective] {negative[0]} = {weights[negative[0]]}: a weight must be 0 or more")
+        if not any(weights.values()):
+            raise MvmrError("[objective] every weight is 0: there is nothing to learn; give at least one")
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Names of the representations that some term needs."""
+        names = {**self.representations, **self.regression}
+        return tuple(name for name in names if self.representations.get(name) or self.regression.get(name))
+
+
+class Objective(nn.Module):
+    """The loss of a batch; holds the linear maps of the regression terms and nothing else that is trained.
+
+    Args:
+        statistics: mean and standard deviation, [K] each, of every target that is regressed, by name.
+    """
+
+    def __init__(self, config: ObjectiveConfig, feature_dim: int, statistics: Mapping[str, tuple[Tensor, Tensor]]):
+        super().__init__()
+        self.config = config
+        regressed = [name for name, weight in config.regression.items() if weight]
+        self.regressions = nn.ModuleDict({name: Regression(feature_dim, *statistics[name]) for name in regressed})
+
+    def forward(self, views: Embeddings, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every weighted term by name; the loss is their sum.
+
+        Shapes:
+            targets: name -> [B, K] float, the representation of the original view.
+            returns: name -> scalar float32.
+        """
+        c = self.config
+        z, za = views.space(c.space)
+        terms: dict[str, Tensor] = {}
+        if c.invariance:
+            terms["invariance"] = c.invariance * F.mse_loss(z, za)
+        if c.variance:
+            terms["variance"] = c.variance * (self._hinge(z) + self._hinge(za))
+        if c.decorrelation:
+            terms["decorrelation"] = c.decorrelation * (_covariance_penalty(z) + _covariance_penalty(za))
+        if c.dependence or any(c.representations.values()):
+            a = centred_distances(za, c.estimator)
+            if c.dependence:
+                terms["dependence"] = c.dependence * (1 - correlate(a, centred_distances(z, c.estimator), c.estimator))
+            for name, weight in c.representations.items():
+                if weight:
+                    b = centred_distances(targets[name], c.estimator)
+                    terms[f"dcor.{name}"] = weight * (1 - correlate(a, b, c.estimator))
+        for name, regress in self.regressions.items():
+            error = regress(views.h, targets[name]) + regress(views.h_augmented, targets[name])
+            terms[f"regression.{name}"] = c.regression[name] * error / 2
+        return terms
+
+    def _hinge(self, z: Tensor) -> Tensor:
+        return F.relu(self.config.gamma - torch.sqrt(z.var(0) + self.config.eps)).mean()
+
+    @torch.no_grad()
+    def diagnose(
+        self, views: Embeddings, targets: Mapping[str, Tensor], generator: torch.Generator
+    ) -> dict[str, float]:
+        """What the loss can't show: both estimators of dCor, the null beside each, effective ranks, mean spread."""
+        z, za = views.space(self.config.space)
+        report = {
+            "rank_h": effective_rank(views.h),
+            "rank_z": effective_rank(z),
+            "std_h": float(views.h.std(0).mean()),
+            "std_z": float(z.std(0).mean()),
+        }
+        estimators: tuple[Estimator, ...] = ("biased", "unbiased") if len(za) >= 4 else ("biased",)
+        for estimator in estimators:
+            a = centred_distances(za, estimator)
+            for name, other in {"views": z, **targets}.items():
+                b = centred_distances(other, estimator)
+                report[f"{estimator}.{name}"] = float(correlate(a, b, estimator))
+                report[f"{estimator}.{name}.null"] = float(permutation_null(a, b, estimator, generator))
+        return report
+
+
+class Regression(nn.Module):
+    """Mean squared error of a linear map from features to a standardised target: any width to any width."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, feature_dim: int, mean: Tensor, std: Tensor):
+        super().__init__()
+        self.linear = nn.Linear(feature_dim, len(mean))
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("std", std.float().clamp(min=1e-6))
+
+    def forward(self, h: Tensor, target: Tensor) -> Tensor:
+        """[B, D] and [B, K] -> scalar; 1 is what the mean of the target would score."""
+        return F.mse_loss(self.linear(h), (target - self.mean) / self.std)
+
+
+class Embeddings(NamedTuple):
+    """Features h and projections z of both views, each [B, D] float32."""
+
+    h: Tensor
+    h_augmented: Tensor
+    z: Tensor
+    z_augmented: Tensor
+
+    def space(self, name: Literal["projection", "features"]) -> tuple[Tensor, Tensor]:
+        """(original, augmented) in the named space."""
+        return (self.z, self.z_augmented) if name == "projection" else (self.h, self.h_augmented)
+
+
+def _covariance_penalty(z: Tensor) -> Tensor:
+    n, width = z.shape
+    centred = z - z.mean(0)
+    covariance = centred.T @ centred / (n - 1)
+    return (covariance.square().sum() - covariance.diagonal().square().sum()) / width

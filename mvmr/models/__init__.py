@@ -1,0 +1,1 @@
+"""Networks: encoders, projectors, and the student at work."""

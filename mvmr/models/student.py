@@ -1,0 +1,144 @@
+"""The student at work: images in, features out, by the preprocessing its bundle says."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mvmr.bundles import weights
+from mvmr.bundles.bundle import Bundle, encoder_file, write
+from mvmr.bundles.preprocess import Preprocess
+from mvmr.errors import MvmrError
+from mvmr.models.encoder import EncoderConfig, build_encoder, check_state, config_of, feature_dim
+
+Images = Sequence[Image.Image | str | Path] | npt.NDArray[np.uint8]
+
+
+class Student:
+    """An encoder with its preprocessing, frozen; also a `mvmr.representations.Representation`.
+
+    identity: the bundle's embedding-space id; name: a short name for caches and tables.
+    """
+
+    def __init__(self, encoder: nn.Module, preprocess: Preprocess, *, dim: int, name: str, identity: str) -> None:
+        self.encoder = encoder.eval()
+        self.preprocess, self.dim, self.name, self.identity = preprocess, dim, name, identity
+        self._mean = torch.tensor(preprocess.mean).view(3, 1, 1)
+        self._std = torch.tensor(preprocess.std).view(3, 1, 1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.encoder.parameters()).device
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        """Resize and crop one image of any mode: uint8 [3, S, S], not normalised."""
+        return torch.from_numpy(np.ascontiguousarray(self.preprocess.image(image).transpose(2, 0, 1)))
+
+    @torch.no_grad()
+    def __call__(self, batch: Tensor) -> Tensor:
+        """Embed prepared images.
+
+        Shapes: uint8 [B, 3, S, S], not normalised, on the student's device -> float32 [B, D] on that device.
+        """
+        self.encoder.eval()  # somebody may have trained it in between
+        images = (batch.float() / 255 - self._mean.to(batch.device)) / self._std.to(batch.device)
+        features: Tensor = self.encoder(images)
+        return features.float()
+
+    def embed(self, images: Images, *, batch_size: int = 64) -> Tensor:
+        """Embed decoded images or image files; each is resized and cropped as in training.
+
+        images: PIL images of any size and mode, paths, or uint8 [N, H, W, 3] RGB in [0, 255].
+        Shapes: returns float32 [N, D] on the CPU, not normalised; row i belongs to image i alone.
+
+        Raises: MvmrError for a file that cannot be read (naming it), or an array of another type or shape.
+        """
+        if isinstance(images, str | Path | Image.Image):
+            raise MvmrError("embed takes several images; put the one into a list")
+        if isinstance(images, np.ndarray) and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3):
+            seen = f"{images.dtype} {list(images.shape)}"
+            raise MvmrError(f"embed takes arrays of uint8 [N, H, W, 3], this one is {seen}")
+        rows = [torch.empty(0, self.dim)]
+        for start in range(0, len(images), batch_size):
+            part = images[start : start + batch_size]
+            batch = torch.stack([self._opened(image, start + i) for i, image in enumerate(part)])
+            rows.append(self(batch.to(self.device)).cpu())
+        return torch.cat(rows)
+
+    def _opened(self, image: object, index: int) -> Tensor:
+        if not isinstance(image, Image.Image | np.ndarray | str | Path):
+            kind = type(image).__name__
+            raise MvmrError(f"embed takes PIL images, paths or a uint8 array, image number {index} is a {kind}")
+        try:
+            if isinstance(image, Image.Image):
+                return self.prepare(image)
+            if isinstance(image, np.ndarray):
+                return self.prepare(Image.fromarray(image))
+            with Image.open(image) as opened:  # prepared while open: some formats read their EXIF block late
+                return self.prepare(opened)
+        except Exception as error:  # Pillow's decoders raise a dozen kinds for strangers' bytes
+            name = image if isinstance(image, str | Path) else f"number {index} ({type(image).__name__})"
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise MvmrError(f"cannot read image {name}: {' '.join(reason.split())}; mend it or leave it out") from error
+
+
+def load_student(bundle: Bundle, *, device: str = "cpu") -> Student:
+    """Build the student of `bundle`; `Bundle.student` calls this.
+
+    Raises: MvmrError when the weights are damaged or of another architecture, or there is no such device.
+    """
+    says, file = bundle.manifest, encoder_file(bundle)
+    config = config_of(says)
+    if says.embedding_dim != feature_dim(config):
+        told = f"embedding_dim = {says.embedding_dim}, but {says.architecture} has {feature_dim(config)} features"
+        raise MvmrError(f"bundle {bundle.path} says {told}; it was not written by mvmr: take a whole copy")
+    encoder = build_encoder(config)
+    weights.fit(encoder, weights.read(file), origin=f"bundle {bundle.path}, encoder.safetensors,")
+    try:
+        encoder = encoder.to(device).requires_grad_(False)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        reason = str(error).split("\n", 1)[0][:120]
+        raise MvmrError(f"cannot use device {device!r} ({reason}); try device='cpu', or see `mvmr doctor`") from error
+    return Student(
+        encoder,
+        says.preprocessing,
+        dim=says.embedding_dim,
+        name=f"student-{says.architecture}",
+        identity=bundle.space_id,
+    )
+
+
+def save_student(
+    folder: Path,
+    encoder: nn.Module,
+    config: EncoderConfig,
+    *,
+    preprocess: Preprocess,
+    training: Mapping[str, Any],
+    projector: nn.Module | None = None,
+) -> Bundle:
+    """Write a trained encoder, and its projector when it is kept, as the bundle in the working folder of its run.
+
+    training: how it was made; see `mvmr.bundles.manifest.Manifest`.
+
+    Raises: MvmrError when the weights are not those of such an encoder or not finite (nothing is written), the record
+        is not JSON, or the disk is full.
+    """
+    state = encoder.state_dict()
+    check_state(config, state)
+    return write(
+        folder,
+        architecture=config.architecture,
+        small_kernel=config.small_kernel,
+        embedding_dim=feature_dim(config),
+        preprocessing=preprocess,
+        training=training,
+        encoder_state=state,
+        projector_state=projector.state_dict() if projector is not None else None,
+    )

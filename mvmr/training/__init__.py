@@ -1,0 +1,1 @@
+"""From images to a student bundle: the trainer, recipes, views, and what a run remembers."""

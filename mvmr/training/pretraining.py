@@ -1,0 +1,265 @@
+"""From images to a student bundle: what `mvmr pretrain` does, and `mvmr distill` with a teacher beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+from torch.utils.data import DataLoader, Dataset
+
+from mvmr.bundles import bundle
+from mvmr.bundles.bundle import Bundle
+from mvmr.bundles.preprocess import Preprocess
+from mvmr.config import to_mapping
+from mvmr.cores import usable_cores
+from mvmr.data import ImageSet, open_images
+from mvmr.errors import MvmrError
+from mvmr.methods.learner import Learner
+from mvmr.methods.objective import Objective
+from mvmr.models.encoder import build_encoder, build_projector, feature_dim, load_init
+from mvmr.models.student import save_student
+from mvmr.progress import say
+from mvmr.representations import Pretrained
+from mvmr.storage.atomic import write_text
+from mvmr.training import checkpoint
+from mvmr.training.precision import native_precision
+from mvmr.training.recipe import Recipe, load_recipe
+from mvmr.training.runs import LOCK, RunFolder, claim, find_run, give_up
+from mvmr.training.targets import Batch, Targets, WithRows
+from mvmr.training.trainer import Precision, read, train
+from mvmr.training.views import Views, make_policy
+
+_RECALIBRATION_IMAGES = 16384
+
+
+def pretrain(
+    data: str,
+    out: str | Path,
+    *,
+    recipe: str | Path = "default",
+    assign: Sequence[str] = (),
+    init: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str = "auto",
+    devices: int = 1,
+    max_unreadable: float = 0.01,
+    progress: bool = False,
+) -> Bundle:
+    """Train a student without labels and without a teacher (self-supervised MV-MR), and write its bundle.
+
+    Args:
+        data: a folder of images, or a name such as ``stl10:ROOT`` or ``sample:patches`` (docs/data.md).
+        out: folder of the bundle; while the run goes on its files are in ``out`` + ``.partial``.
+        recipe: name of a shipped recipe, or a TOML file.
+        assign: changes to the recipe, such as ``"train.lr=3e-4"``.
+        init: bundle or state-dict file the encoder starts from.
+        resume: go on with the interrupted run of ``out``; of a finished one, return its bundle.
+        overwrite: replace the bundle in ``out``, and forget an interrupted run there.
+        device, devices: Lightning Fabric's accelerator name and number of devices (under torchrun: per node).
+        max_unreadable: the run stops when a larger share of the images can't be read.
+        progress: show progress on standard error.
+
+    Raises:
+        MvmrError: anything a user can mend, from an unknown recipe to a loss that is not finite.
+        KeyboardInterrupt: stopped by Ctrl-C or SIGTERM; ``resume`` goes on.
+    """
+    resolved = load_recipe(recipe, "mvmr", assign)
+    images = open_images(
+        data, "unlabelled", background=resolved.views.background, max_unreadable=max_unreadable, progress=progress
+    )
+    return fit(
+        images, out, resolved, init=init, resume=resume, overwrite=overwrite, device=device, devices=devices,
+        progress=progress,
+    )  # fmt: skip
+
+
+def fit(
+    images: ImageSet,
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    teachers: Mapping[str, Pretrained] | None = None,
+    init: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str = "auto",
+    devices: int = 1,
+    progress: bool = False,
+) -> Bundle:
+    """Train a student of ``images`` by ``recipe``; never reads a label. Arguments as in :func:`pretrain`.
+
+    Args:
+        teachers: further representations by the name the recipe calls them. Each is shown what ``images`` give: the
+            original image, RGB, upright, on the background of the recipe.
+    """
+    teachers = teachers or {}
+    if images.background != recipe.views.background:
+        raise MvmrError(
+            f"{images.name} was opened on background {images.background}, and [views] background = "
+            f"{recipe.views.background}: open the images on the recipe's"
+        )
+    precision = native_precision(recipe.train.precision, device)
+    fabric = launch(device, devices, precision)
+    size = (images.native_size or 224) if recipe.views.size is None else recipe.views.size
+    recipe = replace(
+        recipe,
+        views=replace(recipe.views, size=size),
+        train=replace(recipe.train, precision=precision),
+    )
+    result, preprocess = Path(out), Preprocess.for_size(size, images.background)
+    # Refuse what can't be before anything is computed.
+    if unused := sorted(set(teachers) - set(recipe.objective.targets)):
+        raise MvmrError(f"recipe {recipe.name} has no use for a {unused[0]}: take another, or run `mvmr pretrain`")
+    recipe.train.steps(len(images), fabric.world_size)
+    make_policy(recipe.views.policy, size, preprocess)
+    run = find_run(result, _describe(images, recipe, teachers, init), resume=resume, overwrite=overwrite)
+
+    def make() -> None:
+        if not run.finished:
+            _train(images, recipe, preprocess, run, fabric, teachers=teachers, init=init, progress=progress)
+
+    return carry_out(run, result, fabric, make)
+
+
+def carry_out(run: RunFolder, out: Path, fabric: Fabric, make: Callable[[], None]) -> Bundle:
+    """Let ``make`` write a bundle's files into the folder of ``run``, claimed for it, and publish them as ``out``.
+
+    Args:
+        make: called on every rank; does what an earlier, killed run has left to do, which may be nothing.
+    """
+    if run.published:
+        return bundle.load(out)
+    fabric.barrier()
+    with claim(run) if fabric.is_global_zero else nullcontext():
+        fabric.barrier()
+        try:
+            make()
+        except MvmrError:
+            if fabric.is_global_zero:
+                give_up(run)
+            raise
+        if fabric.is_global_zero:
+            for name in (checkpoint.NAME, LOCK):
+                (run.path / name).unlink(missing_ok=True)
+            bundle.publish(run.path, out)
+        fabric.barrier()
+    return bundle.load(out)
+
+
+def _train(
+    images: ImageSet,
+    recipe: Recipe,
+    preprocess: Preprocess,
+    run: RunFolder,
+    fabric: Fabric,
+    *,
+    teachers: Mapping[str, Pretrained],
+    init: str | Path | None,
+    progress: bool,
+) -> None:
+    """Train, and write the bundle's files into the run's folder."""
+    if fabric.is_global_zero:
+        write_text(run.path / "skipped.txt", "".join(f"{skipped}\n" for skipped in images.skipped))
+    say(images.describe(preprocess.crop), shown=progress and fabric.is_global_zero)
+    workers = usable_cores() if recipe.train.workers is None else recipe.train.workers
+    targets = Targets(
+        recipe.objective.targets, images, preprocess, teachers=teachers, cache_gb=recipe.train.cache_gb,
+        device=fabric.device, workers=workers, progress=progress,
+    )  # fmt: skip
+    views: Dataset[Batch] = WithRows(
+        Views(images, preprocess, recipe.views.policy, seed=recipe.train.seed, second=targets.second), targets.rows
+    )
+    learner = build_learner(recipe, preprocess, targets, init)
+    steps = train(learner, views, targets.of, recipe.train, fabric=fabric, folder=run.path, progress=progress)
+    recalibrate(
+        learner.encoder, images, preprocess, batch_size=recipe.train.batch_size, workers=workers, device=fabric.device
+    )
+    if fabric.is_global_zero:
+        save_student(
+            run.path, learner.encoder, recipe.model, preprocess=preprocess,
+            training=run.description | {"steps": steps}, projector=learner.projector if recipe.projector else None,
+        )  # fmt: skip
+
+
+def launch(device: str, devices: int, precision: Precision) -> Fabric:
+    """Start Fabric on every device.
+
+    Raises:
+        MvmrError: there is no such device, or not so many.
+    """
+    try:
+        fabric = Fabric(accelerator=device, devices=devices, precision=precision)
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:  # Fabric has one for each kind of mistake
+        reason = str(error).split("\n", 1)[0]
+        raise MvmrError(f"cannot use {devices} of device {device!r} ({reason}); see `mvmr doctor`") from error
+    fabric.launch()
+    return fabric
+
+
+def build_learner(recipe: Recipe, preprocess: Preprocess, targets: Targets, init: str | Path | None = None) -> Learner:
+    """Encoder, projector and objective of ``recipe``, drawn from its seed; the global random state is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.train.seed)
+        encoder = build_encoder(recipe.model)
+        width = feature_dim(recipe.model)
+        projector = build_projector(width, recipe.projector)
+        regressed = {name: targets.statistics(name) for name, weight in recipe.objective.regression.items() if weight}
+        objective = Objective(recipe.objective, width, regressed)
+    if init is not None:
+        load_init(encoder, Path(init))
+    return Learner(encoder, projector, objective, preprocess)
+
+
+def recalibrate(
+    encoder: nn.Module, images: ImageSet, preprocess: Preprocess, *, batch_size: int, workers: int, device: torch.device
+) -> None:
+    """Set the encoder's batch-norm statistics to those of original views, the only kind it is served.
+
+    In training they are running averages over both views, and lag behind the weights.
+    """
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:_RECALIBRATION_IMAGES].tolist()
+    batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+    if len(batches) > 1:
+        batches = [batch for batch in batches if len(batch) == batch_size]  # a short last one would count too much
+    originals = Originals(images, preprocess)
+    loader = DataLoader(originals, batch_sampler=batches, num_workers=workers, generator=torch.Generator())
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocess.mean, preprocess.std))
+    update_bn(((batch.float() / 255 - mean) / std for batch in read(loader)), encoder, device=device)
+    encoder.eval()
+
+
+class Originals(Dataset[Tensor]):
+    """The original view of each image alone, uint8 [3, S, S]."""
+
+    def __init__(self, images: ImageSet, preprocess: Preprocess):
+        self.images, self.preprocess = images, preprocess
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.from_numpy(self.preprocess.image(self.images.load(index)).transpose(2, 0, 1).copy())
+
+
+def _describe(
+    images: ImageSet, recipe: Recipe, teachers: Mapping[str, Pretrained], init: str | Path | None
+) -> dict[str, Any]:
+    return {
+        "method": "distillation" if teachers else "self-supervised MV-MR",
+        "teachers": {
+            name: {"name": teacher.name, "weights": teacher.weights, "identity": teacher.identity}
+            for name, teacher in teachers.items()
+        },
+        "data": {"name": images.name, "split": images.split, "images": len(images), "fingerprint": images.fingerprint},
+        "init": None if init is None else str(init),
+        "seed": recipe.train.seed,
+        "recipe": to_mapping(recipe),
+    }

@@ -1,0 +1,80 @@
+"""A recipe: everything that decides how a student is trained, but for the images and the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mvmr.bundles.preprocess import WHITE, check_background
+from mvmr.config import assign, parse, read_toml
+from mvmr.errors import MvmrError, unknown
+from mvmr.methods.objective import ObjectiveConfig
+from mvmr.models.encoder import EncoderConfig
+from mvmr.training.trainer import TrainConfig
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewsConfig:
+    """How the two views of an image are made."""
+
+    policy: str = "paper"  # a name or steps of mvmr.training.views
+    size: int | None = None  # pixels; none: the data's own (CIFAR 32, samples 64, STL10 96), 224 for photographs
+    background: tuple[int, int, int] = WHITE  # what transparent images are laid on
+
+    def __post_init__(self) -> None:
+        check_background(self.background)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The resolved recipe of a run, as it is written into the bundle."""
+
+    name: str = "custom"
+    model: EncoderConfig = field(default_factory=EncoderConfig)
+    projector: tuple[int, ...] = ()  # widths; none: z = h
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def recipe_names(package: str) -> tuple[str, ...]:
+    """Names of the recipes that ship in ``package`` (``mvmr`` to pretrain, ``mvmr.distillation`` to distil)."""
+    return _names(resources.files(package) / "recipes")
+
+
+def load_recipe(recipe: str | Path, package: str, assignments: Sequence[str] = ()) -> Recipe:
+    """Read a recipe of ``package`` by name, or from a TOML file; arguments and errors as in :func:`read_recipe`."""
+    return read_recipe(Recipe, recipe, resources.files(package) / "recipes", assignments)
+
+
+def read_recipe(kind: type[T], recipe: str | Path, shelf: Traversable, assignments: Sequence[str] = ()) -> T:
+    """Read a recipe by name or from a TOML file, changed by assignments such as ``train.lr=3e-4``.
+
+    Args:
+        kind: the dataclass the recipe becomes; has a field ``name``.
+        shelf: the folder of the recipes that ship.
+
+    Raises:
+        MvmrError: no such recipe or file, or keys or values that don't fit (all of them named at once).
+    """
+    if Path(recipe).suffix == ".toml":
+        if not Path(recipe).is_file():
+            raise MvmrError(f"recipe file {recipe} does not exist")
+        where, mapping = str(recipe), read_toml(Path(recipe))
+    else:
+        if recipe not in _names(shelf):
+            raise unknown("recipe", str(recipe), _names(shelf))
+        with resources.as_file(shelf / f"{recipe}.toml") as path:
+            where, mapping = f"recipe {recipe}", read_toml(path)
+    merged: dict[str, Any] = assign({"name": Path(recipe).stem, **mapping}, assignments)
+    return parse(kind, merged, where=where)
+
+
+def _names(shelf: Traversable) -> tuple[str, ...]:
+    return tuple(sorted(f.name.removesuffix(".toml") for f in shelf.iterdir() if f.name.endswith(".toml")))

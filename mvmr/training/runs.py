@@ -1,0 +1,157 @@
+"""The folder a run works in, `OUT.partial`: claimed once, resumed only by the run that made it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mvmr.bundles import manifest
+from mvmr.errors import MvmrError
+from mvmr.storage import staging
+from mvmr.storage.atomic import write_json
+from mvmr.training import checkpoint
+
+LOCK = ".lock"
+_DESCRIPTION = "run.json"
+# No weight depends on these.
+_FREE = frozenset(f"recipe.train.{name}" for name in ("workers", "cache_gb", "checkpoint_steps", "log_steps")) | {
+    "teachers.teacher.weights"  # where they lie; what they are is in the teacher's identity
+}
+# What gets a run past a loss that is not finite. A change is noted in the run's description.
+_STEERING = frozenset(f"recipe.train.{name}" for name in ("lr", "clip_grad", "precision"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFolder:
+    """Where a run works, and what it is."""
+
+    path: Path
+    description: dict[str, Any]  # JSON values, with the changes made on resuming under "changes"
+    fresh: bool  # starts over; what an earlier run left in `path` goes
+    published: bool = False  # `path` is the bundle that this very run has made: nothing is left to do
+
+    @property
+    def finished(self) -> bool:
+        """Whether only the renaming is left to do: the run was killed between its last step and the end."""
+        return not self.fresh and (self.path / manifest.NAME).exists()
+
+
+def find_run(out: Path, run: Mapping[str, Any], *, resume: bool, overwrite: bool) -> RunFolder:
+    """Where the run described by ``run`` (JSON values) makes the bundle ``out``; looks only, changes nothing.
+
+    Raises:
+        MvmrError: ``out`` exists or holds an interrupted run and neither ``resume`` nor ``overwrite`` was given;
+            ``out`` or its working folder is something else altogether (never overwritten); or the run to resume,
+            interrupted or finished, is another one.
+    """
+    if resume and overwrite:
+        raise MvmrError("--resume goes on with a run and --overwrite starts over: give one of them")
+    out = out.absolute()
+    if not out.name or out.name == "..":
+        raise MvmrError(f"{out} can't be the folder of a bundle: give the name of a new folder, such as runs/mine")
+    folder = out.with_name(f"{out.name}.partial")
+    interrupted = (folder / _DESCRIPTION).exists()
+    if _exists(out) and not (out / manifest.NAME).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise MvmrError(f"{out} exists and is no bundle; nothing of it is touched: give another --out")
+    if _exists(folder) and not interrupted and (not folder.is_dir() or not all(map(_left_over, folder.iterdir()))):
+        raise MvmrError(f"{folder} exists and holds no run; nothing of it is touched: give another --out")
+    if (out / manifest.NAME).exists() and not overwrite and not resume:
+        raise MvmrError(f"{out} holds a finished bundle: give another --out, or --overwrite to replace it")
+    if interrupted and not overwrite and not resume:
+        raise MvmrError(f"{folder} holds an interrupted run: give --resume to go on or --overwrite to start over")
+    wanted: dict[str, Any] = json.loads(json.dumps(run))
+    if resume and interrupted:
+        return RunFolder(path=folder, description=_resumed(folder, wanted, _STEERING), fresh=False)
+    if resume and (out / manifest.NAME).exists():
+        return RunFolder(path=out, description=_resumed(out, wanted, frozenset()), fresh=False, published=True)
+    return RunFolder(path=folder, description=wanted, fresh=True)
+
+
+@contextmanager
+def claim(run: RunFolder) -> Iterator[None]:
+    """Make the working folder and keep other processes out of it; on one rank only, after every rank has found it.
+
+    Raises:
+        MvmrError: the folder can't be made, or another process works in it.
+    """
+    import fcntl  # POSIX only, as training is: reading bundles works elsewhere, too
+
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        file = (run.path / LOCK).open("a")
+    except OSError as error:
+        raise MvmrError(f"cannot make {run.path}: {error.strerror}; give another --out") from error
+    with file:
+        try:
+            # Unlike flock's, this lock is not shared with worker processes, which outlive a kill -9 by seconds.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise MvmrError(f"another process is training in {run.path}: wait for it, or give another --out") from error
+        if run.fresh:
+            _empty(run.path)
+        staging.sweep(run.path)
+        write_json(run.path / _DESCRIPTION, run.description)
+        yield
+
+
+def _empty(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != LOCK:
+            entry.unlink()
+
+
+def give_up(run: RunFolder) -> None:
+    """Remove a working folder in which nothing was learned: a run refused late leaves nothing behind."""
+    if not any((run.path / name).exists() for name in (checkpoint.NAME, checkpoint.METRICS, manifest.NAME)):
+        shutil.rmtree(run.path, ignore_errors=True)
+
+
+def _exists(path: Path) -> bool:
+    return path.exists() or path.is_symlink()  # a link to nowhere is there, too
+
+
+def _left_over(entry: Path) -> bool:
+    """Whether a killed process left it (the lock, `atomic`'s file): all a run has before its description."""
+    known = entry.name == LOCK or (entry.name.startswith(".") and ".partial" in entry.name)
+    return known and entry.is_file()
+
+
+def _resumed(folder: Path, wanted: dict[str, Any], steering: frozenset[str]) -> dict[str, Any]:
+    """The description of the run in ``folder``, gone on with as ``wanted``; ``steering`` may differ."""
+    try:
+        held: dict[str, Any] = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
+        changes = held.pop("changes", [])
+        differences = _differences(held, wanted)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise MvmrError(f"{folder / _DESCRIPTION} can't be read: start over with --overwrite") from error
+    if refused := sorted(_told(*d) for d in differences.items() if d[0] not in _FREE | steering):
+        raise MvmrError(
+            f"{folder} holds another run, it differs in {'; '.join(refused[:4])}: "
+            "give the arguments it was started with, or --overwrite to start over"
+        )
+    steered = {at: values for at, values in differences.items() if at in steering}
+    if steered:
+        step = checkpoint.saved_step(folder) or 0
+        changes.append({"step": step, **{at: f"{was!r} -> {now!r}" for at, (was, now) in steered.items()}})
+    return wanted | ({"changes": changes} if changes else {})
+
+
+def _differences(held: Any, wanted: Any, at: str = "") -> dict[str, tuple[Any, Any]]:
+    """(value there, value now) by the path of every key in which two descriptions differ."""
+    if not (isinstance(held, dict) and isinstance(wanted, dict)):
+        return {} if held == wanted else {at: (held, wanted)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in {**held, **wanted}:
+        found |= _differences(held.get(key), wanted.get(key), f"{at}.{key}" if at else key)
+    return found
+
+
+def _told(at: str, values: tuple[Any, Any]) -> str:
+    return f"{at} ({values[0]!r} there, {values[1]!r} now)"

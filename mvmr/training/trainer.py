@@ -1,0 +1,245 @@
+"""The training loop: one student, with or without labels, from the first step or from where a killed run stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mvmr.cores import usable_cores
+from mvmr.errors import MvmrError
+from mvmr.interrupt import stop_on_signal
+from mvmr.methods.learner import Classifier, Learner
+from mvmr.progress import track
+from mvmr.training import checkpoint
+
+T = TypeVar("T")
+Batch = dict[str, Tensor]
+Targets = Callable[[Batch], dict[str, Tensor]]
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+SMALLEST_BATCH = 4  # the unbiased estimator is not defined below
+_SEEDS = 2**32
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, how fast and in which precision."""
+
+    epochs: int = 100
+    batch_size: int = 256  # images a step takes through the objective, over all devices
+    accumulate: int = 1  # batches to an optimiser step
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 1e-6
+    warmup_steps: int = 10  # optimiser steps of linear warm-up, then a cosine to 0
+    clip_grad: float | None = None  # largest gradient norm
+    precision: Precision | None = None  # none: bf16 where the device has it
+    channels_last: bool = True
+    seed: int = 0
+    workers: int | None = None  # processes that load images; none: one to a usable core
+    cache_gb: float = 4.0  # slow hand-crafted representations are computed once if they fit
+    checkpoint_steps: int = 500
+    log_steps: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "accumulate", "checkpoint_steps", "log_steps"):
+            if getattr(self, name) < 1:
+                raise MvmrError(f"[train] {name} = {getattr(self, name)}: must be 1 or more")
+        if self.batch_size < SMALLEST_BATCH:
+            raise MvmrError(
+                f"[train] batch_size = {self.batch_size}: the objective compares the images of a batch; "
+                f"give {SMALLEST_BATCH} or more"
+            )
+        for name in ("warmup_steps", "weight_decay", "cache_gb", "workers"):
+            if (value := getattr(self, name)) is not None and not value >= 0:
+                raise MvmrError(f"[train] {name} = {value}: must be 0 or more")
+        for name in ("lr", "clip_grad"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise MvmrError(f"[train] {name} = {value}: must be above 0")
+        if not 0 <= self.seed < _SEEDS:
+            raise MvmrError(f"[train] seed = {self.seed}: must lie between 0 and {_SEEDS - 1}")
+
+    def steps(self, images: int, devices: int = 1) -> int:
+        """Optimiser steps of the whole run on so many images.
+
+        Raises:
+            MvmrError: the images don't fill one optimiser step, or the devices can't share a batch evenly.
+        """
+        if self.batch_size % devices:
+            raise MvmrError(f"[train] batch_size = {self.batch_size}: give a multiple of the {devices} devices")
+        if images < self.batch_size * self.accumulate:
+            largest = images // self.accumulate
+            cure = f"give --batch-size {largest} or less" if largest >= SMALLEST_BATCH else "that is too few"
+            raise MvmrError(
+                f"a step takes {self.batch_size * self.accumulate} images and the data have {images}: {cure}"
+            )
+        return self.epochs * (images // (self.batch_size * self.accumulate))
+
+
+class BatchOrder(Sampler[list[tuple[int, int]]]):
+    """Every batch from ``start`` to ``stop``, as (epoch, index) pairs; a function of the seed alone, so it resumes."""
+
+    def __init__(
+        self, count: int, size: int, per_epoch: int, *, seed: int, start: int, stop: int, rank: int, world: int
+    ):
+        self.count, self.size, self.per_epoch, self.seed = count, size, per_epoch, seed
+        self.start, self.stop, self.rank, self.world = start, stop, rank, world
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order, ordered = torch.empty(0, dtype=torch.int64), -1
+        for batch in range(self.start, self.stop):
+            epoch, k = divmod(batch, self.per_epoch)
+            if epoch != ordered:
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                order, ordered = torch.randperm(self.count, generator=generator), epoch
+            chosen = order[k * self.size : (k + 1) * self.size][self.rank :: self.world]
+            yield [(epoch, int(i)) for i in chosen]
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+    """Linear warm-up, then half a cosine down to 0; both counted in optimiser steps."""
+    warmup = min(config.warmup_steps, steps // 2)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def train(
+    learner: Learner | Classifier,
+    views: Dataset[Batch],
+    targets: Targets,
+    config: TrainConfig,
+    *,
+    fabric: Fabric,
+    folder: Path,
+    progress: bool = False,
+) -> int:
+    """Train ``learner`` in place; keep ``checkpoint.pt`` and ``metrics.jsonl`` in ``folder``; go on from them.
+
+    Args:
+        views: items of :class:`mvmr.training.views.Views`, addressed by (epoch, index).
+        targets: from a batch on the device to the target of each name, as the learner takes them.
+
+    Returns:
+        The number of optimiser steps of the whole run.
+
+    Raises:
+        MvmrError: the loss is not finite (the last good checkpoint stays), or a checkpoint can't be written.
+        KeyboardInterrupt: stopped by Ctrl-C or SIGTERM, after a checkpoint.
+    """
+    count = len(views)  # type: ignore[arg-type]
+    steps, per_step = config.steps(count, fabric.world_size), config.batch_size * config.accumulate
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    if config.channels_last:
+        learner = learner.to(memory_format=torch.channels_last)
+    fused = config.precision != "16-mixed"  # a fused step unscales gradients itself, too late to clip them
+    optimizer = kinds[config.optimizer](
+        learner.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=fused
+    )
+    module, optimizer = fabric.setup(learner, optimizer)
+    metrics = folder / checkpoint.METRICS
+    step = checkpoint.restore(folder, learner, optimizer, fabric)
+    checkpoint.truncate_metrics(metrics, step)
+    loader = _loader(views, config, fabric, start=step * config.accumulate, stop=steps * config.accumulate)
+
+    began, first = time.perf_counter(), step
+    module.train()
+    batches = read(loader)
+    shown = progress and fabric.is_global_zero
+    with (
+        stop_on_signal() as stop,
+        track("training", step, steps, unit="img", per_step=per_step, shown=shown) as advance,
+    ):
+        while step < steps:
+            lr = learning_rate(config, step, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            for micro in range(config.accumulate):
+                batch = next(batches)
+                with fabric.no_backward_sync(module, enabled=micro + 1 < config.accumulate):
+                    terms, outputs, wanted = module(batch["original"], batch["augmented"], targets(batch))
+                    loss = torch.stack(list(terms.values())).sum()
+                    if not torch.isfinite(loss):
+                        raise _not_finite(terms, step, folder)
+                    fabric.backward(loss / config.accumulate)
+                loss, terms = loss.detach(), {name: term.detach() for name, term in terms.items()}
+            if config.clip_grad is not None:
+                fabric.clip_gradients(module, optimizer, max_norm=config.clip_grad, error_if_nonfinite=False)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            if fabric.is_global_zero and (step % config.log_steps == 0 or step == steps):
+                seconds = time.perf_counter() - began
+                record: dict[str, float | Tensor] = {
+                    "epoch": step * per_step / count,
+                    "lr": lr,
+                    "loss": loss,
+                }
+                record |= terms | {"images_per_s": (step - first) * per_step / seconds, "seconds": seconds}
+                generator = torch.Generator().manual_seed(config.seed + step)
+                record |= learner.diagnose(outputs, wanted, generator)
+                with metrics.open("a") as file:
+                    rounded = {name: float(f"{float(value):.6g}") for name, value in record.items()}
+                    file.write(json.dumps({"step": step} | rounded) + "\n")
+            advance(step, f"loss {float(loss):.3f}")
+            stopping = _on_any_rank(stop.requested, fabric)
+            if stopping or step % config.checkpoint_steps == 0 or step == steps:
+                checkpoint.save(folder, step, learner, optimizer, fabric)
+            if stopping and step < steps:
+                raise KeyboardInterrupt(f"step {step} of {steps} is saved in {folder}; go on with --resume")
+    return steps
+
+
+def _on_any_rank(requested: bool, fabric: Fabric) -> bool:
+    """All ranks stop after the same step: one that went on alone would wait for the others for ever."""
+    if fabric.world_size == 1:
+        return requested
+    return bool(fabric.all_reduce(torch.tensor(float(requested), device=fabric.device), reduce_op="sum"))
+
+
+def _leave_the_group(worker: int) -> None:
+    """A terminal's Ctrl-C goes to the whole process group; a worker must live until the step is done."""
+    os.setpgid(0, 0)
+
+
+def read(batches: Iterable[T]) -> Iterator[T]:
+    """What a loader yields, its errors in one line."""
+    try:
+        yield from batches
+    except MvmrError as error:  # a worker's comes with its trace; the last line is the message
+        raise MvmrError(str(error).rstrip().rpartition("MvmrError: ")[2]) from error
+
+
+def _not_finite(terms: Mapping[str, Tensor], step: int, folder: Path) -> MvmrError:
+    values = ", ".join(f"{name} = {float(value.detach()):g}" for name, value in terms.items())
+    worst = next((name for name, value in terms.items() if not torch.isfinite(value)), "the sum of the terms")
+    return MvmrError(f"{worst} is not finite at step {step} ({values}); {checkpoint.cure(folder)}")
+
+
+def _loader(views: Dataset[Batch], config: TrainConfig, fabric: Fabric, *, start: int, stop: int) -> Any:
+    count = len(views)  # type: ignore[arg-type]
+    per_epoch = count // (config.batch_size * config.accumulate) * config.accumulate
+    order = BatchOrder(
+        count, config.batch_size, per_epoch,
+        seed=config.seed, start=start, stop=stop, rank=fabric.global_rank, world=fabric.world_size,
+    )  # fmt: skip
+    workers = usable_cores() if config.workers is None else config.workers
+    loader = DataLoader(
+        views, batch_sampler=order, num_workers=workers, pin_memory=fabric.device.type == "cuda",
+        prefetch_factor=4 if workers else None, worker_init_fn=_leave_the_group,
+        generator=torch.Generator(),  # else the loader draws a seed from the global generator
+    )  # fmt: skip
+    return fabric.setup_dataloaders(loader, use_distributed_sampler=False)

@@ -1,0 +1,1 @@
+"""The batch job: images in, a table of embeddings out."""

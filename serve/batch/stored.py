@@ -1,0 +1,189 @@
+"""Embeddings that `mvmr embed` has written, read a stretch at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
+
+from mvmr.bundles.manifest import WIDEST
+from mvmr.errors import MvmrError, shorten
+from mvmr.serve.batch.manifest import MANIFEST, read_manifest
+from mvmr.serve.batch.single_file import manifest_file, paths_file
+from mvmr.serve.engine import Floats
+from mvmr.storage.row_store import open_rows
+
+CHUNK = 4096
+_VALUES = 2**24  # at once, so that wide embeddings take no more memory than usual ones
+_SHARD = re.compile(r"shard-(\d+)-of-(\d+)")
+_CURE = "give the --out of a finished `mvmr embed`"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Embeddings on disk.
+
+    path: as given; files: in order; count: N rows; dim: width D; space_id: of the embedding space
+    bundle: where the bundle that made them was, "" when nobody knows; precision: what they were computed in
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    count: int
+    dim: int
+    space_id: str
+    bundle: str
+    precision: str
+
+    def chunks(self, rows: int = CHUNK) -> Iterator[tuple[list[str], Floats]]:
+        """Paths, and embeddings float32 [n, D] as they were written, of at most `rows` rows at a time.
+
+        Raises: MvmrError for a file that is damaged.
+        """
+        rows = max(1, min(rows, _VALUES // self.dim))
+        for file in self.files:
+            yield from self._of_npy(file, rows) if file.suffix == ".npy" else self._of_parquet(file, rows)
+
+    def _of_parquet(self, file: Path, rows: int) -> Iterator[tuple[list[str], Floats]]:
+        try:
+            with parquet.ParquetFile(file) as opened:
+                if wrong := _misfit(opened.schema_arrow, self.dim):
+                    raise MvmrError(f"{file} {wrong}; {_CURE}")
+                for batch in opened.iter_batches(rows, columns=["path", "embedding"]):
+                    yield self._of_batch(file, batch)
+        except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
+            raise MvmrError(f"cannot read {file}: {' '.join(str(error).split())[:200]}; make it again") from error
+
+    def _of_batch(self, file: Path, batch: pa.RecordBatch) -> tuple[list[str], Floats]:
+        batch.validate(full=True)
+        paths, embeddings = batch.column("path"), batch.column("embedding")
+        values = embeddings.flatten()
+        if paths.null_count or embeddings.null_count or values.null_count:
+            raise MvmrError(f"{file} has rows without a path or an embedding; {_CURE}")
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, which an index refuses
+            floats = values.to_numpy(zero_copy_only=False).astype(np.float32)
+        return paths.to_pylist(), floats.reshape(-1, self.dim)
+
+    def _of_npy(self, file: Path, rows: int) -> Iterator[tuple[list[str], Floats]]:
+        values = open_rows(file)
+        if values.shape[1] != self.dim:
+            raise MvmrError(f"{file} has embeddings {values.shape[1]} wide, its manifest says {self.dim}; {_CURE}")
+        try:
+            with paths_file(file).open(encoding="utf-8", newline="\n") as lines:
+                for start in range(0, len(values), rows):
+                    paths = [line.rstrip("\n") for line in islice(lines, rows)]
+                    stretch = np.array(values[start : start + rows], np.float32)
+                    if len(paths) != len(stretch):
+                        raise MvmrError(f"{paths_file(file)} has fewer lines than {file} has rows; {_CURE}")
+                    yield paths, stretch
+        except OSError as error:
+            raise MvmrError(f"cannot read {paths_file(file)}: {error.strerror}; {_CURE}") from error
+        except UnicodeDecodeError as error:
+            raise MvmrError(f"{paths_file(file)} is not UTF-8 text (byte {error.start}); {_CURE}") from error
+
+
+def open_embeddings(path: str | Path) -> Stored:
+    """Open a folder of parts, a folder of shards, a ``.parquet`` or a ``.npy`` file.
+
+    Raises: MvmrError for anything else, a run or a shard that has not finished, shards of several spaces, or parts
+        that lie elsewhere.
+    """
+    place = Path(path)
+    found = _open(place)
+    files = [*found.files, *(paths_file(file) for file in found.files if file.suffix == ".npy")]
+    within = (place if place.is_dir() else place.parent).resolve()
+    for file in files:
+        # A link would let a stranger's run name any file of this machine; the file that was given may be one.
+        if file != place and not file.resolve().is_relative_to(within):
+            raise MvmrError(f"{file} is a link out of {within}; put the file itself there, or give its own folder")
+        if not file.is_file():
+            raise MvmrError(f"{found.path} lacks {file.name}; {_CURE}")
+    return found
+
+
+def _open(place: Path) -> Stored:
+    if place.is_file() and place.suffix in (".parquet", ".npy"):
+        return _one_file(place)
+    if (place / MANIFEST).is_file():
+        return _folder(place)
+    shards = sorted(each for each in place.iterdir() if _SHARD.fullmatch(each.name)) if place.is_dir() else []
+    if shards:
+        return _shards(place, shards)
+    if place.with_name(f"{place.name}.partial").is_dir():
+        raise MvmrError(f"the run that makes {place} has not finished; go on with it by `mvmr embed --resume`")
+    raise MvmrError(f"no embeddings at {place}; {_CURE}")
+
+
+def _folder(folder: Path) -> Stored:
+    says = read_manifest(folder / MANIFEST)
+    if says["state"] != "finished":
+        raise MvmrError(f"the run in {folder} has not finished; go on with it by `mvmr embed --resume`")
+    files = tuple(folder / part["file"] for part in says["parts"])
+    return _stored(folder, files, says)
+
+
+def _shards(folder: Path, shards: Sequence[Path]) -> Stored:
+    of = int(shards[0].name.rpartition("-")[2])
+    wanted = [folder / f"shard-{number:05d}-of-{of:05d}" for number in range(of)]
+    if missing := [each.name for each in wanted if not (each / MANIFEST).is_file()]:
+        raise MvmrError(f"{folder} lacks {missing[0]}, {len(missing)} of {of} shards; run `mvmr embed` for them")
+    if strange := sorted(set(shards) - set(wanted)):
+        raise MvmrError(f"{folder} holds shards of two runs, {wanted[0].name} and {strange[0].name}; move one away")
+    pieces = [_folder(each) for each in wanted]
+    first = pieces[0]
+    for each in pieces:
+        if (each.space_id, each.dim) != (first.space_id, first.dim):
+            told = f"{first.path.name} is of space {first.space_id[:12]}, {each.path.name} of {each.space_id[:12]}"
+            raise MvmrError(f"{folder} mixes embedding spaces: {told}; embed all shards by one bundle")
+    files = tuple(file for each in pieces for file in each.files)
+    count = sum(each.count for each in pieces)
+    return Stored(folder, files, count, first.dim, first.space_id, first.bundle, first.precision)
+
+
+def _one_file(file: Path) -> Stored:
+    beside = manifest_file(file)
+    if beside.is_file():
+        return _stored(file, (file,), read_manifest(beside))
+    if file.suffix == ".npy":
+        raise MvmrError(f"{file} has no {beside.name} beside it, which says of which space it is; {_CURE}")
+    try:
+        footer = parquet.ParquetFile(file)
+        schema, count = footer.schema_arrow, footer.metadata.num_rows
+        dim, said = schema.field("embedding").type.list_size, schema.metadata or {}
+        space, precision = said[b"space_id"].decode(), said[b"precision"].decode()
+    except (OSError, ValueError, MemoryError, pa.ArrowException, KeyError, AttributeError) as error:
+        raise MvmrError(f"{file} is no Parquet file of embeddings that names their space; {_CURE}") from error
+    if not 1 <= dim <= WIDEST:
+        raise MvmrError(f"{file} has embeddings {dim} wide, not between 1 and {WIDEST}; {_CURE}")
+    return Stored(file, (file,), count, dim, space, "", precision)
+
+
+def _misfit(schema: pa.Schema, dim: int) -> str | None:
+    """What keeps columns from being those of embeddings of width `dim`; None where nothing does."""
+    for name in ("path", "embedding"):
+        if len(schema.get_all_field_indices(name)) != 1:
+            return f"has not one column {name!r}"
+    path, embedding = schema.field("path").type, schema.field("embedding").type
+    if not pa.types.is_string(path) and not pa.types.is_large_string(path):
+        return f"has a column 'path' of {shorten(path)} instead of strings"
+    if not pa.types.is_fixed_size_list(embedding) or not pa.types.is_floating(embedding.value_type):
+        return f"has a column 'embedding' of {shorten(embedding)} instead of lists of {dim} floats"
+    return None if embedding.list_size == dim else f"has embeddings {embedding.list_size} wide instead of {dim}"
+
+
+def _stored(place: Path, files: tuple[Path, ...], says: dict[str, Any]) -> Stored:
+    try:
+        told = str(says["space_id"]), str(says["bundle"]), str(says["settings"]["precision"])
+        dim = says["dim"]
+    except KeyError as error:
+        raise MvmrError(f"the manifest of {place} lacks {error}; {_CURE}") from error
+    if type(dim) is not int or not 1 <= dim <= WIDEST:
+        raise MvmrError(f"the manifest of {place} says dim = {shorten(repr(dim))}; {_CURE}")
+    return Stored(place, files, says["rows"], dim, *told)

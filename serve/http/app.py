@@ -1,0 +1,119 @@
+"""The embedding service as an application: its endpoints, its life, and how problems are answered."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from fastapi import APIRouter, FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+
+from mvmr import __version__
+from mvmr.serve.engine import Engine
+from mvmr.serve.http.admission import SPACE, Edge
+from mvmr.serve.http.fetch import Remote
+from mvmr.serve.http.problems import Problem
+from mvmr.serve.http.routes import embeddings, inference, status
+from mvmr.serve.http.service import Service
+from mvmr.serve.http.settings import Settings
+
+if TYPE_CHECKING:
+    from mvmr.serve.index import Index
+
+logger = logging.getLogger(__name__)
+
+
+def create_app(engine: Engine, settings: Settings, index: Index | None = None) -> FastAPI:
+    """The service as an ASGI application; `app.state.service` is what stands behind it.
+
+    Raises: MvmrError for an index of another embedding space than the engine's.
+    """
+    if index is not None:
+        index.check_space(engine.space_id, engine.name)
+    service = Service(engine, settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with Remote(settings.url_hosts, most=settings.max_body) as remote:
+            app.state.remote = remote
+            await service.start()
+            yield
+            await service.stop()
+
+    app = _application(service, (status.probes, status.router, embeddings.router, inference.router), lifespan)
+    app.state.index = index
+    document = orjson.dumps(app.openapi())  # once: it takes milliseconds, and anybody may ask for it
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> Response:
+        return Response(document, media_type="application/json")
+
+    if settings.cors:  # around the edge: a browser's question beforehand never carries a key
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.cors, allow_methods=["GET", "POST"], allow_headers=["*"],
+            expose_headers=[SPACE, "x-shape", "x-errors", "retry-after"],
+        )  # fmt: skip
+    return app
+
+
+def create_probe_app(service: Service) -> FastAPI:
+    """What answers at the probes' own port: health, readiness and metrics."""
+    return _application(service, (status.probes,))
+
+
+def _application(service: Service, routers: Sequence[APIRouter], lifespan: Any = None) -> FastAPI:
+    # No pages of documentation: FastAPI's load their scripts from elsewhere.
+    app = FastAPI(title="mvmr", version=__version__, lifespan=lifespan, openapi_url=None, redirect_slashes=False)
+    app.state.service = service
+    _answer_problems(app, service)
+    for router in routers:
+        app.include_router(router)
+    app.add_middleware(Edge, service=service, routes=[route for router in routers for route in router.routes])
+    return app
+
+
+def _answer_problems(app: FastAPI, service: Service) -> None:
+    def answer(request: Request, problem: Problem) -> Response:
+        service.metrics.errors.labels(problem.name).inc()
+        return problem.response(request.url.path)
+
+    async def ours(request: Request, error: Exception) -> Response:
+        if not isinstance(error, Problem):
+            raise error
+        return answer(request, error)
+
+    async def frameworks(request: Request, error: Exception) -> Response:
+        if not isinstance(error, HTTPException):
+            raise error
+        path = request.url.path
+        if error.status_code == 404:
+            return answer(request, Problem("unknown-path", f"there is no {path!r}; /openapi.json lists what there is"))
+        if error.status_code == 405:
+            told = f"{path!r} does not take {request.method}"
+            return answer(request, Problem("wrong-method", told, headers=error.headers))
+        return answer(request, Problem("malformed", str(error.detail)))
+
+    async def query(request: Request, error: Exception) -> Response:
+        first = getattr(error, "errors", list)()[0]
+        return answer(request, Problem("invalid", f"{'.'.join(map(str, first['loc']))}: {first['msg']}"))
+
+    async def memory(request: Request, error: Exception) -> Response:
+        logger.error("no memory left for a request to %s", getattr(request.scope.get("route"), "path", "another path"))
+        told = "what it would take is not there now; try again later, or send less at a time"
+        return answer(request, Problem("out-of-memory", told, headers={"retry-after": "1"}))
+
+    async def ourselves(request: Request, error: Exception) -> Response:
+        return answer(request, Problem("internal", "this is a fault of the service; its log has the trace"))
+
+    app.add_exception_handler(Problem, ours)
+    app.add_exception_handler(HTTPException, frameworks)
+    app.add_exception_handler(RequestValidationError, query)
+    app.add_exception_handler(MemoryError, memory)
+    app.add_exception_handler(Exception, ourselves)

@@ -1,0 +1,82 @@
+"""One request and its answer: what all endpoints share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import orjson
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from mvmr.serve.http import request_body
+from mvmr.serve.http.admission import CLIENT
+from mvmr.serve.http.problems import Problem
+from mvmr.serve.http.service import Service
+
+_LEFT = "the client has gone"
+_GONE = Response(status_code=499)  # nobody reads it; the number shows in the metrics
+
+
+def service_of(request: Request) -> Service:
+    """What stands behind the application that the request came to."""
+    service: Service = request.app.state.service
+    return service
+
+
+def client_of(request: Request) -> str:
+    """Who sent a request, as the edge has found out."""
+    client: str = request.scope[CLIENT]
+    return client
+
+
+def json_answer(value: Mapping[str, Any]) -> Response:
+    """JSON; numpy's arrays become lists."""
+    return Response(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY), media_type=request_body.JSON)
+
+
+def is_json(request: Request) -> bool:
+    """Whether the whole body is JSON, by its headers."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return kind == request_body.JSON and "inference-header-content-length" not in request.headers
+
+
+def check_model(service: Service, name: str) -> None:
+    """Refuse another model than the one that is served."""
+    if name != service.engine.name:
+        raise Problem("unknown-model", f"there is no model {name[:100]!r}; this service has {service.engine.name!r}")
+
+
+async def posted(request: Request, work: Callable[[bytes, request_body.Take], Awaitable[Response]]) -> Response:
+    """Read the body and do the work, unless the client goes away before it is done.
+
+    work: is given the body, and what is to hear of more bytes that it takes in.
+    """
+    service = service_of(request)
+    says = service.settings
+    with service.memory(client_of(request)) as take:
+        try:
+            most, flag = (says.max_json, "--max-json-mb") if is_json(request) else (says.max_body, "--max-body-mb")
+            seconds = says.connections.body_seconds
+            body = await request_body.read_body(request, most=most, flag=flag, seconds=seconds, take=take)
+        except ClientDisconnect:
+            service.metrics.errors.labels("client-gone").inc()
+            return _GONE
+        here = asyncio.current_task()
+        gone = asyncio.ensure_future(_gone(request))
+        gone.add_done_callback(lambda watch: None if watch.cancelled() or here is None else here.cancel(_LEFT))
+        try:
+            return await work(body, take)
+        except asyncio.CancelledError as stopped:
+            if stopped.args != (_LEFT,):
+                raise
+            service.metrics.errors.labels("client-gone").inc()
+            return _GONE
+        finally:
+            gone.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

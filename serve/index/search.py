@@ -1,0 +1,52 @@
+"""The images of an index that are nearest to one image."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from mvmr.bundles import bundle as bundles
+from mvmr.errors import MvmrError
+from mvmr.serve.engine import Engine
+from mvmr.serve.index.index import Hit, Index
+
+
+def search(
+    index: str | os.PathLike[str],
+    image: str | os.PathLike[str],
+    *,
+    k: int = 10,
+    bundle: str | os.PathLike[str] | None = None,
+    precision: str | None = None,
+    provider: str = "cpu",
+    threads: int | None = None,
+    probes: int | None = None,
+    ef_search: int | None = None,
+) -> list[Hit]:
+    """Embed one image and find its nearest neighbours, best first.
+
+    Args:
+        bundle: None takes the one that made the index, from where it was then.
+        precision: None takes that of the indexed embeddings where the bundle has it.
+
+    Raises: MvmrError for an index, bundle or image that can't be read, or a bundle of another embedding space.
+    """
+    opened = Index.load(index)
+    place = bundle or opened.bundle
+    if not place:
+        raise MvmrError(f"the index {opened.path} does not know which bundle made it; give it by --bundle")
+    if bundle is None and not Path(place).is_dir():
+        raise MvmrError(f"{place}, the bundle that made the index {opened.path}, is not there; give it by --bundle")
+    opened.check_space(bundles.load(place, verify=False).space_id, place)
+    engine = Engine.load(
+        place, precision=precision or _same_precision(place, opened), provider=provider, threads=threads
+    )
+    found = opened.search(engine.embed([Path(image)]), k, probes=probes, ef_search=ef_search)
+    return found[0]
+
+
+def _same_precision(bundle: str | os.PathLike[str], index: Index) -> str | None:
+    from mvmr.export.artifacts import FORMATS, artifact
+
+    files = bundles.load(bundle, verify=False).manifest.files
+    return next((each for each in set(FORMATS.values()) if each == index.precision and artifact(each) in files), None)
