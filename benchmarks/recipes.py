@@ -1,9 +1,9 @@
 """Which recipe? The trials behind docs/method.md: `python benchmarks/recipes.py distil|pretrain [--table]`.
 
 A trial trains a ResNet18 by `mvmr.training.pretraining.fit` on a part of a set's training split and scores its frozen
-features on the rest of it, so that no test split decides anything; `--test` trains on the whole training split and reads the
-test split, at the end. Each result is a line of benchmarks/results/recipes.jsonl: what is there is not run again, so
-a run that was stopped goes on by the same command. Sets, teachers and trials: benchmarks/trials.py.
+features on the rest of it, so that no test split decides anything; `--test` trains on the whole training split and
+reads the test split, at the end. Each result is a line of benchmarks/results/recipes.jsonl: what is there is not run
+again, so a run that was stopped goes on by the same command. Sets, teachers and trials: benchmarks/trials.py.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from mvmr.bundles.preprocess import Preprocess
 from mvmr.config import assign, parse
 from mvmr.errors import MvmrError
 from mvmr.evaluation.protocols import Labelled, Measured
+from mvmr.methods import mvmr as mvmr_method
 from mvmr.models.encoder import build_encoder, feature_dim
 from mvmr.models.student import Student
 from mvmr.representations import Pretrained, Representation
@@ -123,7 +124,7 @@ def measure(key: dict[str, Any], trial: Trial | None, *, device: str = "cpu") ->
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as patches:
         observed = partial(Observed, steps=recipe.train.steps(len(train)), **trial.objective)
-        patches.enter_context(patch.object(pretraining, "Objective", observed))
+        patches.enter_context(patch.object(mvmr_method, "Objective", observed))
         if trial.crop is not None:
             patches.enter_context(patch.object(views, "CROP_AREA", (trial.crop, 1.0)))
         bundle = pretraining.fit(train, Path(scratch) / "bundle", recipe, teachers=teachers, device=device)

@@ -7,7 +7,7 @@ Of the trainer's own case it also says what it makes of the device: operations a
 two large matrices, and the share of the step that the objective takes when it is run alone.
 
 The step is the body of :func:`mvmr.training.trainer.train` on the real learner: forward on both views, objective,
-backward, optimiser. Images, and what the teacher would see of them, lie ready on the device: loading is not in the figures.
+backward, optimiser. Images, and what the teacher would see of them, lie ready on the device: no loading is in it.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ from mvmr.bundles.preprocess import Preprocess
 from mvmr.config import to_mapping
 from mvmr.distillation.teachers.teacher import Teacher
 from mvmr.errors import MvmrError, unknown
-from mvmr.methods.learner import Learner
-from mvmr.methods.objective import Embeddings, Objective
-from mvmr.models.encoder import Architecture, build_encoder, build_projector, feature_dim
+from mvmr.methods.method import Method
+from mvmr.methods.objective import Embeddings
+from mvmr.methods.table import build_method
+from mvmr.models.encoder import Architecture, build_encoder, feature_dim
 from mvmr.representations import AUGMENTED_PIXELS, HAND_CRAFTED, hand_crafted
 from mvmr.training.recipe import Recipe, load_recipe
 
@@ -138,20 +139,19 @@ class Bench:
     def _rows(self) -> dict[str, Tensor]:
         """The targets of the batch, computed before: the teacher's random, the others what they are."""
         rows = {"teacher": torch.randn(self.setup.batch, self.setup.teacher_dim).to(self.setup.device)}
-        for name in self.setup.recipe.objective.targets:
+        for name in self.setup.recipe.method.targets:
             if name == AUGMENTED_PIXELS:
                 rows[name] = self.augmented.flatten(1).float() / 255
             elif name in HAND_CRAFTED:
                 rows[name] = hand_crafted(name, Preprocess.for_size(self.setup.size))(self.original)
         return rows
 
-    def _learner(self) -> Learner:
+    def _learner(self) -> Method:
         """What `pretraining.build_learner` builds, with targets taken to be standardised already."""
         recipe, width = self.setup.recipe, feature_dim(self.setup.recipe.model)
         statistics = {name: (torch.zeros(row.shape[1]), torch.ones(row.shape[1])) for name, row in self.rows.items()}
-        objective = Objective(recipe.objective, width, statistics)
-        projector = build_projector(width, recipe.projector)
-        learner = Learner(build_encoder(recipe.model), projector, objective, Preprocess.for_size(self.setup.size))
+        preprocess = Preprocess.for_size(self.setup.size)
+        learner = build_method(recipe.method, build_encoder(recipe.model), width, preprocess, statistics)
         return learner.to(self.setup.device)
 
     def step(self, case: Case) -> Callable[[], None]:
@@ -165,7 +165,7 @@ class Bench:
         targets = self._targets(case)
 
         def step() -> None:
-            terms, _, _ = module(self.original, self.augmented, targets())
+            terms, _ = module({"original": self.original, "augmented": self.augmented}, targets())
             loss = torch.stack(list(terms.values())).sum()
             if not torch.isfinite(loss):
                 raise RuntimeError(f"the loss is not finite: {terms}")
@@ -315,7 +315,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 @click.option("--steps", type=click.IntRange(1), help="Timed steps to a case and round.")
 @click.option("--teacher", help="An open_clip model; its weights are random here.")
 @click.option("--recipe", default="default", show_default=True, help="A recipe of `mvmr distill`, or a TOML file.")
-@click.option("--set", "assign", multiple=True, metavar="KEY=VALUE", help="Change the recipe: projector=[512,512].")
+@click.option("--set", "assign", multiple=True, metavar="KEY=VALUE", help="Change the recipe: method.space=features.")
 def main(
     device: str, quick: bool, rounds: int | None, threads: int | None, out: Path, recipe: str, assign: tuple[str, ...],
     student: Architecture | None, size: int | None, batch: int | None, steps: int | None, teacher: str | None,

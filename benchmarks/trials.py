@@ -166,14 +166,14 @@ class Trial:
     epochs: int = 1
 
 
-_OFF = "objective.invariance=0 objective.variance=0 objective.dependence=0"
+_OFF = "method.invariance=0 method.variance=0 method.dependence=0"
 _CF = "views.policy=crop+flip"
-_REG = f"{_OFF} objective.space=features {_CF} objective.estimator=unbiased objective.regression.teacher=1"
-_T, _S, _H = (f"objective.representations.{name}" for name in ("teacher", "scattering", "hog"))
-_BIASED = "objective.estimator=biased"
-_Z = "projector=[1024,1024,1024]"
+_REG = f"{_OFF} method.space=features {_CF} method.estimator=unbiased method.regression.teacher=1"
+_T, _S, _H = (f"method.representations.{name}" for name in ("teacher", "scattering", "hog"))
+_BIASED = "method.estimator=biased"
+_Z = "method.projector=[1024,1024,1024]"
 _ALL = " ".join(
-    f"objective.representations.{name}=1" for name in ("augmented_pixels", "pixels", "scattering", "hog", "local_std")
+    f"method.representations.{name}=1" for name in ("augmented_pixels", "pixels", "scattering", "hog", "local_std")
 )
 DISTIL: dict[str, Trial | None] = {
     "the teacher itself": None,
@@ -191,11 +191,11 @@ DISTIL: dict[str, Trial | None] = {
     "regression + 0.3 dCor, features of length 1": Trial(f"{_REG} {_T}=0.3", objective={"unit": True}),
     "regression + 1.0 dCor, features of length 1": Trial(f"{_REG} {_T}=1", objective={"unit": True}),
     "regression + 0.3 dCor, teacher standardised": Trial(
-        f"{_REG} objective.representations.standardised=0.3",
+        f"{_REG} method.representations.standardised=0.3",
         teachers={"teacher": _as_it_is, "standardised": _standardised},
     ),
     "regression + 0.3 dCor, teacher whitened": Trial(
-        f"{_REG} objective.representations.whitened=0.3", teachers={"teacher": _as_it_is, "whitened": _whitened}
+        f"{_REG} method.representations.whitened=0.3", teachers={"teacher": _as_it_is, "whitened": _whitened}
     ),
     "regression + 1.0 dCor, ramped out": Trial(f"{_REG} {_T}=1", objective={"ramp": "out"}),
     "regression + 1.0 dCor, ramped in": Trial(f"{_REG} {_T}=1", objective={"ramp": "in"}),
@@ -208,7 +208,7 @@ DISTIL: dict[str, Trial | None] = {
     "regression, lr 3e-3": Trial(f"{_REG} train.lr=3e-3"),
     "regression, views crop+flip+jitter": Trial(f"{_REG} views.policy=crop+flip+jitter"),
     "regression, the paper's views": Trial(f"{_REG} views.policy=paper"),
-    "dCor alone": Trial(f"{_REG} objective.regression.teacher=0 {_T}=1"),
+    "dCor alone": Trial(f"{_REG} method.regression.teacher=0 {_T}=1"),
     "paper": Trial(f"{_Z} {_T}=1"),
     "paper, crop+flip": Trial(f"{_Z} {_T}=1 {_CF}"),
     "regression, twice the epochs": Trial(_REG, epochs=2),
@@ -221,13 +221,13 @@ PRETRAIN: dict[str, Trial | None] = {
     "paper, crop+flip": Trial(f"{_Z} {_ALL} {_CF}"),
     "paper, crop+flip+jitter": Trial(f"{_Z} {_ALL} views.policy=crop+flip+jitter"),
     "paper, crop+flip+jitter+grey": Trial(f"{_Z} {_ALL} views.policy=crop+flip+jitter+grey"),
-    "paper, invariance 0.1": Trial(f"{_Z} {_ALL} objective.invariance=0.1"),
-    "paper, invariance 0.1, crop+flip": Trial(f"{_Z} {_ALL} objective.invariance=0.1 {_CF}"),
+    "paper, invariance 0.1": Trial(f"{_Z} {_ALL} method.invariance=0.1"),
+    "paper, invariance 0.1, crop+flip": Trial(f"{_Z} {_ALL} method.invariance=0.1 {_CF}"),
     "paper, invariance 0.1, crop+flip+jitter": Trial(
-        f"{_Z} {_ALL} objective.invariance=0.1 views.policy=crop+flip+jitter"
+        f"{_Z} {_ALL} method.invariance=0.1 views.policy=crop+flip+jitter"
     ),
     "paper, crop+flip, crops of 25 % or more": Trial(f"{_Z} {_ALL} {_CF}", crop=0.25),
-    "paper, unbiased, crop+flip": Trial(f"{_Z} {_ALL} {_CF} objective.estimator=unbiased"),
+    "paper, unbiased, crop+flip": Trial(f"{_Z} {_ALL} {_CF} method.estimator=unbiased"),
     "paper, scattering and HOG only, crop+flip": Trial(f"{_Z} {_S}=1 {_H}=1 {_CF}"),
     "paper, 4 times the epochs": Trial(f"{_Z} {_ALL}", epochs=4),
     "paper, crop+flip, 4 times the epochs": Trial(f"{_Z} {_ALL} {_CF}", epochs=4),

@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, Page, expect
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.apps import DATA, chromium, running, visit  # noqa: E402
+from tests.app.apps import DATA, chromium, running, visit  # noqa: E402
 
 BUNDLE = "runs/quickstart/student"
 CLASS = "coffee"

@@ -1,7 +1,9 @@
 """Strict configuration: TOML tables into frozen dataclasses, every mistake named at once.
 
 Supported field types: bool, int, float, str, `X | None`, `Literal[...]`, `tuple[X, ...]`, `tuple[X, Y]`,
-`dict[str, X]` and nested dataclasses. TOML has no null, so the word "none" stands for None where a field allows it.
+`dict[str, X]`, nested dataclasses, and one of several dataclasses: a field whose metadata hold a table of them under
+`ONE_OF`, chosen by the key ``name`` in the TOML table. TOML has no null, so the word "none" stands for None where a
+field allows it.
 """
 
 import dataclasses
@@ -19,6 +21,7 @@ from mvmr.strict_json import check_depth
 
 T = TypeVar("T")
 
+ONE_OF = "one of"
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 _BAD = object()  # what a reader returns after it has noted an error, since None is a value
 _MOST_BYTES = 2**16  # of a recipe
@@ -164,7 +167,9 @@ def _read_dataclass(cls: Any, value: object, path: str, errors: list[str]) -> ob
             errors.append(f"unknown key {_join(path, key)!r}, {hint}")
     arguments = {}
     for name, field in fields.items():
-        if name in value:
+        if name in value and ONE_OF in field.metadata:
+            arguments[name] = _read_one_of(field.metadata[ONE_OF], value[name], _join(path, name), errors)
+        elif name in value:
             arguments[name] = _read(hints[name], value[name], _join(path, name), errors)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             errors.append(f"key {_join(path, name)!r} is missing")
@@ -175,6 +180,14 @@ def _read_dataclass(cls: Any, value: object, path: str, errors: list[str]) -> ob
     except MvmrError as error:
         errors.append(f"{path}: {error}" if path else str(error))
         return _BAD
+
+
+def _read_one_of(classes: Mapping[str, Any], value: object, path: str, errors: list[str]) -> object:
+    """A table whose ``name`` says which dataclass it is; the first of them where it says none."""
+    name = value.get("name", next(iter(classes))) if isinstance(value, Mapping) else next(iter(classes))
+    if _read_choice(tuple(classes), name, _join(path, "name"), errors) is _BAD:
+        return _BAD
+    return _read_dataclass(classes[name], value, path, errors)
 
 
 def _read_optional(kinds: tuple[Any, ...], value: object, path: str, errors: list[str]) -> object:

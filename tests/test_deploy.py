@@ -88,7 +88,7 @@ def test_nothing_but_sources_reaches_the_build(tmp_path: Path) -> None:
         ".git/config",
         ".venv/bin/python",
         "runs/photos/bundle.json",
-        "tests/test_cli.py",
+        "tests/cli/test_main.py",
         "data/cat.jpg",
         ".env",
     }

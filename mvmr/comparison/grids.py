@@ -11,7 +11,7 @@ from mvmr.errors import MvmrError, unknown
 
 
 class Row(NamedTuple):
-    """A row of a grid: its label, and assignments such as ``objective.invariance=0`` that make it of any recipe."""
+    """A row of a grid: its label, and assignments such as ``method.invariance=0`` that make it of any recipe."""
 
     label: str
     assignments: tuple[str, ...]
@@ -34,12 +34,12 @@ def _objective(losses: tuple[str, ...], representations: tuple[str, ...]) -> tup
     on = {name: int(name in losses) for name in LOSSES}
     weights = ", ".join(f"{name} = 1" for name in representations if on["L3"])
     return (
-        f"objective.invariance={on['L1']}",
-        f"objective.variance={on['L1']}",
-        f"objective.dependence={on['L2']}",
-        f"objective.representations={{{weights}}}",  # the table is replaced: those it does not name are off
-        "objective.regression={}",
-        "objective.decorrelation=0",
+        f"method.invariance={on['L1']}",
+        f"method.variance={on['L1']}",
+        f"method.dependence={on['L2']}",
+        f"method.representations={{{weights}}}",  # the table is replaced: those it does not name are off
+        "method.regression={}",
+        "method.decorrelation=0",
     )
 
 
@@ -64,10 +64,10 @@ def _projector() -> tuple[Row, ...]:
     The paper's table has 19 rows; its list was not at hand, and this one spans the same number: none (z = h), and
     one to three layers of six widths.
     """
-    rows = [Row("none", ("projector=[]",))]
+    rows = [Row("none", ("method.projector=[]",))]
     for width in WIDTHS:
         sizes = [[width] * depth for depth in _DEPTHS]
-        rows += [Row("-".join(map(str, each)), (f"projector={each}",)) for each in sizes]
+        rows += [Row("-".join(map(str, each)), (f"method.projector={each}",)) for each in sizes]
     return tuple(rows)
 
 

@@ -48,9 +48,9 @@ class ObjectiveConfig:
         weights |= {f"representations.{name}": weight for name, weight in self.representations.items()}
         weights |= {f"regression.{name}": weight for name, weight in self.regression.items()}
         if negative := [name for name, weight in weights.items() if not weight >= 0]:
-            raise MvmrError(f"[objective] {negative[0]} = {weights[negative[0]]}: a weight must be 0 or more")
+            raise MvmrError(f"[method] {negative[0]} = {weights[negative[0]]}: a weight must be 0 or more")
         if not any(weights.values()):
-            raise MvmrError("[objective] every weight is 0: there is nothing to learn; give at least one")
+            raise MvmrError("[method] every weight is 0: there is nothing to learn; give at least one")
 
     @property
     def targets(self) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
-"""The encoder (image -> features h) and the projector (h -> projection z), and starting them from other weights."""
+"""The encoder (image -> features h), and starting it from other weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -12,7 +12,7 @@ from torchvision.models import resnet18, resnet50
 from mvmr.bundles import weights
 from mvmr.bundles.bundle import encoder_file, load
 from mvmr.bundles.manifest import Manifest
-from mvmr.errors import MvmrError, unknown
+from mvmr.errors import unknown
 
 _FACTORIES = {"resnet18": resnet18, "resnet50": resnet50}
 _FEATURE_DIMS = {"resnet18": 512, "resnet50": 2048}
@@ -62,26 +62,6 @@ def build_encoder(config: EncoderConfig) -> nn.Module:
         encoder.conv1 = stem
         encoder.maxpool = nn.Identity()
     return encoder
-
-
-def build_projector(in_dim: int, sizes: Sequence[int]) -> nn.Sequential:
-    """Build the projector h -> z: linear, batch norm, ReLU for each size; the last layer is linear alone.
-
-    No linear layer has a bias (batch norm would cancel it). No sizes: the identity, z = h.
-
-    Shapes: features [B, in_dim] float32 -> projection [B, sizes[-1]] float32, not normalised.
-    Raises: MvmrError for a size below 1.
-    """
-    if any(size < 1 for size in sizes):
-        raise MvmrError(f"projector sizes {tuple(sizes)} hold a size below 1; give widths such as 8192,8192,8192")
-    layers: list[nn.Module] = []
-    width = in_dim
-    for size in sizes[:-1]:
-        layers += [nn.Linear(width, size, bias=False), nn.BatchNorm1d(size), nn.ReLU(inplace=True)]
-        width = size
-    if sizes:
-        layers.append(nn.Linear(width, sizes[-1], bias=False))
-    return nn.Sequential(*layers)  # an empty Sequential is the identity and has no keys
 
 
 def check_state(config: EncoderConfig, state: Mapping[str, Tensor]) -> None:

@@ -28,21 +28,22 @@ from mvmr.evaluation.classifiers import LinearHead, linear_probe
 from mvmr.evaluation.evaluate import head_name, open_labelled, record
 from mvmr.evaluation.protocols import Labelled, Measured, Values
 from mvmr.evaluation.scores import top_k
-from mvmr.methods.learner import Classifier
+from mvmr.methods.supervised import Supervised, SupervisedConfig
 from mvmr.models.encoder import config_of
 from mvmr.models.student import Student, save_student
 from mvmr.progress import say
 from mvmr.representations.cache import represent
 from mvmr.training.precision import native_precision
-from mvmr.training.pretraining import carry_out, launch, recalibrate
+from mvmr.training.pretraining import carry_out, features_of, launch, recalibrate
 from mvmr.training.recipe import read_recipe
 from mvmr.training.runs import RunFolder, find_run
 from mvmr.training.subsets import draw, listed, parse_labels
 from mvmr.training.targets import WithRows
-from mvmr.training.trainer import SMALLEST_BATCH, TrainConfig, train
+from mvmr.training.trainer import TrainConfig, train
 from mvmr.training.views import Views, make_policy
 
 _RECALIBRATION_BATCH = 256
+_SMALLEST_BATCH = 4  # batch normalisation of fewer says little
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,10 +170,10 @@ def _check_head(name: str, classes: tuple[str, ...], width: int) -> None:
 def _fitted(config: TrainConfig, images: ImageSet, fabric: Fabric, *, progress: bool) -> TrainConfig:
     """``config`` with batches no larger than a small subset can fill."""
     largest = len(images) // config.accumulate // fabric.world_size * fabric.world_size
-    if largest < SMALLEST_BATCH:
+    if largest < _SMALLEST_BATCH:
         raise MvmrError(
             f"{images.name}: {len(images)} labelled images are too few to fine-tune on, a step takes "
-            f"{SMALLEST_BATCH * config.accumulate} or more: give a larger share or a longer list"
+            f"{_SMALLEST_BATCH * config.accumulate} or more: give a larger share or a longer list"
         )
     if largest < config.batch_size:
         shown = progress and fabric.is_global_zero
@@ -196,11 +197,12 @@ def _finetune(plan: _Plan, run: RunFolder, fabric: Fabric, *, command: str, prog
         recalibrate, images=plan.labelled.train, preprocess=preprocess, batch_size=_RECALIBRATION_BATCH,
         workers=workers, device=fabric.device,
     )  # fmt: skip
-    learner = Classifier(student.encoder.requires_grad_(True), _head(plan, student, settle, shown), preprocess)
-    views = Views(images, preprocess, recipe.views.policy, seed=recipe.train.seed)
+    learner = Supervised(student.encoder.requires_grad_(True), _head(plan, student, settle, shown), preprocess)
+    views = Views(images, preprocess, SupervisedConfig().views, recipe.views.policy, seed=recipe.train.seed)
     steps = train(
         learner, WithRows(views, {"label": plan.few.labels}), lambda batch: {"label": batch["target.label"]},
         recipe.train, fabric=fabric, folder=run.path, progress=progress,
+        features=partial(features_of, learner, images, preprocess, batch_size=recipe.train.batch_size, workers=workers),
     )  # fmt: skip
     if recipe.recalibrate:
         settle(learner.encoder)

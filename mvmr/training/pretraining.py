@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from mvmr.config import to_mapping
 from mvmr.cores import usable_cores
 from mvmr.data import ImageSet, open_images
 from mvmr.errors import MvmrError
-from mvmr.methods.learner import Learner
-from mvmr.methods.objective import Objective
-from mvmr.models.encoder import build_encoder, build_projector, feature_dim, load_init
+from mvmr.methods.method import Method
+from mvmr.methods.table import build_method
+from mvmr.models.encoder import build_encoder, feature_dim, load_init
 from mvmr.models.student import save_student
 from mvmr.progress import say
 from mvmr.representations import Pretrained
@@ -32,7 +33,7 @@ from mvmr.training import checkpoint
 from mvmr.training.precision import native_precision
 from mvmr.training.recipe import Recipe, load_recipe
 from mvmr.training.runs import LOCK, RunFolder, claim, find_run, give_up
-from mvmr.training.targets import Batch, Targets, WithRows
+from mvmr.training.targets import Batch, Targets, WithRows, check_targets
 from mvmr.training.trainer import Precision, read, train
 from mvmr.training.views import Views, make_policy
 
@@ -116,9 +117,8 @@ def fit(
     )
     result, preprocess = Path(out), Preprocess.for_size(size, images.background)
     # Refuse what can't be before anything is computed.
-    if unused := sorted(set(teachers) - set(recipe.objective.targets)):
-        raise MvmrError(f"recipe {recipe.name} has no use for a {unused[0]}: take another, or run `mvmr pretrain`")
-    recipe.train.steps(len(images), fabric.world_size)
+    check_targets(recipe.method.targets, teachers, recipe.name)
+    recipe.train.steps(len(images), fabric.world_size, recipe.method.smallest_batch)
     make_policy(recipe.views.policy, size, preprocess)
     run = find_run(result, _describe(images, recipe, teachers, init), resume=resume, overwrite=overwrite)
 
@@ -171,21 +171,24 @@ def _train(
     say(images.describe(preprocess.crop), shown=progress and fabric.is_global_zero)
     workers = usable_cores() if recipe.train.workers is None else recipe.train.workers
     targets = Targets(
-        recipe.objective.targets, images, preprocess, teachers=teachers, cache_gb=recipe.train.cache_gb,
+        recipe.method.targets, images, preprocess, teachers=teachers, cache_gb=recipe.train.cache_gb,
         device=fabric.device, workers=workers, progress=progress,
     )  # fmt: skip
     views: Dataset[Batch] = WithRows(
-        Views(images, preprocess, recipe.views.policy, seed=recipe.train.seed, second=targets.second), targets.rows
+        Views(images, preprocess, recipe.method.views, recipe.views.policy, seed=recipe.train.seed), targets.rows
     )
     learner = build_learner(recipe, preprocess, targets, init)
-    steps = train(learner, views, targets.of, recipe.train, fabric=fabric, folder=run.path, progress=progress)
+    steps = train(
+        learner, views, targets.of, recipe.train, fabric=fabric, folder=run.path, progress=progress,
+        features=partial(features_of, learner, images, preprocess, batch_size=recipe.train.batch_size, workers=workers),
+    )  # fmt: skip
     recalibrate(
         learner.encoder, images, preprocess, batch_size=recipe.train.batch_size, workers=workers, device=fabric.device
     )
     if fabric.is_global_zero:
         save_student(
             run.path, learner.encoder, recipe.model, preprocess=preprocess,
-            training=run.description | {"steps": steps}, projector=learner.projector if recipe.projector else None,
+            training=run.description | {"steps": steps}, projector=learner.projector,
         )  # fmt: skip
 
 
@@ -204,18 +207,28 @@ def launch(device: str, devices: int, precision: Precision) -> Fabric:
     return fabric
 
 
-def build_learner(recipe: Recipe, preprocess: Preprocess, targets: Targets, init: str | Path | None = None) -> Learner:
-    """Encoder, projector and objective of ``recipe``, drawn from its seed; the global random state is left alone."""
+def build_learner(recipe: Recipe, preprocess: Preprocess, targets: Targets, init: str | Path | None = None) -> Method:
+    """Encoder and method of ``recipe``, drawn from its seed; the global random state is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)
         encoder = build_encoder(recipe.model)
-        width = feature_dim(recipe.model)
-        projector = build_projector(width, recipe.projector)
-        regressed = {name: targets.statistics(name) for name, weight in recipe.objective.regression.items() if weight}
-        objective = Objective(recipe.objective, width, regressed)
-    if init is not None:
-        load_init(encoder, Path(init))
-    return Learner(encoder, projector, objective, preprocess)
+        if init is not None:
+            load_init(encoder, Path(init))
+        statistics = {name: targets.statistics(name) for name in recipe.method.standardised}
+        return build_method(recipe.method, encoder, feature_dim(recipe.model), preprocess, statistics)
+
+
+@torch.no_grad()
+def features_of(learner: Method, images: ImageSet, preprocess: Preprocess, *, batch_size: int, workers: int) -> Tensor:
+    """Features of all original views as they are now, [N, D] float32 on the CPU; training goes on as if never asked."""
+    device = next(learner.parameters()).device
+    loader = DataLoader(
+        Originals(images, preprocess), batch_size=batch_size, num_workers=workers, generator=torch.Generator()
+    )
+    learner.eval()
+    rows = [learner.features(batch.to(device)).float().cpu() for batch in read(loader)]
+    learner.train()
+    return torch.cat(rows)
 
 
 def recalibrate(
@@ -253,7 +266,7 @@ def _describe(
     images: ImageSet, recipe: Recipe, teachers: Mapping[str, Pretrained], init: str | Path | None
 ) -> dict[str, Any]:
     return {
-        "method": "distillation" if teachers else "self-supervised MV-MR",
+        "method": recipe.method.name,
         "teachers": {
             name: {"name": teacher.name, "weights": teacher.weights, "identity": teacher.identity}
             for name, teacher in teachers.items()

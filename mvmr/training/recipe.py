@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -10,18 +10,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mvmr.bundles.preprocess import WHITE, check_background
-from mvmr.config import assign, parse, read_toml
+from mvmr.config import ONE_OF, assign, parse, read_toml
 from mvmr.errors import MvmrError, unknown
-from mvmr.methods.objective import ObjectiveConfig
+from mvmr.methods.method import MethodConfig
+from mvmr.methods.mvmr import MvmrConfig
+from mvmr.methods.table import CONFIGS
 from mvmr.models.encoder import EncoderConfig
 from mvmr.training.trainer import TrainConfig
 
 T = TypeVar("T")
+_METHOD = "method.name="
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViewsConfig:
-    """How the two views of an image are made."""
+    """How the views of an image are made."""
 
     policy: str = "paper"  # a name or steps of mvmr.training.views
     size: int | None = None  # pixels; none: the data's own (CIFAR 32, samples 64, STL10 96), 224 for photographs
@@ -37,9 +40,8 @@ class Recipe:
 
     name: str = "custom"
     model: EncoderConfig = field(default_factory=EncoderConfig)
-    projector: tuple[int, ...] = ()  # widths; none: z = h
     views: ViewsConfig = field(default_factory=ViewsConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    method: MethodConfig = field(default_factory=MvmrConfig, metadata={ONE_OF: CONFIGS})
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -72,8 +74,17 @@ def read_recipe(kind: type[T], recipe: str | Path, shelf: Traversable, assignmen
             raise unknown("recipe", str(recipe), _names(shelf))
         with resources.as_file(shelf / f"{recipe}.toml") as path:
             where, mapping = f"recipe {recipe}", read_toml(path)
-    merged: dict[str, Any] = assign({"name": Path(recipe).stem, **mapping}, assignments)
+    merged: dict[str, Any] = assign({"name": Path(recipe).stem, **_of_method(mapping, assignments)}, assignments)
     return parse(kind, merged, where=where)
+
+
+def _of_method(mapping: Mapping[str, Any], assignments: Sequence[str]) -> Mapping[str, Any]:
+    """A recipe without its settings of a method, where assignments ask for another one."""
+    asked = [assignment.partition("=")[2].strip() for assignment in assignments if assignment.startswith(_METHOD)]
+    table = mapping.get("method", {})
+    if not asked or not isinstance(table, Mapping) or table.get("name", next(iter(CONFIGS))) == asked[-1]:
+        return mapping
+    return {**mapping, "method": {}}
 
 
 def _names(shelf: Traversable) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,16 +19,31 @@ Batch = dict[str, Tensor]
 _SLOW = ("scattering", "hog")  # slower than reading their rows back
 
 
+def check_targets(names: Sequence[str], teachers: Collection[str], recipe: str) -> None:
+    """Whether all that a method of `recipe` names is there, and all teachers are of use.
+
+    Raises:
+        MvmrError: a name is neither a hand-crafted representation nor a teacher, or a teacher is not named.
+    """
+    for name in names:
+        if name == "teacher" and not teachers:
+            raise MvmrError("this recipe has a teacher: run it with `mvmr distill --teacher NAME --recipe ...`")
+        if name not in (*teachers, *HAND_CRAFTED, AUGMENTED_PIXELS):
+            raise unknown("representation", name, (*HAND_CRAFTED, AUGMENTED_PIXELS, *teachers))
+    if unused := sorted(set(teachers) - set(names)):
+        raise MvmrError(f"recipe {recipe} has no use for a {unused[0]}: take another, or run `mvmr pretrain`")
+
+
 class Targets:
     """The targets named by a recipe, for one set of images.
 
     Args:
-        names: hand-crafted representations, ``augmented_pixels``, or keys of ``teachers``.
+        names: hand-crafted representations, ``augmented_pixels``, or keys of ``teachers``; see `check_targets`.
         teachers: representations with a preprocessing of their own; always computed once.
         cache_gb: slow hand-crafted representations are computed once as long as they fit, in 1e9 bytes together.
 
     Raises:
-        MvmrError: a name is none of these.
+        MvmrError: an image can't be read.
     """
 
     def __init__(
@@ -49,10 +64,6 @@ class Targets:
         for name in names:
             if name == AUGMENTED_PIXELS:
                 continue
-            if name == "teacher" and not teachers:
-                raise MvmrError("this recipe has a teacher: run it with `mvmr distill --teacher NAME --recipe ...`")
-            if name not in teachers and name not in HAND_CRAFTED:
-                raise unknown("representation", name, (*HAND_CRAFTED, AUGMENTED_PIXELS, *teachers))
             representation = teachers[name] if name in teachers else hand_crafted(name, preprocess)
             if name not in teachers:
                 size = _bytes_per_image(representation, preprocess) * len(images)
@@ -73,7 +84,7 @@ class Targets:
         """
         if name not in self.rows:
             raise MvmrError(
-                f"[objective] regression.{name}: only a teacher, hog or scattering (in the cache) can be regressed"
+                f"[method] regression.{name}: only a teacher, hog or scattering (in the cache) can be regressed"
             )
         rows = self.rows[name]
         mean, std = rows.mean(0, dtype=np.float64), rows.std(0, dtype=np.float64)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mvmr.cores import usable_cores
 from mvmr.errors import MvmrError
 from mvmr.interrupt import stop_on_signal
-from mvmr.methods.learner import Classifier, Learner
+from mvmr.methods.method import Method
 from mvmr.progress import track
 from mvmr.training import checkpoint
 
@@ -27,7 +27,6 @@ T = TypeVar("T")
 Batch = dict[str, Tensor]
 Targets = Callable[[Batch], dict[str, Tensor]]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
-SMALLEST_BATCH = 4  # the unbiased estimator is not defined below
 _SEEDS = 2**32
 
 
@@ -36,7 +35,7 @@ class TrainConfig:
     """How long, how fast and in which precision."""
 
     epochs: int = 100
-    batch_size: int = 256  # images a step takes through the objective, over all devices
+    batch_size: int = 256  # images a step takes through the method, over all devices
     accumulate: int = 1  # batches to an optimiser step
     optimizer: Literal["adam", "adamw"] = "adamw"
     lr: float = 1e-3
@@ -52,14 +51,9 @@ class TrainConfig:
     log_steps: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "accumulate", "checkpoint_steps", "log_steps"):
+        for name in ("epochs", "batch_size", "accumulate", "checkpoint_steps", "log_steps"):
             if getattr(self, name) < 1:
                 raise MvmrError(f"[train] {name} = {getattr(self, name)}: must be 1 or more")
-        if self.batch_size < SMALLEST_BATCH:
-            raise MvmrError(
-                f"[train] batch_size = {self.batch_size}: the objective compares the images of a batch; "
-                f"give {SMALLEST_BATCH} or more"
-            )
         for name in ("warmup_steps", "weight_decay", "cache_gb", "workers"):
             if (value := getattr(self, name)) is not None and not value >= 0:
                 raise MvmrError(f"[train] {name} = {value}: must be 0 or more")
@@ -69,17 +63,26 @@ class TrainConfig:
         if not 0 <= self.seed < _SEEDS:
             raise MvmrError(f"[train] seed = {self.seed}: must lie between 0 and {_SEEDS - 1}")
 
-    def steps(self, images: int, devices: int = 1) -> int:
+    def steps(self, images: int, devices: int = 1, smallest_batch: int = 1) -> int:
         """Optimiser steps of the whole run on so many images.
 
+        Args:
+            smallest_batch: that the method can learn from.
+
         Raises:
-            MvmrError: the images don't fill one optimiser step, or the devices can't share a batch evenly.
+            MvmrError: the images don't fill one optimiser step, the devices can't share a batch evenly, or batches are
+                too small for the method.
         """
+        if self.batch_size < smallest_batch:
+            raise MvmrError(
+                f"[train] batch_size = {self.batch_size}: the method compares the images of a batch; "
+                f"give {smallest_batch} or more"
+            )
         if self.batch_size % devices:
             raise MvmrError(f"[train] batch_size = {self.batch_size}: give a multiple of the {devices} devices")
         if images < self.batch_size * self.accumulate:
             largest = images // self.accumulate
-            cure = f"give --batch-size {largest} or less" if largest >= SMALLEST_BATCH else "that is too few"
+            cure = f"give --batch-size {largest} or less" if largest >= smallest_batch else "that is too few"
             raise MvmrError(
                 f"a step takes {self.batch_size * self.accumulate} images and the data have {images}: {cure}"
             )
@@ -118,20 +121,22 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
 
 def train(
-    learner: Learner | Classifier,
+    learner: Method,
     views: Dataset[Batch],
     targets: Targets,
     config: TrainConfig,
     *,
     fabric: Fabric,
     folder: Path,
+    features: Callable[[], Tensor],
     progress: bool = False,
 ) -> int:
     """Train ``learner`` in place; keep ``checkpoint.pt`` and ``metrics.jsonl`` in ``folder``; go on from them.
 
     Args:
         views: items of :class:`mvmr.training.views.Views`, addressed by (epoch, index).
-        targets: from a batch on the device to the target of each name, as the learner takes them.
+        targets: from a batch on the device to the target of each name, as the method takes them.
+        features: those of all images, [N, D], in their order: for methods that look at all of them between epochs.
 
     Returns:
         The number of optimiser steps of the whole run.
@@ -142,12 +147,16 @@ def train(
     """
     count = len(views)  # type: ignore[arg-type]
     steps, per_step = config.steps(count, fabric.world_size), config.batch_size * config.accumulate
+    per_epoch = count // per_step
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     if config.channels_last:
         learner = learner.to(memory_format=torch.channels_last)
     fused = config.precision != "16-mixed"  # a fused step unscales gradients itself, too late to clip them
     optimizer = kinds[config.optimizer](
-        learner.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=fused
+        (p for p in learner.parameters() if p.requires_grad),
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        fused=fused,
     )
     module, optimizer = fabric.setup(learner, optimizer)
     metrics = folder / checkpoint.METRICS
@@ -164,13 +173,15 @@ def train(
         track("training", step, steps, unit="img", per_step=per_step, shown=shown) as advance,
     ):
         while step < steps:
+            if step % per_epoch == 0:
+                learner.before_epoch(step // per_epoch, features)
             lr = learning_rate(config, step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             for micro in range(config.accumulate):
                 batch = next(batches)
                 with fabric.no_backward_sync(module, enabled=micro + 1 < config.accumulate):
-                    terms, outputs, wanted = module(batch["original"], batch["augmented"], targets(batch))
+                    terms, outputs = module(batch, targets(batch))
                     loss = torch.stack(list(terms.values())).sum()
                     if not torch.isfinite(loss):
                         raise _not_finite(terms, step, folder)
@@ -181,6 +192,7 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             step += 1
+            learner.after_step(step, steps)
             if fabric.is_global_zero and (step % config.log_steps == 0 or step == steps):
                 seconds = time.perf_counter() - began
                 record: dict[str, float | Tensor] = {
@@ -190,7 +202,7 @@ def train(
                 }
                 record |= terms | {"images_per_s": (step - first) * per_step / seconds, "seconds": seconds}
                 generator = torch.Generator().manual_seed(config.seed + step)
-                record |= learner.diagnose(outputs, wanted, generator)
+                record |= learner.diagnose(outputs, generator)
                 with metrics.open("a") as file:
                     rounded = {name: float(f"{float(value):.6g}") for name, value in record.items()}
                     file.write(json.dumps({"step": step} | rounded) + "\n")

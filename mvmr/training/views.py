@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from torchvision.transforms.v2 import functional
 from mvmr.bundles.preprocess import Preprocess, to_rgb
 from mvmr.data.image_set import ImageSet
 from mvmr.errors import MvmrError, unknown
+from mvmr.methods.method import ViewSpec
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -103,25 +105,22 @@ def make_policy(name: str, size: int, preprocess: Preprocess | None = None) -> P
 
 
 class Views(Dataset[dict[str, torch.Tensor]]):
-    """The training data: for (epoch, index) the original and augmented views of image `index`, never a label.
+    """The training data: for (epoch, index) the views of image `index` that a method asks for, never a label.
 
     What an item holds depends on (seed, epoch, index) and nothing else: not on the number of workers, the order of
     reading or the global random state, which is neither read nor changed. May be pickled to worker processes.
 
     images: where the images come from
-    preprocess: makes the original view
-    policy: name for `make_policy`
-    second: also return a second, independent augmentation
+    preprocess: what a view is made by where it is not cropped at random
+    policy: name for `make_policy`, of views that name none
     """
 
     def __init__(
-        self, images: ImageSet, preprocess: Preprocess, policy: str, *, seed: int, second: bool = False
+        self, images: ImageSet, preprocess: Preprocess, specs: Sequence[ViewSpec], policy: str, *, seed: int
     ) -> None:
         self.images = images
-        self.preprocess = preprocess
-        self.policy = make_policy(policy, preprocess.crop, preprocess)
         self.seed = seed
-        self.second = second
+        self.policies = {spec.name: make_policy(spec.policy or policy, preprocess.crop, preprocess) for spec in specs}
 
     def __len__(self) -> int:
         return len(self.images)
@@ -129,18 +128,13 @@ class Views(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, item: tuple[int, int]) -> dict[str, torch.Tensor]:
         """Return the views of image `index` in `epoch`; `item` is (epoch, index).
 
-        Shapes: "index" int64 []; "original", "augmented" and, when asked for, "second" uint8 [3, S, S], sRGB in
-        [0, 255], not normalised.
+        Shapes: "index" int64 []; each view by its name uint8 [3, S, S], sRGB in [0, 255], not normalised.
         """
         epoch, index = item
-        image = self.images.load(index)
-        views = {
-            "index": torch.tensor(index),
-            "original": _channels_first(self.preprocess.image(image)),
-            "augmented": self.policy(image, item_random(self.seed, epoch, index, 0)),
-        }
-        if self.second:
-            views["second"] = self.policy(image, item_random(self.seed, epoch, index, 1))
+        image, views, branch = self.images.load(index), {"index": torch.tensor(index)}, 0
+        for name, policy in self.policies.items():
+            views[name] = policy(image, item_random(self.seed, epoch, index, branch))
+            branch += bool(policy.steps)  # what is not augmented takes no part of the chance
         return views
 
 

@@ -1,0 +1,86 @@
+"""BYOL: from one view of an image, a predictor tells what a slowly moving copy of the network makes of another.
+
+Source: Grill et al., "Bootstrap your own latent" (2020).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvmr.bundles.preprocess import Preprocess
+from mvmr.errors import MvmrError
+from mvmr.methods.dependence import effective_rank
+from mvmr.methods.heads import build_projector
+from mvmr.methods.method import Method, MethodConfig, Statistics, Step, ViewSpec
+from mvmr.methods.momentum import cosine_momentum, follow, follower
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByolConfig(MethodConfig):
+    """The paper's networks; its momentum for 300 epochs (appendix), 0.996 for 1000."""
+
+    name: Literal["byol"] = "byol"
+    momentum: float = 0.99  # at first; it grows to 1
+    projector: tuple[int, ...] = (4096, 256)
+    predictor: tuple[int, ...] = (4096, 256)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum <= 1:
+            raise MvmrError(f"[method] momentum = {self.momentum}: must lie between 0 and 1")
+        if not (self.projector and self.predictor) or self.predictor[-1] != self.projector[-1]:
+            raise MvmrError(
+                f"[method] projector = {list(self.projector)} and predictor = {list(self.predictor)}: the predictor "
+                "tells projections, so the last widths of both must be there, and the same"
+            )
+
+    @property
+    def views(self) -> tuple[ViewSpec, ...]:
+        return (ViewSpec("first"), ViewSpec("second"))
+
+
+class Byol(Method):
+    """Encoder, projector and predictor, and the moving averages of the first two."""
+
+    projector: nn.Module
+
+    def __init__(
+        self, config: ByolConfig, encoder: nn.Module, width: int, preprocess: Preprocess, statistics: Statistics
+    ) -> None:
+        super().__init__(encoder, preprocess)
+        self.momentum = config.momentum
+        self.projector = build_projector(width, config.projector)
+        self.predictor = build_projector(config.projector[-1], config.predictor)
+        self.slow_encoder, self.slow_projector = follower(encoder), follower(self.projector)
+
+    def forward(self, views: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Step:
+        images = [self.normalise(views[name]) for name in ("first", "second")]
+        h = [self.encoder(view) for view in images]
+        told = [self.predictor(self.projector(features)) for features in h]
+        with torch.no_grad():
+            wanted = [self.slow_projector(self.slow_encoder(view)) for view in images]
+        with torch.autocast(h[0].device.type, enabled=False):
+            loss = regression_loss(told[0], wanted[1]) + regression_loss(told[1], wanted[0])
+        return Step({"regression": loss}, (h[0].detach().float(), wanted[0].float()))
+
+    @torch.no_grad()
+    def after_step(self, step: int, steps: int) -> None:
+        momentum = cosine_momentum(self.momentum, step, steps)
+        follow(self.slow_encoder, self.encoder, momentum)
+        follow(self.slow_projector, self.projector, momentum)
+
+    @torch.no_grad()
+    def diagnose(self, outputs: tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, float]:
+        """Effective ranks of features and of the slow projections: 1 is a collapse."""
+        h, z = outputs
+        return {"rank_h": effective_rank(h), "rank_z": effective_rank(z)}
+
+
+def regression_loss(told: Tensor, wanted: Tensor) -> Tensor:
+    """Mean squared error of normalised rows, 2 - 2 cos (eq. 2): [B, D] each -> scalar."""
+    return (2 - 2 * F.cosine_similarity(told.float(), wanted.float())).mean()

@@ -1,0 +1,35 @@
+"""Rows of all devices, so that a loss over the batch is one over the global batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+
+def gather(x: Tensor) -> Tensor:
+    """Rows of all ranks, keeping gradients, so that N ranks of B compute the loss of one rank of N * B.
+
+    The backward pass sums over ranks and DDP averages over them: together exactly the gradient of the global batch.
+    """
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return x
+    gathered: Tensor = _Gather.apply(x)
+    return gathered
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [
+            torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(distributed.get_world_size())
+        ]
+        distributed.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total)
+        return total.chunk(distributed.get_world_size())[distributed.get_rank()]

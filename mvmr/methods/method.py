@@ -1,0 +1,125 @@
+"""What a method of learning is: the contract between the trainer, which knows no method, and each of them.
+
+A method is one file with its settings on top. `mvmr.methods.table` lists them; docs and tests loop over that table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mvmr.bundles.preprocess import Preprocess
+
+Statistics = Mapping[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """A view of each image, by the name under which `Method.forward` gets it.
+
+    policy: of augmentation, a name or steps of mvmr.training.views; None: the recipe's
+    """
+
+    name: str
+    policy: str | None = None
+
+
+ORIGINAL = ViewSpec("original", "none")  # resized and cropped by the bundle's preprocessing, as it will be served
+AUGMENTED = ViewSpec("augmented")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """Settings of a method, the `[method]` table of a recipe; every method's own begin with ``name``."""
+
+    smallest_batch: ClassVar[int] = 2  # images, over all devices
+
+    name: str
+
+    @property
+    def views(self) -> tuple[ViewSpec, ...]:
+        """The views it learns from; those that are augmented are independent of each other."""
+        return (ORIGINAL, AUGMENTED)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Representations of the original view that it learns from, teachers among them."""
+        return ()
+
+    @property
+    def standardised(self) -> tuple[str, ...]:
+        """Those of `targets` of which it must know mean and standard deviation over all images."""
+        return ()
+
+
+class Step(NamedTuple):
+    """What a forward pass gives.
+
+    losses: the terms of the loss by name, scalars float32 over the batch of all devices; their sum is minimised
+    outputs: whatever `Method.diagnose` wants to see of it
+    """
+
+    losses: dict[str, Tensor]
+    outputs: Any
+
+
+class Method(nn.Module):
+    """What is trained: an encoder, which is kept and served, and all that learning needs beside it.
+
+    All that it remembers is a parameter or a buffer, so that checkpoints, resuming and several devices need nothing
+    of their own. What is not trained by gradients has ``requires_grad`` off.
+
+    projector: kept in the bundle beside the encoder, if there is one
+    """
+
+    encoder: nn.Module
+    projector: nn.Module | None = None
+
+    def __init__(self, encoder: nn.Module, preprocess: Preprocess) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.normalise = Normalise(preprocess)
+
+    def features(self, images: Tensor) -> Tensor:
+        """h of images: uint8 [B, 3, S, S] -> [B, D]."""
+        h: Tensor = self.encoder(self.normalise(images))
+        return h
+
+    def forward(self, views: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Step:
+        """One batch.
+
+        Shapes: views uint8 [B, 3, S, S] by name, of this device; targets [B, K] by name, of this device.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def after_step(self, step: int, steps: int) -> None:
+        """Called after each optimiser step, `step` from 1 to `steps`: moving averages, queues, prototypes."""
+
+    @torch.no_grad()
+    def before_epoch(self, epoch: int, features: Callable[[], Tensor]) -> None:
+        """Called before the first step of each epoch, from 0 on; `features()` are those of all images, [N, D]."""
+
+    @torch.no_grad()
+    def diagnose(self, outputs: Any, generator: torch.Generator) -> dict[str, float]:
+        """What the loss can't show, by name, of the outputs of one forward pass; chance comes from `generator`."""
+        return {}
+
+
+class Normalise(nn.Module):
+    """[B, 3, H, W] uint8 -> float32 as the encoder takes it; has no weights and leaves no trace in a checkpoint."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, preprocess: Preprocess):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocess.std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images.float() / 255 - self.mean) / self.std

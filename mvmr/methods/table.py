@@ -1,0 +1,36 @@
+"""The methods, by the name that recipes and `--method` call them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from mvmr.bundles.preprocess import Preprocess
+from mvmr.methods.byol import Byol, ByolConfig
+from mvmr.methods.method import Method, MethodConfig, Statistics
+from mvmr.methods.mvmr import Mvmr, MvmrConfig
+from mvmr.methods.simclr import Simclr, SimclrConfig
+
+
+class Entry(NamedTuple):
+    """config: its settings; method: built from them, encoder, width of the features, preprocessing and statistics."""
+
+    config: type[MethodConfig]
+    method: Any  # each takes its own settings
+
+
+METHODS = {
+    "mvmr": Entry(MvmrConfig, Mvmr),
+    "simclr": Entry(SimclrConfig, Simclr),
+    "byol": Entry(ByolConfig, Byol),
+}
+CONFIGS = {name: entry.config for name, entry in METHODS.items()}
+
+
+def build_method(
+    config: MethodConfig, encoder: nn.Module, width: int, preprocess: Preprocess, statistics: Statistics
+) -> Method:
+    """The method of these settings; weights of what is beside the encoder are drawn from torch's global generator."""
+    built: Method = METHODS[config.name].method(config, encoder, width, preprocess, statistics)
+    return built

@@ -1,0 +1,289 @@
+"""Disagreement of teacher and student: the report's own figures, the worst first, probes kept, and CSV that is safe."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mvmr.app.embedders.embedder import Encoder
+from mvmr.app.embedders.engines import Engines
+from mvmr.app.gallery import Gallery
+from mvmr.app.table import to_csv
+from mvmr.app.tabs import probes as module
+from mvmr.app.tabs.disagreement import RIGHT, Fidelity, Interval, fidelity_of
+from mvmr.app.tabs.probes import Probed, Probes, Training
+from mvmr.bundles.bundle import Bundle
+from mvmr.bundles.preprocess import WHITE
+from mvmr.distillation.report import report as report_module
+from mvmr.distillation.report import subject
+from mvmr.distillation.report.report import report
+from mvmr.errors import MvmrError
+from tests.distill.test_report import COLOURS, Corners, a_bundle
+
+pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
+
+K = 3
+
+
+def pictures(folder: Path, each: int = 20, extra: Sequence[str] = ()) -> Path:
+    """Noisy pictures of three colours, with a folder to each, some of them hard to tell apart."""
+    random = np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(each):
+            pixels = np.array(colour) + random.integers(-180, 180, (3, 4, 3))
+            image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).resize((24, 18), Image.Resampling.BICUBIC)
+            image.save(folder / name / f"{number}.png")
+    return folder
+
+
+def side(teacher: Corners) -> Encoder:
+    """A teacher as the app has it."""
+    return Encoder(
+        key="teacher", label="corners", identity=teacher.identity, dim=teacher.dim, nbytes=None,
+        prepare=teacher.prepare, forward=lambda prepared: teacher(torch.stack(list(prepared))).numpy(),
+    )  # fmt: skip
+
+
+def features(count: int, width: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((count, width)).astype(np.float32)
+
+
+def lines(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text, newline="")))
+
+
+# -- the report's figures
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return a_bundle(tmp_path / "student")
+
+
+@pytest.fixture
+def corners(monkeypatch: pytest.MonkeyPatch) -> Corners:
+    """The teacher of every bundle, and no page of a report."""
+    teacher = Corners()
+    monkeypatch.setattr(subject, "teacher_of", lambda *_, **__: teacher)
+    monkeypatch.setattr(report_module, "write_page", lambda *_: None)
+    return teacher
+
+
+def test_every_figure_is_that_of_the_report_to_the_last_digit(bundle: Bundle, corners: Corners, tmp_path: Path) -> None:
+    data, folder = str(pictures(tmp_path / "photos", 40)), tmp_path / "kept"
+    said = report(bundle.path, data, out=tmp_path / "report", k=K, permutations=2)
+    gallery, student, teacher = Gallery.open(data), Engines(bundle).get("torch"), side(corners)
+    rows = {each.key: gallery.embeddings(each, folder) for each in (teacher, student)}
+    training = Training.open(data, gallery.classes, background=WHITE)
+    assert gallery.labels is not None
+    probes = Probes(
+        teacher=Probed.of(training.probe(teacher, folder), rows["teacher"], gallery.labels),
+        student=Probed.of(training.probe(student, folder), rows["torch"], gallery.labels),
+    )
+    found = fidelity_of(rows["teacher"], rows["torch"], K, gallery.labels, gallery.classes, probes=probes)
+
+    assert len(gallery) == 24
+    assert vars(found.overall) == said["neighbours"]["overlap"]
+    assert found.chance == pytest.approx(100 * said["neighbours"]["chance"], abs=1e-12)
+    assert found.classes is not None
+    assert [{"name": each.name, "images": each.images, **vars(each.overlap)} for each in found.classes] == (
+        said["neighbours"]["classes"]
+    )
+    for each in said["neighbours"]["worst"]:
+        assert found.overlap[each["image"]] == each["overlap"]
+    accuracies = {each.name: each.accuracy for each in found.classes}
+    assert len(accuracies) == len(said["probe"]["classes"]) == 3
+    for row in said["probe"]["classes"]:
+        own = accuracies[row["name"]]
+        assert own is not None
+        assert (own.teacher, own.student) == (row["teacher"], row["student"])
+        assert own.difference == Interval(row["difference"], row["low"], row["high"])
+    assert probes.teacher.top1 == said["probe"]["teacher"]["top1"]
+    assert probes.student.top1 == said["probe"]["student"]["top1"]
+    assert found.agreement == said["probe"]["agreement"]
+    # else the equalities above would hold for a student that is its teacher, too
+    assert 0 < found.overall.mean < 100
+    assert 0 < found.agreement < 100
+
+
+def test_without_labels_the_figures_are_those_of_the_report_too(
+    bundle: Bundle, corners: Corners, tmp_path: Path
+) -> None:
+    (tmp_path / "flat").mkdir()
+    for number, file in enumerate(sorted(pictures(tmp_path / "photos", 5).glob("*/*.png"))):
+        file.rename(tmp_path / "flat" / f"{number:02d}.png")
+    said = report(bundle.path, str(tmp_path / "flat"), out=tmp_path / "report", k=K, permutations=2)
+    gallery, student = Gallery.open(str(tmp_path / "flat")), Engines(bundle).get("torch")
+    rows = [gallery.embeddings(each, tmp_path / "kept") for each in (side(corners), student)]
+    found = fidelity_of(*rows, K, gallery.labels, gallery.classes)
+    assert vars(found.overall) == said["neighbours"]["overlap"]
+    assert (found.classes, found.right, found.agreement) == (None, None, None)
+    assert [int(i) for i in found.worst()[:12]] == [each["image"] for each in said["neighbours"]["worst"]]
+    with pytest.raises(MvmrError, match="has no labels"):
+        Training.open(str(tmp_path / "flat"), gallery.classes, background=WHITE)
+
+
+# -- by hand
+
+
+def a_fidelity(probes: Probes | None = None) -> Fidelity:
+    overlap, labels = np.array([50.0, 0.0, 100.0, 0.0, 50.0]), np.array([0, 1, 0, 0, 1])
+    return Fidelity.of(overlap, 2, labels, ["cat", "dog", "eel"], probes=probes)
+
+
+def some_probes() -> Probes:
+    """Labels are 0 1 0 0 1: both right, teacher only, student only, neither, both."""
+    teacher, student = np.array([0, 1, 2, 1, 1]), np.array([0, 0, 0, 2, 1])
+    return Probes(Probed(teacher, 60.0), Probed(student, 60.0))
+
+
+def test_the_lowest_overlap_comes_first_and_equals_stay_in_their_order() -> None:
+    found = a_fidelity()
+    assert found.worst().tolist() == [1, 3, 0, 4, 2]
+    assert found.worst("cat").tolist() == [3, 0, 2]
+    assert found.worst("eel").tolist() == []
+    assert found.chance == 50
+    assert found.overall.mean == 40
+    assert found.overall.low < 40 < found.overall.high
+    assert found.classes is not None
+    assert [(each.name, each.images, each.overlap.mean) for each in found.classes] == [("dog", 2, 25), ("cat", 3, 50)]
+    assert all(each.accuracy is None for each in found.classes)
+
+
+def test_a_student_like_its_teacher_keeps_all_and_one_that_knows_nothing_is_at_chance() -> None:
+    teacher = features(400, 8, 0)
+    same, other = (fidelity_of(teacher, rows, 10) for rows in (3 * teacher, features(400, 8, 1)))
+    assert same.overall == Interval(100, 100, 100)
+    assert other.overall.low < other.chance < other.overall.high
+
+
+def test_which_side_is_right_is_told_image_by_image() -> None:
+    found = a_fidelity(some_probes())
+    assert found.right is not None
+    assert found.right.dtype == np.uint8
+    assert [RIGHT[i] for i in found.right] == ["both", "teacher only", "student only", "neither", "both"]
+    assert found.agreement == 40
+    assert found.classes is not None
+    dog, cat = found.classes
+    assert cat.accuracy is not None
+    assert dog.accuracy is not None
+    assert (cat.accuracy.teacher, cat.accuracy.student) == (pytest.approx(100 / 3), pytest.approx(200 / 3))
+    assert cat.accuracy.difference.mean == pytest.approx(100 / 3)
+    assert (dog.accuracy.teacher, dog.accuracy.student, dog.accuracy.difference.mean) == (100, 50, -50)
+
+
+def test_more_neighbours_than_other_images_are_refused() -> None:
+    with pytest.raises(MvmrError, match="5 neighbours of each of 5 images: give a k from 1 to 4"):
+        fidelity_of(features(5, 3, 0), features(5, 3, 1), 5)
+
+
+# -- probes
+
+
+def test_a_probe_is_fitted_once_for_a_side_and_again_when_what_it_was_fitted_on_changes(
+    corners: Corners, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, folder = pictures(tmp_path / "photos"), tmp_path / "kept"
+    fitted: list[int] = []
+    real = module.linear_probe
+    monkeypatch.setattr(module, "linear_probe", lambda *given: fitted.append(1) or real(*given))
+    first = Training.open(str(data), sorted(COLOURS), background=WHITE).probe(side(corners), folder)
+    again = Training.open(str(data), sorted(COLOURS), background=WHITE).probe(side(corners), folder)
+    assert len(fitted) == 1
+    assert np.array_equal(first.weight, again.weight)
+    assert np.array_equal(first.bias, again.bias)
+    assert first.chosen == again.chosen
+    assert again.weight.dtype == np.float32
+
+    (kept,) = folder.glob("probe-*.json")
+    whole = kept.read_text()
+    for damaged in ("", whole[:-30], "[]", json.dumps(json.loads(whole) | {"shape": [7, 7]})):
+        kept.write_text(damaged)
+        mended = Training.open(str(data), sorted(COLOURS), background=WHITE).probe(side(corners), folder)
+        assert np.array_equal(first.weight, mended.weight)
+        assert kept.read_text() == whole
+    assert len(fitted) == 5
+
+    other = Corners()
+    other.identity = "d" * 64
+    Training.open(str(data), sorted(COLOURS), background=WHITE).probe(side(other), folder)
+    assert len(fitted) == 6
+    (data / "red" / "0.png").rename(data / "blue" / "99.png")
+    Training.open(str(data), sorted(COLOURS), background=WHITE).probe(side(corners), folder)
+    assert len(fitted) == 7
+
+
+def test_a_probe_for_a_gallery_of_other_classes_is_refused(tmp_path: Path) -> None:
+    data = str(pictures(tmp_path / "photos", 5))
+    with pytest.raises(MvmrError, match="the gallery has other classes than the training split of"):
+        Training.open(data, ["blue", "green"], background=WHITE)
+    with pytest.raises(MvmrError, match="the gallery has other classes"):
+        Training.open(data, None, background=WHITE)
+
+
+# -- CSV
+
+
+def test_images_are_written_worst_first_with_what_both_sides_say() -> None:
+    keys = ["a.png", "b.png", "c.png", "d.png", "e.png"]
+    plain, full = a_fidelity().images_csv(keys), a_fidelity(some_probes()).images_csv(keys)
+    assert plain.splitlines()[0] == "image,overlap@2 (%),class"
+    assert [each["image"] for each in lines(plain)] == ["b.png", "d.png", "a.png", "e.png", "c.png"]
+    assert lines(full)[0] == {
+        "image": "b.png", "overlap@2 (%)": "0.0", "class": "dog", "teacher says": "dog", "student says": "cat",
+        "right": "teacher only",
+    }  # fmt: skip
+    bare = Fidelity.of(np.array([100 / 3, 0.0]), 1)
+    assert lines(bare.images_csv(["x", "y"])) == [
+        {"image": "y", "overlap@1 (%)": "0.0"}, {"image": "x", "overlap@1 (%)": repr(100 / 3)},
+    ]  # fmt: skip
+    assert lines(bare.classes_csv()) == []
+
+
+def test_classes_are_written_with_their_intervals_in_full() -> None:
+    found = a_fidelity(some_probes())
+    assert found.classes is not None
+    for line, each in zip(lines(found.classes_csv()), found.classes, strict=True):
+        numbers = {name: float(value) for name, value in line.items() if name != "class"}
+        assert line["class"] == each.name
+        assert each.accuracy is not None
+        assert numbers == {
+            "images": each.images,
+            "overlap@2 (%)": each.overlap.mean,
+            "overlap@2, low (%)": each.overlap.low,
+            "overlap@2, high (%)": each.overlap.high,
+            "teacher's accuracy (%)": each.accuracy.teacher,
+            "student's accuracy (%)": each.accuracy.student,
+            "difference (points)": each.accuracy.difference.mean,
+            "difference, low (points)": each.accuracy.difference.low,
+            "difference, high (points)": each.accuracy.difference.high,
+        }
+    assert len(lines(a_fidelity().classes_csv())[0]) == 5
+
+
+@pytest.mark.parametrize(
+    "name", ["=1+2", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "  =1", '=cmd|"/c calc"!A1', "-2+3"]
+)
+def test_a_name_that_a_spreadsheet_would_run_is_written_as_text(name: str) -> None:
+    text = to_csv(["image", "value"], [[name, -1.5]])
+    assert list(csv.reader(io.StringIO(text, newline=""))) == [["image", "value"], [f"'{name}", "-1.5"]]
+
+
+@pytest.mark.parametrize("name", ["a,b", 'say "x"', "two\nlines", "Käfer 猫", "a=b", "x-y", ""])
+def test_other_names_are_read_back_as_they_were(name: str) -> None:
+    values: list[Any] = [name, 0.1 + 0.2, math.pi, 10**9, None]
+    (line,) = list(csv.reader(io.StringIO(to_csv([], [values]), newline="")))[1:]
+    assert line == [name, repr(0.1 + 0.2), repr(math.pi), "1000000000", ""]
+
+
+def test_a_name_of_any_bytes_can_be_written_as_utf_8() -> None:
+    assert to_csv(["caf\udce9"], []).encode("utf-8") == b"caf?\r\n"

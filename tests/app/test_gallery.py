@@ -1,0 +1,434 @@
+"""A gallery has the images of `mvmr report`; its embeddings are computed once, exactly, whatever stops them."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mvmr.app.embedders.embedder import Encoder, Written
+from mvmr.app.embedders.engines import Engines
+from mvmr.app.gallery import Gallery, cache_folder
+from mvmr.bundles import bundle as bundles
+from mvmr.bundles.bundle import Bundle
+from mvmr.data import ImageSet
+from mvmr.data.image_set import Arrays, Numbered
+from mvmr.distillation.report.subject import Subject
+from mvmr.errors import MvmrError
+from mvmr.representations.cache import represent
+from mvmr.serve.batch.job import embed
+from tests.distill.test_report import a_bundle
+from tests.serve import serving
+
+pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return serving.bundle(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A resnet18 at 16 px."""
+    return a_bundle(tmp_path_factory.mktemp("runs") / "student")
+
+
+def picture(number: int, size: tuple[int, int] = (24, 18)) -> Image.Image:
+    generator = np.random.default_rng(number)
+    return Image.fromarray(generator.integers(0, 256, (4, 3, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+
+
+def pictures(folder: Path, count: int, start: int = 0) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(start, start + count):
+        picture(number).save(folder / f"{number:03}.png")
+    return folder
+
+
+def refused(spec: Path | str, **options: Any) -> str:
+    with pytest.raises(MvmrError) as caught:
+        Gallery.open(str(spec), **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def colours(count: list[int] | None = None, **changes: Any) -> Encoder:
+    """An encoder of an image's mean colour and size, which counts the images that it sees."""
+
+    def prepare(image: Image.Image) -> np.ndarray:
+        assert image.mode == "RGB"
+        return np.array([*np.asarray(image).mean((0, 1)), *image.size], np.float32)
+
+    def forward(prepared: Sequence[np.ndarray]) -> np.ndarray:
+        if count is not None:
+            count.append(len(prepared))
+        return np.stack(prepared)
+
+    made = Encoder(key="x", label="X", identity="a" * 64, dim=5, nbytes=None, prepare=prepare, forward=forward)
+    return replace(made, **changes)
+
+
+def expected(gallery: Gallery) -> np.ndarray:
+    return colours().embed([gallery.load(number) for number in range(len(gallery))])
+
+
+# -- which images
+
+
+@pytest.mark.parametrize("limit", [20, 5000])
+def test_a_gallery_has_the_images_that_a_report_measures(bundle: Bundle, tmp_path: Path, limit: int) -> None:
+    for number in range(3):
+        pictures(tmp_path / "photos" / "abc"[number], 12, 12 * number)
+    for spec in ("sample:patches", str(tmp_path / "photos")):
+        reported = Subject.open(
+            bundle, spec, teacher=None, pretrained=None, limit=limit, k=3, device="cpu", max_unreadable=0.01,
+            progress=False,
+        )  # fmt: skip
+        gallery = Gallery.open(spec, limit=limit)
+        assert list(gallery.keys) == list(reported.images.keys)
+        assert gallery.fingerprint == reported.images.fingerprint
+        assert gallery.available == reported.available
+        assert gallery.classes == reported.classes
+        assert np.array_equal(gallery.labels, reported.labels)
+        assert gallery.name == spec
+    assert len(gallery) == min(limit, 6)  # 20 % of each class
+    assert gallery.classes == ("a", "b", "c")
+
+
+def test_a_folder_without_classes_is_a_gallery_of_all_its_images(tmp_path: Path) -> None:
+    pictures(tmp_path / "photos" / "deep" / "inside", 7)
+    (tmp_path / "photos" / "broken.png").write_bytes(b"no image")
+    gallery = Gallery.open(str(tmp_path / "photos"), max_unreadable=0.5)
+    assert list(gallery.keys) == [f"deep/inside/{number:03}.png" for number in range(7)]
+    assert gallery.labels is None
+    assert gallery.classes is None
+    assert [each.key for each in gallery.skipped] == ["broken.png"]
+    assert np.array_equal(np.asarray(gallery.load(2)), np.asarray(picture(2)))
+
+
+def test_images_of_several_labels_have_none_to_show() -> None:
+    several = ImageSet(
+        name="several", split="test", source=Arrays(np.zeros((3, 4, 4, 3), np.uint8), Numbered("test", 3)),
+        fingerprint="f", read_labels=lambda: np.ones((3, 2), np.int64), classes=("a", "b"),
+    )  # fmt: skip
+    gallery = Gallery(several)
+    assert gallery.labels is None
+    assert gallery.classes is None
+
+
+def test_what_can_not_be_a_gallery_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "nothing" in refused(tmp_path / "empty")
+    assert "does not exist" in refused(tmp_path / "gone")
+    assert "no images" in refused(pictures(tmp_path / "one", 1))
+    assert "give a limit of 2 or more" in refused(pictures(tmp_path / "many", 3), limit=1)
+    assert "did you mean 'sample:patches'" in refused("sample:patch")
+    assert "no embeddings at" in refused(tmp_path / "gone.parquet")
+    assert len(Gallery.open(str(pictures(tmp_path / "two", 2)))) == 2
+
+
+# -- thumbnails
+
+
+def test_a_thumbnail_is_the_image_made_small(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x010F] = "a camera"
+    (tmp_path / "p").mkdir()
+    photograph = serving.photograph().resize((400, 300))
+    photograph.save(tmp_path / "p" / "0.jpg", exif=exif, icc_profile=b"a profile")
+    picture(1).save(tmp_path / "p" / "1.png")
+    gallery = Gallery.open(str(tmp_path / "p"))
+    with Image.open(io.BytesIO(gallery.thumbnail(0, 100))) as small:
+        assert small.format == "WEBP"
+        assert small.size == (100, 75)
+        assert not {"exif", "icc_profile", "xmp"} & set(small.info)
+        wanted = np.asarray(photograph.resize((100, 75)), float)
+        assert np.abs(np.asarray(small.convert("RGB"), float) - wanted).mean() < 6
+    with Image.open(io.BytesIO(gallery.thumbnail(1))) as small:
+        assert small.size == (24, 18)  # never enlarged
+    (tmp_path / "p" / "0.jpg").unlink()
+    gallery.thumbnail(0, 100)  # kept
+    with pytest.raises(MvmrError, match=r"cannot read image .*0\.jpg"):
+        gallery.thumbnail(0, 99)
+    for outside in (-1, 2):
+        with pytest.raises(IndexError):
+            gallery.thumbnail(outside)
+
+
+# -- embeddings
+
+
+def test_embeddings_of_torch_are_those_of_a_report_to_the_last_digit(bundle: Bundle, tmp_path: Path) -> None:
+    gallery = Gallery.open(str(pictures(tmp_path / "photos", 150)))
+    encoder = Engines(bundle).get("torch")
+    heard: list[tuple[int, int]] = []
+    found = gallery.embeddings(encoder, cache_folder(bundle), lambda done, of: heard.append((done, of)))
+    assert found.dtype == np.float32
+    assert np.array_equal(found, represent(gallery.images, bundle.student()))
+    assert heard == [(64, 150), (128, 150), (150, 150)]
+    again = gallery.embeddings(encoder, cache_folder(bundle), lambda *_: pytest.fail("computed twice"))
+    assert np.array_equal(again, found)
+    assert [file.suffix for file in cache_folder(bundle).iterdir() if file.stem.endswith(gallery.fingerprint[:16])] == [
+        ".npy"
+    ]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 63, 64, 65.5, 149])
+def test_a_stopped_run_goes_on_and_ends_with_the_same_digits(bundle: Bundle, tmp_path: Path, kept: float) -> None:
+    gallery = Gallery.open(str(pictures(tmp_path / "photos", 150)))
+    seen: list[int] = []
+    student = Engines(bundle).get("torch")
+
+    def forward(prepared: Sequence[Any]) -> np.ndarray:
+        seen.append(len(prepared))
+        return student.forward(prepared)
+
+    encoder = replace(student, forward=forward)
+    whole = np.array(gallery.embeddings(encoder, tmp_path / "rows"))
+    (file,) = (tmp_path / "rows").glob("*.npy")
+    content = file.read_bytes()
+    header = len(content) - whole.nbytes
+    file.unlink()
+    file.with_name(f"{file.name}.partial").write_bytes(content[: header + int(kept * 4 * whole.shape[1])])
+    seen.clear()
+    assert np.array_equal(gallery.embeddings(encoder, tmp_path / "rows"), whole)
+    assert seen == [64, 64, 22][int(kept) // 64 :]
+
+
+@pytest.mark.slow
+def test_a_killed_run_loses_no_batch_that_was_done(tmp_path: Path) -> None:
+    pictures(tmp_path / "photos", 150)
+    program = """
+import os, signal, sys
+from pathlib import Path
+from mvmr.app.gallery import Gallery
+from tests.app.test_gallery import colours
+def advance(done, of):
+    if done == 128:
+        os.kill(os.getpid(), signal.SIGKILL)
+Gallery.open("photos").embeddings(colours(), Path("rows"), advance)
+"""
+    where = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=where, timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL
+    gallery = Gallery.open(str(tmp_path / "photos"))
+    count: list[int] = []
+    assert np.array_equal(gallery.embeddings(colours(count), tmp_path / "rows"), expected(gallery))
+    assert count == [22]
+
+
+def test_a_changed_image_or_another_encoder_is_computed_anew(tmp_path: Path) -> None:
+    photos, count = pictures(tmp_path / "photos", 70), []
+    gallery = Gallery.open(str(photos))
+    before = gallery.embeddings(colours(count), tmp_path / "rows")
+    assert count == [64, 6]
+    Image.new("RGB", (9, 9), "red").save(photos / "003.png")
+    changed = Gallery.open(str(photos))
+    assert changed.fingerprint != gallery.fingerprint
+    after = changed.embeddings(colours(count), tmp_path / "rows")
+    assert np.array_equal(after, expected(changed))
+    assert np.flatnonzero((before != after).any(1)).tolist() == [3]
+    changed.embeddings(colours(count, identity="b" * 64), tmp_path / "rows")
+    assert count == [64, 6] * 3
+    changed.embeddings(colours(count), tmp_path / "rows")
+    assert count == [64, 6] * 3
+
+
+def test_those_who_ask_at_once_wait_for_one_computation(tmp_path: Path) -> None:
+    gallery, count = Gallery.open(str(pictures(tmp_path / "photos", 70))), []
+    found: list[np.ndarray] = []
+    ask = [
+        threading.Thread(target=lambda: found.append(gallery.embeddings(colours(count), tmp_path / "rows")))
+        for _ in range(4)
+    ]
+    for each in ask:
+        each.start()
+    for each in ask:
+        each.join(60)
+    assert [np.array_equal(rows, expected(gallery)) for rows in found] == [True] * 4
+    assert count == [64, 6]
+
+
+def test_an_image_that_is_gone_by_then_is_named_and_the_rest_stays(tmp_path: Path) -> None:
+    photos = pictures(tmp_path / "photos", 70)
+    gallery, count = Gallery.open(str(photos)), []
+    content = (photos / "066.png").read_bytes()
+    times = (photos / "066.png").stat()
+    (photos / "066.png").unlink()
+    with pytest.raises(MvmrError, match=r"066\.png"):
+        gallery.embeddings(colours(count), tmp_path / "rows")
+    (photos / "066.png").write_bytes(content)
+    os.utime(photos / "066.png", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert np.array_equal(gallery.embeddings(colours(count), tmp_path / "rows"), expected(gallery))
+    assert count == [64, 6]
+
+
+# -- where
+
+
+def test_rows_are_kept_beside_the_bundle_or_in_the_cache(
+    exported: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = bundles.load(exported)
+    assert os.access(exported.parent, os.W_OK)
+    beside = exported.with_name("student.app") / bundle.space_id[:16]
+    assert cache_folder(bundle) == beside
+    monkeypatch.chdir(exported)
+    assert cache_folder(Bundle(Path("."), bundle.manifest)) == beside
+    assert cache_folder("0123456789abcdef0123") == cache / "app" / "0123456789abcdef"
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert cache_folder(bundle) == cache / "app" / bundle.space_id[:16]
+
+
+# -- what mvmr embed has made
+
+
+def never(prepared: Sequence[Any]) -> np.ndarray:
+    raise AssertionError("computed again")
+
+
+def unable(encoder: Encoder) -> Encoder:
+    return replace(encoder, forward=never)
+
+
+@pytest.mark.parametrize("out", ["out", "out.parquet", "out.npy", "shards"])
+def test_embeddings_that_are_there_need_no_computation(exported: Path, tmp_path: Path, out: str) -> None:
+    photos = pictures(tmp_path / "photos", 150)
+    (photos / "001.png").write_bytes(b"no image")
+    for number in range(2 if out == "shards" else 1):
+        embed(exported, photos, out=tmp_path / out, part_rows=40, shard=(number, 2) if out == "shards" else None)
+    gallery = Gallery.open(str(tmp_path / out))
+    assert list(gallery.keys) == [f"{number:03}.png" for number in range(150) if number != 1]
+    encoder = Engines(bundles.load(exported)).get("onnx-fp32")
+    heard: list[tuple[int, int]] = []
+    found = gallery.embeddings(unable(encoder), tmp_path / "rows", lambda done, of: heard.append((done, of)))
+    assert heard[-1] == (149, 149)
+    np.testing.assert_allclose(found, encoder.embed([gallery.load(number) for number in range(149)]), atol=1e-6)
+    some = Gallery.open(str(tmp_path / out), limit=30)
+    assert (len(some), some.available) == (30, 149)
+    assert some.fingerprint != gallery.fingerprint
+    rows = [list(gallery.keys).index(key) for key in some.keys]
+    assert np.array_equal(some.embeddings(unable(encoder), tmp_path / "rows"), found[rows])
+    assert rows == sorted(rows)
+    file = next(each for each in (tmp_path / "rows").glob("*.npy") if some.fingerprint[:16] in each.name)
+    half = file.rename(file.with_name(f"{file.name}.partial"))
+    os.truncate(half, half.stat().st_size - 10 * 4 * serving.DIM - 7)
+    assert np.array_equal(some.embeddings(unable(encoder), tmp_path / "rows"), found[rows])
+
+
+def test_embeddings_of_another_kind_are_not_taken_for_these(
+    exported: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    photos = pictures(tmp_path / "photos", 5)
+    embed(exported, photos, out=tmp_path / "out.parquet")
+    embed(exported, photos, out=tmp_path / "half.parquet", dtype="float16")
+    gallery, half = (Gallery.open(str(tmp_path / name)) for name in ("out.parquet", "half.parquet"))
+    says = Engines(bundles.load(exported)).get("onnx-fp32").written
+    assert says is not None
+
+    def computed(of: Gallery, written: Written | None) -> bool:
+        seen: list[int] = []
+
+        def forward(prepared: Sequence[Any]) -> np.ndarray:
+            seen.append(len(prepared))
+            return np.zeros((len(prepared), serving.DIM), np.float32)
+
+        encoder = colours(written=written, dim=serving.DIM, forward=forward, identity=f"{next(numbers):064}")
+        rows = of.embeddings(encoder, tmp_path / "rows")
+        assert bool(seen) == (not rows.any())
+        return bool(seen)
+
+    numbers = count()
+    assert not computed(gallery, says)
+    assert not computed(gallery, replace(says, file=""))  # a service does not tell its file
+    assert computed(gallery, None)
+    assert computed(gallery, replace(says, space_id="f" * 32))
+    assert computed(gallery, replace(says, precision="int8"))
+    assert computed(gallery, replace(says, file="0" * 64))
+    assert computed(half, says)
+    for file in photos.iterdir():
+        os.utime(file, ns=(2**62, 2**62))
+    assert computed(Gallery.open(str(tmp_path / "out.parquet")), says)
+    assert "newer" in caplog.text
+
+
+ODD = [
+    "plain.png",
+    "sp ace.png",
+    "back\\slash.png",
+    "new\nline.png",
+    "tab\t.png",
+    "ünï.png",
+    "\u00a0.png",
+    "\u200b.png",
+]
+
+
+def test_files_of_any_name_are_found(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    names = [*(os.fsencode(name) for name in ODD), b"byte\xa0\xff.png"]
+    for number, name in enumerate(sorted(names)):
+        with open(os.fsencode(tmp_path / "photos") + b"/" + name, "wb") as file:
+            picture(number).save(file, "PNG")
+    embed(exported, tmp_path / "photos", out=tmp_path / "out.parquet")
+    gallery = Gallery.open(str(tmp_path / "out.parquet"))
+    assert len(gallery) == len(set(gallery.keys)) == len(names)
+    assert all(np.array_equal(gallery.load(i), np.asarray(picture(i))) for i in range(len(names)))
+    assert all(key.isprintable() for key in gallery.keys)
+
+
+def test_relative_paths_are_looked_up_here_and_beside_the_embeddings(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, away = tmp_path / "home", tmp_path / "away"
+    pictures(home / "photos" / "deep", 3)
+    pictures(home / "photos", 1, start=9)
+    (home / "out").mkdir()
+    away.mkdir()
+    monkeypatch.chdir(home)
+    embed(exported, "photos", out="beside.parquet")
+    embed(exported, "photos", out="out/inside.parquet")
+    for spec in ("beside.parquet", "out/inside.parquet"):
+        assert list(Gallery.open(spec).keys) == ["009.png", "deep/000.png", "deep/001.png", "deep/002.png"]
+    monkeypatch.chdir(away)
+    gallery = Gallery.open(str(home / "beside.parquet"))
+    assert np.array_equal(np.asarray(gallery.load(1)), np.asarray(picture(0)))
+    said = refused(home / "out" / "inside.parquet")
+    assert f"image photos/009.png of the gallery {home}/out/inside.parquet is not there (4 of 4 are missing)" in said
+    assert "start the app in the folder where `mvmr embed` was run" in said
+    (home / "photos" / "deep" / "001.png").unlink()
+    assert "image photos/deep/001.png" in refused(home / "beside.parquet")
+    assert "(1 of 4 are missing)" in refused(home / "beside.parquet")
+
+
+def test_images_inside_tar_files_are_no_gallery(exported: Path, tmp_path: Path) -> None:
+    photos = pictures(tmp_path / "photos", 3)
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        tar.add(photos, "inside")
+    embed(exported, str(tmp_path / "photos.tar"), out=tmp_path / "out.parquet")
+    assert "photos.tar/inside/000.png" in refused(tmp_path / "out.parquet")
+
+
+def test_what_is_no_output_of_mvmr_embed_is_one_sentence(exported: Path, tmp_path: Path) -> None:
+    photos = pictures(tmp_path / "photos", 3)
+    (tmp_path / "bad.parquet").write_bytes(b"no parquet")
+    assert "no Parquet file of embeddings" in refused(tmp_path / "bad.parquet")
+    (tmp_path / "list.txt").write_text("gone.png\n")
+    embed(exported, tmp_path / "list.txt", out=tmp_path / "none.parquet")
+    assert "is empty: it holds no embedding" in refused(tmp_path / "none.parquet")
+    embed(exported, photos / "001.png", out=tmp_path / "one.parquet")
+    assert "has 1 image" in refused(tmp_path / "one.parquet")
+    (photos / "manifest.json").write_text("{}")  # a folder of images that has one of its own
+    assert len(Gallery.open(str(photos))) == 3

@@ -1,0 +1,259 @@
+"""The exported graph does what torch does, keeps to the contract, and tells nothing of the machine that made it."""
+
+import copy
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+from torch import nn
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from mvmr.bundles.head import Head
+from mvmr.bundles.preprocess import Preprocess
+from mvmr.data import open_images
+from mvmr.errors import MvmrError
+from mvmr.export.onnx.graph import ServedEncoder, fold_batch_norm, rounded, to_onnx
+from mvmr.export.onnx.session import Session
+from mvmr.models.encoder import EncoderConfig, build_encoder
+from mvmr.models.student import Student
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIZE = 32
+METADATA = {"heads": json.dumps({"kind": ["a", "ü"]}), "precision": "told"}
+
+
+def patches(count: int, size: int = SIZE) -> np.ndarray:
+    images = open_images("sample:patches", "test")
+    chosen = np.random.default_rng(0).permutation(len(images))[:count]
+    return Preprocess.for_size(size).batch(images.load(int(index)) for index in chosen)
+
+
+def a_student(encoder: nn.Module, size: int = SIZE, *, seed: int = 0) -> Student:
+    """A student whose batch norms have seen real images, and differ from channel to channel."""
+    preprocess = Preprocess.for_size(size)
+    encoder.fc = nn.Identity()
+    generator = torch.Generator().manual_seed(seed)
+    for part in encoder.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.kaiming_normal_(part.weight, generator=generator)
+        if isinstance(part, nn.BatchNorm2d):
+            nn.init.uniform_(part.weight, 0.5, 1.5, generator=generator)
+            nn.init.normal_(part.bias, 0, 0.3, generator=generator)
+            part.momentum = None
+    with torch.no_grad():
+        encoder.train()(torch.from_numpy(preprocess.normalise(patches(64, size))))
+    return Student(encoder, preprocess, dim=512, name="test", identity="0")
+
+
+def small_student(*, seed: int = 0) -> Student:
+    """A ResNet with one block to a stage: all that a larger one is made of."""
+    return a_student(ResNet(BasicBlock, [1, 1, 1, 1]), seed=seed)
+
+
+def a_head(width: int = 512) -> Head:
+    random = np.random.default_rng(0)
+    weight, bias = random.normal(size=(2, width)).astype(np.float32), np.array([3, -1], np.float32)
+    return Head(name="kind", weight=weight, bias=bias, classes=("a", "ü"), metrics={})
+
+
+@dataclass(frozen=True)
+class Exported:
+    student: Student
+    head: Head
+    fp32: bytes
+    fp16: bytes
+
+
+@pytest.fixture(scope="module")
+def exported() -> Exported:
+    torch.set_num_threads(1)
+    student, head = small_student(), a_head()
+    fp32, fp16 = (to_onnx(student, [head], precision=p, metadata=METADATA) for p in ("fp32", "fp16"))
+    return Exported(student, head, fp32, fp16)
+
+
+def in_torch(student: Student, images: np.ndarray) -> np.ndarray:
+    return student(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
+
+
+def relative(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+
+
+def test_onnx_agrees_with_torch_on_real_images(exported: Exported) -> None:
+    images = patches(256)
+    found, wanted = Session(exported.fp32, threads=1)(images), in_torch(exported.student, images)
+    assert np.abs(found["embedding"] - wanted).max() < 1e-4
+    assert np.abs(wanted).max() > 1  # so that 1e-4 is little
+    logits = wanted @ exported.head.weight.T + exported.head.bias
+    np.testing.assert_allclose(found["logits_kind"], logits, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_any_batch_size_works_and_changes_nothing(exported: Exported, precision: str) -> None:
+    images, session = patches(64), Session(getattr(exported, precision), threads=1)
+    whole = session(images)["embedding"]
+    for size in (1, 2, 3, 33):
+        np.testing.assert_allclose(session(images[:size])["embedding"], whole[:size], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_file_keeps_to_the_contract(exported: Exported, precision: str, tmp_path: Path) -> None:
+    model = onnx.ModelProto.FromString(getattr(exported, precision))
+    onnx.checker.check_model(model, full_check=True)
+    assert {entry.domain: entry.version for entry in model.opset_import} == {"": 20}
+    assert {entry.key: entry.value for entry in model.metadata_props} == METADATA
+    described = [
+        (each.name, each.type.tensor_type.elem_type, [axis.dim_param or axis.dim_value for axis in shape])
+        for each in (*model.graph.input, *model.graph.output)
+        for shape in (each.type.tensor_type.shape.dim,)
+    ]
+    assert described == [
+        ("image", TensorProto.UINT8, ["batch", SIZE, SIZE, 3]),
+        ("embedding", TensorProto.FLOAT, ["batch", 512]),
+        ("logits_kind", TensorProto.FLOAT, ["batch", 2]),
+    ]
+    kinds = [node.op_type for node in model.graph.node]
+    assert "BatchNormalization" not in kinds
+    assert kinds[:2] == ["Cast", "Transpose"]  # TensorRT takes uint8 in no other order
+    assert all(tensor.data_location == TensorProto.DEFAULT for tensor in model.graph.initializer)
+
+
+def test_convolutions_are_called_after_their_layers_in_torch(exported: Exported) -> None:
+    layers = {name for name, part in exported.student.encoder.named_modules() if isinstance(part, nn.Conv2d)}
+    for content in (exported.fp32, exported.fp16):
+        nodes = [node for node in onnx.ModelProto.FromString(content).graph.node if node.op_type == "Conv"]
+        assert {node.name for node in nodes} == layers
+        assert len(nodes) == len(layers) == 12
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_nothing_of_this_machine_is_in_the_file(exported: Exported, precision: str) -> None:
+    content = getattr(exported, precision)
+    places = {str(Path(__file__).parents[2]), os.getcwd(), sys.prefix, tempfile.gettempdir(), str(Path.home())}
+    for text in (*places - {"/"}, "site-packages", "eval_with_key", ".py", "stack_trace", 'File "'):
+        assert text.encode() not in content, text
+
+
+# fp16
+
+
+def test_half_precision_is_near_and_rounded_is_what_torch_makes_of_it(exported: Exported) -> None:
+    images = patches(32)
+    wanted = in_torch(exported.student, images)
+    found = Session(rounded(exported.fp16), threads=1)(images)["embedding"]
+    with torch.no_grad():  # torch's own half precision, an independent way
+        theirs = ServedEncoder(exported.student, half=True)(torch.from_numpy(images))[0].numpy()
+    assert 1e-5 < relative(found, wanted) < 0.01
+    assert relative(found, theirs) < relative(found, wanted)
+    on_cpu = Session(exported.fp16, threads=1)(images)["embedding"]
+    assert relative(on_cpu, wanted) < 0.01
+
+
+def test_weights_are_half_but_normalisation_and_heads_are_not(exported: Exported) -> None:
+    graph = onnx.ModelProto.FromString(exported.fp16).graph
+    kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    assert {kinds[name] for node in convolutions for name in node.input[1:]} == {TensorProto.FLOAT16}
+    maker = {name: node for node in graph.node for name in node.output}
+    cast = maker[convolutions[0].input[0]]
+    assert cast.op_type == "Cast"
+    assert maker[cast.input[0]].op_type == "Add"
+    assert {kinds[name] for name in maker["logits_kind"].input if name in kinds} == {TensorProto.FLOAT}
+    assert len(exported.fp16) < 0.51 * len(exported.fp32)
+
+
+def test_folding_before_halving_is_nearer_than_after(exported: Exported) -> None:
+    images = torch.from_numpy(patches(64))
+    wanted = in_torch(exported.student, images.numpy())
+    after = copy.deepcopy(exported.student.encoder).half()  # batch norm and weights rounded, then folded
+    served = {}
+    for name, encoder in (("before", exported.student.encoder), ("after", after)):
+        served[name] = ServedEncoder(exported.student, half=True)
+        served[name].encoder = fold_batch_norm(encoder).half()
+    with torch.no_grad():
+        errors = {name: np.square(each(images)[0].numpy() - wanted).mean() for name, each in served.items()}
+    assert errors["before"] < errors["after"]
+
+
+def test_rounded_overflows_where_a_gpu_would_and_a_cpu_does_not(exported: Exported) -> None:
+    """The reason for it: onnxruntime's CPU provider keeps what is between the nodes in float32."""
+    model = onnx.ModelProto.FromString(exported.fp16)
+    for tensor in model.graph.initializer:
+        factors = {"encoder.layer1.0.conv1.weight": 1e4, "encoder.layer1.0.conv1.bias": 1e4}
+        factor = factors.get(tensor.name, 1e-4 if tensor.name == "encoder.layer1.0.conv2.weight" else 1)
+        if factor != 1:
+            tensor.CopyFrom(
+                numpy_helper.from_array((numpy_helper.to_array(tensor) * factor).astype(np.float16), tensor.name)
+            )
+    planted = model.SerializeToString()
+    on_cpu, on_gpu = (Session(each, threads=1)(patches(32))["embedding"] for each in (planted, rounded(planted)))
+    assert np.isfinite(on_cpu).all()
+    assert not np.isfinite(on_gpu).all()
+
+
+# Bad input, and what else torch's exporter may do
+
+
+@pytest.mark.parametrize("opset", [7, 17, 24])
+def test_an_opset_that_would_not_come_out_as_asked_is_refused(
+    exported: Exported, opset: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.onnx, "export", pytest.fail)
+    with pytest.raises(MvmrError, match=f"opset {opset} can't be exported; give one from 18 to 23"):
+        to_onnx(exported.student, opset=opset, metadata={})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opset", [18, 23])
+def test_the_lowest_and_the_highest_opset(exported: Exported, opset: int) -> None:
+    content = to_onnx(exported.student, opset=opset, metadata=METADATA | {"heads": "{}"})
+    assert onnx.ModelProto.FromString(content).opset_import[0].version == opset
+    images = patches(8)
+    assert relative(Session(content)(images)["embedding"], in_torch(exported.student, images)) < 1e-5
+
+
+@pytest.mark.slow
+def test_the_same_student_gives_the_same_bytes_in_silence(
+    exported: Exported, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert to_onnx(exported.student, [exported.head], precision="fp16", metadata=METADATA) == exported.fp16
+    assert capfd.readouterr() == ("", "")
+    assert os.listdir(tmp_path) == []
+
+
+_IN_ANOTHER_PROCESS = """
+import hashlib, runpy, sys
+module = runpy.run_path(sys.argv[1])
+student, head = module["small_student"](), module["a_head"]()
+print(hashlib.sha256(module["to_onnx"](student, [head], metadata=module["METADATA"])).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_another_process_makes_the_same_bytes(exported: Exported) -> None:
+    command = [sys.executable, "-c", _IN_ANOTHER_PROCESS, __file__]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    made = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300, env=environment)
+    assert made.stdout.split() == [hashlib.sha256(exported.fp32).hexdigest()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("small_kernel", [False, True])
+def test_the_real_encoders(small_kernel: bool) -> None:
+    student = a_student(build_encoder(EncoderConfig(architecture="resnet18", small_kernel=small_kernel)))
+    images = patches(16)
+    session = Session(to_onnx(student, metadata={"heads": "{}"}))
+    assert relative(session(images)["embedding"], in_torch(student, images)) < 1e-5

@@ -1,0 +1,244 @@
+"""The encoder is torchvision's own ResNet, and other people's weights fit it or are refused by name."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mvmr.bundles import bundle
+from mvmr.bundles.preprocess import Preprocess
+from mvmr.errors import MvmrError
+from mvmr.methods.heads import build_projector
+from mvmr.models.encoder import EncoderConfig, build_encoder, check_state, feature_dim, load_init
+
+SMALL = EncoderConfig(architecture="resnet18", small_kernel=True)
+PLAIN = EncoderConfig(architecture="resnet18")
+
+
+def written(folder: Path, config: EncoderConfig, encoder: nn.Module) -> bundle.Bundle:
+    return bundle.write(
+        folder,
+        architecture=config.architecture,
+        small_kernel=config.small_kernel,
+        embedding_dim=feature_dim(config),
+        preprocessing=Preprocess.for_size(32),
+        training={"method": "test"},
+        encoder_state=encoder.state_dict(),
+    )
+
+
+@pytest.fixture(scope="module")
+def plain() -> nn.Module:
+    torch.manual_seed(0)
+    return build_encoder(PLAIN)
+
+
+@pytest.fixture(scope="module")
+def resnet50_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = EncoderConfig(architecture="resnet50")
+    folder = tmp_path_factory.mktemp("resnet50")
+    return written(folder, config, build_encoder(config)).file("encoder.safetensors")
+
+
+@pytest.mark.parametrize(("architecture", "width"), [("resnet18", 512), ("resnet50", 2048)])
+@pytest.mark.parametrize("small_kernel", [False, True])
+def test_features_have_the_width_that_is_promised(architecture, width, small_kernel):
+    config = EncoderConfig(architecture=architecture, small_kernel=small_kernel)
+    with torch.no_grad():
+        features = build_encoder(config).eval()(torch.randn(2, 3, 16, 16))
+    assert features.shape == (2, width)
+    assert feature_dim(config) == width
+
+
+def test_small_kernel_keeps_the_resolution_of_the_image():
+    encoder = build_encoder(SMALL)
+    stem = nn.Sequential(encoder.conv1, encoder.bn1, encoder.relu, encoder.maxpool)
+    assert stem(torch.randn(1, 3, 32, 32)).shape == (1, 64, 32, 32)
+
+
+def test_every_residual_block_starts_as_the_identity():
+    encoder = build_encoder(EncoderConfig(architecture="resnet50"))
+    assert all(not block.bn3.weight.any() for layer in (encoder.layer1, encoder.layer4) for block in layer)
+
+
+def test_unknown_architecture_names_the_nearest():
+    with pytest.raises(MvmrError, match="did you mean 'resnet50'"):
+        EncoderConfig(architecture="resnet5")  # type: ignore[arg-type]
+
+
+def test_projector_ends_in_a_plain_linear_layer_and_has_no_bias():
+    projector = build_projector(512, (64, 32, 16))
+    names = [type(layer).__name__ for layer in projector]
+    assert names == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d", "ReLU", "Linear"]
+    assert all(layer.bias is None for layer in projector if isinstance(layer, nn.Linear))
+    assert projector(torch.randn(4, 512)).shape == (4, 16)
+
+
+def test_projector_without_sizes_is_the_identity():
+    features = torch.randn(4, 512)
+    assert build_projector(512, ())(features) is features
+
+
+def test_projector_refuses_an_empty_layer():
+    with pytest.raises(MvmrError, match="below 1"):
+        build_projector(512, (8, 0))
+
+
+def test_weights_load_strictly_into_torchvision(resnet50_file):
+    state = load_file(resnet50_file)
+    backbone = torchvision.models.resnet50()
+    loose = backbone.load_state_dict(state, strict=False)
+    assert set(loose.missing_keys) == {"fc.weight", "fc.bias"}
+    assert not loose.unexpected_keys
+    backbone.fc = nn.Identity()
+    backbone.load_state_dict(state, strict=True)
+
+
+def test_weights_load_strictly_into_timm_and_give_the_same_features(resnet50_file):
+    state = load_file(resnet50_file)
+    theirs = timm.create_model("resnet50", num_classes=0).eval()
+    theirs.load_state_dict(state, strict=True)
+    ours = build_encoder(EncoderConfig(architecture="resnet50")).eval()
+    ours.load_state_dict(state, strict=True)
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(image), theirs(image), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_load_into_a_detection_backbone(resnet50_file):
+    detector = torchvision.models.detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    found = detector.backbone.body.load_state_dict(load_file(resnet50_file), strict=True)
+    assert not found.missing_keys
+
+
+def _torchvision_pth(folder: Path, plain: nn.Module) -> Path:
+    state = {**plain.state_dict(), "fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
+    torch.save(state, folder / "resnet18.pth")
+    return folder / "resnet18.pth"
+
+
+def _wrapped_pth(folder: Path, plain: nn.Module) -> Path:
+    state = {f"module.{key}": value.half() for key, value in plain.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 3}, folder / "wrapped.pth")
+    return folder / "wrapped.pth"
+
+
+def _timm_safetensors(folder: Path, plain: nn.Module) -> Path:
+    model = timm.create_model("resnet18")
+    model.load_state_dict(plain.state_dict(), strict=False)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return folder / "model.safetensors"
+
+
+def _without_counters(folder: Path, plain: nn.Module) -> Path:
+    state = {key: value for key, value in plain.state_dict().items() if not key.endswith("num_batches_tracked")}
+    torch.save(state, folder / "old.pth")
+    return folder / "old.pth"
+
+
+def _bundle(folder: Path, plain: nn.Module) -> Path:
+    return written(folder / "b", PLAIN, plain).path
+
+
+@pytest.mark.parametrize(
+    "made", [_torchvision_pth, _wrapped_pth, _timm_safetensors, _without_counters, _bundle], ids=lambda f: f.__name__
+)
+def test_init_takes_the_weights_of(made, tmp_path, plain):
+    other = build_encoder(PLAIN)
+    load_init(other, made(tmp_path, plain))
+    tolerance = 1e-3 if made is _wrapped_pth else 0.0
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[key], value, rtol=tolerance, atol=tolerance)
+
+
+def test_init_from_another_architecture_names_the_keys_and_loads_nothing(tmp_path, plain):
+    source = _torchvision_pth(tmp_path, plain)
+    encoder = build_encoder(EncoderConfig(architecture="resnet50"))
+    before = encoder.conv1.weight.clone()
+    with pytest.raises(MvmrError) as caught:
+        load_init(encoder, source)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(source) in message
+    assert "missing (layer1.0.conv3.weight, layer1.0.bn3.weight, layer1.0.bn3.bias, ...)" in message
+    assert "layer1.0.conv1.weight [64, 64, 3, 3] instead of [64, 64, 1, 1]" in message
+    assert torch.equal(encoder.conv1.weight, before)
+
+
+def test_init_with_another_stem_names_the_switch(tmp_path, plain):
+    with pytest.raises(MvmrError, match=r"conv1\.weight \[64, 3, 7, 7\] instead of \[64, 3, 3, 3\].*--small-kernel"):
+        load_init(build_encoder(SMALL), _torchvision_pth(tmp_path, plain))
+
+
+def test_init_from_a_transformer_names_unexpected_keys(tmp_path):
+    save_file({"visual.class_embedding": torch.zeros(8)}, tmp_path / "vit.safetensors")
+    with pytest.raises(MvmrError, match=r"1 unexpected \(visual\.class_embedding\)"):
+        load_init(build_encoder(SMALL), tmp_path / "vit.safetensors")
+
+
+def test_init_refuses_weights_that_are_not_finite(tmp_path, plain):
+    state = plain.state_dict() | {"bn1.weight": torch.full((64,), float("nan"))}
+    torch.save(state, tmp_path / "nan.pth")
+    with pytest.raises(MvmrError, match=r"not finite in 1 keys \(bn1\.weight\)"):
+        load_init(build_encoder(PLAIN), tmp_path / "nan.pth")
+
+
+class Payload:
+    """What `weights_only` must refuse: a class of somebody's own."""
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("none.pth", None, "not found"),
+        ("text.pth", b"hello", "not a plain state dict"),
+        ("empty.pth", b"", "not a plain state dict"),
+        ("text.safetensors", b"hello", "not a whole safetensors file"),
+        ("payload.pth", {"fc": Payload()}, "not a plain state dict"),
+        ("list.pth", [1, 2], "holds no tensors but a list"),
+        ("numbers.pth", {"epoch": 3}, "not a state dict of tensors: see epoch"),
+        ("nothing.pth", {}, "holds no tensors but a dict"),
+    ],
+)
+def test_init_from_something_else_says_what_it_is(name, content, text, tmp_path):
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(MvmrError, match=text) as caught:
+        load_init(build_encoder(SMALL), path)
+    assert "\n" not in str(caught.value)
+    assert name in str(caught.value)
+
+
+def test_init_from_a_folder_that_is_no_bundle_says_so(tmp_path):
+    with pytest.raises(MvmrError, match=r"holds no bundle\.json"):
+        load_init(build_encoder(SMALL), tmp_path)
+
+
+def test_init_from_a_truncated_file_says_so(tmp_path, plain):
+    whole = _timm_safetensors(tmp_path, plain).read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(MvmrError, match="not a whole safetensors file"):
+        load_init(build_encoder(PLAIN), tmp_path / "cut.safetensors")
+
+
+def test_state_of_another_architecture_is_refused(plain):
+    state = plain.state_dict()
+    with pytest.raises(MvmrError, match="does not fit"):
+        check_state(EncoderConfig(architecture="resnet50"), state)
+    check_state(PLAIN, state)
+
+
+def test_two_encoders_of_one_seed_are_equal():
+    states = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        states.append(build_encoder(SMALL).state_dict())
+    assert all(np.array_equal(states[0][key], states[1][key]) for key in states[0])
