@@ -152,12 +152,8 @@ def train(
     if config.channels_last:
         learner = learner.to(memory_format=torch.channels_last)
     fused = config.precision != "16-mixed"  # a fused step unscales gradients itself, too late to clip them
-    optimizer = kinds[config.optimizer](
-        (p for p in learner.parameters() if p.requires_grad),
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        fused=fused,
-    )
+    trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
+    optimizer = kinds[config.optimizer](trained, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
     module, optimizer = fabric.setup(learner, optimizer)
     metrics = folder / checkpoint.METRICS
     step = checkpoint.restore(folder, learner, optimizer, fabric)

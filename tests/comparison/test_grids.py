@@ -54,7 +54,7 @@ def test_losses_are_those_of_the_label(crowd: bool, crowded: Path) -> None:
         assert (method.invariance, method.variance) == (("L1" in terms),) * 2
         assert method.dependence == ("L2" in terms)
         assert method.representations == (dict.fromkeys(REPRESENTATIONS, 1.0) if "L3" in terms else {})
-        assert objective.targets == (REPRESENTATIONS if "L3" in terms else ())
+        assert method.targets == (REPRESENTATIONS if "L3" in terms else ())
         assert (method.regression, method.decorrelation) == ({}, 0)
         assert method.estimator == ("unbiased" if crowd else "biased")  # what the grid does not vary stays
 
@@ -64,7 +64,7 @@ def test_representations_are_those_of_the_label(crowd: bool, crowded: Path) -> N
     for label, recipe in recipes("representations", crowded if crowd else "paper").items():
         method = recipe.method
         assert method.representations == dict.fromkeys(label.split(" + "), 1.0)
-        assert objective.targets == tuple(label.split(" + "))
+        assert method.targets == tuple(label.split(" + "))
         assert (method.invariance, method.variance, method.dependence) == (1, 1, 1)
     assert recipes("representations")[" + ".join(REPRESENTATIONS)].method == load_recipe("paper", "mvmr").method
 

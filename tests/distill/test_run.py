@@ -150,7 +150,7 @@ def test_a_run_is_gone_on_with_under_the_same_teacher_only(tmp_path: Path, monke
         ({"teacher": "ViT-B-16", "pretrained": "gone.bin"}, r"weights file gone\.bin of teacher .* does not exist"),
         ({"recipe": "papr"}, r"unknown recipe 'papr'; did you mean 'paper'\?"),
         ({"assign": ["train.epoch=3"]}, r"unknown key 'train\.epoch', did you mean 'epochs'\?"),
-        ({"assign": ["method.representations={teacer=1.0}"]}, r"unknown representation 'teacer'; did you mean 'teacher'"),
+        ({"assign": ["method.representations={teacer=1.0}"]}, r"'teacer'; did you mean 'teacher'"),
         ({"data": "sample:patch"}, r"did you mean 'sample:patches'\?"),
         ({"assign": [*TINY, "train.batch_size=64"]}, r"a step takes 64 images and the data have 8"),
     ],

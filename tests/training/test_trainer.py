@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
+from mvmr.methods.method import Method
 from mvmr.methods.mvmr import Mvmr, MvmrConfig
 from mvmr.methods.objective import Embeddings, Objective, ObjectiveConfig
 from mvmr.training import checkpoint
