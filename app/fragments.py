@@ -56,7 +56,7 @@ def described(bench: Workbench) -> str:
     """The student in a few words."""
     if bench.bundle is None:
         return f"{bench.engines.choices[0].label}, {bench.engines.dim} features"
-    return f"{bench.bundle.manifest.architecture}, {bench.engines.dim} features"
+    return f"{bench.bundle.manifest.backbone}, {bench.engines.dim} features"
 
 
 def version(bench: Workbench) -> str:

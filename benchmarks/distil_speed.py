@@ -137,7 +137,7 @@ def run(sizes: Sizes, device: str, folder: Path) -> dict[str, Any]:
     files = write_jpegs(folder / "images", sizes.images)
     teacher = folder / "teacher.safetensors"
     weights.save(teacher, open_clip.create_model(sizes.teacher).state_dict())
-    assign = [f"model.architecture={sizes.student}", f"views.size={sizes.size}", f"train.epochs={_EPOCHS}"]
+    assign = [f"student.backbone={sizes.student}", f"views.size={sizes.size}", f"train.epochs={_EPOCHS}"]
     assign += [f"train.batch_size={sizes.batch}", "train.log_steps=10"]
     began = time.perf_counter()
     clock = Clock(device, sizes.warmup, began + sizes.seconds)

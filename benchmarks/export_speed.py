@@ -27,7 +27,6 @@ from students import Engine, half, onnx_engines, random_bundle, torch_engine
 from mvmr.bundles import bundle as bundles
 from mvmr.data import open_images
 from mvmr.errors import MvmrError
-from mvmr.models.encoder import Architecture
 
 DATA = "sample:patches"
 OPEN = ("centred_cosine_mean=-1", "overlap=-1")
@@ -85,20 +84,20 @@ def export_resnet50(folder: Path, size: int) -> Path:
     from mvmr.export.export import export
 
     images = open_images(DATA, "train").subset(range(0, 1360, 20))
-    path = random_bundle(folder, images, architecture="resnet50", size=size)
+    path = random_bundle(folder, images, backbone="resnet50", size=size)
     export(path, formats=["onnx", "int8"], data=DATA, calibration=DATA, images=64, gates=OPEN, progress=True)
     return path
 
 
 def _on_device(
-    device: str, architecture: Architecture, size: int, batches: Sequence[int], rounds: int, compiled: bool, out: Path
+    device: str, backbone: str, size: int, batches: Sequence[int], rounds: int, compiled: bool, out: Path
 ) -> None:
     wait, console = measure.CoreWait(), measure.output()
     with tempfile.TemporaryDirectory() as folder:
         data = write_jpegs(Path(folder) / "images", 64)[0].parent
         images = open_images(str(data), "unlabelled")
-        path = random_bundle(Path(folder), images, architecture=architecture, size=size, device=device)
-        found: dict[str, Any] = {"settings": {"architecture": architecture, "size": size, "rounds": rounds}}
+        path = random_bundle(Path(folder), images, backbone=backbone, size=size, device=device)
+        found: dict[str, Any] = {"settings": {"backbone": backbone, "size": size, "rounds": rounds}}
         found |= {"machine": measure.machine(device), "not_measured": {}}
         engines = _torch_engines(path, device, compiled=False)
         try:

@@ -32,8 +32,8 @@ from mvmr.config import assign, parse
 from mvmr.errors import MvmrError
 from mvmr.evaluation.protocols import Labelled, Measured
 from mvmr.methods import mvmr as mvmr_method
-from mvmr.models.encoder import build_encoder, feature_dim
 from mvmr.models.student import Student
+from mvmr.models.table import open_backbone
 from mvmr.representations import Pretrained, Representation
 from mvmr.training import pretraining, views
 from mvmr.training.recipe import Recipe
@@ -43,7 +43,7 @@ RUNS = Path(__file__).resolve().parents[1] / "runs" / "trials"
 TRIALS = {"distil": DISTIL, "pretrain": PRETRAIN}
 BASELINE = {"distil": "regression", "pretrain": "paper"}
 COMMON = {
-    "model": {"architecture": "resnet18"},
+    "student": {"backbone": "resnet18"},
     "train": {"batch_size": 64, "lr": 1e-3, "workers": 0, "checkpoint_steps": 10**9},
 }
 _NEIGHBOURS = 5
@@ -143,13 +143,14 @@ def measure(key: dict[str, Any], trial: Trial | None, *, device: str = "cpu") ->
 
 def random_encoder(size: int, seed: int, data: Labelled) -> Student:
     """A student that was not trained but for its batch-norm statistics."""
-    model, preprocess = parse(Recipe, COMMON, where="trial").model, Preprocess.for_size(size)
+    backbone = open_backbone(parse(Recipe, COMMON, where="trial").student, size)
+    preprocess = Preprocess.for_size(size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = build_encoder(model)
+        encoder = backbone.build()
     pretraining.recalibrate(encoder, data.train, preprocess, batch_size=64, workers=0, device=torch.device("cpu"))
-    identity = hashlib.sha256(f"random {model} {size} {seed} {data.train.fingerprint}".encode()).hexdigest()
-    return Student(encoder, preprocess, dim=feature_dim(model), name="random", identity=identity)
+    identity = hashlib.sha256(f"random {backbone} {size} {seed} {data.train.fingerprint}".encode()).hexdigest()
+    return Student(encoder, preprocess, dim=backbone.width, name="random", identity=identity)
 
 
 def score(representation: Representation, data: Labelled) -> dict[str, float]:

@@ -35,7 +35,6 @@ from mvmr.cores import usable_cores
 from mvmr.data import open_images
 from mvmr.data.image_bytes import Prepared, prepare
 from mvmr.errors import MvmrError
-from mvmr.models.encoder import Architecture
 from mvmr.serve.http.batcher import Batcher
 from mvmr.serve.http.metrics import Metrics
 from mvmr.serve.http.problems import Problem
@@ -51,7 +50,7 @@ _PICTURES = 64
 class Sizes:
     """What runs, and how much is put on it; `at_once` is what the service gives an engine of that kind."""
 
-    architecture: Architecture
+    backbone: str
     size: int
     at_once: int
     queue: int
@@ -59,9 +58,9 @@ class Sizes:
 
 
 SIZES = {
-    "cuda": Sizes(architecture="resnet50", size=224, at_once=32, queue=256, seconds=60),
-    "cpu": Sizes(architecture="resnet50", size=224, at_once=4, queue=64, seconds=60),
-    "quick": Sizes(architecture="resnet18", size=32, at_once=4, queue=16, seconds=9),
+    "cuda": Sizes(backbone="resnet50", size=224, at_once=32, queue=256, seconds=60),
+    "cpu": Sizes(backbone="resnet50", size=224, at_once=4, queue=64, seconds=60),
+    "quick": Sizes(backbone="resnet18", size=32, at_once=4, queue=16, seconds=9),
 }
 
 
@@ -181,7 +180,7 @@ def main(device: str, quick: bool, out: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = write_jpegs(Path(folder) / "images", _PICTURES)
         path = random_bundle(
-            Path(folder), open_images(str(files[0].parent), "unlabelled"), architecture=sizes.architecture,
+            Path(folder), open_images(str(files[0].parent), "unlabelled"), backbone=sizes.backbone,
             size=sizes.size, device=device,
         )  # fmt: skip
         name, engine, why = _engine(path, device, files[0].parent)
@@ -189,7 +188,7 @@ def main(device: str, quick: bool, out: Path) -> None:
         wait = measure.CoreWait()
         count = asyncio.run(soak(engine, bundles.load(path).manifest.preprocessing, bodies, sizes, device))
         core_wait = wait.share()
-    settings = {key: getattr(sizes, key) for key in ("architecture", "size", "at_once", "queue", "seconds")}
+    settings = {key: getattr(sizes, key) for key in ("backbone", "size", "at_once", "queue", "seconds")}
     result: dict[str, Any] = {"machine": measure.machine(device), "settings": settings | {"quick": quick}}
     result |= {"engine": name, "not_onnxruntime": why, "core_wait": core_wait} | figures(count, sizes.seconds, device)
     console = measure.output()

@@ -14,20 +14,18 @@ from mvmr.bundles.bundle import Bundle
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.data import ImageSet
 from mvmr.errors import MvmrError
-from mvmr.models.encoder import Architecture, EncoderConfig, build_encoder, feature_dim
+from mvmr.models.torchvision_resnet import Resnet
 from mvmr.training.pretraining import recalibrate
 
 # [N, S, S, 3] uint8 -> [N, D] float32
 Engine = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
 
 
-def random_bundle(
-    folder: Path, images: ImageSet, *, architecture: Architecture, size: int, device: str = "cpu"
-) -> Path:
+def random_bundle(folder: Path, images: ImageSet, *, backbone: str, size: int, device: str = "cpu") -> Path:
     """A bundle of random weights whose batch norms have seen ``images``."""
     torch.manual_seed(0)
-    config, preprocess = EncoderConfig(architecture=architecture), Preprocess.for_size(size)
-    encoder = build_encoder(config).to(device)
+    config, preprocess = Resnet(name=backbone), Preprocess.for_size(size)
+    encoder = config.build().to(device)
     for part in encoder.modules():
         if isinstance(part, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(part.weight, 0.2, 0.5)  # else each block is the identity
@@ -35,7 +33,7 @@ def random_bundle(
     working = folder / "student.partial"
     working.mkdir()
     bundles.write(
-        working, architecture=architecture, small_kernel=False, embedding_dim=feature_dim(config),
+        working, backbone=backbone, options={"small_kernel": False}, embedding_dim=config.width,
         preprocessing=preprocess, training={"data": {"name": images.name}}, encoder_state=encoder.state_dict(),
     )  # fmt: skip
     bundles.publish(working, folder / "student")

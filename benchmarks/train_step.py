@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import click
 import measure
@@ -39,7 +39,8 @@ from mvmr.errors import MvmrError, unknown
 from mvmr.methods.method import Method
 from mvmr.methods.objective import Embeddings
 from mvmr.methods.table import build_method
-from mvmr.models.encoder import Architecture, build_encoder, feature_dim
+from mvmr.models.table import open_backbone
+from mvmr.models.torchvision_resnet import NAMES
 from mvmr.representations import AUGMENTED_PIXELS, HAND_CRAFTED, hand_crafted
 from mvmr.training.recipe import Recipe, load_recipe
 
@@ -65,7 +66,7 @@ class Setup:
 class Sizes:
     """Sizes that mean something on a kind of device and end in reasonable time."""
 
-    student: Architecture
+    student: str
     size: int
     batch: int
     teacher: str
@@ -148,10 +149,11 @@ class Bench:
 
     def _learner(self) -> Method:
         """What `pretraining.build_learner` builds, with targets taken to be standardised already."""
-        recipe, width = self.setup.recipe, feature_dim(self.setup.recipe.model)
+        recipe, backbone = self.setup.recipe, open_backbone(self.setup.recipe.student, self.setup.size)
+        width = backbone.width
         statistics = {name: (torch.zeros(row.shape[1]), torch.ones(row.shape[1])) for name, row in self.rows.items()}
         preprocess = Preprocess.for_size(self.setup.size)
-        learner = build_method(recipe.method, build_encoder(recipe.model), width, preprocess, statistics)
+        learner = build_method(recipe.method, backbone.build(), width, preprocess, statistics)
         return learner.to(self.setup.device)
 
     def step(self, case: Case) -> Callable[[], None]:
@@ -180,7 +182,8 @@ class Bench:
     def objective(self) -> Callable[[], object]:
         """The objective's forward and backward alone, on features and projections of the step's own shapes."""
         learner, device = next(iter(self.learners.values())), self.setup.device
-        h, ha = torch.randn(2, self.setup.batch, feature_dim(self.setup.recipe.model), device=device)
+        width = open_backbone(self.setup.recipe.student, self.setup.size).width
+        h, ha = torch.randn(2, self.setup.batch, width, device=device)
         with torch.no_grad():
             z, za = learner.projector(h), learner.projector(ha)
         views = Embeddings(*(t.detach().requires_grad_() for t in (h, ha, z, za)))
@@ -309,7 +312,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 @click.command()
 @measure.options
-@click.option("--student", type=click.Choice(get_args(Architecture)), help="The encoder that is trained.")
+@click.option("--student", type=click.Choice(NAMES), help="The encoder that is trained.")
 @click.option("--size", type=click.IntRange(32), help="Side of the student's images, pixels.")
 @click.option("--batch", type=click.IntRange(4), help="Images to a step.")
 @click.option("--steps", type=click.IntRange(1), help="Timed steps to a case and round.")
@@ -318,7 +321,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 @click.option("--set", "assign", multiple=True, metavar="KEY=VALUE", help="Change the recipe: method.space=features.")
 def main(
     device: str, quick: bool, rounds: int | None, threads: int | None, out: Path, recipe: str, assign: tuple[str, ...],
-    student: Architecture | None, size: int | None, batch: int | None, steps: int | None, teacher: str | None,
+    student: str | None, size: int | None, batch: int | None, steps: int | None, teacher: str | None,
 ) -> None:  # fmt: skip
     """Time and memory of one distillation step, six ways; ratios are against the plain way, within this run."""
     threads = measure.begin(device, threads)
@@ -326,7 +329,7 @@ def main(
     name = teacher or sizes.teacher
     if name not in open_clip.list_models():
         raise click.ClickException(str(unknown("teacher", name, open_clip.list_models())))
-    assign = (f"model.architecture={student or sizes.student}", *assign)
+    assign = (f"student.backbone={student or sizes.student}", *assign)
     try:
         resolved = load_recipe(recipe, "mvmr.distillation", assign)
     except MvmrError as error:
@@ -348,7 +351,7 @@ def main(
         except torch.OutOfMemoryError as error:
             raise click.ClickException(f"batch {setup.batch} doesn't fit into the memory; give a --batch") from error
     settings = {
-        "student": setup.recipe.model.architecture, "size": setup.size, "batch": setup.batch, "teacher": name,
+        "student": setup.recipe.student.backbone, "size": setup.size, "batch": setup.batch, "teacher": name,
         "recipe": to_mapping(setup.recipe), "rounds": rounds, "steps": steps, "warmup": sizes.warmup, "quick": quick,
     }  # fmt: skip
     result = {"machine": machine, "settings": settings, **figures}

@@ -45,7 +45,7 @@ def metadata(bundle: Bundle, heads: Sequence[Head], precision: Precision) -> dic
         "preprocessing": json.dumps(says.preprocessing.to_dict()),
         "heads": json.dumps({head.name: head.classes for head in heads}, ensure_ascii=False),
         "precision": precision,
-        "architecture": says.architecture,
+        "architecture": says.backbone,
         "embedding_dim": str(says.embedding_dim),
     }
 

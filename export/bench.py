@@ -92,7 +92,7 @@ def bench(
     result = {
         "benchmark": "export",
         "mvmr": __version__,
-        "bundle": {"architecture": opened.manifest.architecture, "size": size, "space_id": opened.space_id},
+        "bundle": {"backbone": opened.manifest.backbone, "size": size, "space_id": opened.space_id},
         "machine": {"device": device, "cores": usable_cores()},
         "rounds": rounds,
         "rows": rows,

@@ -22,7 +22,7 @@ from mvmr.errors import MvmrError
 from mvmr.evaluation.classifiers import LinearHead
 from mvmr.evaluation.neighbours import knn_predict
 from mvmr.evaluation.scores import top_k
-from mvmr.models.encoder import build_encoder, config_of
+from mvmr.models.table import backbone_of
 
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
@@ -193,10 +193,8 @@ def accuracies(
 
 def student_parameters(bundle: Bundle) -> int:
     """Parameters of a bundle's encoder; no weights are read."""
-    says = bundle.manifest
-    config = config_of(says)
     with torch.device("meta"):
-        return sum(each.numel() for each in build_encoder(config).parameters())
+        return sum(each.numel() for each in backbone_of(bundle.manifest).build().parameters())
 
 
 def figures_csv(rows: Sequence[Row]) -> str:

@@ -24,8 +24,8 @@ from mvmr.distillation.zeroshot import templates_for, zero_shot_logits
 from mvmr.evaluation.neighbours import nearest
 from mvmr.evaluation.protocols import Labelled, Measured
 from mvmr.evaluation.scores import top_k
-from mvmr.models.encoder import build_encoder, feature_dim
 from mvmr.models.student import Student
+from mvmr.models.table import open_backbone
 from mvmr.representations import Representation, hand_crafted
 from mvmr.storage.atomic import write_json
 from mvmr.training.pretraining import fit, recalibrate
@@ -125,12 +125,13 @@ def _run(
 
 def _random_encoder(recipe: Recipe, preprocess: Preprocess, images: ImageSet, seed: int) -> Student:
     """The student before its first step, its batch-norm statistics set as those of a trained one are."""
+    backbone = open_backbone(recipe.student, preprocess.crop)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = build_encoder(recipe.model)
+        encoder = backbone.build()
     recalibrate(encoder, images, preprocess, batch_size=recipe.train.batch_size, workers=0, device=torch.device("cpu"))
-    identity = hashlib.sha256(repr((recipe.model, preprocess, seed, images.fingerprint)).encode()).hexdigest()
-    return Student(encoder, preprocess, dim=feature_dim(recipe.model), name="random-encoder", identity=identity)
+    identity = hashlib.sha256(repr((backbone, preprocess, seed, images.fingerprint)).encode()).hexdigest()
+    return Student(encoder, preprocess, dim=backbone.width, name="random-encoder", identity=identity)
 
 
 def _row(measured: Measured) -> dict[str, float]:

@@ -18,17 +18,17 @@ from mvmr.cores import usable_cores
 from mvmr.distillation.report.fidelity import Figures, dependence, neighbours, predictions, spectrum
 from mvmr.distillation.report.images import SEED
 from mvmr.distillation.report.page import write_page
-from mvmr.distillation.report.stages import STAGES, split, stages_of, untrained
+from mvmr.distillation.report.stages import split, stages_of, untrained
 from mvmr.distillation.report.subject import Subject
 from mvmr.errors import MvmrError
 from mvmr.evaluation.protocols import Measured
+from mvmr.models.table import backbone_of
 from mvmr.representations import HAND_CRAFTED, hand_crafted
 from mvmr.representations.cache import represent
 from mvmr.storage.atomic import write_json
 
 SCHEMA = 1
 JSON, PAGE = "report.json", "index.html"
-_FEATURES = {"student": f"student.{STAGES[-1]}", "teacher": "teacher", "untrained": "untrained"}
 _NEVER = {
     "corruptions, and images of another kind": "the figures hold for these images: make a report on the others, too",
     "zero-shot classification and text search": "they take a text tower: mvmr evaluate BUNDLE --data DATA --table",
@@ -88,7 +88,7 @@ def report(
         "dependence": _dependence(measured, permutations, progress),
         "neighbours": _neighbours(subject, measured, k),
         "probe": _probe(subject, device, progress),
-        "spectrum": {name: spectrum(measured[key]) for name, key in _FEATURES.items() if key in measured},
+        "spectrum": {name: spectrum(rows) for name, rows in _sides(measured).items()},
         "training": subject.training,
         "not_measured": [{"what": what, "why": why} for what, why in {**subject.missing, **_NEVER}.items()],
     }
@@ -102,12 +102,18 @@ def _features(subject: Subject, device: str, progress: bool) -> dict[str, np.nda
     images, preprocess = subject.images, subject.bundle.manifest.preprocessing
     workers = 0 if images.native_size else usable_cores()  # arrays in memory need no help
     rows = partial(represent, images, device=device, workers=workers, progress=progress)
-    stages, widths = stages_of(subject.student)
+    stages, widths = stages_of(backbone_of(subject.bundle.manifest), subject.student)
     found: dict[str, np.ndarray] = {f"student.{name}": part for name, part in split(rows(stages), widths).items()}
     found["untrained"] = rows(untrained(subject.bundle, images, device=device, workers=workers, seed=SEED))
     if subject.teacher is not None:
         found["teacher"] = rows(subject.teacher)
     return found | {name: rows(hand_crafted(name, preprocess)) for name in HAND_CRAFTED}
+
+
+def _sides(measured: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Whose features are compared: the student's last stage, the teacher, if there is one, and an untrained encoder."""
+    student = [rows for name, rows in measured.items() if name.startswith("student.")][-1]
+    return {"student": student} | {name: measured[name] for name in ("teacher", "untrained") if name in measured}
 
 
 def _dependence(measured: Mapping[str, np.ndarray], permutations: int, progress: bool) -> Figures:
@@ -120,7 +126,7 @@ def _dependence(measured: Mapping[str, np.ndarray], permutations: int, progress:
 def _neighbours(subject: Subject, measured: Mapping[str, np.ndarray], k: int) -> Figures | None:
     if subject.teacher is None:
         return None
-    teacher, student, reference = (measured[_FEATURES[name]] for name in ("teacher", "student", "untrained"))
+    teacher, student, reference = (_sides(measured)[name] for name in ("teacher", "student", "untrained"))
     return neighbours(teacher, student, reference, k, labels=subject.labels, classes=subject.classes or (), seed=SEED)
 
 

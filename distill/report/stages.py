@@ -3,62 +3,58 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.feature_extraction import create_feature_extractor
 
 from mvmr.bundles.bundle import Bundle
 from mvmr.data import ImageSet
-from mvmr.models.encoder import build_encoder, config_of
+from mvmr.models.backbone import Backbone
 from mvmr.models.student import Student
+from mvmr.models.table import backbone_of
 from mvmr.training.pretraining import recalibrate
 
-STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
 _BATCH = 64
 
 
 class Stages(nn.Module):
-    """A ResNet that gives what leaves each of its stages, averaged over space; shares the encoder's tensors.
+    """What leaves each stage of an encoder, side by side; shares the encoder's tensors.
 
     Shapes:
-        images: [B, 3, H, W] float32, normalised -> [B, sum of the stages' widths] float32, in the order of `STAGES`;
-        the last columns, of layer4, are the features h.
+        images: [B, 3, H, W] float32, normalised -> [B, sum of the stages' widths] float32; the last columns are the
+        features h.
     """
 
-    def __init__(self, encoder: nn.Module):
+    def __init__(self, backbone: Backbone, encoder: nn.Module):
         super().__init__()
-        nodes = {"maxpool" if name == "stem" else name: name for name in STAGES}
-        self.stages = create_feature_extractor(encoder, nodes)
+        self.stages = backbone.stages(encoder)
 
     def forward(self, images: Tensor) -> Tensor:
-        return torch.cat(self.averages(images), dim=1)
-
-    def averages(self, images: Tensor) -> list[Tensor]:
-        """One [B, width] to a stage."""
-        return [F.adaptive_avg_pool2d(each, 1).flatten(1) for each in self.stages(images).values()]
+        return torch.cat(list(self.stages(images).values()), dim=1)
 
 
-def stages_of(student: Student) -> tuple[Student, tuple[int, ...]]:
-    """The student's stages as one representation, computed in one pass, and the width of each; see :func:`split`.
+def stages_of(backbone: Backbone, student: Student) -> tuple[Student, dict[str, int]]:
+    """The stages of a student as one representation, computed in one pass, and the width of each by name.
 
-    The student itself stays as it is.
+    The student itself stays as it is; see :func:`split`.
     """
-    module = Stages(student.encoder).eval()
+    module = Stages(backbone, student.encoder).eval()
     blank = torch.zeros(1, 3, student.preprocess.crop, student.preprocess.crop, device=student.device)
     with torch.no_grad():
-        widths = tuple(each.shape[1] for each in module.averages(blank))
+        widths = {name: each.shape[1] for name, each in module.stages(blank).items()}
     identity = hashlib.sha256(f"stages of {student.identity}".encode()).hexdigest()
-    stages = Student(module, student.preprocess, dim=sum(widths), name=f"{student.name}-stages", identity=identity)
+    stages = Student(
+        module, student.preprocess, dim=sum(widths.values()), name=f"{student.name}-stages", identity=identity
+    )
     return stages, widths
 
 
-def split(rows: np.ndarray, widths: tuple[int, ...]) -> dict[str, np.ndarray]:
+def split(rows: np.ndarray, widths: Mapping[str, int]) -> dict[str, np.ndarray]:
     """Rows of :func:`stages_of` by stage: [N, sum(widths)] -> name -> [N, width]."""
-    parts = np.split(rows, np.cumsum(widths)[:-1], axis=1)
-    return {name: np.ascontiguousarray(part) for name, part in zip(STAGES, parts, strict=True)}
+    parts = np.split(rows, np.cumsum(list(widths.values()))[:-1], axis=1)
+    return {name: np.ascontiguousarray(part) for name, part in zip(widths, parts, strict=True)}
 
 
 def untrained(bundle: Bundle, images: ImageSet, *, device: str = "cpu", workers: int = 0, seed: int = 0) -> Student:
@@ -66,14 +62,13 @@ def untrained(bundle: Bundle, images: ImageSet, *, device: str = "cpu", workers:
 
     The global random state is left alone.
     """
-    says = bundle.manifest
-    config = config_of(says)
+    says, backbone = bundle.manifest, backbone_of(bundle.manifest)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = build_encoder(config).to(device).requires_grad_(False)
+        encoder = backbone.build().to(device).requires_grad_(False)
     recalibrate(encoder, images, says.preprocessing, batch_size=_BATCH, workers=workers, device=torch.device(device))
-    described = repr((config, says.preprocessing, seed, _BATCH, images.fingerprint))
+    described = repr((backbone, says.preprocessing, seed, _BATCH, images.fingerprint))
     identity = hashlib.sha256(described.encode()).hexdigest()
     return Student(
-        encoder, says.preprocessing, dim=says.embedding_dim, name=f"untrained-{says.architecture}", identity=identity
+        encoder, says.preprocessing, dim=says.embedding_dim, name=f"untrained-{says.backbone}", identity=identity
     )

@@ -105,7 +105,7 @@ class Subject:
             "bundle": {
                 "path": str(self.bundle.path),
                 "space_id": self.bundle.space_id,
-                "architecture": self.bundle.manifest.architecture,
+                "backbone": self.bundle.manifest.backbone,
                 "embedding_dim": self.bundle.manifest.embedding_dim,
                 "method": str(said("method") or "not recorded"),
                 "recipe": str(said("recipe", "name") or "not recorded"),

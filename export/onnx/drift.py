@@ -14,7 +14,7 @@ from onnx import TensorProto
 from torch import nn
 
 from mvmr.export.artifacts import EMBEDDING, IMAGE
-from mvmr.export.onnx.graph import convolutions, fold_batch_norm, rounded
+from mvmr.export.onnx.graph import convolutions, rounded
 from mvmr.models.student import Student
 
 INPUT = "the normalised input"
@@ -53,7 +53,7 @@ def first_drift(model: bytes, student: Student, images: npt.NDArray[np.uint8]) -
 
 def _torch_layers(student: Student, images: npt.NDArray[np.uint8]) -> dict[str, Floats]:
     seen: dict[str, Floats] = {INPUT: student.preprocess.normalise(images)}
-    encoder = fold_batch_norm(student.encoder)
+    encoder = student.served()
 
     def keep(name: str) -> Callable[[nn.Module, object, torch.Tensor], None]:
         # copied at once: the ReLU behind it works in place

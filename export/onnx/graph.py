@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,6 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.export import Dim
-from torch.fx.experimental.optimization import fuse
 
 from mvmr.bundles.head import Head
 from mvmr.export.artifacts import EMBEDDING, IMAGE, LOGITS, Precision, check_opset
@@ -33,7 +31,7 @@ class ServedEncoder(nn.Module):
 
     def __init__(self, student: Student, heads: Sequence[Head] = (), *, half: bool = False) -> None:
         super().__init__()
-        self.encoder = fold_batch_norm(student.encoder)
+        self.encoder = student.served()
         self.dtype = torch.float16 if half else torch.float32
         self.encoder.to(self.dtype)
         says = student.preprocess
@@ -51,24 +49,6 @@ class ServedEncoder(nn.Module):
         """uint8 [N, S, S, 3] RGB -> features float32 [N, D] as they are, then logits float32 [N, C] of each head."""
         features = self.encoder(self.normalise(image).to(self.dtype)).float()
         return (features, *(head(features) for head in self.heads))
-
-
-class _SpatialMean(nn.Module):
-    """The average pool of a ResNet as one mean: torch exports its own, and the flattening after it, as eleven nodes."""
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """[N, D, h, w] -> [N, D]."""
-        return maps.mean((-2, -1))
-
-
-def fold_batch_norm(encoder: nn.Module) -> nn.Module:
-    """A float32 copy of `encoder`, on the CPU, whose batch norms are part of the convolutions before them."""
-    copied = copy.deepcopy(encoder).cpu().float().eval().requires_grad_(False)
-    copied.avgpool = _SpatialMean()
-    folded: nn.Module = fuse(copied, inplace=True)
-    if left := [name for name, part in folded.named_modules() if isinstance(part, nn.BatchNorm2d)]:
-        raise ValueError(f"batch norms that follow no convolution can't be folded: {', '.join(left)}")
-    return folded
 
 
 def to_onnx(

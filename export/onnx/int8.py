@@ -36,6 +36,7 @@ FEWEST = 100  # images
 _OPERATORS = ("Conv", "Add", "Relu", "MaxPool")
 _AT_ONCE = 4  # images; calibrating ResNet50 at 224 px takes 1.5 GB with 4 at once, and 2.2 GB with 8
 _TO_RANK = 16  # images
+_LEAST_SHARE = 0.5  # of the weights in convolutions
 
 Images = npt.NDArray[np.uint8]
 
@@ -58,7 +59,7 @@ def quantise(
 
     Raises:
         MvmrError: fewer than 100 images, or of another type or size; a layer that isn't there; all layers kept in
-            float; a file that is not fp32; a full disk.
+            float; a file that is not fp32, or whose weights are mostly not in convolutions; a full disk.
     """
     ready = _Calibrated.of(fp32, calibration, keep_float, progress=progress)
     return ready.quantise(ready.layers.keys() - set(keep_float))
@@ -111,7 +112,9 @@ class _Calibrated:
         cls, fp32: bytes, calibration: Iterable[Images], keep_float: Collection[str] = (), *, progress: bool
     ) -> _Calibrated:
         source = onnx.ModelProto.FromString(fp32)
-        images = _gather(calibration, _side(source))
+        side = _side(source)
+        _check_share(source)
+        images = _gather(calibration, side)
         with _undisturbed() as folder:
             (folder / "float.onnx").write_bytes(fp32)
             quant_pre_process(folder / "float.onnx", folder / "ready.onnx", skip_symbolic_shape=True)
@@ -175,6 +178,19 @@ def _side(model: onnx.ModelProto) -> int:
     if not shapes or not any(node.op_type == "Conv" and node.input[1] in weights for node in model.graph.node):
         raise MvmrError("int8 is made from the fp32 ONNX of a student, this file is none; make one by `mvmr export`")
     return int(shapes[0][1].dim_value)
+
+
+def _check_share(model: onnx.ModelProto) -> None:
+    """Refuse a network whose weights mostly stay in float whatever is done: a transformer's."""
+    graph = model.graph
+    of_convolutions = {node.input[1] for node in graph.node if node.op_type == "Conv"}
+    sizes = {each.name: int(np.prod(each.dims)) for each in graph.initializer if each.data_type == TensorProto.FLOAT}
+    share = sum(size for name, size in sizes.items() if name in of_convolutions) / max(1, sum(sizes.values()))
+    if share < _LEAST_SHARE:
+        raise MvmrError(
+            f"int8 quantises convolutions, which hold {100 * share:.0f} % of this student's weights: it would cost "
+            "accuracy and save next to nothing; export it as fp32, or as fp16 for a GPU"
+        )
 
 
 def _gather(calibration: Iterable[Images], side: int) -> Images:

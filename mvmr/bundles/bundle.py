@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mvmr import __version__
 from mvmr.bundles import manifest
-from mvmr.bundles.manifest import Manifest
+from mvmr.bundles.manifest import Manifest, plain_json
 from mvmr.bundles.model_card import model_card
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError, unknown
@@ -54,7 +54,7 @@ class Bundle:
         """
         if ENCODER not in self.manifest.files:
             raise MvmrError(f"bundle {self.path} lists no {ENCODER}; train it again or take a whole copy")
-        parts = [self.manifest.files[ENCODER], self.manifest.architecture, self.manifest.preprocessing.to_dict()]
+        parts = [self.manifest.files[ENCODER], self.manifest.backbone, self.manifest.preprocessing.to_dict()]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
     def file(self, name: str) -> Path:
@@ -151,8 +151,8 @@ def newest(root: str | os.PathLike[str] = "runs") -> Path:
 def write(
     directory: Path,
     *,
-    architecture: str,
-    small_kernel: bool,
+    backbone: str,
+    options: Mapping[str, Any],
     embedding_dim: int,
     preprocessing: Preprocess,
     training: Mapping[str, Any],
@@ -162,7 +162,7 @@ def write(
     """Write a bundle's files into the working folder `directory`, bundle.json last; `publish` makes it visible.
 
     training: JSON values: method, teachers, data, seed, steps, recipe (see `Manifest`).
-    encoder_state: torchvision's ResNet keys without `fc`; stored as float32 on the CPU.
+    backbone, options: what the encoder is; encoder_state: its weights; stored as float32 on the CPU.
 
     Whether the weights fit the architecture is for the caller to see to: `mvmr.models.student.save_student` does.
 
@@ -170,7 +170,7 @@ def write(
     """
     from mvmr.bundles import weights
 
-    record = manifest.plain_json(training, "training record")
+    record = plain_json(training, "training record")
     # An earlier attempt's manifest must not vouch for this one's files.
     (directory / manifest.NAME).unlink(missing_ok=True)
     (directory / PROJECTOR).unlink(missing_ok=True)
@@ -182,8 +182,8 @@ def write(
         schema=manifest.SCHEMA,
         mvmr_version=__version__,
         created=datetime.now(UTC).isoformat(timespec="microseconds"),
-        architecture=architecture,
-        small_kernel=small_kernel,
+        backbone=backbone,
+        options=plain_json(options, "options"),
         embedding_dim=embedding_dim,
         preprocessing=preprocessing,
         training=record,

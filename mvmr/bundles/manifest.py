@@ -13,7 +13,7 @@ from mvmr import strict_json
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError, shorten, unknown
 
-SCHEMA = 1
+SCHEMA = 2
 WIDEST = 2**20  # an embedding; what is wider is a mistake, or meant to take all memory
 NAME = "bundle.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -24,6 +24,7 @@ _RECORD_KEYS = {"command": str, "data": str, "protocol": str, "values": dict}
 class Manifest:
     """The content of bundle.json.
 
+    backbone, options: what the student is, see `mvmr.models.table`
     training: a JSON object: method, teachers (name, weights and identity of each, by the recipe's name for it; empty
         when self-supervised), data (name, fingerprint), seed, steps, recipe (resolved).
     metrics: records, each a JSON object with at least "command" (what made it), "data", "protocol" and
@@ -34,8 +35,8 @@ class Manifest:
     schema: int
     mvmr_version: str
     created: str
-    architecture: str
-    small_kernel: bool
+    backbone: str
+    options: Mapping[str, Any]
     embedding_dim: int
     preprocessing: Preprocess
     training: Mapping[str, Any]
@@ -113,6 +114,8 @@ def _checked(content: object, path: Path) -> Manifest:
             f"{path} has schema {schema}, this mvmr reads up to {SCHEMA}; it was written by mvmr {written}: "
             "upgrade with `pip install -U mvmr`"
         )
+    if schema == 1:
+        content = _from_schema_1(content)
     kinds = {field.name: _KINDS[field.name] for field in fields(Manifest)}
     if missing := [key for key in kinds if key not in content]:
         raise MvmrError(f"{path} lacks {', '.join(missing)}; take the file from a whole copy of the bundle")
@@ -132,12 +135,21 @@ def _checked(content: object, path: Path) -> Manifest:
     return Manifest(**(content | {"preprocessing": preprocessing, "metrics": metrics}))
 
 
+def _from_schema_1(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest of before students were anything but ResNets."""
+    moved = {"architecture": "backbone", "small_kernel": "options"}
+    today = {moved.get(key, key): value for key, value in content.items()}
+    if isinstance(today.get("options"), bool):
+        today["options"] = {"small_kernel": today["options"]}
+    return today | {"schema": SCHEMA}
+
+
 _KINDS = {
     "schema": int,
     "mvmr_version": str,
     "created": str,
-    "architecture": str,
-    "small_kernel": bool,
+    "backbone": str,
+    "options": dict,
     "embedding_dim": int,
     "preprocessing": dict,
     "training": dict,

@@ -22,22 +22,34 @@ bundle = mvmr.load("{name}")  # checks every file's hash; needs no torch
 features = bundle.student().embed(["one.jpg", "two.jpg"])  # float32, 2 x {dim}
 ```
 
-The weights alone, as a backbone (the keys are torchvision's own, without the classifier):
+The weights alone, as a backbone (the keys are {whose} own, without the classifier):
 
 ```python
+{building}backbone.load_state_dict(load_file("{name}/encoder.safetensors"))
+```
+"""
+
+_RESNET = """\
 import torch
 from safetensors.torch import load_file
-from torchvision.models import {architecture}
+from torchvision.models import {name}
 
-backbone = {architecture}()
+backbone = {name}()
 backbone.fc = torch.nn.Identity()
-{stem}backbone.load_state_dict(load_file("{name}/encoder.safetensors"))
-```
 """
 
 _SMALL_STEM = """\
 backbone.conv1 = torch.nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
 backbone.maxpool = torch.nn.Identity()
+"""
+
+_STEM = "3 x 3 stem without pooling, for small images"
+
+_TIMM = """\
+import timm
+from safetensors.torch import load_file
+
+backbone = timm.create_model("{name}", num_classes=0{size})
 """
 
 _LIMITATIONS = """\
@@ -70,8 +82,8 @@ def model_card(manifest: Manifest, *, name: str, space_id: str) -> str:
         _LOADING.format(
             name=name.replace('"', ""),
             dim=manifest.embedding_dim,
-            architecture=manifest.architecture,
-            stem=_SMALL_STEM if manifest.small_kernel else "",
+            building=_building(manifest),
+            whose="timm's" if manifest.backbone.startswith("timm:") else "torchvision's",
         ),
         "## Limitations\n",
         _LIMITATIONS,
@@ -83,22 +95,31 @@ def model_card(manifest: Manifest, *, name: str, space_id: str) -> str:
 
 def _summary(manifest: Manifest) -> str:
     teachers = _teachers(manifest.training)
-    how = f"distilled from {teachers}, without labels" if teachers else "trained self-supervised (MV-MR)"
-    if manifest.training.get("method") == "fine-tuning":
+    method = manifest.training.get("method")
+    how = f"distilled from {teachers}, without labels" if teachers else f"trained self-supervised ({method})"
+    if method == "fine-tuning":
         how = "fine-tuned on a few labelled images"
     return (
-        f"An image encoder ({manifest.architecture}) {how}, with mvmr {manifest.mvmr_version}. "
+        f"An image encoder ({manifest.backbone}) {how}, with mvmr {manifest.mvmr_version}. "
         f"It turns an image into {manifest.embedding_dim} numbers for search, clustering and linear classifiers.\n"
     )
 
 
+def _building(manifest: Manifest) -> str:
+    """Code that makes the backbone without mvmr."""
+    kind, _, name = manifest.backbone.rpartition(":")
+    if kind:
+        positions = manifest.options.get("fixed")
+        return _TIMM.format(name=name, size=f", img_size={manifest.options['image_size']}" if positions else "")
+    return _RESNET.format(name=name) + (_SMALL_STEM if manifest.options.get("small_kernel") else "")
+
+
 def _model_table(manifest: Manifest, space_id: str) -> str:
     preprocess = manifest.preprocessing
-    stem = "3 x 3 stem without pooling, for small images" if manifest.small_kernel else "torchvision's stem"
     return _table(
         ("", ""),
         [
-            ("architecture", f"{manifest.architecture}, {stem}"),
+            ("backbone", manifest.backbone + (f", {_STEM}" if manifest.options.get("small_kernel") else "")),
             ("embedding", f"{manifest.embedding_dim} x float32, not normalised"),
             ("preprocessing", f"RGB, short side to {preprocess.resize} px, centre crop {preprocess.crop} px"),
             ("transparent images", laid_on(preprocess.background)),

@@ -12,7 +12,7 @@ from mvmr.cli.options import (
     DEVICES,
     LABELLED,
     MAX_UNREADABLE,
-    OF_THE_STUDENT,
+    OF_PRETRAINING,
     OVERWRITE,
     RECIPE,
     RESUME,
@@ -27,7 +27,7 @@ from mvmr.progress import say_plan
 @click.option("--data", default="sample:patches", show_default=True, help="A folder, or a name such as stl10:ROOT.")
 @TRAINING
 def pretrain(data: str, out: str | None, assign: tuple[str, ...], **options: Any) -> None:
-    """Train a student from unlabelled images without a teacher (self-supervised MV-MR)."""
+    """Train a student from unlabelled images without a teacher (self-supervised), by MV-MR or by another --method."""
     from mvmr.training.pretraining import pretrain as run
 
     target = out or f"runs/pretrain-{slug(data)}"
@@ -64,7 +64,7 @@ def probe(bundle: str | None, data: str, head: str | None, device: str, max_unre
 )
 @click.option("--out", metavar="FOLDER", help="Folder of the fine-tuned bundle; made from BUNDLE's when left out.")
 @click.option("--head", help="Name of the classifier; made from the data's name when left out.")
-@options(RECIPE, recipe_options(without=(*OF_THE_STUDENT, "accumulate")), RESUME, OVERWRITE, DEVICE, MAX_UNREADABLE)
+@options(RECIPE, recipe_options(without=(*OF_PRETRAINING, "accumulate")), RESUME, OVERWRITE, DEVICE, MAX_UNREADABLE)
 def finetune(
     bundle: str | None, data: str, labels: str, out: str | None, assign: tuple[str, ...], **options: Any
 ) -> None:
@@ -121,7 +121,7 @@ def info(bundle: str | None, as_json: bool) -> None:
     named = teachers.values() if isinstance(teachers, Mapping) else ()
     lines = {
         "bundle": opened.path,
-        "encoder": says.architecture + (", small kernel" if says.small_kernel else ""),
+        "encoder": says.backbone + (", small kernel" if says.options.get("small_kernel") else ""),
         "features": says.embedding_dim,
         "images": f"{image.crop} px, resized to {image.resize} px first ({image.interpolation}), transparent ones "
         f"{laid_on(image.background)}",

@@ -12,8 +12,9 @@ Decorator = Callable[[Command], Command]
 
 # flag -> key of the recipe it changes; everything else is reached by --set
 SHORTHANDS = {
-    "student": ("model.architecture", "resnet18 or resnet50."),
-    "small-kernel": ("model.small_kernel", "A stem for small images: 3 x 3, stride 1, no pooling."),
+    "student": ("student.backbone", "resnet18, resnet50, or timm: and the name of one of its models."),
+    "method": ("method.name", "How it learns: mvmr, simclr or byol; with settings of its own."),
+    "small-kernel": ("student.small_kernel", "A stem for small images: 3 x 3, stride 1, no pooling."),
     "size": ("views.size", "Side of the images the student sees, in pixels."),
     "epochs": ("train.epochs", "Passes over the images."),
     "batch-size": ("train.batch_size", "Images to a batch, over all devices; the objective compares them."),
@@ -24,7 +25,7 @@ SHORTHANDS = {
     "workers": ("train.workers", "Processes that load images."),
     "seed": ("train.seed", "Same seed, same machine: same weights."),
 }
-OF_THE_STUDENT = ("student", "small-kernel", "size")
+OF_PRETRAINING = ("student", "method", "small-kernel", "size")
 
 OUT = click.option("--out", metavar="FOLDER", help="Folder of the bundle; made from the data's name when left out.")
 RECIPE = click.option("--recipe", default="default", show_default=True, help="Name of a recipe, or a TOML file.")

@@ -14,7 +14,9 @@ from mvmr.bundles import weights
 from mvmr.bundles.bundle import Bundle, encoder_file, write
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
-from mvmr.models.encoder import EncoderConfig, build_encoder, check_state, config_of, feature_dim
+from mvmr.models.backbone import Backbone
+from mvmr.models.folding import fold_batch_norm, plain_copy
+from mvmr.models.table import backbone_of
 
 Images = Sequence[Image.Image | str | Path] | npt.NDArray[np.uint8]
 
@@ -22,11 +24,15 @@ Images = Sequence[Image.Image | str | Path] | npt.NDArray[np.uint8]
 class Student:
     """An encoder with its preprocessing, frozen; also a `mvmr.representations.Representation`.
 
-    identity: the bundle's embedding-space id; name: a short name for caches and tables.
+    identity: the bundle's embedding-space id; name: a short name for caches and tables
+    backbone: what the encoder is, of a bundle's student
     """
 
-    def __init__(self, encoder: nn.Module, preprocess: Preprocess, *, dim: int, name: str, identity: str) -> None:
-        self.encoder = encoder.eval()
+    def __init__(
+        self, encoder: nn.Module, preprocess: Preprocess, *, dim: int, name: str, identity: str,
+        backbone: Backbone | None = None,
+    ) -> None:  # fmt: skip
+        self.encoder, self.backbone = encoder.eval(), backbone
         self.preprocess, self.dim, self.name, self.identity = preprocess, dim, name, identity
         self._mean = torch.tensor(preprocess.mean).view(3, 1, 1)
         self._std = torch.tensor(preprocess.std).view(3, 1, 1)
@@ -35,6 +41,12 @@ class Student:
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.encoder.parameters()).device
+
+    def served(self) -> nn.Module:
+        """A copy of the encoder as it is exported: float32, on the CPU, batch norms folded."""
+        if self.backbone is None:
+            return fold_batch_norm(plain_copy(self.encoder))
+        return self.backbone.served(self.encoder)
 
     def prepare(self, image: Image.Image) -> Tensor:
         """Resize and crop one image of any mode: uint8 [3, S, S], not normalised."""
@@ -94,11 +106,11 @@ def load_student(bundle: Bundle, *, device: str = "cpu") -> Student:
     Raises: MvmrError when the weights are damaged or of another architecture, or there is no such device.
     """
     says, file = bundle.manifest, encoder_file(bundle)
-    config = config_of(says)
-    if says.embedding_dim != feature_dim(config):
-        told = f"embedding_dim = {says.embedding_dim}, but {says.architecture} has {feature_dim(config)} features"
-        raise MvmrError(f"bundle {bundle.path} says {told}; it was not written by mvmr: take a whole copy")
-    encoder = build_encoder(config)
+    try:
+        backbone = backbone_of(says)
+    except MvmrError as error:
+        raise MvmrError(f"bundle {bundle.path}: {error}; it was not written by this mvmr: take a whole copy") from error
+    encoder = backbone.build()
     weights.fit(encoder, weights.read(file), origin=f"bundle {bundle.path}, encoder.safetensors,")
     try:
         encoder = encoder.to(device).requires_grad_(False)
@@ -109,15 +121,16 @@ def load_student(bundle: Bundle, *, device: str = "cpu") -> Student:
         encoder,
         says.preprocessing,
         dim=says.embedding_dim,
-        name=f"student-{says.architecture}",
+        name=f"student-{says.backbone}",
         identity=bundle.space_id,
+        backbone=backbone,
     )
 
 
 def save_student(
     folder: Path,
     encoder: nn.Module,
-    config: EncoderConfig,
+    backbone: Backbone,
     *,
     preprocess: Preprocess,
     training: Mapping[str, Any],
@@ -131,12 +144,13 @@ def save_student(
         is not JSON, or the disk is full.
     """
     state = encoder.state_dict()
-    check_state(config, state)
+    with torch.device("meta"):
+        weights.check_fit(backbone.build(), state, origin=f"encoder weights for {backbone.name}")
     return write(
         folder,
-        architecture=config.architecture,
-        small_kernel=config.small_kernel,
-        embedding_dim=feature_dim(config),
+        backbone=backbone.name,
+        options=backbone.options,
+        embedding_dim=backbone.width,
         preprocessing=preprocess,
         training=training,
         encoder_state=state,

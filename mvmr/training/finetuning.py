@@ -29,8 +29,8 @@ from mvmr.evaluation.evaluate import head_name, open_labelled, record
 from mvmr.evaluation.protocols import Labelled, Measured, Values
 from mvmr.evaluation.scores import top_k
 from mvmr.methods.supervised import Supervised, SupervisedConfig
-from mvmr.models.encoder import config_of
 from mvmr.models.student import Student, save_student
+from mvmr.models.table import backbone_of
 from mvmr.progress import say
 from mvmr.representations.cache import represent
 from mvmr.training.precision import native_precision
@@ -202,13 +202,14 @@ def _finetune(plan: _Plan, run: RunFolder, fabric: Fabric, *, command: str, prog
     steps = train(
         learner, WithRows(views, {"label": plan.few.labels}), lambda batch: {"label": batch["target.label"]},
         recipe.train, fabric=fabric, folder=run.path, progress=progress,
+        undecayed={f"encoder.{name}" for name in backbone_of(says).undecayed(learner.encoder)},
         features=partial(features_of, learner, images, preprocess, batch_size=recipe.train.batch_size, workers=workers),
     )  # fmt: skip
     if recipe.recalibrate:
         settle(learner.encoder)
     if fabric.is_global_zero:
         description = run.description | {"steps": steps}
-        made = save_student(run.path, learner.encoder, config_of(says), preprocess=preprocess, training=description)
+        made = save_student(run.path, learner.encoder, backbone_of(says), preprocess=preprocess, training=description)
         tuned = Student(learner.encoder, preprocess, dim=student.dim, name=student.name, identity=made.space_id)
         head = LinearHead(learner.head.weight.detach().cpu().numpy(), learner.head.bias.detach().cpu().numpy(), {})
         values = _score(tuned, head, plan.few.test, len(plan.few.classes), shown)

@@ -24,8 +24,10 @@ from mvmr.data import ImageSet, open_images
 from mvmr.errors import MvmrError
 from mvmr.methods.method import Method
 from mvmr.methods.table import build_method
-from mvmr.models.encoder import build_encoder, feature_dim, load_init
+from mvmr.models.backbone import Backbone
+from mvmr.models.initial import load_init
 from mvmr.models.student import save_student
+from mvmr.models.table import open_backbone
 from mvmr.progress import say
 from mvmr.representations import Pretrained
 from mvmr.storage.atomic import write_text
@@ -54,7 +56,7 @@ def pretrain(
     max_unreadable: float = 0.01,
     progress: bool = False,
 ) -> Bundle:
-    """Train a student without labels and without a teacher (self-supervised MV-MR), and write its bundle.
+    """Train a student without labels and without a teacher (self-supervised), and write its bundle.
 
     Args:
         data: a folder of images, or a name such as ``stl10:ROOT`` or ``sample:patches`` (docs/data.md).
@@ -120,11 +122,12 @@ def fit(
     check_targets(recipe.method.targets, teachers, recipe.name)
     recipe.train.steps(len(images), fabric.world_size, recipe.method.smallest_batch)
     make_policy(recipe.views.policy, size, preprocess)
+    backbone = open_backbone(recipe.student, size)
     run = find_run(result, _describe(images, recipe, teachers, init), resume=resume, overwrite=overwrite)
 
     def make() -> None:
         if not run.finished:
-            _train(images, recipe, preprocess, run, fabric, teachers=teachers, init=init, progress=progress)
+            _train(images, recipe, backbone, preprocess, run, fabric, teachers=teachers, init=init, progress=progress)
 
     return carry_out(run, result, fabric, make)
 
@@ -157,6 +160,7 @@ def carry_out(run: RunFolder, out: Path, fabric: Fabric, make: Callable[[], None
 def _train(
     images: ImageSet,
     recipe: Recipe,
+    backbone: Backbone,
     preprocess: Preprocess,
     run: RunFolder,
     fabric: Fabric,
@@ -177,9 +181,10 @@ def _train(
     views: Dataset[Batch] = WithRows(
         Views(images, preprocess, recipe.method.views, recipe.views.policy, seed=recipe.train.seed), targets.rows
     )
-    learner = build_learner(recipe, preprocess, targets, init)
+    learner = build_learner(recipe, backbone, preprocess, targets, init)
     steps = train(
         learner, views, targets.of, recipe.train, fabric=fabric, folder=run.path, progress=progress,
+        undecayed={f"encoder.{name}" for name in backbone.undecayed(learner.encoder)},
         features=partial(features_of, learner, images, preprocess, batch_size=recipe.train.batch_size, workers=workers),
     )  # fmt: skip
     recalibrate(
@@ -187,7 +192,7 @@ def _train(
     )
     if fabric.is_global_zero:
         save_student(
-            run.path, learner.encoder, recipe.model, preprocess=preprocess,
+            run.path, learner.encoder, backbone, preprocess=preprocess,
             training=run.description | {"steps": steps}, projector=learner.projector,
         )  # fmt: skip
 
@@ -207,15 +212,17 @@ def launch(device: str, devices: int, precision: Precision) -> Fabric:
     return fabric
 
 
-def build_learner(recipe: Recipe, preprocess: Preprocess, targets: Targets, init: str | Path | None = None) -> Method:
+def build_learner(
+    recipe: Recipe, backbone: Backbone, preprocess: Preprocess, targets: Targets, init: str | Path | None = None
+) -> Method:
     """Encoder and method of ``recipe``, drawn from its seed; the global random state is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)
-        encoder = build_encoder(recipe.model)
+        encoder = backbone.build()
         if init is not None:
             load_init(encoder, Path(init))
         statistics = {name: targets.statistics(name) for name in recipe.method.standardised}
-        return build_method(recipe.method, encoder, feature_dim(recipe.model), preprocess, statistics)
+        return build_method(recipe.method, encoder, backbone.width, preprocess, statistics)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from mvmr.errors import MvmrError, unknown
 from mvmr.methods.method import MethodConfig
 from mvmr.methods.mvmr import MvmrConfig
 from mvmr.methods.table import CONFIGS
-from mvmr.models.encoder import EncoderConfig
+from mvmr.models.backbone import StudentConfig
 from mvmr.training.trainer import TrainConfig
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ class Recipe:
     """The resolved recipe of a run, as it is written into the bundle."""
 
     name: str = "custom"
-    model: EncoderConfig = field(default_factory=EncoderConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
     method: MethodConfig = field(default_factory=MvmrConfig, metadata={ONE_OF: CONFIGS})
     train: TrainConfig = field(default_factory=TrainConfig)

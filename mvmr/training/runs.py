@@ -127,9 +127,10 @@ def _resumed(folder: Path, wanted: dict[str, Any], steering: frozenset[str]) -> 
     """The description of the run in ``folder``, gone on with as ``wanted``; ``steering`` may differ."""
     try:
         held: dict[str, Any] = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
+        held = _in_todays_words(held)
         changes = held.pop("changes", [])
         differences = _differences(held, wanted)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise MvmrError(f"{folder / _DESCRIPTION} can't be read: start over with --overwrite") from error
     if refused := sorted(_told(*d) for d in differences.items() if d[0] not in _FREE | steering):
         raise MvmrError(
@@ -141,6 +142,17 @@ def _resumed(folder: Path, wanted: dict[str, Any], steering: frozenset[str]) -> 
         step = checkpoint.saved_step(folder) or 0
         changes.append({"step": step, **{at: f"{was!r} -> {now!r}" for at, (was, now) in steered.items()}})
     return wanted | ({"changes": changes} if changes else {})
+
+
+def _in_todays_words(held: dict[str, Any]) -> dict[str, Any]:
+    """A description of before there was more than one method and more than ResNets, as it would be written now."""
+    recipe = dict(held["recipe"])
+    if "objective" not in recipe:
+        return held
+    model, objective = recipe.pop("model"), recipe.pop("objective")
+    recipe["student"] = {"backbone": model["architecture"], "small_kernel": model["small_kernel"]}
+    recipe["method"] = {"name": "mvmr", "projector": recipe.pop("projector"), **objective}
+    return {**held, "method": "mvmr", "recipe": recipe}
 
 
 def _differences(held: Any, wanted: Any, at: str = "") -> dict[str, tuple[Any, Any]]:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -129,6 +129,7 @@ def train(
     fabric: Fabric,
     folder: Path,
     features: Callable[[], Tensor],
+    undecayed: Collection[str] = (),
     progress: bool = False,
 ) -> int:
     """Train ``learner`` in place; keep ``checkpoint.pt`` and ``metrics.jsonl`` in ``folder``; go on from them.
@@ -136,6 +137,7 @@ def train(
     Args:
         views: items of :class:`mvmr.training.views.Views`, addressed by (epoch, index).
         targets: from a batch on the device to the target of each name, as the method takes them.
+        undecayed: names of the parameters that weight decay leaves alone.
         features: those of all images, [N, D], in their order: for methods that look at all of them between epochs.
 
     Returns:
@@ -152,7 +154,7 @@ def train(
     if config.channels_last:
         learner = learner.to(memory_format=torch.channels_last)
     fused = config.precision != "16-mixed"  # a fused step unscales gradients itself, too late to clip them
-    trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
+    trained = _groups(learner, undecayed)
     optimizer = kinds[config.optimizer](trained, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
     module, optimizer = fabric.setup(learner, optimizer)
     metrics = folder / checkpoint.METRICS
@@ -209,6 +211,15 @@ def train(
             if stopping and step < steps:
                 raise KeyboardInterrupt(f"step {step} of {steps} is saved in {folder}; go on with --resume")
     return steps
+
+
+def _groups(learner: Method, undecayed: Collection[str]) -> list[dict[str, Any]]:
+    """What is trained: first what weight decay is for, then what it leaves alone, if there is such."""
+    parameters = [(name, value) for name, value in learner.named_parameters() if value.requires_grad]
+    groups = [{"params": [value for name, value in parameters if name not in undecayed]}]
+    if left := [value for name, value in parameters if name in undecayed]:
+        groups.append({"params": left, "weight_decay": 0.0})
+    return groups
 
 
 def _on_any_rank(requested: bool, fabric: Fabric) -> bool:

@@ -383,7 +383,7 @@ def test_a_soak_counts_answers_refusals_and_what_is_wrong(bodies: list[bytes], m
     soak = importlib.import_module("soak")
     monkeypatch.setattr(soak, "_WARM_UP", 0.0)
     monkeypatch.setattr(soak, "_CHECKED", 1)
-    sizes = soak.Sizes(architecture="resnet18", size=32, at_once=4, queue=4, seconds=1.2)
+    sizes = soak.Sizes(backbone="resnet18", size=32, at_once=4, queue=4, seconds=1.2)
 
     def right(images: Any) -> Any:
         return images[:, ::8, ::8].reshape(len(images), -1).astype(np.float32)
@@ -405,7 +405,7 @@ def test_a_soak_counts_answers_refusals_and_what_is_wrong(bodies: list[bytes], m
 def test_a_student_in_torch_embeds_as_the_library_does(tmp_path: Path, bodies: list[bytes]) -> None:
     students = importlib.import_module("students")
     images = open_images(str(tmp_path / "bodies"), "unlabelled")
-    path = students.random_bundle(tmp_path, images, architecture="resnet18", size=32)
+    path = students.random_bundle(tmp_path, images, backbone="resnet18", size=32)
     bundle = bundles.load(path)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     wanted = bundle.student()(torch.from_numpy(pixels).permute(0, 3, 1, 2)).numpy()

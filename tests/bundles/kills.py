@@ -25,11 +25,11 @@ def finished(folder: Path, content: bytes) -> None:
     folder.mkdir(parents=True)
     (folder / "encoder.safetensors").write_bytes(content)
     said = Manifest(
-        schema=1,
+        schema=2,
         mvmr_version="0.1.0",
         created="2026-01-01T00:00:00+00:00",
-        architecture="resnet18",
-        small_kernel=True,
+        backbone="resnet18",
+        options={"small_kernel": True},
         embedding_dim=4,
         preprocessing=Preprocess.for_size(32),
         training={},

@@ -30,12 +30,12 @@ from mvmr.training import pretraining
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 
 RECIPE = """
-projector = [16, 16]
-[model]
-architecture = "resnet18"
+[student]
+backbone = "resnet18"
 [views]
 size = 16
 [method]
+projector = [16, 16]
 representations = { pixels = 1.0, augmented_pixels = 1.0 }
 [train]
 epochs = 4
@@ -152,14 +152,14 @@ def test_a_folder_of_all_sorts_becomes_a_bundle(trained: tuple[Path, Result], ph
     bundle = bundles.load(out)
     assert bundle.manifest.training["data"]["images"] == 35
     assert bundle.manifest.training["recipe"]["name"] == "tiny"
-    assert bundle.manifest.architecture == "resnet18"
+    assert bundle.manifest.backbone == "resnet18"
     assert torch.isfinite(bundle.student().embed([photos / "red" / "print.jpg", photos / "blue" / "deep.png"])).all()
 
 
 def test_info_probe_and_evaluate_read_it(copied: Path, photos: Path) -> None:
     told = mvmr("info", copied)
     assert told.exit_code == 0
-    assert "self-supervised MV-MR, recipe tiny, 16 steps" in told.stdout
+    assert "mvmr, recipe tiny, 16 steps" in told.stdout
     assert "teacher   none" in told.stdout
     assert f"{photos}, 35 images" in told.stdout
     assert json.loads(mvmr("info", copied, "--json").stdout)["embedding_dim"] == 512
@@ -226,7 +226,7 @@ def test_info_reads_a_bundle_that_records_nothing(trained: tuple[Path, Result], 
         shutil.rmtree(tmp_path / "odd", ignore_errors=True)
         (tmp_path / "odd.partial").mkdir(exist_ok=True)
         bundles.write(
-            tmp_path / "odd.partial", architecture="resnet18", small_kernel=False, embedding_dim=512,
+            tmp_path / "odd.partial", backbone="resnet18", options={"small_kernel": False}, embedding_dim=512,
             preprocessing=Preprocess.for_size(16), training=training, encoder_state=state,
         )  # fmt: skip
         bundles.publish(tmp_path / "odd.partial", tmp_path / "odd")
@@ -253,7 +253,7 @@ def test_options_are_assignments_to_the_recipe(monkeypatch: pytest.MonkeyPatch, 
     result = mvmr("pretrain", "--small-kernel", *flags, "--set", "train.seed=5", "--data", "My Photos/2024")
     assert isinstance(result.exception, Stop)
     assert set(called["assign"]) == {
-        "model.small_kernel=true",
+        "student.small_kernel=true",
         *(f"{SHORTHANDS[name][0]}={value}" for name, value in values.items()),
         "train.seed=5",
     }

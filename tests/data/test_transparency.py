@@ -22,7 +22,7 @@ from mvmr.bundles.preprocess import WHITE, Preprocess, to_rgb
 from mvmr.data import ImageSet, open_images
 from mvmr.data.image_bytes import Prepared, prepare
 from mvmr.errors import MvmrError
-from mvmr.models.encoder import EncoderConfig, build_encoder
+from mvmr.models.torchvision_resnet import Resnet
 from mvmr.serve.client.images import Sent, parts
 from mvmr.serve.engine import Engine
 from mvmr.training.pretraining import fit
@@ -169,11 +169,11 @@ def test_the_background_may_be_another(content: bytes, tmp_path: Path) -> None:
 def old(tmp_path_factory: pytest.TempPathFactory) -> bundles.Bundle:
     """A bundle as mvmr wrote it before there was a background."""
     torch.manual_seed(0)
-    encoder = build_encoder(EncoderConfig(architecture="resnet18")).eval()
+    encoder = Resnet(name="resnet18").build().eval()
     out = tmp_path_factory.mktemp("old") / "student"
     out.mkdir()
     return bundles.write(
-        out, architecture="resnet18", small_kernel=False, embedding_dim=512, preprocessing=BEFORE,
+        out, backbone="resnet18", options={"small_kernel": False}, embedding_dim=512, preprocessing=BEFORE,
         training={"data": {"name": "photos", "split": "unlabelled"}}, encoder_state=encoder.state_dict(),
     )  # fmt: skip
 
@@ -264,7 +264,7 @@ def four(folder: Path) -> list[bytes]:
     return contents
 
 
-SMALL = ["model.architecture=resnet18", "views.size=32", "train.epochs=1", "train.batch_size=4", "train.workers=0"]
+SMALL = ["student.backbone=resnet18", "views.size=32", "train.epochs=1", "train.batch_size=4", "train.workers=0"]
 
 
 @pytest.mark.parametrize("background", [WHITE, (10, 200, 30)])

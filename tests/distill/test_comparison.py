@@ -112,7 +112,7 @@ def test_a_bundle_without_a_teacher_is_one_line(made: tuple[Path, Bundle], tmp_p
     (tmp_path / "alone.partial").mkdir()
     says = student.manifest
     bundles.write(
-        tmp_path / "alone.partial", architecture=says.architecture, small_kernel=says.small_kernel,
+        tmp_path / "alone.partial", backbone=says.backbone, options=says.options,
         embedding_dim=says.embedding_dim, preprocessing=says.preprocessing, training={"teachers": {}},
         encoder_state=student.student().encoder.state_dict(),
     )  # fmt: skip

@@ -15,11 +15,11 @@ from mvmr.bundles.bundle import Bundle
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.data import ImageSet, open_images
 from mvmr.distillation.report.fidelity import dependence, interval, neighbours, predictions, spectrum
-from mvmr.distillation.report.stages import STAGES, split, stages_of, untrained
+from mvmr.distillation.report.stages import split, stages_of, untrained
 from mvmr.evaluation.neighbours import neighbour_overlap
 from mvmr.evaluation.scores import linear_cka
-from mvmr.models.encoder import EncoderConfig, build_encoder, feature_dim
 from mvmr.models.student import Student
+from mvmr.models.torchvision_resnet import Resnet
 from mvmr.representations.cache import represent
 from mvmr.training.pretraining import fit
 from mvmr.training.recipe import load_recipe
@@ -225,15 +225,17 @@ def test_a_spectrum_has_the_singular_values_of_the_centred_features() -> None:
 # -- stages
 
 
-def a_student(small_kernel: bool = False, architecture: str = "resnet18") -> Student:
-    config = EncoderConfig(architecture=architecture, small_kernel=small_kernel)  # type: ignore[arg-type]
+STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
+
+
+def a_student(config: Resnet) -> Student:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        encoder = build_encoder(config)
+        encoder = config.build()
         for module in encoder.modules():  # blocks that start as the identity would hide a mistake
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.normal_(module.weight, 1, 0.2)
-    return Student(encoder, Preprocess.for_size(16), dim=feature_dim(config), name="student", identity="s" * 32)
+    return Student(encoder, Preprocess.for_size(16), dim=config.width, name="student", identity="s" * 32)
 
 
 def state(module: nn.Module) -> str:
@@ -248,10 +250,11 @@ def state(module: nn.Module) -> str:
 def test_stages_are_what_leaves_the_modules_averaged_and_the_last_is_the_features(
     architecture: str, small_kernel: bool
 ) -> None:
-    student = a_student(small_kernel, architecture)
+    backbone = Resnet(name=architecture, small_kernel=small_kernel)
+    student = a_student(backbone)
     before, batch = state(student.encoder), torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 16, 16)))
     batch = batch.to(torch.uint8)
-    stages, widths = stages_of(student)
+    stages, widths = stages_of(backbone, student)
     found = split(stages(batch).numpy(), widths)
     assert list(found) == list(STAGES)
     np.testing.assert_array_equal(found["layer4"], student(batch).numpy())

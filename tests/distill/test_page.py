@@ -32,7 +32,7 @@ def synthetic(classes: Sequence[str], images: int, *, seed: int = 0) -> Report:
         "mvmr_version": "0.1.0",
         "command": "mvmr report runs/R&D/student --data sample:patches --out report",
         "bundle": {
-            "path": "runs/R&D/student", "space_id": "5d0c88a1f3e2b764", "architecture": "resnet18",
+            "path": "runs/R&D/student", "space_id": "5d0c88a1f3e2b764", "backbone": "resnet18",
             "embedding_dim": 512, "method": "distillation", "recipe": "quickstart", "trained_on": "sample:patches",
             "steps": 840,
         },

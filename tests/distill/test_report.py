@@ -19,7 +19,6 @@ from torch import Tensor
 
 from mvmr.bundles import bundle as bundles
 from mvmr.bundles.bundle import Bundle
-from mvmr.bundles.preprocess import Preprocess
 from mvmr.data import ImageSet, open_images
 from mvmr.distillation.report import report as module
 from mvmr.distillation.report import subject
@@ -28,8 +27,9 @@ from mvmr.distillation.teachers.teacher import Teacher
 from mvmr.errors import MvmrError
 from mvmr.evaluation import protocols
 from mvmr.evaluation.classifiers import linear_probe
-from mvmr.models.encoder import EncoderConfig, build_encoder
 from mvmr.models.student import Student
+from mvmr.models.torchvision_resnet import Resnet
+from tests.making import write_bundle
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 
@@ -67,14 +67,8 @@ class Itself:
 def a_bundle(out: Path, training: dict[str, Any] | None = None) -> Bundle:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        encoder = build_encoder(EncoderConfig(architecture="resnet18"))
-    partial = out.with_name(f"{out.name}.partial")
-    partial.mkdir(parents=True)
-    bundles.write(
-        partial, architecture="resnet18", small_kernel=False, embedding_dim=512, preprocessing=Preprocess.for_size(16),
-        training=training or {}, encoder_state=encoder.state_dict(),
-    )  # fmt: skip
-    bundles.publish(partial, out)
+        encoder = Resnet(name="resnet18").build()
+    write_bundle(out, encoder, training=training)
     return bundles.load(out)
 
 
@@ -153,7 +147,7 @@ def test_a_report_holds_every_figure_and_leaves_the_bundle_alone(
     options = "--k 3 --permutations 20"
     assert found["command"] == f"mvmr report {bundle.path} --data {photos} --out {tmp_path / 'out'} {options}"
     assert found["bundle"] == {
-        "path": str(bundle.path), "space_id": bundle.space_id, "architecture": "resnet18", "embedding_dim": 512,
+        "path": str(bundle.path), "space_id": bundle.space_id, "backbone": "resnet18", "embedding_dim": 512,
         "method": "distillation", "recipe": "brief", "trained_on": "not recorded", "steps": 7,
     }  # fmt: skip
     assert found["teacher"] == {"name": "corners", "weights": "none", "identity": "c" * 64, "dim": 12}

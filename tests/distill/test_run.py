@@ -28,7 +28,7 @@ VIT = {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width"
 CONFIG: dict[str, Any] = {"embed_dim": 12, "vision_cfg": VIT, "text_cfg": TEXT}
 PREPROCESS = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "interpolation": "bicubic", "resize_mode": "shortest"}
 TINY = (
-    "model.architecture=resnet18", "method.projector=[16,16]", "views.size=16", "train.epochs=2", "train.batch_size=8",
+    "student.backbone=resnet18", "method.projector=[16,16]", "views.size=16", "train.epochs=2", "train.batch_size=8",
     "train.lr=1e-3", "train.warmup_steps=2", "train.workers=0", "train.precision=32-true", "train.log_steps=1",
     "train.checkpoint_steps=1",
 )  # fmt: skip
@@ -69,7 +69,7 @@ def test_a_student_is_distilled_from_a_folder_of_images(tmp_path: Path) -> None:
     teacher, data = a_teacher(tmp_path / "clip"), photos(tmp_path / "photos", 16)
     made = mvmr.distill(teacher, data, tmp_path / "out", recipe="paper", assign=TINY, device="cpu")
     said = made.manifest.training
-    assert said["method"] == "distillation"
+    assert said["method"] == "mvmr"
     loaded = Teacher.load(teacher)
     wanted = {"name": "clip", "weights": f"{teacher}/open_clip_model.safetensors", "identity": loaded.identity}
     assert said["teachers"] == {"teacher": wanted}
@@ -191,7 +191,7 @@ def test_a_full_size_teacher_and_student_do_a_step(tmp_path: Path, monkeypatch: 
         pretrained=tmp_path / "vit.safetensors", assign=["train.epochs=1", "train.batch_size=16", "train.workers=0"],
     )  # fmt: skip
     said = made.manifest
-    assert (said.architecture, said.embedding_dim, said.preprocessing.crop) == ("resnet50", 2048, 224)
+    assert (said.backbone, said.embedding_dim, said.preprocessing.crop) == ("resnet50", 2048, 224)
     assert said.training["recipe"]["projector"] == [8192, 8192, 8192]
     assert said.training["teachers"]["teacher"]["name"] == "ViT-B-16"
     (line,) = (json.loads(line) for line in (made.path / "metrics.jsonl").read_text().splitlines())

@@ -33,7 +33,7 @@ from mvmr.distillation.zeroshot import (
     zero_shot_logits,
 )
 from mvmr.errors import MvmrError
-from mvmr.models.encoder import EncoderConfig, build_encoder
+from mvmr.models.torchvision_resnet import Resnet
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 
@@ -78,14 +78,14 @@ def images() -> torch.Tensor:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("bundle")
-    config = EncoderConfig(architecture="resnet18", small_kernel=True)
+    config = Resnet(name="resnet18", small_kernel=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        encoder = build_encoder(config)
+        encoder = config.build()
     bundle.write(
         root / "b.partial",
-        architecture=config.architecture,
-        small_kernel=config.small_kernel,
+        backbone=config.name,
+        options=config.options,
         embedding_dim=WIDTH,
         preprocessing=Preprocess.for_size(32),
         training={"method": "distillation", "teachers": {}},

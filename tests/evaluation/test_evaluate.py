@@ -15,15 +15,15 @@ from sklearn.metrics import average_precision_score, top_k_accuracy_score
 import mvmr
 from mvmr.bundles import bundle as bundles
 from mvmr.bundles.bundle import Bundle
-from mvmr.bundles.preprocess import Preprocess
 from mvmr.data import ImageSet, open_images
 from mvmr.errors import MvmrError
 from mvmr.evaluation.classifiers import linear_probe
 from mvmr.evaluation.evaluate import evaluate, newest_or, probe
 from mvmr.evaluation.neighbours import knn_predict
 from mvmr.evaluation.protocols import Labelled, Measured, protocols_for
-from mvmr.models.encoder import EncoderConfig, build_encoder
 from mvmr.models.student import Student
+from mvmr.models.torchvision_resnet import Resnet
+from tests.making import write_bundle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,14 +34,8 @@ def a_bundle(out: Path) -> Bundle:
     """An untrained encoder: on colours that is enough."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        encoder = build_encoder(EncoderConfig(architecture="resnet18"))
-    partial = out.with_name(f"{out.name}.partial")
-    partial.mkdir(parents=True)
-    bundles.write(
-        partial, architecture="resnet18", small_kernel=False, embedding_dim=512, preprocessing=Preprocess.for_size(16),
-        training={}, encoder_state=encoder.state_dict(),
-    )  # fmt: skip
-    bundles.publish(partial, out)
+        encoder = Resnet(name="resnet18").build()
+    write_bundle(out, encoder)
     return bundles.load(out)
 
 

@@ -7,13 +7,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from mvmr.bundles import bundle as bundles
-from mvmr.bundles.preprocess import Preprocess
 from mvmr.cli.main import main
 from mvmr.errors import MvmrError
 from mvmr.export.bench import BASE, bench
 from mvmr.export.export import export
-from mvmr.models.encoder import EncoderConfig, build_encoder
+from mvmr.models.torchvision_resnet import Resnet
+from tests.making import write_bundle
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 
@@ -23,14 +22,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "mine"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        encoder = build_encoder(EncoderConfig(architecture="resnet18"))
-    partial = out.with_name("mine.partial")
-    partial.mkdir()
-    bundles.write(
-        partial, architecture="resnet18", small_kernel=False, embedding_dim=512, preprocessing=Preprocess.for_size(16),
-        training={}, encoder_state=encoder.state_dict(),
-    )  # fmt: skip
-    bundles.publish(partial, out)
+        encoder = Resnet(name="resnet18").build()
+    write_bundle(out, encoder)
     return out
 
 

@@ -22,10 +22,11 @@ from mvmr.bundles.head import Head
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.data import open_images
 from mvmr.errors import MvmrError
-from mvmr.export.onnx.graph import ServedEncoder, fold_batch_norm, rounded, to_onnx
+from mvmr.export.onnx.graph import ServedEncoder, rounded, to_onnx
 from mvmr.export.onnx.session import Session
-from mvmr.models.encoder import EncoderConfig, build_encoder
+from mvmr.models.folding import fold_batch_norm, plain_copy
 from mvmr.models.student import Student
+from mvmr.models.torchvision_resnet import Resnet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -181,7 +182,7 @@ def test_folding_before_halving_is_nearer_than_after(exported: Exported) -> None
     served = {}
     for name, encoder in (("before", exported.student.encoder), ("after", after)):
         served[name] = ServedEncoder(exported.student, half=True)
-        served[name].encoder = fold_batch_norm(encoder).half()
+        served[name].encoder = fold_batch_norm(plain_copy(encoder)).half()
     with torch.no_grad():
         errors = {name: np.square(each(images)[0].numpy() - wanted).mean() for name, each in served.items()}
     assert errors["before"] < errors["after"]
@@ -253,7 +254,7 @@ def test_another_process_makes_the_same_bytes(exported: Exported) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("small_kernel", [False, True])
 def test_the_real_encoders(small_kernel: bool) -> None:
-    student = a_student(build_encoder(EncoderConfig(architecture="resnet18", small_kernel=small_kernel)))
+    student = a_student(Resnet(name="resnet18", small_kernel=small_kernel).build())
     images = patches(16)
     session = Session(to_onnx(student, metadata={"heads": "{}"}))
     assert relative(session(images)["embedding"], in_torch(student, images)) < 1e-5

@@ -26,8 +26,8 @@ from mvmr.export.onnx import int8
 from mvmr.export.onnx.graph import to_onnx
 from mvmr.export.onnx.int8 import quantise, search
 from mvmr.export.onnx.session import Session
-from mvmr.models.encoder import EncoderConfig, build_encoder
 from mvmr.models.student import Student
+from mvmr.models.torchvision_resnet import Resnet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -339,7 +339,7 @@ def test_a_full_disk_is_said(fp32: bytes, photos: tuple[Images, Images], monkeyp
 def test_a_resnet_passes_and_its_layers_have_torchs_names(photos: tuple[Images, Images]) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        encoder = build_encoder(EncoderConfig(architecture="resnet18"))
+        encoder = Resnet(name="resnet18").build()
         names = {name for name, part in encoder.named_modules() if isinstance(part, nn.Conv2d)}
         fp32 = exported(encoder, 512, photos[0])
     model = quantise(fp32, [photos[0]], keep_float=["layer3.1.conv2"])

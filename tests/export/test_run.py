@@ -34,7 +34,7 @@ from mvmr.export.onnx import graph
 from mvmr.export.onnx.session import Session
 from mvmr.export.tensorrt import engine as tensorrt
 from mvmr.export.tensorrt import rtx_build, rtx_provider
-from mvmr.models.encoder import Architecture, EncoderConfig, build_encoder
+from mvmr.models.torchvision_resnet import Resnet
 from tests.export import tensorrt_rtx
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
@@ -55,12 +55,12 @@ def a_bundle(
     *,
     seed: int = 0,
     size: int = 32,
-    architecture: Architecture = "resnet18",
+    backbone: str = "resnet18",
     training: Mapping[str, Any] = PATCHES,
     change: Callable[[nn.Module], None] = lambda encoder: None,
 ) -> Path:
     """An encoder whose batch norms have seen real images."""
-    encoder, preprocess = build_encoder(EncoderConfig(architecture=architecture)), Preprocess.for_size(size)
+    encoder, preprocess = Resnet(name=backbone).build(), Preprocess.for_size(size)
     generator = torch.Generator().manual_seed(seed)
     for part in encoder.modules():
         if isinstance(part, nn.Conv2d):
@@ -74,8 +74,8 @@ def a_bundle(
     partial = out.with_name(f"{out.name}.partial")
     partial.mkdir(parents=True)
     bundles.write(
-        partial, architecture=architecture, small_kernel=False,
-        embedding_dim=512 if architecture == "resnet18" else 2048, preprocessing=preprocess, training=training,
+        partial, backbone=backbone, options={"small_kernel": False},
+        embedding_dim=512 if backbone == "resnet18" else 2048, preprocessing=preprocess, training=training,
         encoder_state=encoder.state_dict(),
     )  # fmt: skip
     bundles.publish(partial, out)
@@ -701,7 +701,7 @@ def test_int8_of_real_images(path: Path) -> None:
 
 @pytest.mark.slow
 def test_resnet50_at_224(tmp_path: Path) -> None:
-    path = a_bundle(tmp_path / "large", size=224, architecture="resnet50")
+    path = a_bundle(tmp_path / "large", size=224, backbone="resnet50")
     found = export(path, formats=["onnx", "fp16"], images=32)
     assert found["onnx"]["max_abs"] < 1e-4
     assert found["fp16"]["cosine_min"] > 0.9995

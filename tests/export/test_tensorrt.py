@@ -40,8 +40,8 @@ from mvmr.export.tensorrt import build as tensorrt_build
 from mvmr.export.tensorrt import engine as tensorrt
 from mvmr.export.tensorrt import rtx_build
 from mvmr.export.tensorrt import runtime as tensorrt_runtime
-from mvmr.models.encoder import EncoderConfig, build_encoder
 from mvmr.models.student import Student
+from mvmr.models.torchvision_resnet import Resnet
 from tests.export import tensorrt_rtx
 
 SIDE, DIM = 4, 5
@@ -570,9 +570,9 @@ def made(tmp_path: Path, no_fsync: None) -> Bundle:
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "encoder.safetensors").write_bytes(b"weights")
     said = Manifest(
-        schema=1, mvmr_version="0.1.0", created="2026-01-01T00:00:00+00:00", architecture="resnet18",
-        small_kernel=True, embedding_dim=DIM, preprocessing=Preprocess(resize=SIDE, crop=SIDE), training={},
-        metrics=(), files={"encoder.safetensors": sha256(b"weights")},
+        schema=2, mvmr_version="0.1.0", created="2026-01-01T00:00:00+00:00", backbone="resnet18",
+        options={"small_kernel": True}, embedding_dim=DIM, preprocessing=Preprocess(resize=SIDE, crop=SIDE),
+        training={}, metrics=(), files={"encoder.safetensors": sha256(b"weights")},
     )  # fmt: skip
     (tmp_path / "b" / "bundle.json").write_text(json.dumps(said.to_json()))
     return bundles.load(tmp_path / "b")
@@ -679,7 +679,7 @@ def test_tensorrts_own_builder_takes_a_resnet18(resnet18, rtx):
 
 @pytest.mark.slow
 def test_tensorrts_own_builder_takes_a_resnet50_at_224_pixels(rtx):
-    encoder = build_encoder(EncoderConfig(architecture="resnet50"))
+    encoder = Resnet(name="resnet50").build()
     student = Student(encoder, Preprocess.for_size(224), dim=2048, name="large", identity="0" * 32)
     model = to_onnx(student, precision="fp16", metadata={"precision": "fp16"})
     assert holds_half_precision_weights(len(tensorrt.build(model, size=224, trt=rtx).engine), model)
@@ -812,7 +812,7 @@ def small_student() -> Student:
     """An untrained ResNet18 at 32 px: enough to compare two ways of computing it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        encoder = build_encoder(EncoderConfig(architecture="resnet18", small_kernel=True))
+        encoder = Resnet(name="resnet18", small_kernel=True).build()
     return Student(encoder, Preprocess.for_size(32), dim=512, name="small", identity="0" * 32)
 
 

@@ -12,18 +12,19 @@ from torch import nn
 from mvmr.bundles import bundle
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
-from mvmr.models.encoder import EncoderConfig, build_encoder
-from mvmr.models.student import Student
+from mvmr.models.student import Student, save_student
+from mvmr.models.torchvision_resnet import Resnet
 from mvmr.representations import Representation
+from tests.making import untrained
 
-CONFIG = EncoderConfig(architecture="resnet18", small_kernel=True)
+CONFIG = Resnet(name="resnet18", small_kernel=True)
 PREPROCESS = Preprocess(resize=20, crop=16, interpolation="bicubic", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 
 
 @pytest.fixture(scope="module")
 def encoder() -> nn.Module:
     torch.manual_seed(0)
-    encoder = build_encoder(CONFIG)
+    encoder = CONFIG.build()
     for module in encoder.modules():
         if isinstance(module, nn.BatchNorm2d):  # statistics and blocks that are not the trivial ones
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -36,8 +37,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, encoder: nn.Module) -> bundle
     root = tmp_path_factory.mktemp("student")
     bundle.write(
         root / "b.partial",
-        architecture=CONFIG.architecture,
-        small_kernel=CONFIG.small_kernel,
+        backbone=CONFIG.name,
+        options=CONFIG.options,
         embedding_dim=512,
         preprocessing=PREPROCESS,
         training={"method": "self-supervised MV-MR", "teachers": {}, "recipe": {"train": {"betas": (0.9, 0.99)}}},
@@ -206,30 +207,20 @@ def test_weights_of_another_architecture_are_named(made, tmp_path):
 
     shutil.copytree(made.path, tmp_path / "b")
     content = json.loads((tmp_path / "b/bundle.json").read_text())
-    (tmp_path / "b/bundle.json").write_text(json.dumps(content | {"small_kernel": False}))
+    (tmp_path / "b/bundle.json").write_text(json.dumps(content | {"options": {"small_kernel": False}}))
     with pytest.raises(MvmrError, match=r"conv1\.weight \[64, 3, 3, 3\] instead of \[64, 3, 7, 7\]"):
         bundle.load(tmp_path / "b").student()
-    (tmp_path / "b/bundle.json").write_text(json.dumps(content | {"architecture": "resnet101"}))
-    with pytest.raises(MvmrError, match="unknown architecture 'resnet101'"):
+    (tmp_path / "b/bundle.json").write_text(json.dumps(content | {"backbone": "resnet101"}))
+    with pytest.raises(MvmrError, match="unknown student 'resnet101'"):
         bundle.load(tmp_path / "b").student()
 
 
-def test_weights_that_do_not_fit_are_never_written(tmp_path, encoder):
-    wrong = {
-        "module. left on": {f"module.{key}": value for key, value in encoder.state_dict().items()},
-        "not finite": encoder.state_dict() | {"bn1.bias": torch.full((64,), float("inf"))},
-    }
-    for state in wrong.values():
-        with pytest.raises(MvmrError, match=r"module\.conv1|not finite"):
-            bundle.write(
-                tmp_path / "b.partial",
-                architecture="resnet18",
-                small_kernel=True,
-                embedding_dim=512,
-                preprocessing=PREPROCESS,
-                training={},
-                encoder_state=state,
-            )
+def test_weights_that_do_not_fit_are_never_written(tmp_path):
+    of_another, broken = untrained(Resnet(name="resnet50")), untrained(CONFIG)
+    torch.nn.init.constant_(broken.bn1.bias, float("inf"))
+    for wrong in (of_another, torch.nn.Sequential(untrained(CONFIG)), broken):
+        with pytest.raises(MvmrError, match=r"does not fit|not finite"):
+            save_student(tmp_path / "b.partial", wrong, CONFIG, preprocess=PREPROCESS, training={})
     assert not (tmp_path / "b.partial").exists()
 
 
@@ -238,8 +229,8 @@ def test_half_precision_channels_last_weights_are_stored_as_plain_float32(tmp_pa
     state["conv1.weight"] = state["conv1.weight"].to(memory_format=torch.channels_last)
     made = bundle.write(
         tmp_path / "b",
-        architecture="resnet18",
-        small_kernel=True,
+        backbone="resnet18",
+        options={"small_kernel": True},
         embedding_dim=512,
         preprocessing=PREPROCESS,
         training={},

@@ -31,13 +31,14 @@ from mvmr.bundles.preprocess import Preprocess
 from mvmr.cli.main import main
 from mvmr.errors import MvmrError
 from mvmr.export.export import export
-from mvmr.models.encoder import EncoderConfig, build_encoder
+from mvmr.models.torchvision_resnet import Resnet
 from mvmr.serve.batch import job
 from mvmr.serve.batch import parts as parts_module
 from mvmr.serve.batch.job import embed, read_shard
 from mvmr.serve.batch.stored import open_embeddings
 from mvmr.serve.engine import Engine
 from mvmr.serve.index.index import build
+from tests.making import write_bundle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,14 +54,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "mine"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        encoder = build_encoder(EncoderConfig(architecture="resnet18"))
-    partial = out.with_name("mine.partial")
-    partial.mkdir()
-    bundles.write(
-        partial, architecture="resnet18", small_kernel=False, embedding_dim=DIM, preprocessing=Preprocess.for_size(16),
-        training={}, encoder_state=encoder.state_dict(),
-    )  # fmt: skip
-    bundles.publish(partial, out)
+        encoder = Resnet(name="resnet18").build()
+    write_bundle(out, encoder)
     weight = np.random.default_rng(0).normal(size=(len(CLASSES), DIM))
     said = {"command": "c", "data": "d", "protocol": "linear", "values": {"top1": 1.0}}
     bundles.add_head(bundles.load(out), "photos", weight, np.zeros(len(CLASSES)), CLASSES, said)

@@ -216,7 +216,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from mvmr.bundles import bundle as bundles
     from mvmr.bundles.preprocess import Preprocess
     from mvmr.export.export import export
-    from mvmr.models.encoder import EncoderConfig, build_encoder
+    from mvmr.models.torchvision_resnet import Resnet
 
     folder = tmp_path_factory.mktemp("place")
     for path, name in zip(IMAGES, ("chelsea", "astronaut"), strict=True):
@@ -226,9 +226,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     partial.mkdir(parents=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        encoder = build_encoder(EncoderConfig(architecture="resnet18"))
+        encoder = Resnet(name="resnet18").build()
     bundles.write(
-        partial, architecture="resnet18", small_kernel=False, embedding_dim=DIM,
+        partial, backbone="resnet18", options={"small_kernel": False}, embedding_dim=DIM,
         preprocessing=Preprocess.for_size(SIZE), training={}, encoder_state=encoder.state_dict(),
     )  # fmt: skip
     bundles.publish(partial, out)

@@ -137,11 +137,11 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     from mvmr.export.export import export
-    from mvmr.models.encoder import EncoderConfig, build_encoder
+    from mvmr.models.torchvision_resnet import Resnet
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    encoder = build_encoder(EncoderConfig(architecture="resnet18"))
+    encoder = Resnet(name="resnet18").build()
     generator = torch.Generator().manual_seed(0)
     for part in encoder.modules():
         if isinstance(part, torch.nn.Conv2d):
@@ -156,7 +156,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bundle") / "student"
     out.mkdir()
     bundles.write(
-        out, architecture="resnet18", small_kernel=False, embedding_dim=512, preprocessing=PREPROCESS,
+        out, backbone="resnet18", options={"small_kernel": False}, embedding_dim=512, preprocessing=PREPROCESS,
         training={"data": {"name": "sample:patches", "split": "unlabelled"}}, encoder_state=encoder.state_dict(),
     )  # fmt: skip
     export(out, formats=["onnx", "int8"], images=64)

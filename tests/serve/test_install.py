@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 
 import mvmr
-from mvmr.bundles import bundle as bundles
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.export.export import export
-from mvmr.models.encoder import EncoderConfig, build_encoder
+from mvmr.models.torchvision_resnet import Resnet
+from tests.making import write_bundle
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -62,14 +62,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "mine"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        encoder = build_encoder(EncoderConfig(architecture="resnet18"))
-    partial = out.with_name("mine.partial")
-    partial.mkdir()
-    bundles.write(
-        partial, architecture="resnet18", small_kernel=False, embedding_dim=512, preprocessing=Preprocess.for_size(32),
-        training={}, encoder_state=encoder.state_dict(),
-    )  # fmt: skip
-    bundles.publish(partial, out)
+        encoder = Resnet(name="resnet18").build()
+    write_bundle(out, encoder, preprocess=Preprocess.for_size(32))
     export(out, formats=["onnx"], data="sample:digits", images=20)
     return out
 

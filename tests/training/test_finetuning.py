@@ -21,8 +21,8 @@ from mvmr.data import open_images
 from mvmr.errors import MvmrError
 from mvmr.evaluation.classifiers import linear_probe
 from mvmr.evaluation.protocols import Values
-from mvmr.models.encoder import EncoderConfig, build_encoder
 from mvmr.models.student import Student
+from mvmr.models.torchvision_resnet import Resnet
 from mvmr.training import finetuning, trainer
 from mvmr.training.finetuning import finetune
 from mvmr.training.pretraining import recalibrate
@@ -43,14 +43,14 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     torch.set_num_threads(1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        encoder = build_encoder(EncoderConfig(architecture="resnet18"))
+        encoder = Resnet(name="resnet18").build()
     size, digits = Preprocess.for_size(16), open_images("sample:digits", "unlabelled").subset(range(200))
     recalibrate(encoder, digits, size, batch_size=200, workers=0, device=torch.device("cpu"))
     folder = tmp_path_factory.mktemp("start") / "student"
     folder.mkdir()
     teachers = {"teacher": {"name": "big", "weights": "w", "identity": "i" * 64}}
     return bundles.write(
-        folder, architecture="resnet18", small_kernel=False, embedding_dim=512, preprocessing=size,
+        folder, backbone="resnet18", options={"small_kernel": False}, embedding_dim=512, preprocessing=size,
         training={"method": "distillation", "teachers": teachers}, encoder_state=encoder.state_dict(),
     )  # fmt: skip
 
@@ -190,7 +190,7 @@ def test_training_starts_where_the_recipe_says(start: Bundle, photos: Path, tmp_
     """With a learning rate of next to nothing, what is found at the end is what training started from."""
     still = ("train.lr=1e-30", "train.weight_decay=0")
     theirs = start.student().encoder.state_dict()
-    settled = build_encoder(EncoderConfig(architecture="resnet18"))
+    settled = Resnet(name="resnet18").build()
     settled.load_state_dict(theirs)
     train, size = open_images(photos, "train"), start.manifest.preprocessing
     recalibrate(settled, train, size, batch_size=99, workers=0, device=torch.device("cpu"))

@@ -23,7 +23,7 @@ from mvmr.errors import MvmrError
 from mvmr.methods.method import AUGMENTED, ORIGINAL
 from mvmr.methods.mvmr import SECOND
 from mvmr.methods.objective import Embeddings, Objective
-from mvmr.models.encoder import EncoderConfig, build_encoder
+from mvmr.models.torchvision_resnet import Resnet
 from mvmr.training import pretraining, trainer
 from mvmr.training.pretraining import fit, pretrain, recalibrate
 from mvmr.training.recipe import Recipe, load_recipe
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 IMAGES = 20  # two steps to an epoch
 THREE = (ORIGINAL, AUGMENTED, SECOND)
 TINY = (
-    "model.architecture=resnet18", "method.projector=[16,16]", "views.size=16",
+    "student.backbone=resnet18", "method.projector=[16,16]", "views.size=16",
     "method.representations={pixels=1.0,augmented_pixels=1.0}",
     "train.epochs=2", "train.batch_size=8", "train.lr=1e-3", "train.warmup_steps=2", "train.workers=0",
     "train.precision=32-true", "train.log_steps=1", "train.checkpoint_steps=3",
@@ -97,8 +97,8 @@ def test_a_run_leaves_a_whole_bundle_and_nothing_beside_it(undisturbed: Bundle) 
     left = set(os.listdir(undisturbed.path))
     assert left == {"README.md", "bundle.json", "metrics.jsonl", "run.json", "skipped.txt", *WEIGHTS}
     said = undisturbed.manifest
-    assert (said.architecture, said.embedding_dim, said.preprocessing.crop) == ("resnet18", 512, 16)
-    assert said.training["method"] == "self-supervised MV-MR"
+    assert (said.backbone, said.embedding_dim, said.preprocessing.crop) == ("resnet18", 512, 16)
+    assert said.training["method"] == "mvmr"
     assert said.training["steps"] == 4
     assert said.training["seed"] == 0
     assert said.training["recipe"]["train"]["precision"] == "32-true"
@@ -290,7 +290,7 @@ def test_a_device_that_is_not_there_is_one_line(images: ImageSet, tmp_path: Path
 
 def test_init_of_another_architecture_leaves_nothing(undisturbed: Bundle, images: ImageSet, tmp_path: Path) -> None:
     with pytest.raises(MvmrError, match=r"does not fit: keys .*missing"):
-        fit(images, tmp_path / "out", recipe("model.architecture=resnet50"), init=undisturbed.path, device="cpu")
+        fit(images, tmp_path / "out", recipe("student.backbone=resnet50"), init=undisturbed.path, device="cpu")
     assert os.listdir(tmp_path) == []
 
 
@@ -391,7 +391,7 @@ def test_a_teacher_sees_each_image_once_in_its_life(images: ImageSet, tmp_path: 
     second = fit(images, tmp_path / "b", with_teacher, teachers={"teacher": teacher}, device="cpu")
     assert teacher.seen == IMAGES
     assert weights(first) == weights(second)
-    assert first.manifest.training["method"] == "distillation"
+    assert first.manifest.training["method"] == "mvmr"
     described = {"name": "brightness", "weights": "none", "identity": "b" * 64}
     assert first.manifest.training["teachers"] == {"teacher": described}
     line = json.loads((first.path / "metrics.jsonl").read_text().splitlines()[0])
@@ -474,7 +474,7 @@ def test_recalibration_moves_statistics_alone_and_always_to_the_same_place(image
     def calibrated(workers: int, history: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            encoder = build_encoder(EncoderConfig(architecture="resnet18"))
+            encoder = Resnet(name="resnet18").build()
             with torch.no_grad():  # statistics that training has left
                 for _ in range(history):
                     encoder.train()(torch.randn(4, 3, 16, 16))
@@ -485,7 +485,7 @@ def test_recalibration_moves_statistics_alone_and_always_to_the_same_place(image
     assert not first.training
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        fresh = build_encoder(EncoderConfig(architecture="resnet18"))
+        fresh = Resnet(name="resnet18").build()
     for ours, theirs in zip(first.parameters(), fresh.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     for (name, a), (_, b) in zip(first.named_buffers(), second.named_buffers(), strict=True):

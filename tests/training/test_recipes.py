@@ -32,13 +32,13 @@ def test_the_page_says_what_a_recipe_of_the_paper_says(package: str, name: str) 
     recipe = load_recipe(name, package)
     size, stem, epochs, batch, accumulation, warmup = told(name)
     assert size == f"{recipe.views.size} px"
-    assert (stem == "yes") == recipe.model.small_kernel
+    assert (stem == "yes") == recipe.student.small_kernel
     train = recipe.train
     assert (int(epochs), int(batch)) == (train.epochs, train.batch_size)
     assert (int(accumulation), int(warmup)) == (train.accumulate, train.warmup_steps)
     assert (train.optimizer, train.lr, train.weight_decay) == ("adam", 1e-4, 1e-6)
     assert recipe.method.projector == (8192, 8192, 8192)
-    assert (recipe.model.architecture, recipe.views.policy) == ("resnet50", "paper")
+    assert (recipe.student.backbone, recipe.views.policy) == ("resnet50", "paper")
 
 
 @pytest.mark.parametrize(("package", "name"), [pair for pair in SHIPPED if re.search("-(ssl|distill)|paper", pair[1])])

@@ -1,0 +1,61 @@
+"""What a student is: the contract between an architecture and the rest of the house, and the settings that name one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+
+
+class Backbone(Protocol):
+    """An architecture, which knows of itself what training, reports and export ask.
+
+    name: as recipes and bundles call it; options: what else makes its weights fit, as JSON
+    width: D of the features
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def options(self) -> Mapping[str, Any]: ...
+
+    @property
+    def width(self) -> int: ...
+
+    def build(self) -> nn.Module:
+        """The encoder, its weights drawn from torch's global generator.
+
+        Shapes: images [B, 3, S, S] float32, normalised -> features h [B, D] float32, not normalised.
+        """
+        ...
+
+    def stages(self, encoder: nn.Module) -> nn.Module:
+        """A module that shares the encoder's tensors and gives what leaves each of its stages.
+
+        Shapes: images [B, 3, S, S] float32, normalised -> by name, in their order, [B, width of the stage], averaged
+        over space. The last are the features.
+        """
+        ...
+
+    def undecayed(self, encoder: nn.Module) -> Collection[str]:
+        """Names of the parameters that weight decay must leave alone."""
+        ...
+
+    def served(self, encoder: nn.Module) -> nn.Module:
+        """A copy as it is exported, on the CPU in float32: what can be folded is folded."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """Which backbone a student is, the `[student]` table of a recipe.
+
+    backbone: resnet18, resnet50, or timm: and the name of one of timm's models
+    small_kernel: of a ResNet: a stem that keeps the resolution of small images (32 to 64 px)
+    """
+
+    backbone: str = "resnet50"
+    small_kernel: bool = False

@@ -1,0 +1,84 @@
+"""torchvision's own ResNets without their classifier, so that weights travel both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import resnet18, resnet50
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from mvmr.models.folding import fold_batch_norm, plain_copy
+
+_FACTORIES = {"resnet18": resnet18, "resnet50": resnet50}
+_WIDTHS = {"resnet18": 512, "resnet50": 2048}
+_STAGES = {"maxpool": "stem", "layer1": "layer1", "layer2": "layer2", "layer3": "layer3", "layer4": "layer4"}
+
+NAMES = tuple(_FACTORIES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resnet:
+    """A ResNet; the last batch norm of every residual block starts at zero: each block starts as the identity.
+
+    With `small_kernel` the stem is a 3 x 3 convolution of stride 1 without max-pooling; all key names stay.
+    Features are non-negative: they leave a ReLU and an average.
+    """
+
+    name: str
+    small_kernel: bool = False
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        return {"small_kernel": self.small_kernel}
+
+    @property
+    def width(self) -> int:
+        """512 for resnet18, 2048 for resnet50."""
+        return _WIDTHS[self.name]
+
+    def build(self) -> nn.Module:
+        encoder: nn.Module = _FACTORIES[self.name](weights=None, zero_init_residual=True)
+        encoder.fc = nn.Identity()
+        if self.small_kernel:
+            stem = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+            nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+            encoder.conv1 = stem
+            encoder.maxpool = nn.Identity()
+        return encoder
+
+    def stages(self, encoder: nn.Module) -> nn.Module:
+        return _Stages(encoder)
+
+    def undecayed(self, encoder: nn.Module) -> Collection[str]:
+        """None: the paper decays batch norms, too."""
+        return ()
+
+    def served(self, encoder: nn.Module) -> nn.Module:
+        copied = plain_copy(encoder)
+        copied.avgpool = _SpatialMean()
+        return fold_batch_norm(copied)
+
+
+class _Stages(nn.Module):
+    """The stem and the four layers, of which the last gives the features."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.extractor = create_feature_extractor(encoder, _STAGES)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        maps = self.extractor(images)
+        return {name: F.adaptive_avg_pool2d(each, 1).flatten(1) for name, each in maps.items()}
+
+
+class _SpatialMean(nn.Module):
+    """The average pool of a ResNet as one mean: torch exports its own, and the flattening after it, as eleven nodes."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """[N, D, h, w] -> [N, D]."""
+        return torch.mean(maps, (-2, -1))

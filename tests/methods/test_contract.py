@@ -1,0 +1,163 @@
+"""What every method must hold to, whatever it learns: one test file over the whole table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mvmr.bundles.preprocess import Preprocess
+from mvmr.config import parse, to_mapping
+from mvmr.errors import MvmrError
+from mvmr.methods.method import Method, MethodConfig
+from mvmr.methods.table import CONFIGS, METHODS, build_method
+from mvmr.training.recipe import Recipe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIZE, WIDTH, BATCH = 8, 12, 6
+SMALL: dict[str, dict[str, Any]] = {
+    "mvmr": {"projector": (8,), "representations": {"pixels": 1.0}, "regression": {"pixels": 0.5}},
+    "simclr": {"projector": (8, 6)},
+    "byol": {"projector": (8, 6), "predictor": (8, 6)},
+}
+
+
+class Encoder(nn.Module):
+    """A small convolutional encoder with a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, WIDTH, 3, bias=False), nn.BatchNorm2d(WIDTH), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = self.layers(images)
+        return out
+
+
+def config(name: str) -> MethodConfig:
+    return CONFIGS[name](**SMALL[name])
+
+
+def build(name: str, seed: int = 0) -> Method:
+    statistics = {"pixels": (torch.zeros(3 * SIZE * SIZE), torch.full((3 * SIZE * SIZE,), 80.0))}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_method(config(name), Encoder(), WIDTH, Preprocess.for_size(SIZE), statistics)
+
+
+def batch(name: str, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    views = {
+        spec.name: torch.randint(0, 256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
+        for spec in config(name).views
+    }
+    pixels = torch.rand(BATCH, 3 * SIZE * SIZE, generator=generator) * 255
+    return views, dict.fromkeys(config(name).targets, pixels)
+
+
+def step(method: Method, name: str, seed: int = 0) -> float:
+    """One step of plain gradient descent; returns the loss before it."""
+    loss = torch.stack(list(method(*batch(name, seed)).losses.values())).sum()
+    loss.backward()
+    with torch.no_grad():
+        for parameter in method.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.05 * parameter.grad
+                parameter.grad = None
+    method.after_step(1, 10)
+    return float(loss.detach())
+
+
+every = pytest.mark.parametrize("name", METHODS)
+
+
+@every
+def test_its_settings_survive_a_recipe_and_back(name: str) -> None:
+    recipe = Recipe(method=config(name))
+    assert parse(Recipe, to_mapping(recipe), where="test") == recipe
+    assert to_mapping(recipe)["method"]["name"] == name == config(name).name
+
+
+@every
+def test_its_views_have_names_of_their_own(name: str) -> None:
+    names = [spec.name for spec in config(name).views]
+    assert names
+    assert len(set(names)) == len(names)
+    assert set(config(name).standardised) <= set(config(name).targets)
+
+
+@every
+def test_terms_are_finite_scalars_in_float32_and_reach_all_that_is_trained(name: str) -> None:
+    method = build(name)
+    losses = method(*batch(name)).losses
+    assert losses
+    assert all(term.shape == () and term.dtype == torch.float32 and term.isfinite() for term in losses.values())
+    torch.stack(list(losses.values())).sum().backward()
+    for key, parameter in method.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, key
+            assert parameter.grad.isfinite().all(), key
+        else:
+            assert parameter.grad is None, key
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in method.encoder.parameters())
+
+
+@every
+def test_in_half_precision_the_loss_is_still_computed_in_float32(name: str) -> None:
+    method = build(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = method(*batch(name)).losses
+    assert all(term.dtype == torch.float32 for term in losses.values())
+    exact = build(name)(*batch(name)).losses
+    for key, term in losses.items():
+        torch.testing.assert_close(term, exact[key], rtol=0.1, atol=0.05)
+
+
+@every
+def test_descending_lowers_the_loss_of_a_batch(name: str) -> None:
+    method = build(name)
+    values = [step(method, name) for _ in range(60)]
+    assert values[-1] < values[0]
+
+
+@every
+def test_all_that_it_remembers_is_in_its_state(name: str) -> None:
+    """Saved after two steps and gone on with by a fresh one, the third step is the same to the bit."""
+    method = build(name)
+    for seed in range(2):
+        step(method, name, seed)
+    fresh = build(name, seed=99)
+    fresh.load_state_dict(method.state_dict())
+    assert step(method, name, 2) == step(fresh, name, 2)
+    assert all(torch.equal(mine, fresh.state_dict()[key]) for key, mine in method.state_dict().items())
+
+
+@every
+def test_looking_at_a_step_changes_nothing_and_gives_plain_numbers(name: str) -> None:
+    method = build(name)
+    outputs = method(*batch(name)).outputs
+    before = {key: value.clone() for key, value in method.state_dict().items()}
+    found = [method.diagnose(outputs, torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert found[0] == found[1]
+    assert all(isinstance(value, float) for value in found[0].values())
+    assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items())
+
+
+@every
+def test_the_features_are_the_encoders(name: str) -> None:
+    method = build(name).eval()
+    images = next(iter(batch(name)[0].values()))
+    normalised = torch.from_numpy(Preprocess.for_size(SIZE).normalise(images.permute(0, 2, 3, 1).numpy()))
+    torch.testing.assert_close(method.features(images), method.encoder(normalised))
+
+
+def test_an_unknown_method_names_the_nearest_and_an_unknown_setting_its_key() -> None:
+    with pytest.raises(MvmrError, match=r"method\.name = 'simcrl' should be one of mvmr, .*did you mean 'simclr'\?"):
+        parse(Recipe, {"method": {"name": "simcrl"}}, where="test")
+    with pytest.raises(MvmrError, match=r"unknown key 'method\.temprature', did you mean 'temperature'\?"):
+        parse(Recipe, {"method": {"name": "simclr", "temprature": 0.1}}, where="test")

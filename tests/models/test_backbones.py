@@ -1,0 +1,122 @@
+"""What every backbone must hold to: one test file over all kinds, and timm's three unlike ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mvmr.bundles import bundle as bundles
+from mvmr.bundles.preprocess import Preprocess
+from mvmr.errors import MvmrError
+from mvmr.models.backbone import Backbone, StudentConfig
+from mvmr.models.student import save_student
+from mvmr.models.table import backbone_of, open_backbone
+from tests.making import untrained, write_bundle
+
+pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
+
+SIZE = 64
+CONFIGS = {
+    "resnet18": StudentConfig(backbone="resnet18"),
+    "resnet18 with a small kernel": StudentConfig(backbone="resnet18", small_kernel=True),
+    "depthwise": StudentConfig(backbone="timm:mobilenetv3_small_100"),
+    "without batch norm": StudentConfig(backbone="timm:convnext_atto"),
+    "transformer": StudentConfig(backbone="timm:vit_tiny_patch16_224"),
+}
+
+
+@pytest.fixture(params=CONFIGS, scope="module")
+def backbone(request: pytest.FixtureRequest) -> Backbone:
+    return open_backbone(CONFIGS[request.param], SIZE)
+
+
+def images(count: int = 4) -> torch.Tensor:
+    return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+
+
+def seasoned(backbone: Backbone) -> nn.Module:
+    """An encoder whose batch norms have seen images."""
+    encoder = untrained(backbone)
+    with torch.no_grad():
+        for part in encoder.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                nn.init.uniform_(part.weight, 0.5, 1.0, generator=torch.Generator().manual_seed(1))
+                part.momentum = None
+        encoder.train()(images(16))
+    return encoder.eval()
+
+
+def test_the_encoder_gives_vectors_of_its_width(backbone: Backbone) -> None:
+    with torch.no_grad():
+        assert untrained(backbone).eval()(images()).shape == (4, backbone.width)
+
+
+def test_one_seed_gives_the_same_weights(backbone: Backbone) -> None:
+    one, other = (untrained(backbone, seed=3).state_dict() for _ in range(2))
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def test_the_last_stage_is_the_features_and_the_encoder_stays_as_it_is(backbone: Backbone) -> None:
+    encoder = seasoned(backbone)
+    with torch.no_grad():
+        stages, features = backbone.stages(encoder).eval()(images()), encoder(images())
+    assert len(stages) > 3
+    assert all(rows.ndim == 2 and len(rows) == 4 for rows in stages.values())
+    torch.testing.assert_close(list(stages.values())[-1], features)
+
+
+def test_what_is_served_does_what_was_trained_without_a_batch_norm(backbone: Backbone) -> None:
+    encoder = seasoned(backbone)
+    with torch.no_grad():
+        wanted, found = encoder(images()), backbone.served(encoder)(images())
+    scale = wanted.abs().max()
+    torch.testing.assert_close(found / scale, wanted / scale, rtol=0, atol=1e-5)
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in backbone.served(encoder).modules())
+
+
+def test_undecayed_parameters_are_there(backbone: Backbone) -> None:
+    encoder = untrained(backbone)
+    named = dict(encoder.named_parameters())
+    assert set(backbone.undecayed(encoder)) <= named.keys()
+    if backbone.name.startswith("timm:"):
+        assert all(named[name].ndim > 1 for name in named.keys() - set(backbone.undecayed(encoder)))
+
+
+def test_a_bundle_gives_the_same_backbone_and_the_same_features(backbone: Backbone, tmp_path: Path) -> None:
+    encoder = seasoned(backbone)
+    made = write_bundle(tmp_path / "student", encoder, backbone, preprocess=Preprocess.for_size(SIZE))
+    assert backbone_of(bundles.load(made.path).manifest) == backbone
+    pixels = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), dtype=np.uint8)
+    normalised = torch.from_numpy(Preprocess.for_size(SIZE).normalise(pixels))
+    with torch.no_grad():
+        torch.testing.assert_close(made.student().embed(pixels), encoder(normalised))
+
+
+def test_weights_of_another_backbone_are_never_written(backbone: Backbone, tmp_path: Path) -> None:
+    other = open_backbone(CONFIGS["resnet18" if "resnet" not in backbone.name else "transformer"], SIZE)
+    with pytest.raises(MvmrError, match="does not fit"):
+        save_student(tmp_path, untrained(other), backbone, preprocess=Preprocess.for_size(SIZE), training={})
+
+
+def test_a_model_that_does_not_pool_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mvmr.models import timm_model
+
+    monkeypatch.setattr(timm_model, "_create", lambda name, size: nn.Conv2d(3, 4, 1))
+    timm_model._width.cache_clear()
+    with pytest.raises(MvmrError, match=r"gives \[2, 4, 48, 48\] for two images, no vector each"):
+        open_backbone(CONFIGS["depthwise"], 48)
+    timm_model._width.cache_clear()
+
+
+def test_options_of_a_strangers_bundle_are_checked(tmp_path: Path) -> None:
+    made = write_bundle(tmp_path / "student")
+    for options, said in (
+        ({}, "small_kernel = None"),
+        ({"small_kernel": 1}, "small_kernel = 1: it must be"),
+    ):
+        with pytest.raises(MvmrError, match=said):
+            backbone_of(type(made.manifest)(**{**vars(made.manifest), "options": options}))
