@@ -6,7 +6,7 @@ BIN := .venv/bin
 UV := $(BIN)/python -m uv pip
 PINNED := --constraint constraints.txt --build-constraint constraints.txt
 
-.PHONY: quickstart app test test-fast lint format constraints gpu-wheels clean
+.PHONY: quickstart app test test-fast lint format house constraints gpu-wheels clean
 .DELETE_ON_ERROR:
 
 quickstart: .venv/.train
@@ -37,6 +37,10 @@ lint: .venv/.dev
 format: .venv/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Files to a folder, imports between files, what is long; AT=COMMIT for another commit.
+house: .venv/.dev
+	$(BIN)/python benchmarks/house.py $(if $(AT),--at $(AT))
 
 # The newest versions that agree with pyproject.toml; run the tests before you commit them.
 constraints: .venv/.uv

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from mvmr.errors import MvmrError
 from mvmr.serve.engine import Floats
 
 if TYPE_CHECKING:
-    from mvmr.distillation.teachers.teacher import Teacher
+    from mvmr.distillation.teachers.teacher import Teacher, TextTeacher
 
 MOST_NAMES = 200
 _LONGEST_NAME = 80
@@ -69,7 +69,7 @@ def zero_shot(teacher: Teacher, embedding: Floats, names: tuple[str, ...], count
     """
     from mvmr.distillation.zeroshot import templates_for, zero_shot_logits  # here, for torch takes seconds
 
-    columns = teacher.zero_shot_classifier(names, templates_for(teacher))
+    columns = cast("TextTeacher", teacher).zero_shot_classifier(names, templates_for(teacher))
     logits = _SCALE * zero_shot_logits(embedding[None], columns)[0]
     powers = np.exp(logits - logits.max())
     return best(np.asarray(powers / powers.sum(), np.float32), names, count)

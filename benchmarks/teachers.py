@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.data import ImageSet
-from mvmr.distillation.teachers.teacher import Teacher
+from mvmr.distillation.teachers.clip import ClipTeacher
 from mvmr.distillation.teachers.tiny_clip import TinyClip, train_tiny_clip
 from mvmr.errors import MvmrError
 from mvmr.representations import Pretrained
@@ -63,10 +63,10 @@ class EfficientNetLite:
         return features.float()
 
 
-def stand_in(images: ImageSet, runs: Path, config: TinyClip, seed: int) -> Teacher:
+def stand_in(images: ImageSet, runs: Path, config: TinyClip, seed: int) -> ClipTeacher:
     """The tiny CLIP of these labelled images and this seed, trained once and kept below ``runs``."""
     place = runs / f"clip-{images.fingerprint[:12]}-{seed}"
-    return Teacher.load(train_tiny_clip(images, place, config=config, seed=seed))
+    return ClipTeacher.load(train_tiny_clip(images, place, config=config, seed=seed))
 
 
 class Unit:

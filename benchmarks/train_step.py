@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mvmr.bundles import weights
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.config import to_mapping
-from mvmr.distillation.teachers.teacher import Teacher
+from mvmr.distillation.teachers.clip import ClipTeacher
 from mvmr.errors import MvmrError, unknown
 from mvmr.methods.method import Method
 from mvmr.methods.objective import Embeddings
@@ -45,7 +45,7 @@ from mvmr.representations import AUGMENTED_PIXELS, HAND_CRAFTED, hand_crafted
 from mvmr.training.recipe import Recipe, load_recipe
 
 _ENOUGH_SECONDS = 0.02  # of the objective alone, to a sample
-_PRELOAD = ("mvmr.distillation.teachers.teacher", "mvmr.training.pretraining", "mvmr.representations.scattering")
+_PRELOAD = ("mvmr.distillation.teachers.clip", "mvmr.training.pretraining", "mvmr.representations.scattering")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ class Bench:
             for last in sorted({case.channels_last for case in cases})
         }
         self.teachers = {
-            case.precision: Teacher.load(
+            case.precision: ClipTeacher.load(
                 setup.teacher,
                 setup.teacher_weights,
                 device=setup.device,

@@ -14,28 +14,35 @@ from mvmr.progress import say_plan
 @click.command()
 @click.option(
     "--teacher",
+    "teachers",
     required=True,
-    metavar="NAME|FOLDER",
-    help="An open_clip model such as ViT-B-16, or a folder in its hub format.",
+    multiple=True,
+    metavar="[NAME=]SPEC",
+    help="An open_clip model such as ViT-B-16, a folder in its hub format, timm:NAME[:FILE] or python:MODULE:FACTORY. "
+    "Given several times, each with a name: clip=ViT-B-16.",
 )
 @click.option(
     "--pretrained",
     metavar="TAG|FILE",
-    help="Its weights: a tag of open_clip's, or a file; the default is named before the start.",
+    help="Weights of an open_clip model: one of its tags, or a file; the default is named before the start.",
 )
 @click.option("--data", default="sample:patches", show_default=True, help="A folder, or a name such as stl10:ROOT.")
 @TRAINING
 def distill(
-    teacher: str, pretrained: str | None, data: str, out: str | None, assign: tuple[str, ...], **options: Any
-) -> None:
-    """Distil a teacher into a small student, from unlabelled images."""
+    teachers: tuple[str, ...], pretrained: str | None, data: str, out: str | None, assign: tuple[str, ...],
+    **options: Any,
+) -> None:  # fmt: skip
+    """Distil a teacher, or several, into a small student, from unlabelled images."""
     from mvmr.distillation.distill import distill as run
-    from mvmr.distillation.teachers.open_clip import default_weights
+    from mvmr.distillation.teachers.clip_source import default_weights
+    from mvmr.distillation.teachers.table import parse_specs
 
-    target = out or f"runs/{slug(teacher)}-{slug(data)}"
-    weights = pretrained or default_weights(teacher)
-    say_plan(teacher=teacher, weights=weights, data=data, recipe=options["recipe"], out=target)
-    finished(run(teacher, data, target, pretrained=pretrained, assign=assign, progress=True, **options).path, data)
+    specs = parse_specs(teachers)
+    target = out or f"runs/{'-'.join(slug(str(spec)) for spec in specs)}-{slug(data)}"
+    weights = [pretrained or default_weights(spec.what) for spec in specs if spec.kind == "open_clip"]
+    told = {"teacher": ", ".join(map(str, specs))} | ({"weights": ", ".join(weights)} if weights else {})
+    say_plan(**told, data=data, recipe=options["recipe"], out=target)
+    finished(run(teachers, data, target, pretrained=pretrained, assign=assign, progress=True, **options).path, data)
 
 
 @click.command()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 from mvmr.bundles import bundle as bundles
 from mvmr.distillation.teachers.recorded import teacher_of
+from mvmr.distillation.teachers.teacher import NoTextTower, TextTeacher
 from mvmr.distillation.zeroshot import fit_space_map, store_map, templates_for, zero_shot_logits
 from mvmr.errors import MvmrError
 from mvmr.evaluation.evaluate import open_labelled, record
@@ -54,7 +56,12 @@ def compare(
     background = opened.manifest.preprocessing.background
     labelled = open_labelled(data, background=background, max_unreadable=max_unreadable, progress=progress)
     measures, with_text = _split(labelled, protocols, ks)
-    loaded = teacher_of(opened, teacher, pretrained, device, text=with_text or keep_map)
+    try:
+        loaded = teacher_of(opened, teacher, pretrained, device, text=with_text or keep_map)
+    except NoTextTower:
+        if protocols is not None or keep_map:  # asked for, not a default
+            raise
+        loaded, with_text = teacher_of(opened, teacher, pretrained, device, text=False), False
     described: dict[str, Representation] = {"teacher": loaded, "student": opened.student(device)}
     sides = {name: Measured(each, labelled, device=device, progress=progress) for name, each in described.items()}
     found: Comparison = {name: {} for name in sides}
@@ -63,7 +70,7 @@ def compare(
         if keep_map:
             opened = store_map(opened, space_map, loaded)
     if with_text:
-        columns = loaded.zero_shot_classifier(labelled.classes, templates_for(loaded))
+        columns = cast(TextTeacher, loaded).zero_shot_classifier(labelled.classes, templates_for(loaded))
         embeddings = {
             "teacher": sides["teacher"].test_features,
             "student": space_map(sides["student"].test_features),

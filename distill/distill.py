@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from mvmr.bundles.bundle import Bundle
 from mvmr.data import open_images
-from mvmr.distillation.teachers.teacher import Teacher
+from mvmr.distillation.teachers.table import open_teacher, parse_specs
+from mvmr.distillation.teachers.teacher import NAME
+from mvmr.methods.mvmr import MvmrConfig
 from mvmr.training.pretraining import fit
-from mvmr.training.recipe import load_recipe
+from mvmr.training.recipe import Recipe, load_recipe
 
 
 def distill(
-    teacher: str | Path,
+    teacher: str | Path | Sequence[str | Path],
     data: str,
     out: str | Path,
     *,
@@ -36,18 +39,36 @@ def distill(
     epoch (and by the next run on the same images).
 
     Args:
-        teacher: an open_clip model name, or a folder in open_clip's hub format.
+        teacher: an open_clip model name, a folder in open_clip's hub format, ``timm:NAME[:FILE]`` or
+            ``python:MODULE:FACTORY``; or several, each with a name: ``["clip=ViT-B-16", "dino=timm:..."]``. What the
+            recipe says of its ``teacher`` holds for each that it does not name, its weights shared between them.
         pretrained: a tag of open_clip's, or a weights file; left out, `teachers.open_clip` names the default.
 
     The other arguments, and what is raised: as in :func:`mvmr.training.pretraining.pretrain`.
     """
-    resolved = load_recipe(recipe, "mvmr.distillation", assign)
+    specs = parse_specs(teacher)
+    resolved = for_teachers(load_recipe(recipe, "mvmr.distillation", assign), [spec.name for spec in specs])
     images = open_images(
         data, "unlabelled", background=resolved.views.background, max_unreadable=max_unreadable, progress=progress
     )
-    cuda = device != "cpu" and torch.cuda.is_available()
-    loaded = Teacher.load(teacher, pretrained, device="cuda" if cuda else "cpu")
+    place = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    loaded = {spec.name: open_teacher(spec, pretrained, device=place) for spec in specs}
     return fit(
-        images, out, resolved, teachers={"teacher": loaded}, init=init, resume=resume, overwrite=overwrite,
+        images, out, resolved, teachers=loaded, init=init, resume=resume, overwrite=overwrite,
         device=device, devices=devices, progress=progress,
     )  # fmt: skip
+
+
+def for_teachers(recipe: Recipe, names: Sequence[str]) -> Recipe:
+    """A recipe in which what is said of `teacher` holds for those that it doesn't name, its weights shared equally."""
+    method = recipe.method
+    unnamed = [name for name in names if name not in method.targets]
+    if NAME in names or NAME not in method.targets or not unnamed or not isinstance(method, MvmrConfig):
+        return recipe
+
+    def shared(weights: Mapping[str, float]) -> dict[str, float]:
+        rest = {name: weight for name, weight in weights.items() if name != NAME}
+        return rest | (dict.fromkeys(unnamed, weights[NAME] / len(unnamed)) if NAME in weights else {})
+
+    told = replace(method, representations=shared(method.representations), regression=shared(method.regression))
+    return replace(recipe, method=told)

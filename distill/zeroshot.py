@@ -41,7 +41,7 @@ Rows = npt.ArrayLike | Tensor
 
 
 def templates_for(teacher: Teacher) -> tuple[str, ...]:
-    """Return captions for `Teacher.zero_shot_classifier`: open_clip's 80; for a tiny CLIP those it was trained on."""
+    """Captions for `TextTeacher.zero_shot_classifier`: open_clip's 80; for a tiny CLIP those it was trained on."""
     file = Path(teacher.weights)
     tiny = file.is_file() and file.with_name("tiny_clip.json").is_file()
     return TEMPLATES if tiny else IMAGENET_TEMPLATES
@@ -115,7 +115,7 @@ def zero_shot_logits(embeddings: Rows, columns: Rows) -> Floats:
     """Return the cosine of each row with each class, in [-1, 1], computed as open_clip does (bit for bit on the CPU).
 
     embeddings: [N, K], of the teacher or mapped, normalised or not
-    columns: [K, C] of unit length, as `Teacher.zero_shot_classifier` makes them
+    columns: [K, C] of unit length, as `TextTeacher.zero_shot_classifier` makes them
 
     Shapes: float32 [N, C]. open_clip multiplies by 100 before a softmax.
     Raises: MvmrError for widths that don't fit one another, or values that are not finite.
@@ -168,7 +168,7 @@ def read_map(bundle: Bundle, teacher: Teacher | str) -> tuple[SpaceMap, dict[str
     _check_width(space_map, bundle)
     if record["space_id"] != bundle.space_id:
         raise MvmrError(f"{bundle.file(listed[1])} was fitted on another encoder; fit the map on this bundle")
-    if isinstance(teacher, Teacher) and record["teacher"]["identity"] != teacher.identity:
+    if not isinstance(teacher, str) and record["teacher"]["identity"] != teacher.identity:
         fitted = f"fitted to {name} ({record['teacher']['weights']})"
         raise MvmrError(f"the map in {bundle.path} was {fitted}, not to {teacher.weights}; load that, or fit again")
     return space_map, record

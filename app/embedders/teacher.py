@@ -79,18 +79,20 @@ def load_teacher(
 
 def _with_text(bundle: Bundle | None, teacher: str | Path | None, pretrained: str | Path | None, device: str) -> Loaded:
     from mvmr.distillation.teachers.recorded import teacher_of  # here, for open_clip takes seconds
-    from mvmr.distillation.teachers.teacher import Teacher
+    from mvmr.distillation.teachers.table import open_teacher, parse_specs
+    from mvmr.distillation.teachers.teacher import NoTextTower
 
     def load(*, text: bool) -> Teacher:
         if bundle is not None:
             return teacher_of(bundle, teacher, pretrained, device, text=text)
-        return Teacher.load(teacher or "", pretrained, device=device, text=text)
+        return open_teacher(parse_specs(teacher or ())[0], pretrained, device=device, text=text)
 
     try:
         return Loaded(load(text=True), has_text=True)
-    except MvmrError as error:
-        if "text tower" not in str(error):
-            raise
+    except NoTextTower:
+        pass
+    except MvmrError:
+        raise
     except Exception as error:  # some text towers need packages or files of their own, which each fail in their own way
         logger.warning("no text tower of the teacher, so no zero-shot: %s", " ".join(str(error).split())[:200])
     return Loaded(load(text=False), has_text=False)
@@ -110,7 +112,7 @@ def _size(name: str, weights: str) -> int | None:
     try:
         if Path(weights).is_file():
             return Path(weights).stat().st_size
-        from mvmr.distillation.teachers.open_clip import find_source
+        from mvmr.distillation.teachers.clip_source import find_source
 
         return find_source(name, weights).file.stat().st_size
     except (MvmrError, OSError):

@@ -11,7 +11,7 @@ from mvmr import strict_json
 from mvmr.bundles import bundle as bundles
 from mvmr.bundles.bundle import Bundle
 from mvmr.bundles.manifest import Manifest
-from mvmr.distillation.teachers.open_clip import default_tag
+from mvmr.distillation.teachers.clip_source import default_tag
 from mvmr.errors import MvmrError
 from mvmr.export.artifacts import FORMATS, artifact, report_of
 

@@ -18,7 +18,7 @@ import torch
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.data import ImageSet, open_images
 from mvmr.distillation.quickstart.picture import draw_neighbours
-from mvmr.distillation.teachers.teacher import Teacher
+from mvmr.distillation.teachers.clip import ClipTeacher
 from mvmr.distillation.teachers.tiny_clip import TinyClip, train_tiny_clip
 from mvmr.distillation.zeroshot import templates_for, zero_shot_logits
 from mvmr.evaluation.neighbours import nearest
@@ -97,7 +97,7 @@ def _run(
         source = teacher or train_tiny_clip(
             data.train, folder / "teacher", config=STAND_IN, seed=seed, progress=progress
         )
-        teaching = Teacher.load(source, pretrained, text=True)
+        teaching = ClipTeacher.load(source, pretrained, text=True)
     unlabelled = open_images(DATA, "unlabelled")
     train = partial(fit, unlabelled, resume=not overwrite, overwrite=overwrite, device="cpu", progress=progress)
     with _timed("ssl", seconds):
@@ -138,7 +138,7 @@ def _row(measured: Measured) -> dict[str, float]:
     return {"linear": measured.linear()["top1"], "knn": measured.knn(ks=(5,))["top1_weighted_k5"]}
 
 
-def _zero_shot(teacher: Teacher, measured: Measured) -> float:
+def _zero_shot(teacher: ClipTeacher, measured: Measured) -> float:
     columns = teacher.zero_shot_classifier(measured.data.classes, templates_for(teacher))
     return top_k(zero_shot_logits(measured.test_features, columns), measured.data.test_labels, 1)
 

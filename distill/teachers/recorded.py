@@ -1,39 +1,63 @@
-"""The teacher that a bundle was distilled from, found again by what the bundle records."""
+"""The teachers that a bundle was distilled from, found again by what the bundle records."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mvmr.bundles.bundle import Bundle
-from mvmr.distillation.teachers.teacher import Teacher
-from mvmr.errors import MvmrError
+from mvmr.distillation.teachers.table import KINDS, open_teacher
+from mvmr.distillation.teachers.teacher import NAME, Spec, Teacher
+from mvmr.errors import MvmrError, unknown
+
+_KEYS = {"name", "weights", "identity"}
+
+
+def recorded_teachers(bundle: Bundle) -> dict[str, Mapping[str, Any]]:
+    """What a bundle says of its teachers, by the name its recipe calls them; only what can be made sense of."""
+    said = bundle.manifest.training.get("teachers")
+    if not isinstance(said, Mapping):
+        return {}
+    return {name: each for name, each in said.items() if isinstance(each, Mapping) and set(each) >= _KEYS}
 
 
 def teacher_of(
     bundle: Bundle, name: str | Path | None, pretrained: str | Path | None, device: str, *, text: bool
 ) -> Teacher:
-    """Load the teacher named, or else the one the bundle records.
+    """Load the teacher named, by a spec or by the name a bundle of several records it under; else the recorded one.
 
     Raises:
-        MvmrError: the bundle records none, its weights can't be had, or they are not the ones it was distilled from.
+        MvmrError: the bundle records none, or several of which none is named; its weights can't be had, or they are
+            not the ones it was distilled from.
     """
-    if name is not None:
-        return Teacher.load(name, pretrained, device=device, text=text)
-    recorded = bundle.manifest.training.get("teachers")
-    described = recorded.get("teacher") if isinstance(recorded, Mapping) else None
-    if not isinstance(described, Mapping) or not {"name", "weights", "identity"} <= set(described):
+    recorded = recorded_teachers(bundle)
+    if name is not None and str(name) not in recorded:
+        return open_teacher(Spec.parse(name, tuple(KINDS)), pretrained, device=device, text=text)
+    if not recorded:
         raise MvmrError(f"bundle {bundle.path} names no teacher to compare with; give one: --teacher ViT-B-16")
+    if name is None and len(recorded) > 1 and NAME not in recorded:
+        known = ", ".join(recorded)
+        raise MvmrError(f"bundle {bundle.path} was distilled from several teachers ({known}); give one: --teacher NAME")
+    return _reopened(bundle, recorded[str(name or (NAME if NAME in recorded else next(iter(recorded))))], device, text)
+
+
+def _reopened(bundle: Bundle, described: Mapping[str, Any], device: str, text: bool) -> Teacher:
     file = Path(described["weights"])
     if file.suffix and len(file.parts) > 1 and not file.exists():  # a tag is neither
         raise MvmrError(
             f"the teacher that {bundle.path} was distilled from is not at {file} any more (looked from {Path.cwd()}); "
             "say where: --teacher NAME|FOLDER, and --pretrained FILE"
         )
-    if (file.parent / "open_clip_config.json").is_file():  # a folder in open_clip's hub format
-        loaded = Teacher.load(file.parent, device=device, text=text)
+    kind = str(described.get("kind", "open_clip"))
+    if kind not in KINDS:
+        raise unknown(f"kind of teacher in {bundle.path}", kind, KINDS)
+    if kind != "open_clip":
+        loaded = open_teacher(Spec(NAME, kind, str(described["what"])), device=device, text=text)
+    elif (file.parent / "open_clip_config.json").is_file():  # a folder in open_clip's hub format
+        loaded = open_teacher(Spec(NAME, kind, str(file.parent)), device=device, text=text)
     else:
-        loaded = Teacher.load(described["name"], described["weights"], device=device, text=text)
+        loaded = open_teacher(Spec(NAME, kind, described["name"]), described["weights"], device=device, text=text)
     if loaded.identity != described["identity"]:
         raise MvmrError(
             f"teacher {described['name']} with weights {described['weights']} is not the one {bundle.path} was "

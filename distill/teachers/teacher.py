@@ -1,171 +1,176 @@
-"""A frozen CLIP image tower from open_clip, with its own preprocessing: one more fixed representation."""
+"""What a teacher is: the contract that every kind keeps, and the spec by which a user names one."""
 
-import contextlib
+from __future__ import annotations
+
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import open_clip
+import numpy as np
 import torch
-from open_clip.convert import convert_state_dict
-from open_clip.factory import LOCAL_DIR_PREFIX
-from open_clip.model import _build_vision_tower, resize_pos_embed
-from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from PIL import Image
 from torch import Tensor, nn
 
-from mvmr.bundles import weights
-from mvmr.distillation.teachers.open_clip import Source, find_source
 from mvmr.errors import MvmrError
 
-
-class Prepare(Protocol):
-    """An image of any mode -> the tensor a teacher takes. Carries no weights, so workers are sent little."""
-
-    def __call__(self, image: Image.Image) -> Tensor: ...
+NAME = "teacher"  # of one that is given none
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
-class Teacher:
-    """A CLIP image tower that is never trained.
+class Teacher(Protocol):
+    """A frozen network with its own preprocessing: one more representation of the original view.
 
-    Not an `nn.Module`, on purpose: kept as an attribute of one, it stays out of that module's parameters,
-    checkpoints and `train()`. It satisfies the interface of a representation (`mvmr.representations.cache.represent`).
-
-    name: as open_clip calls the model, or the name of the folder it came from
-    weights: the tag or file they came from, for people
-    identity: hex sha256 of weights, architecture, precision and preprocessing
-    dim: length of an embedding
-    prepare: open_clip's own evaluation transform: PIL image of any mode -> float32 [3, S, S], normalised by the
-        teacher's own mean and standard deviation
+    name: what it is, for people; weights: the tag or file its weights came from, for people
+    identity: hex sha256 of all that its embeddings depend on but the image
+    dim: length of an embedding; parameters: how many it has
     """
 
     name: str
     weights: str
     identity: str
     dim: int
-    preprocess_cfg: PreprocessCfg
-    prepare: Prepare
-
-    def __init__(self, source: Source, visual: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-        """Take a tower whose weights are loaded; `Teacher.load` is the way to get one."""
-        self.name, self.weights = source.name, source.weights
-        self.dim = int(source.model_cfg["embed_dim"])
-        size = getattr(visual, "image_size", None)
-        self.preprocess_cfg = PreprocessCfg(**merge_preprocess_dict(source.preprocess, {"size": size}))
-        self.prepare = image_transform_v2(self.preprocess_cfg, is_train=False)
-        self.identity = _identity(visual, source, self.preprocess_cfg, dtype)
-        self._device, self._dtype = device, dtype
-        self._visual = visual.to(device, dtype).eval().requires_grad_(False)
-        self._full: nn.Module | None = None
-        self._tokenizer: Callable[[list[str]], Tensor] | None = None
 
     @property
-    def parameters(self) -> int:
-        """How many parameters the image tower has."""
-        return sum(each.numel() for each in self._visual.parameters())
+    def parameters(self) -> int: ...
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        """An RGB image of any size -> what the teacher takes, [C, H, W]; carries no weights to worker processes."""
+        ...
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        """Prepared images [B, C, H, W], on any device -> raw embeddings, not normalised, float32 [B, dim]."""
+        ...
+
+
+class NoTextTower(MvmrError):
+    """A teacher of images alone, where text was to be embedded."""
+
+
+class TextTeacher(Teacher, Protocol):
+    """A teacher that also embeds text."""
+
+    def zero_shot_classifier(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """A unit column for each class, float32 [dim, C]; `templates`: captions with {} in the place of its name."""
+        ...
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A teacher as a user names it, `[NAME=][KIND:]WHAT`.
+
+    name: what the recipe and reports call it; kind: a key of `mvmr.distillation.teachers.table.KINDS`
+    """
+
+    name: str
+    kind: str
+    what: str
 
     @classmethod
-    def load(
-        cls,
-        name: str | Path,
-        pretrained: str | Path | None = None,
-        *,
-        device: str | torch.device = "cpu",
-        weights_dtype: torch.dtype = torch.float32,
-        text: bool = False,
-    ) -> "Teacher":
-        """Load a teacher; only its image tower is built, unless `text` asks for the other one (zero-shot).
+    def parse(cls, text: str | Path, kinds: Sequence[str]) -> Spec:
+        """Read a spec; without a kind it is an open_clip model, or a folder in open_clip's hub format.
 
-        name: an open_clip model name ("ViT-B-16"), a folder in open_clip's hub format, or "hf-hub:ORG/REPO"
-        pretrained: one of the model's tags, or a file (.safetensors, or a state dict, whole or image tower
-            only); None takes `default_tag(name)`
-        weights_dtype: float32, or bfloat16/float16 to go faster where the device has them
-
-        Raises: MvmrError for an unknown name or tag (the nearest is named), weights that cannot be downloaded
-            (which file to get is said), and weights of another architecture (which keys do not fit is said).
+        Raises: MvmrError for a name that is none.
         """
-        source = find_source(name, pretrained)
-        if not text:
-            return cls(source, _image_tower(source), torch.device(device), weights_dtype)
-        full = _both_towers(source)
-        teacher = cls(source, full.get_submodule("visual"), torch.device(device), weights_dtype)
-        teacher._full = full.to(device, weights_dtype).eval().requires_grad_(False)
-        teacher._tokenizer = open_clip.get_tokenizer(source.open_clip_name)
-        return teacher
+        name, equals, rest = str(text).partition("=")
+        if not equals or "/" in name or ":" in name:  # a path or a spec may hold one, too
+            name, rest = NAME, str(text)
+        if not _NAME.fullmatch(name):
+            raise MvmrError(f"teacher {text}: {name!r} is no name; give letters and digits, such as clip=ViT-B-16")
+        kind, colon, what = rest.partition(":")
+        if colon and kind in kinds:
+            return cls(name, kind, what)
+        return cls(name, kinds[0], rest)
 
-    @torch.no_grad()
-    def __call__(self, batch: Tensor) -> Tensor:
-        """Return the raw image embeddings, not normalised.
-
-        Shapes: batch [B, 3, S, S] as `prepare` makes them, on any device -> [B, dim] float32 on the teacher's.
-        """
-        out = self._visual(batch.to(self._device, self._dtype))
-        pooled: Tensor = out[0] if isinstance(out, tuple) else out  # CoCa's tower hands out its tokens, too
-        return pooled.float()
-
-    @torch.no_grad()
-    def zero_shot_classifier(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """Return a unit column per class: the mean embedding of its captions, by open_clip's own code.
-
-        templates: captions with {} in the place of the class name
-
-        Shapes: float32 [dim, C]; (normalised embeddings) @ it are the cosines.
-        Raises: MvmrError when the teacher was loaded without `text=True`.
-        """
-        if self._full is None:
-            raise MvmrError(f"teacher {self.name} was loaded without its text tower; use Teacher.load(..., text=True)")
-        return open_clip.build_zero_shot_classifier(
-            self._full, self._tokenizer, classes, templates, device=self._device
-        ).float()
+    def __str__(self) -> str:
+        return self.what if self.kind == "open_clip" else f"{self.kind}:{self.what}"
 
 
-def _identity(visual: nn.Module, source: Source, preprocess: PreprocessCfg, dtype: torch.dtype) -> str:
-    text = json.dumps([source.model_cfg, asdict(preprocess), str(dtype)], sort_keys=True)
-    digest = hashlib.sha256(text.encode())
-    for key, tensor in sorted(visual.state_dict().items()):
+def identity_of(network: nn.Module, prepare: Callable[[Image.Image], Tensor], described: Mapping[str, Any]) -> str:
+    """The identity of a network: of its weights, what it is described as, and what it makes of two images' pixels."""
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
+    for key, tensor in sorted(network.state_dict().items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for image in canaries():
+        digest.update(prepare(image).detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
-class _Tower(nn.Module):
-    """A CLIP without its text tower: what open_clip's weight conversions need to see."""
-
-    def __init__(self, model_cfg: dict[str, Any]) -> None:
-        super().__init__()
-        vision = dict(model_cfg["vision_cfg"])
-        if "timm_model_name" in vision:
-            vision["timm_model_pretrained"] = False
-        # open_clip's own constructor of image towers, though a private name: its public ones build the text tower
-        # as well, which costs memory and, for some models, a download.
-        self.visual = _build_vision_tower(model_cfg["embed_dim"], vision, model_cfg.get("quick_gelu", False))
+def canaries() -> list[Image.Image]:
+    """Two images of different shape, the same on every machine."""
+    random = np.random.default_rng(0)
+    return [Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)) for shape in ((64, 96, 3), (300, 200, 3))]
 
 
-def _image_tower(source: Source) -> nn.Module:
-    model = _Tower(source.model_cfg)
-    state = convert_state_dict(model, weights.read(source.file))
-    if not any(key.startswith("visual.") for key in state):
-        state = {f"visual.{key}": value for key, value in state.items()}  # the tower's own state dict
-    with contextlib.suppress(RuntimeError):  # of another architecture: `fit` says so
-        resize_pos_embed(state, model)
-    given = {key: value for key, value in state.items() if key.startswith("visual.")}
-    weights.fit(model, given, origin=f"{source.file}, as the image tower of {source.name},")
-    return model.visual
+def probed(network: nn.Module, prepare: Callable[[Image.Image], Tensor], name: str) -> int:
+    """The width of a network's embeddings, after a look at what it makes of two images, together and alone.
 
-
-def _both_towers(source: Source) -> nn.Module:
-    _image_tower(source)  # says more exactly what does not fit than loading the whole model would
-    folder = source.open_clip_name.startswith(LOCAL_DIR_PREFIX)
+    Raises: MvmrError where they are no rows of one width, [B, D], in floating point and finite.
+    """
+    images = canaries()
     try:
-        return open_clip.create_model(
-            source.open_clip_name,
-            pretrained=None if folder else str(source.file),
-            force_quick_gelu=source.model_cfg.get("quick_gelu", False),
-        )
-    except RuntimeError as error:
-        raise MvmrError(
-            f"{source.file} holds no text tower that fits {source.name}; give the whole CLIP's weights"
-        ) from error
+        prepared = [prepare(image) for image in images]
+    except Exception as error:  # a user's own code
+        raise MvmrError(f"teacher {name}: its preprocessing failed ({one_line(error)})") from error
+    if not all(isinstance(each, Tensor) and each.ndim == 3 for each in prepared):
+        seen = prepared[0]
+        told = list(seen.shape) if isinstance(seen, Tensor) else type(seen).__name__
+        raise MvmrError(f"teacher {name}: its preprocessing gives {told}, not a tensor [C, H, W]")
+    if prepared[0].shape != prepared[1].shape:
+        shapes = " and ".join(str(list(each.shape)) for each in prepared)
+        raise MvmrError(f"teacher {name}: its preprocessing gives {shapes} for two images; all must have one shape")
+    try:
+        with torch.no_grad():
+            both, alone = network(torch.stack(prepared)), network(prepared[0][None])
+    except Exception as error:  # as above
+        raise MvmrError(f"teacher {name} failed on two images ({one_line(error)})") from error
+    for rows, count in ((both, 2), (alone, 1)):
+        if not isinstance(rows, Tensor) or rows.ndim != 2 or len(rows) != count or not rows.is_floating_point():
+            given = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+            raise MvmrError(f"teacher {name} gives {given} for a batch of {count}, not rows of floats [{count}, D]")
+    if both.shape[1] != alone.shape[1]:
+        widths = f"{both.shape[1]} numbers in one batch and {alone.shape[1]} in another"
+        raise MvmrError(f"teacher {name} gives rows of {widths}")
+    if not both.isfinite().all():
+        raise MvmrError(f"teacher {name} gives values that are not finite")
+    return int(both.shape[1])
+
+
+class NetworkTeacher:
+    """A teacher made of a torch module and its preprocessing; see `Teacher`.
+
+    Not an `nn.Module`, on purpose: kept as an attribute of one, it stays out of that module's parameters, checkpoints
+    and `train()`.
+
+    Raises: MvmrError, as `probed`.
+    """
+
+    def __init__(
+        self, network: nn.Module, prepare: Callable[[Image.Image], Tensor], *, kind: str, what: str, name: str,
+        weights: str, described: Mapping[str, Any], device: str | torch.device,
+    ) -> None:  # fmt: skip
+        self.name, self.weights, self.prepare = name, weights, prepare
+        self.origin = {"kind": kind, "what": what}  # recorded in the bundle
+        self._network = network.cpu().float().eval().requires_grad_(False)
+        self.dim = probed(self._network, prepare, name)
+        self.identity = identity_of(self._network, prepare, described)
+        self._device = torch.device(device)
+        self._network.to(self._device)
+
+    @property
+    def parameters(self) -> int:
+        return sum(each.numel() for each in self._network.parameters())
+
+    @torch.no_grad()
+    def __call__(self, batch: Tensor) -> Tensor:
+        rows: Tensor = self._network(batch.to(self._device, torch.float32))
+        return rows.float()
+
+
+def one_line(error: Exception) -> str:
+    """A few words on an error of somebody else's code."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

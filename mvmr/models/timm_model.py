@@ -9,7 +9,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import BatchNormAct2d
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
 from mvmr.errors import MvmrError, unknown

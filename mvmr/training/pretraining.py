@@ -276,6 +276,7 @@ def _describe(
         "method": recipe.method.name,
         "teachers": {
             name: {"name": teacher.name, "weights": teacher.weights, "identity": teacher.identity}
+            | dict(getattr(teacher, "origin", {}))  # how a teacher that is no CLIP is had again
             for name, teacher in teachers.items()
         },
         "data": {"name": images.name, "split": images.split, "images": len(images), "fingerprint": images.fingerprint},

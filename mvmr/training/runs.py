@@ -19,9 +19,8 @@ from mvmr.training import checkpoint
 LOCK = ".lock"
 _DESCRIPTION = "run.json"
 # No weight depends on these.
-_FREE = frozenset(f"recipe.train.{name}" for name in ("workers", "cache_gb", "checkpoint_steps", "log_steps")) | {
-    "teachers.teacher.weights"  # where they lie; what they are is in the teacher's identity
-}
+_FREE = frozenset(f"recipe.train.{name}" for name in ("workers", "cache_gb", "checkpoint_steps", "log_steps"))
+_FREE_OF_A_TEACHER = ("weights", "what")  # where they lie; what they are is in the teacher's identity
 # What gets a run past a loss that is not finite. A change is noted in the run's description.
 _STEERING = frozenset(f"recipe.train.{name}" for name in ("lr", "clip_grad", "precision"))
 
@@ -132,7 +131,7 @@ def _resumed(folder: Path, wanted: dict[str, Any], steering: frozenset[str]) -> 
         differences = _differences(held, wanted)
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise MvmrError(f"{folder / _DESCRIPTION} can't be read: start over with --overwrite") from error
-    if refused := sorted(_told(*d) for d in differences.items() if d[0] not in _FREE | steering):
+    if refused := sorted(_told(*d) for d in differences.items() if not _is_free(d[0]) and d[0] not in steering):
         raise MvmrError(
             f"{folder} holds another run, it differs in {'; '.join(refused[:4])}: "
             "give the arguments it was started with, or --overwrite to start over"
@@ -163,6 +162,11 @@ def _differences(held: Any, wanted: Any, at: str = "") -> dict[str, tuple[Any, A
     for key in {**held, **wanted}:
         found |= _differences(held.get(key), wanted.get(key), f"{at}.{key}" if at else key)
     return found
+
+
+def _is_free(at: str) -> bool:
+    kind, _, key = at.partition(".")
+    return at in _FREE or (kind == "teachers" and key.rpartition(".")[2] in _FREE_OF_A_TEACHER)
 
 
 def _told(at: str, values: tuple[Any, Any]) -> str:

@@ -216,7 +216,7 @@ def train(
 def _groups(learner: Method, undecayed: Collection[str]) -> list[dict[str, Any]]:
     """What is trained: first what weight decay is for, then what it leaves alone, if there is such."""
     parameters = [(name, value) for name, value in learner.named_parameters() if value.requires_grad]
-    groups = [{"params": [value for name, value in parameters if name not in undecayed]}]
+    groups: list[dict[str, Any]] = [{"params": [value for name, value in parameters if name not in undecayed]}]
     if left := [value for name, value in parameters if name in undecayed]:
         groups.append({"params": left, "weight_decay": 0.0})
     return groups

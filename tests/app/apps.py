@@ -19,7 +19,7 @@ import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 from mvmr.data import open_images
-from mvmr.distillation.teachers.teacher import Teacher
+from mvmr.distillation.teachers.clip import ClipTeacher
 from mvmr.distillation.teachers.tiny_clip import TinyClip, train_tiny_clip
 from mvmr.evaluation import evaluate as evaluation
 from mvmr.export.export import export
@@ -44,7 +44,7 @@ def make_quickstart(out: Path) -> Path:
     small = TinyClip(image_size=32, width=8, steps=20, text_width=32)
     train_tiny_clip(open_images(DATA, "train"), teacher, config=small, seed=0)
     recipe = load_recipe("quickstart", "mvmr.distillation", ["train.epochs=1", "views.size=32"])
-    teachers = {"teacher": Teacher.load(teacher, text=True)}
+    teachers = {"teacher": ClipTeacher.load(teacher, text=True)}
     fit(open_images(DATA, "unlabelled"), out / "student", recipe, teachers=teachers, device="cpu")
     evaluation.probe(out / "student", DATA, head="textures")
     export(out / "student", formats=["onnx", "int8"], data=DATA, calibration=DATA, images=64, gates=_OPEN)

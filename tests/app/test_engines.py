@@ -22,7 +22,7 @@ from mvmr.app.embedders.teacher import load_teacher
 from mvmr.bundles import bundle as bundles
 from mvmr.bundles.bundle import Bundle
 from mvmr.data import ImageSet, open_images
-from mvmr.distillation.teachers.teacher import Teacher
+from mvmr.distillation.teachers.clip import ClipTeacher
 from mvmr.errors import MvmrError
 from mvmr.export.artifacts import artifact
 from mvmr.export.tensorrt import engine as tensorrt
@@ -346,7 +346,7 @@ def test_a_service_that_is_not_there_or_is_none_is_one_sentence(monkeypatch: pyt
 def test_a_teacher_gives_the_digits_of_a_report_with_its_text_tower(tmp_path: Path, images: ImageSet) -> None:
     write_folder(tmp_path / "small")
     side = load_teacher(None, tmp_path / "small", None)
-    alone = Teacher.load(tmp_path / "small")
+    alone = ClipTeacher.load(tmp_path / "small")
     assert np.array_equal(side.embed(loaded(images)), represent(images, alone))
     assert side.has_text
     assert side.teacher.zero_shot_classifier(["a", "b"], ["a photo of {}"]).shape == (12, 2)
@@ -372,7 +372,7 @@ def test_a_teacher_without_a_text_tower_is_taken_as_it_is(tmp_path: Path, monkey
 
 def test_the_teacher_that_a_bundle_records_is_loaded(tmp_path: Path) -> None:
     write_folder(tmp_path / "small")
-    teacher = Teacher.load(tmp_path / "small")
+    teacher = ClipTeacher.load(tmp_path / "small")
     recorded = {key: getattr(teacher, key) for key in ("name", "weights", "identity")}
     bundle = a_bundle(tmp_path / "student", {"teachers": {"teacher": recorded}})
     side = load_teacher(bundle, None, None)

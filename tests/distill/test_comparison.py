@@ -13,7 +13,7 @@ from mvmr.cli.main import main
 from mvmr.data import open_images
 from mvmr.distillation.comparison import compare
 from mvmr.distillation.distill import distill
-from mvmr.distillation.teachers.teacher import Teacher
+from mvmr.distillation.teachers.clip import ClipTeacher
 from mvmr.distillation.teachers.tiny_clip import TEMPLATES, TinyClip, train_tiny_clip
 from mvmr.distillation.zeroshot import fit_space_map, read_map, zero_shot_logits
 from mvmr.errors import MvmrError
@@ -67,7 +67,7 @@ def test_both_are_measured_alike_and_the_figures_are_kept(made: tuple[Path, Bund
     assert kept["linear"] == found["student"]["linear"]
     assert kept["linear, teacher teacher"] == found["teacher"]["linear"]
     assert kept["zeroshot"] == found["student"]["zeroshot"]
-    space_map, record = read_map(now, Teacher.load(folder))
+    space_map, record = read_map(now, ClipTeacher.load(folder))
     assert record["r2"] == space_map.r2 == found["student"]["zeroshot"]["map_r2"]
     again = compare(student.path, DATA, protocols=["zeroshot", "linear"])
     assert again == found

@@ -10,7 +10,7 @@ from mvmr.bundles import bundle
 from mvmr.data import open_images
 from mvmr.distillation.quickstart import quickstart as module
 from mvmr.distillation.tables import print_results
-from mvmr.distillation.teachers.teacher import Teacher
+from mvmr.distillation.teachers.clip import ClipTeacher
 from mvmr.distillation.teachers.tiny_clip import TinyClip, train_tiny_clip
 from mvmr.errors import MvmrError
 from mvmr.training import pretraining
@@ -49,7 +49,7 @@ def test_leaves_bundles_figures_and_a_picture(
     assert results["rows"]["scattering"]["linear"] > 60
     assert bundle.load(out / "student").manifest.training["teachers"]["teacher"]["identity"]
     assert not bundle.load(out / "ssl").manifest.training["teachers"]
-    assert Teacher.load(out / "teacher").dim == 128
+    assert ClipTeacher.load(out / "teacher").dim == 128
     with Image.open(out / "neighbours.png") as picture:
         assert picture.width > 400
 

@@ -23,7 +23,7 @@ from mvmr.data import ImageSet, open_images
 from mvmr.distillation.report import report as module
 from mvmr.distillation.report import subject
 from mvmr.distillation.report.report import report
-from mvmr.distillation.teachers.teacher import Teacher
+from mvmr.distillation.teachers.clip import ClipTeacher
 from mvmr.errors import MvmrError
 from mvmr.evaluation import protocols
 from mvmr.evaluation.classifiers import linear_probe
@@ -270,7 +270,7 @@ def test_the_teacher_that_the_bundle_records_is_found(photos: Path, tmp_path: Pa
     (tmp_path / "clip").mkdir()
     (tmp_path / "clip" / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     save_file(CLIP(**deepcopy(config)).state_dict(), tmp_path / "clip" / "open_clip_model.safetensors")
-    clip = Teacher.load(tmp_path / "clip")
+    clip = ClipTeacher.load(tmp_path / "clip")
     said = {"name": clip.name, "weights": clip.weights, "identity": clip.identity}
     made = a_bundle(tmp_path / "student", {"teachers": {"teacher": said}})
     found = report(made.path, str(photos), out=tmp_path / "out", **BRIEF)  # type: ignore[arg-type]

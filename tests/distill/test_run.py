@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import mvmr
 from mvmr.distillation.distill import distill
-from mvmr.distillation.teachers.teacher import Teacher
+from mvmr.distillation.teachers.clip import ClipTeacher
 from mvmr.errors import MvmrError
 from mvmr.storage.atomic import cache_dir
 from mvmr.training import pretraining
@@ -55,13 +55,13 @@ def photos(folder: Path, count: int, size: tuple[int, int] = (40, 30)) -> str:
 
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of the batches a teacher is shown from now on."""
-    real, sizes = Teacher.__call__, []
+    real, sizes = ClipTeacher.__call__, []
 
-    def counted(self: Teacher, batch: torch.Tensor, /) -> torch.Tensor:
+    def counted(self: ClipTeacher, batch: torch.Tensor, /) -> torch.Tensor:
         sizes.append(len(batch))
         return real(self, batch)
 
-    monkeypatch.setattr(Teacher, "__call__", counted)
+    monkeypatch.setattr(ClipTeacher, "__call__", counted)
     return sizes
 
 
@@ -70,7 +70,7 @@ def test_a_student_is_distilled_from_a_folder_of_images(tmp_path: Path) -> None:
     made = mvmr.distill(teacher, data, tmp_path / "out", recipe="paper", assign=TINY, device="cpu")
     said = made.manifest.training
     assert said["method"] == "mvmr"
-    loaded = Teacher.load(teacher)
+    loaded = ClipTeacher.load(teacher)
     wanted = {"name": "clip", "weights": f"{teacher}/open_clip_model.safetensors", "identity": loaded.identity}
     assert said["teachers"] == {"teacher": wanted}
     assert said["data"]["images"] == 16

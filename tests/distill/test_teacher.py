@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import mvmr
-from mvmr.distillation.teachers import open_clip as source
-from mvmr.distillation.teachers.open_clip import default_tag, find_source
-from mvmr.distillation.teachers.teacher import Teacher
+from mvmr.distillation.teachers import clip_source as source
+from mvmr.distillation.teachers.clip import ClipTeacher
+from mvmr.distillation.teachers.clip_source import default_tag, find_source
 from mvmr.errors import MvmrError
 from mvmr.representations.cache import represent
 
@@ -75,7 +75,7 @@ def test_prepare_equals_open_clips_own_preprocessing_bit_for_bit(tmp_path: Path,
     write_folder(tmp_path / "small")
     FILES[name](tmp_path / name)
     _, _, theirs = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'small'}")
-    teacher = Teacher.load(tmp_path / "small")
+    teacher = ClipTeacher.load(tmp_path / "small")
     with Image.open(tmp_path / name) as ours, Image.open(tmp_path / name) as same:
         assert torch.equal(teacher.prepare(ours), theirs(same))
     assert teacher.preprocess_cfg.interpolation == "bilinear"
@@ -88,7 +88,7 @@ def test_what_an_image_set_hands_the_teacher_is_what_open_clip_would(tmp_path: P
     (tmp_path / "photos").mkdir()
     FILES[name](tmp_path / "photos" / name)
     _, _, theirs = open_clip.create_model_and_transforms("ViT-small-test", pretrained=str(tmp_path / "small.pt"))
-    teacher = Teacher.load("ViT-small-test", tmp_path / "small.pt")
+    teacher = ClipTeacher.load("ViT-small-test", tmp_path / "small.pt")
     with Image.open(tmp_path / "photos" / name) as image:
         expected = theirs(image)
     prepared = teacher.prepare(mvmr.open_images(str(tmp_path / "photos"), "unlabelled").load(0))
@@ -121,7 +121,7 @@ FORMS: dict[str, Callable[[CLIP, Path], Path]] = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_weights_of_every_form_give_open_clips_embeddings(tmp_path: Path, small: CLIP, form: str) -> None:
-    teacher = Teacher.load("ViT-small-test", FORMS[form](small, tmp_path))
+    teacher = ClipTeacher.load("ViT-small-test", FORMS[form](small, tmp_path))
     if form == "half precision":
         small.bfloat16().float()
     found = teacher(BATCH)
@@ -150,7 +150,7 @@ def test_other_image_towers(tmp_path: Path, vision: dict[str, Any]) -> None:
     torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
     with torch.no_grad():
         out = model.visual(BATCH)
-    assert torch.equal(Teacher.load(folder)(BATCH), out[0] if isinstance(out, tuple) else out)
+    assert torch.equal(ClipTeacher.load(folder)(BATCH), out[0] if isinstance(out, tuple) else out)
 
 
 def test_a_teacher_never_trains_and_stays_out_of_a_module_that_holds_it(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_teacher_never_trains_and_stays_out_of_a_module_that_holds_it(tmp_path
     class Student(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.teacher = Teacher.load(tmp_path / "small")
+            self.teacher = ClipTeacher.load(tmp_path / "small")
 
     student = Student().train()
     assert not student.state_dict()
@@ -177,18 +177,18 @@ def test_identity_names_weights_preprocessing_architecture_and_precision(tmp_pat
     write_folder(tmp_path / "mean")
     config = tmp_path / "mean" / "open_clip_config.json"
     config.write_text(config.read_text().replace("0.3", "0.31"))
-    one = Teacher.load(tmp_path / "a").identity
-    assert one == Teacher.load(tmp_path / "same").identity
-    assert one == Teacher.load(tmp_path / "a", text=True).identity
-    others = {Teacher.load(tmp_path / name).identity for name in ("weights", "gelu", "mean")}
-    others.add(Teacher.load(tmp_path / "a", weights_dtype=torch.bfloat16).identity)
+    one = ClipTeacher.load(tmp_path / "a").identity
+    assert one == ClipTeacher.load(tmp_path / "same").identity
+    assert one == ClipTeacher.load(tmp_path / "a", text=True).identity
+    others = {ClipTeacher.load(tmp_path / name).identity for name in ("weights", "gelu", "mean")}
+    others.add(ClipTeacher.load(tmp_path / "a", weights_dtype=torch.bfloat16).identity)
     assert len(others | {one}) == 5
 
 
 def test_low_precision_is_close_and_handed_out_as_float32(tmp_path: Path) -> None:
     write_folder(tmp_path / "small")
-    exact = Teacher.load(tmp_path / "small")(BATCH)
-    rough = Teacher.load(tmp_path / "small", weights_dtype=torch.bfloat16)(BATCH)
+    exact = ClipTeacher.load(tmp_path / "small")(BATCH)
+    rough = ClipTeacher.load(tmp_path / "small", weights_dtype=torch.bfloat16)(BATCH)
     assert rough.dtype == torch.float32
     torch.testing.assert_close(rough, exact, rtol=0, atol=0.05 * float(exact.abs().max()))
 
@@ -196,7 +196,7 @@ def test_low_precision_is_close_and_handed_out_as_float32(tmp_path: Path) -> Non
 def test_embeddings_are_cached_by_identity(tmp_path: Path, cache: Path) -> None:
     write_folder(tmp_path / "small")
     images = mvmr.open_images("sample:digits", "test").subset(range(5))
-    teacher = Teacher.load(tmp_path / "small")
+    teacher = ClipTeacher.load(tmp_path / "small")
     expected = teacher(torch.stack([teacher.prepare(images.load(i)) for i in range(5)]))
     rows = represent(images, teacher, batch_size=5)
     assert np.array_equal(rows, expected)
@@ -208,7 +208,7 @@ def test_zero_shot_classifier_is_open_clips(tmp_path: Path) -> None:
     classes, templates = ["cat", "coffee cup"], ["a photo of {}.", "{}."]
     tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'small'}")
     expected = open_clip.build_zero_shot_classifier(model, tokenizer, classes, templates)
-    teacher = Teacher.load(tmp_path / "small", text=True)
+    teacher = ClipTeacher.load(tmp_path / "small", text=True)
     found = teacher.zero_shot_classifier(classes, templates)
     assert torch.equal(found, expected)
     assert found.shape == (12, 2)
@@ -218,17 +218,17 @@ def test_zero_shot_classifier_is_open_clips(tmp_path: Path) -> None:
 def test_zero_shot_needs_the_text_tower(tmp_path: Path, small: CLIP) -> None:
     file = FORMS["image tower only"](small, tmp_path)
     with pytest.raises(MvmrError, match="text=True"):
-        Teacher.load("ViT-small-test", file).zero_shot_classifier(["cat"], ["{}"])
+        ClipTeacher.load("ViT-small-test", file).zero_shot_classifier(["cat"], ["{}"])
     with pytest.raises(MvmrError, match="holds no text tower that fits ViT-small-test") as caught:
-        Teacher.load("ViT-small-test", file, text=True)
+        ClipTeacher.load("ViT-small-test", file, text=True)
     assert "\n" not in str(caught.value)
     whole = FORMS["state dict"](small, tmp_path)
-    assert Teacher.load("ViT-small-test", whole, text=True).zero_shot_classifier(["cat"], ["{}"]).shape == (12, 1)
+    assert ClipTeacher.load("ViT-small-test", whole, text=True).zero_shot_classifier(["cat"], ["{}"]).shape == (12, 1)
 
 
 def refusal(name: str | Path, pretrained: str | Path | None = None) -> str:
     with pytest.raises(MvmrError) as caught:
-        Teacher.load(name, pretrained)
+        ClipTeacher.load(name, pretrained)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -317,7 +317,7 @@ def test_a_name_that_does_not_resolve_means_offline(monkeypatch: pytest.MonkeyPa
 def test_a_hub_repository_in_the_cache_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = write_folder(tmp_path / "snapshot")
     monkeypatch.setattr(source, "_cached", lambda repository, files: tmp_path / "snapshot" / files[0])
-    teacher = Teacher.load("hf-hub:someone/small")
+    teacher = ClipTeacher.load("hf-hub:someone/small")
     assert teacher.name == "hf-hub:someone/small"
     assert torch.equal(teacher(BATCH), encode(model))
 
@@ -367,7 +367,7 @@ def test_a_full_size_vit_b_16(tmp_path: Path) -> None:
         expected: Tensor = model.encode_image(batch)
     del model
     for file in (whole, tower):
-        teacher = Teacher.load("ViT-B-16", pretrained=file)
+        teacher = ClipTeacher.load("ViT-B-16", pretrained=file)
         found = teacher(torch.stack([teacher.prepare(image) for image in images]))
         assert found.shape == (2, 512)
         assert torch.equal(found, expected)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import mvmr
 from mvmr.data.image_set import Arrays, ImageSet, Numbered
-from mvmr.distillation.teachers.teacher import Teacher
+from mvmr.distillation.teachers.clip import ClipTeacher
 from mvmr.distillation.teachers.tiny_clip import TEMPLATES, TinyClip, augment, train_tiny_clip
 from mvmr.errors import MvmrError
 from mvmr.representations.cache import represent
@@ -53,7 +53,7 @@ def test_it_is_an_open_clip_model_in_hub_format(tmp_path: Path, layers: tuple[in
     assert out == tmp_path / "runs" / "teacher"
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{out}")
     assert isinstance(model, CLIP)
-    teacher = Teacher.load(out)
+    teacher = ClipTeacher.load(out)
     prepared = torch.stack([teacher.prepare(images.load(i)) for i in range(4)])
     with torch.no_grad():
         expected = model.eval().encode_image(torch.stack([preprocess(images.load(i)) for i in range(4)]))
@@ -64,7 +64,7 @@ def test_it_is_an_open_clip_model_in_hub_format(tmp_path: Path, layers: tuple[in
 
 def test_it_learns_what_its_captions_say(tmp_path: Path) -> None:
     images = coloured()
-    teacher = Teacher.load(
+    teacher = ClipTeacher.load(
         train_tiny_clip(images, tmp_path / "teacher", config=replace(VERY_TINY, steps=60)), text=True
     )
     embeddings = F.normalize(torch.from_numpy(np.array(represent(images, teacher))), dim=-1)
@@ -151,7 +151,7 @@ def test_the_quickstarts_teacher_is_good_enough(tmp_path: Path) -> None:
     from sklearn.linear_model import LogisticRegression
 
     train, test = mvmr.open_images("sample:patches", "train"), mvmr.open_images("sample:patches", "test")
-    teacher = Teacher.load(train_tiny_clip(train, tmp_path / "teacher"), text=True)
+    teacher = ClipTeacher.load(train_tiny_clip(train, tmp_path / "teacher"), text=True)
     fitted, held = np.array(represent(train, teacher)), np.array(represent(test, teacher))
     mean, scale = fitted.mean(0), (fitted.std(0) + 1e-6) * teacher.dim**0.5
     probe = LogisticRegression(max_iter=300).fit((fitted - mean) / scale, train.labels)

@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate, normalize
 
 from mvmr.bundles import bundle
 from mvmr.bundles.preprocess import Preprocess
-from mvmr.distillation.teachers.teacher import Teacher
+from mvmr.distillation.teachers.clip import ClipTeacher
 from mvmr.distillation.teachers.tiny_clip import TEMPLATES
 from mvmr.distillation.zeroshot import (
     IMAGENET_TEMPLATES,
@@ -62,8 +62,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def teacher(folder: Path) -> Teacher:
-    return Teacher.load(folder, text=True)
+def teacher(folder: Path) -> ClipTeacher:
+    return ClipTeacher.load(folder, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -221,17 +221,17 @@ def test_the_templates_are_open_clips() -> None:
         assert ours.format("coffee cup") == theirs("coffee cup")
 
 
-def test_a_tiny_clip_gets_the_templates_of_its_training(tmp_path: Path, teacher: Teacher) -> None:
+def test_a_tiny_clip_gets_the_templates_of_its_training(tmp_path: Path, teacher: ClipTeacher) -> None:
     assert templates_for(teacher) == IMAGENET_TEMPLATES
     write_teacher(tmp_path / "tiny")
     (tmp_path / "tiny" / "tiny_clip.json").write_text("{}")
-    assert templates_for(Teacher.load(tmp_path / "tiny")) == TEMPLATES
+    assert templates_for(ClipTeacher.load(tmp_path / "tiny")) == TEMPLATES
 
 
 # Zero-shot
 
 
-def test_teacher_zero_shot_is_open_clips_bit_for_bit(folder: Path, teacher: Teacher, images: torch.Tensor) -> None:
+def test_teacher_zero_shot_is_open_clips_bit_for_bit(folder: Path, teacher: ClipTeacher, images: torch.Tensor) -> None:
     model = open_clip.create_model(f"local-dir:{folder}").eval()
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     classifier = open_clip.build_zero_shot_classifier(model, tokenizer, CLASSES, open_clip.OPENAI_IMAGENET_TEMPLATES)
@@ -263,7 +263,7 @@ def test_logits_are_cosines() -> None:
 
 @pytest.mark.parametrize("width", [40, 300], ids=["N > D", "N < D"])
 def test_an_affine_image_of_the_teacher_predicts_as_the_teacher_does(
-    teacher: Teacher, images: torch.Tensor, width: int
+    teacher: ClipTeacher, images: torch.Tensor, width: int
 ) -> None:
     rng = np.random.default_rng(0)
     embeddings = teacher(images)
@@ -297,7 +297,7 @@ def test_shuffled_embeddings_explain_nothing_and_predict_by_chance() -> None:
     assert accuracy < 0.25
 
 
-def test_a_text_finds_its_images(teacher: Teacher, images: torch.Tensor) -> None:
+def test_a_text_finds_its_images(teacher: ClipTeacher, images: torch.Tensor) -> None:
     """The recipe of the module's docstring: one class, one template, rows by cosine."""
     rng = np.random.default_rng(0)
     student = normalize(teacher(images), dim=-1).numpy() @ rng.normal(size=(12, 30))
@@ -312,7 +312,7 @@ def test_a_text_finds_its_images(teacher: Teacher, images: torch.Tensor) -> None
 # In a bundle
 
 
-def test_store_and_read_round_trip(made: Path, teacher: Teacher, tmp_path: Path) -> None:
+def test_store_and_read_round_trip(made: Path, teacher: ClipTeacher, tmp_path: Path) -> None:
     opened = bundle.load(made)
     kept = store_map(opened, a_map(), teacher)
     assert {name for name in kept.manifest.files if name.startswith("maps/")} == {
@@ -335,29 +335,29 @@ def test_store_and_read_round_trip(made: Path, teacher: Teacher, tmp_path: Path)
     assert np.array_equal(read_map(store_map(kept, a_map(value=2), teacher), teacher)[0].weight, a_map(value=2).weight)
 
 
-def test_a_map_of_another_width_is_not_stored(made: Path, teacher: Teacher) -> None:
+def test_a_map_of_another_width_is_not_stored(made: Path, teacher: ClipTeacher) -> None:
     opened = bundle.load(made)
     assert "the map takes 8 features" in refusal(store_map, opened, a_map(inputs=8), teacher)
     assert "gives 11 values but embeddings of small clip are 12 wide" in refusal(store_map, opened, a_map(11), teacher)
 
 
-def test_an_unknown_map_names_those_there_are(made: Path, teacher: Teacher) -> None:
+def test_an_unknown_map_names_those_there_are(made: Path, teacher: ClipTeacher) -> None:
     kept = store_map(bundle.load(made), a_map(), teacher)
     message = refusal(read_map, kept, "small clap")
     assert "unknown map to teacher 'small clap'; did you mean 'small-clip'?" in message
     assert str(made) in message
 
 
-def test_another_teacher_of_the_same_name_is_refused(made: Path, teacher: Teacher, tmp_path: Path) -> None:
+def test_another_teacher_of_the_same_name_is_refused(made: Path, teacher: ClipTeacher, tmp_path: Path) -> None:
     kept = store_map(bundle.load(made), a_map(), teacher)
     write_teacher(tmp_path / "small clip", seed=1)
-    other = Teacher.load(tmp_path / "small clip")
+    other = ClipTeacher.load(tmp_path / "small clip")
     message = refusal(read_map, kept, other)
     assert f"was fitted to small clip ({teacher.weights}), not to {other.weights}" in message
 
 
 @pytest.mark.parametrize("name", ["map.safetensors", "map.json"])
-def test_a_damaged_or_missing_file_is_named(made: Path, teacher: Teacher, name: str) -> None:
+def test_a_damaged_or_missing_file_is_named(made: Path, teacher: ClipTeacher, name: str) -> None:
     kept = store_map(bundle.load(made), a_map(), teacher)
     file = made / "maps" / "small-clip" / name
     content = bytearray(file.read_bytes())
@@ -370,7 +370,7 @@ def test_a_damaged_or_missing_file_is_named(made: Path, teacher: Teacher, name: 
     assert read_map(bundle.load(made), teacher)[0].r2 == 0.5
 
 
-def test_files_that_are_listed_but_hold_something_else(made: Path, teacher: Teacher) -> None:
+def test_files_that_are_listed_but_hold_something_else(made: Path, teacher: ClipTeacher) -> None:
     kept = store_map(bundle.load(made), a_map(), teacher)
     names = "maps/small-clip/map.safetensors", "maps/small-clip/map.json"
     good = {name: kept.file(name).read_bytes() for name in names}
@@ -397,7 +397,7 @@ def test_files_that_are_listed_but_hold_something_else(made: Path, teacher: Teac
     assert "NaN is not JSON" in told(record=json.dumps(record | {"r2": float("nan")}).encode())
 
 
-def test_a_real_student_through_its_bundle(made: Path, teacher: Teacher, images: torch.Tensor) -> None:
+def test_a_real_student_through_its_bundle(made: Path, teacher: ClipTeacher, images: torch.Tensor) -> None:
     """Student features of images, map, bundle, and out again: predictions are those before it was stored."""
     opened = bundle.load(made)
     pictures = (images[:40] * 40 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()

@@ -1,0 +1,65 @@
+"""A teacher of the user's own code, `python:PACKAGE.MODULE:FACTORY`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mvmr.distillation.teachers.teacher import NetworkTeacher, NoTextTower, one_line
+from mvmr.errors import MvmrError, unknown
+
+
+def load(what: str, *, device: str | torch.device, text: bool) -> NetworkTeacher:
+    """Call FACTORY() of a module that can be imported, from the working folder too.
+
+    It returns a torch module with a method ``prepare``, or the two as a pair: ``prepare`` takes an RGB image of any
+    size and gives a tensor [C, H, W], of one shape for all images; the module takes those stacked, [B, C, H, W], and
+    gives rows of floats [B, D].
+
+    Raises: MvmrError where there is no such module or factory, it raises, or what it returns is not that.
+    """
+    place, colon, factory = what.rpartition(":")
+    if not colon or not place or not factory:
+        raise MvmrError(f"teacher python:{what}: give python:PACKAGE.MODULE:FACTORY")
+    if text:
+        raise NoTextTower(f"teacher python:{what} has no text tower: zero-shot takes a CLIP, such as ViT-B-16")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # the `mvmr` command has its own folder there instead
+    try:
+        module = importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        raise MvmrError(
+            f"teacher python:{what}: there is no module {error.name!r}, looked from {os.getcwd()}"
+        ) from error
+    except Exception as error:  # a user's own code
+        raise MvmrError(f"teacher python:{what}: {place} can't be imported ({one_line(error)})") from error
+    if not callable(make := getattr(module, factory, None)):
+        raise unknown(f"function of {place}", factory, [name for name in vars(module) if callable(vars(module)[name])])
+    try:
+        made = make()
+    except Exception as error:  # as above
+        raise MvmrError(f"teacher python:{what}: {factory}() failed ({one_line(error)})") from error
+    network, prepare = _parts(made, what)
+    return NetworkTeacher(
+        network, prepare, kind="python", what=what, name=f"python:{what}", weights="its own",
+        described={"python": what}, device=device,
+    )  # fmt: skip
+
+
+def _parts(made: Any, what: str) -> tuple[nn.Module, Callable[[Image.Image], Tensor]]:
+    pair = made if isinstance(made, tuple) and len(made) == 2 else (made, getattr(made, "prepare", None))
+    network, prepare = pair
+    if not isinstance(network, nn.Module) or not callable(prepare):
+        seen = f"a {type(made).__name__}" + ("" if callable(prepare) else " without prepare(image)")
+        raise MvmrError(
+            f"teacher python:{what} returns {seen}; return a torch module that has a method prepare(image), or "
+            "(module, prepare)"
+        )
+    return network, prepare

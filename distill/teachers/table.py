@@ -1,0 +1,60 @@
+"""The kinds of teachers, by the word before the colon of a spec."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from mvmr.distillation.teachers import clip, python_module, timm_model
+from mvmr.distillation.teachers.teacher import Spec, Teacher
+from mvmr.errors import MvmrError
+
+
+class Load(Protocol):
+    """Load what stands after the colon; text: with a text tower, for zero-shot."""
+
+    def __call__(self, what: str, *, device: str | torch.device, text: bool) -> Teacher: ...
+
+
+# The first is meant where a spec names no kind.
+KINDS: dict[str, Load] = {
+    "open_clip": clip.load,
+    "timm": timm_model.load,
+    "python": python_module.load,
+}
+
+
+def parse_specs(specs: str | Path | Iterable[str | Path]) -> list[Spec]:
+    """Read one spec or several, each of a name of its own.
+
+    Raises: MvmrError for a name that is none, or given twice.
+    """
+    given = [specs] if isinstance(specs, str | Path) else list(specs)
+    if not given:
+        raise MvmrError("no teacher is given: --teacher ViT-B-16")
+    parsed = [Spec.parse(text, tuple(KINDS)) for text in given]
+    for number, spec in enumerate(parsed):
+        if spec.name in [other.name for other in parsed[:number]]:
+            raise MvmrError(f"two teachers are called {spec.name}: give each a name, such as clip=ViT-B-16")
+    return parsed
+
+
+def open_teacher(
+    spec: Spec, pretrained: str | Path | None = None, *, device: str | torch.device = "cpu", text: bool = False
+) -> Teacher:
+    """Load a teacher.
+
+    Args:
+        pretrained: weights of an open_clip model: one of its tags, or a file; None takes the default tag.
+        text: also load a text tower, for zero-shot.
+
+    Raises: MvmrError where it can't be had, or `pretrained` is given for another kind.
+    """
+    if spec.kind == "open_clip":
+        return clip.ClipTeacher.load(spec.what, pretrained, device=device, text=text)
+    if pretrained is not None:
+        raise MvmrError(f"teacher {spec} says its weights itself; leave out --pretrained {pretrained}")
+    return KINDS[spec.kind](spec.what, device=device, text=text)

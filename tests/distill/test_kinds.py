@@ -1,0 +1,280 @@
+"""What every kind of teacher must hold to, and how a spec, or a user's own code, may be wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor
+
+import mvmr
+from mvmr.bundles import bundle as bundles
+from mvmr.distillation.teachers.recorded import recorded_teachers, teacher_of
+from mvmr.distillation.teachers.table import KINDS, open_teacher, parse_specs
+from mvmr.distillation.teachers.teacher import NoTextTower, Spec, Teacher, canaries
+from mvmr.errors import MvmrError
+from tests.distill.test_run import TINY, a_teacher, photos
+
+pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
+
+MODULE = """
+import torch
+from torchvision.transforms.v2 import functional
+
+class Colours(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = torch.nn.Linear(3, 5)
+
+    def prepare(self, image):
+        return functional.pil_to_tensor(image.resize((4, 4))).float() / 255
+
+    def forward(self, images):
+        return self.linear(images.mean((2, 3)))
+
+def colours():
+    return Colours()
+
+def pair():
+    made = Colours()
+    network = torch.nn.Sequential(torch.nn.Flatten(), made.linear)
+    return network, lambda image: made.prepare(image).mean((1, 2)).reshape(3, 1, 1)
+
+def broken():
+    raise RuntimeError("no such weights")
+
+def nothing():
+    return 3
+
+def bare():
+    return torch.nn.Identity()
+
+class Uneven(Colours):
+    def forward(self, images):
+        return torch.zeros(len(images), 4 + len(images))
+
+class Tokens(Colours):
+    def forward(self, images):
+        return images.flatten(2)
+
+class Fails(Colours):
+    def forward(self, images):
+        raise ValueError("of a kind of its own")
+
+class Odd(Colours):
+    def prepare(self, image):
+        return functional.pil_to_tensor(image)
+
+class Words(Colours):
+    def prepare(self, image):
+        return "pixels"
+
+class Endless(Colours):
+    def forward(self, images):
+        return super().forward(images) * float("inf")
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a module of the user's own, my_teachers."""
+    (tmp_path / "my_teachers.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "my_teachers", raising=False)
+    return tmp_path
+
+
+def small_timm(folder: Path, seed: int = 0) -> Path:
+    """Weights of a small model of timm's, with its classifier, as published ones have it."""
+    torch.manual_seed(seed)
+    file = folder / f"resnet10t-{seed}.safetensors"
+    save_file({k: v.contiguous() for k, v in timm.create_model("resnet10t").state_dict().items()}, file)
+    return file
+
+
+@pytest.fixture(params=KINDS)
+def spec(request: pytest.FixtureRequest, here: Path) -> str:
+    if request.param == "open_clip":
+        return a_teacher(here / "clip")
+    return f"timm:resnet10t:{small_timm(here)}" if request.param == "timm" else "python:my_teachers:colours"
+
+
+def opened(spec: str) -> Teacher:
+    return open_teacher(parse_specs(spec)[0])
+
+
+def rows(teacher: Teacher) -> Tensor:
+    return teacher(torch.stack([teacher.prepare(image) for image in canaries()]))
+
+
+def test_it_gives_a_row_of_its_width_for_an_image_of_any_size(spec: str) -> None:
+    teacher = opened(spec)
+    found = rows(teacher)
+    assert (found.shape, found.dtype) == ((2, teacher.dim), torch.float32)
+    assert found.isfinite().all()
+    assert not found.requires_grad
+    alone = torch.cat([teacher(teacher.prepare(image)[None]) for image in canaries()])
+    torch.testing.assert_close(alone, found, rtol=1e-4, atol=1e-5)
+    assert teacher.parameters > 0
+    assert teacher.name
+    assert teacher.weights
+
+
+def test_the_same_teacher_has_the_same_identity_and_embeddings(spec: str) -> None:
+    one, other = opened(spec), opened(spec)
+    assert len(one.identity) == 64
+    assert one.identity == other.identity
+    assert torch.equal(rows(one), rows(other))
+
+
+def test_a_student_is_distilled_from_it_and_finds_it_again(spec: str, here: Path) -> None:
+    made = mvmr.distill(spec, photos(here / "photos", 16), here / "out", assign=TINY, device="cpu")
+    found = teacher_of(bundles.load(made.path), None, None, "cpu", text=False)
+    assert found.identity == opened(spec).identity == recorded_teachers(made)["teacher"]["identity"]
+    assert (bundles.load(made.path).path / "metrics.jsonl").read_text().count("regression.teacher") == 4
+
+
+# -- timm, and a user's own
+
+
+def test_a_timm_model_is_timms_own_with_timms_preprocessing(tmp_path: Path) -> None:
+    file = small_timm(tmp_path)
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=0).eval()
+    model.load_state_dict({k: v for k, v in mvmr_weights(file).items() if not k.startswith("fc.")})
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    batch = torch.stack([transform(image) for image in canaries()])
+    with torch.no_grad():
+        wanted = model(batch)
+    torch.testing.assert_close(rows(opened(f"timm:resnet10t:{file}")), wanted)
+
+
+def mvmr_weights(file: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(file)
+
+
+def test_other_weights_or_other_pixels_are_another_teacher(here: Path) -> None:
+    identities = {opened(f"timm:resnet10t:{small_timm(here, seed)}").identity for seed in range(2)}
+    identities |= {opened(f"python:my_teachers:{name}").identity for name in ("colours", "pair")}
+    assert len(identities) == 4
+
+
+def test_neither_has_a_text_tower(here: Path) -> None:
+    for text in (f"timm:resnet10t:{small_timm(here)}", "python:my_teachers:colours"):
+        with pytest.raises(NoTextTower, match=r"has no text tower: zero-shot takes a CLIP"):
+            open_teacher(parse_specs(text)[0], text=True)
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("python:my_teachers", r"give python:PACKAGE\.MODULE:FACTORY"),
+        ("python:my_teacher:colours", "there is no module 'my_teacher', looked from /"),
+        ("python:my_teachers:colour", r"unknown function of my_teachers 'colour'; did you mean 'colours'\?"),
+        ("python:my_teachers:broken", r"broken\(\) failed \(RuntimeError: no such weights\)"),
+        ("python:my_teachers:nothing", r"returns a int without prepare\(image\)"),
+        ("python:my_teachers:bare", r"returns a Identity without prepare\(image\); return a torch module that has"),
+        ("python:my_teachers:Uneven", "gives rows of 6 numbers in one batch and 5 in another"),
+        (
+            "python:my_teachers:Tokens",
+            r"gives torch\.float32 \[2, 3, 16\] for a batch of 2, not rows of floats",
+        ),
+        ("python:my_teachers:Fails", r"failed on two images \(ValueError: of a kind of its own\)"),
+        ("python:my_teachers:Odd", r"gives \[3, 64, 96\] and \[3, 300, 200\] for two images; all must have one shape"),
+        ("python:my_teachers:Words", r"its preprocessing gives str, not a tensor \[C, H, W\]"),
+        ("python:my_teachers:Endless", "gives values that are not finite"),
+        ("timm:resnet10", r"unknown timm model 'resnet10'; did you mean 'resnet10t'\?"),
+        ("timm:resnet10t:gone.pth", "weights file gone.pth of teacher timm:resnet10t does not exist"),
+        ("a b=ViT-B-16", "'a b' is no name"),
+    ],
+)
+def test_what_can_not_teach_is_one_line(here: Path, what: str, said: str) -> None:
+    with pytest.raises(MvmrError, match=said) as caught:
+        opened(what)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_another_model_name_the_keys(here: Path) -> None:
+    with pytest.raises(MvmrError, match=r"as weights of timm:resnet18, does not fit: keys .* missing"):
+        opened(f"timm:resnet18:{small_timm(here)}")
+
+
+def test_weights_of_a_spec_are_not_given_twice(here: Path) -> None:
+    with pytest.raises(MvmrError, match=r"teacher python:my_teachers:colours says its weights itself; leave out"):
+        open_teacher(parse_specs("python:my_teachers:colours")[0], "laion2b")
+
+
+# -- several
+
+
+def test_specs_have_names_kinds_and_what_is_loaded() -> None:
+    found = parse_specs(["clip=ViT-B-16", "dino=timm:vit_small_patch16_224.dino:a=b.pth", "hf-hub:org/repo"])
+    assert found == [
+        Spec("clip", "open_clip", "ViT-B-16"),
+        Spec("dino", "timm", "vit_small_patch16_224.dino:a=b.pth"),
+        Spec("teacher", "open_clip", "hf-hub:org/repo"),
+    ]
+    assert parse_specs("runs/a=b/clip") == [Spec("teacher", "open_clip", "runs/a=b/clip")]
+    with pytest.raises(MvmrError, match="two teachers are called teacher: give each a name"):
+        parse_specs(["ViT-B-16", "ViT-B-32"])
+
+
+def test_a_student_of_two_teachers_learns_from_both_and_finds_each_again(here: Path) -> None:
+    specs = [f"clip={a_teacher(here / 'clip')}", "mine=python:my_teachers:colours"]
+    made = mvmr.distill(specs, photos(here / "photos", 16), here / "out", assign=TINY, device="cpu")
+    said = made.manifest.training
+    assert said["recipe"]["method"]["regression"] == {"clip": 0.5, "mine": 0.5}
+    assert list(recorded_teachers(made)) == ["clip", "mine"]
+    for spec in parse_specs(specs):
+        assert teacher_of(made, spec.name, None, "cpu", text=False).identity == open_teacher(spec).identity
+    with pytest.raises(MvmrError, match=r"distilled from several teachers \(clip, mine\); give one: --teacher NAME"):
+        teacher_of(made, None, None, "cpu", text=False)
+    text = (made.path / "metrics.jsonl").read_text()
+    assert text.count('"regression.clip"') == text.count('"regression.mine"') == 4
+    again = mvmr.distill(specs, str(here / "photos"), here / "out", assign=TINY, device="cpu", resume=True)
+    assert again.space_id == made.space_id
+
+
+def test_weights_given_by_hand_stay_and_the_rest_is_shared(here: Path) -> None:
+    specs = [f"clip={a_teacher(here / 'clip')}", "mine=python:my_teachers:colours"]
+    assign = (*TINY, "method.regression={clip=2.0,teacher=1.0}")
+    made = mvmr.distill(specs, photos(here / "photos", 16), here / "out", assign=assign, device="cpu")
+    assert made.manifest.training["recipe"]["method"]["regression"] == {"clip": 2.0, "mine": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("assign", "said"),
+    [
+        ("method.regression={clip=1.0,dino=1.0}", "unknown representation 'dino'"),
+        ("method.regression={clip=1.0}", "recipe default has no use for a mine"),
+    ],
+)
+def test_a_teacher_that_is_not_given_or_not_used_is_refused_before_anything_is_computed(
+    here: Path, monkeypatch: pytest.MonkeyPatch, assign: str, said: str
+) -> None:
+    specs = [f"clip={a_teacher(here / 'clip')}", "mine=python:my_teachers:colours"]
+    monkeypatch.setattr("mvmr.training.targets.represent", pytest.fail)
+    with pytest.raises(MvmrError, match=said):
+        mvmr.distill(specs, photos(here / "photos", 16), here / "out", assign=[*TINY, assign], device="cpu")
+    assert not (here / "out.partial").exists()
+
+
+def test_the_command_takes_several(here: Path) -> None:
+    photos(here / "photos", 16)
+    command = [sys.executable, "-m", "mvmr", "distill", "--teacher", f"clip={a_teacher(here / 'clip')}"]
+    command += ["--teacher", "mine=python:my_teachers:colours", "--data", "photos", "--out", "out", "--device", "cpu"]
+    command += [part for each in TINY for part in ("--set", each)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "python:my_teachers:colours" in done.stderr
+    told = subprocess.run([sys.executable, "-m", "mvmr", "info", "out"], capture_output=True, text=True, check=True)
+    assert "python:my_teachers:colours" in told.stdout
