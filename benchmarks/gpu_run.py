@@ -89,7 +89,7 @@ def _tests() -> tuple[str, ...]:
 
     The versions there are not those that our tests are pinned to, so what these deprecate is no failure.
     """
-    files = [file for file in sorted((ROOT / "tests").glob("test_*.py")) if "pytest.mark.gpu" in file.read_text()]
+    files = [file for file in sorted((ROOT / "tests").rglob("test_*.py")) if "pytest.mark.gpu" in file.read_text()]
     settings = ("-c", str(ROOT / "pyproject.toml"), "-o", "addopts=--import-mode=importlib --strict-markers")
     more = ("--continue-on-collection-errors", "-W", "default", "-p", "no:cacheprovider")
     return ("-m", "pytest", "-q", "-m", "gpu", *settings, *more, "--junitxml", "{out}/junit.xml", *map(str, files))

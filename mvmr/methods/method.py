@@ -77,11 +77,11 @@ class Method(nn.Module):
     """
 
     encoder: nn.Module
-    projector: nn.Module | None = None
+    projector: nn.Module | None
 
     def __init__(self, encoder: nn.Module, preprocess: Preprocess) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.projector = encoder, None
         self.normalise = Normalise(preprocess)
 
     def features(self, images: Tensor) -> Tensor:

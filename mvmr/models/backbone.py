@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
+TIMM = "timm:"  # before the name of one of timm's models
+
 
 class Backbone(Protocol):
     """An architecture, which knows of itself what training, reports and export ask.

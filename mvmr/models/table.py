@@ -8,10 +8,8 @@ from typing import Any
 from mvmr.bundles.manifest import Manifest
 from mvmr.errors import MvmrError, missing_extra, unknown
 from mvmr.models import torchvision_resnet
-from mvmr.models.backbone import Backbone, StudentConfig
+from mvmr.models.backbone import TIMM, Backbone, StudentConfig
 from mvmr.models.torchvision_resnet import Resnet
-
-TIMM = "timm:"
 
 
 def open_backbone(config: StudentConfig, size: int) -> Backbone:
@@ -21,6 +19,8 @@ def open_backbone(config: StudentConfig, size: int) -> Backbone:
     """
     if config.backbone in torchvision_resnet.NAMES:
         return Resnet(name=config.backbone, small_kernel=config.small_kernel)
+    if not config.backbone.startswith(TIMM):
+        raise _unknown(config.backbone)
     if config.small_kernel:
         raise MvmrError(f"[student] small_kernel is of ResNets, not of {config.backbone}: leave it out")
     return _timm(config.backbone, size)
@@ -35,16 +35,25 @@ def backbone_of(manifest: Manifest) -> Backbone:
     opened: Backbone
     if name in torchvision_resnet.NAMES:
         opened = Resnet(name=name, small_kernel=_option(name, options, "small_kernel", bool))
+    elif name.startswith(TIMM):
+        size = _option(name, options, "image_size", int)
+        if size != manifest.preprocessing.crop:
+            raise MvmrError(
+                f"{name} is for images of {size} px, but the preprocessing gives {manifest.preprocessing.crop}"
+            )
+        opened = _timm(name, size)
     else:
-        opened = _timm(name, _option(name, options, "image_size", int))
+        raise _unknown(name)
     if manifest.embedding_dim != opened.width:
         raise MvmrError(f"embedding_dim = {manifest.embedding_dim}, but {name} has {opened.width} features")
     return opened
 
 
+def _unknown(name: str) -> MvmrError:
+    return unknown("student", name, (*torchvision_resnet.NAMES, f"{TIMM}NAME"))
+
+
 def _timm(name: str, size: int) -> Backbone:
-    if not name.startswith(TIMM):
-        raise unknown("student", name, (*torchvision_resnet.NAMES, f"{TIMM}NAME"))
     try:
         from mvmr.models.timm_model import TimmModel  # timm takes its time to import
     except ModuleNotFoundError as error:

@@ -13,9 +13,8 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
 from mvmr.errors import MvmrError, unknown
+from mvmr.models.backbone import TIMM
 from mvmr.models.folding import fold_batch_norm, plain_copy
-
-PREFIX = "timm:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +89,7 @@ class _Stages(nn.Module):
 
 
 def _create(name: str, size: int) -> nn.Module:
-    known = name.removeprefix(PREFIX)
+    known = name.removeprefix(TIMM)
     if known not in timm.list_models():
         raise unknown("timm model", known, timm.list_models())
     options: dict[str, Any] = {"img_size": size} if _is_fixed(name) else {}
@@ -102,7 +101,7 @@ def _create(name: str, size: int) -> nn.Module:
 
 
 def _is_fixed(name: str) -> bool:
-    described = timm.models.get_pretrained_cfg(name.removeprefix(PREFIX), allow_unregistered=True)
+    described = timm.models.get_pretrained_cfg(name.removeprefix(TIMM), allow_unregistered=True)
     return bool(getattr(described, "fixed_input_size", False))
 
 

@@ -94,7 +94,7 @@ def test_train_step_writes_every_case_and_every_change(tmp_path: Path) -> None:
     assert (settings["student"], settings["size"], settings["batch"], settings["teacher"]) == (
         "resnet18", 32, 4, "ViT-S-32",
     )  # fmt: skip
-    assert settings["recipe"]["projector"] == [16]
+    assert settings["recipe"]["method"]["projector"] == [16]
 
 
 @pytest.mark.slow

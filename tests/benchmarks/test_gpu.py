@@ -220,7 +220,7 @@ def test_the_whole_stays_within_eight_minutes(gpu_run: ModuleType) -> None:
 
 def test_only_files_with_tests_for_a_gpu_are_collected(gpu_run: ModuleType) -> None:
     files = {Path(word).name for word in gpu_run.parts("cuda", False)[-1].command if word.endswith(".py")}
-    assert {"test_student.py", "test_export_session.py", "test_export_tensorrt.py"} <= files
+    assert {"test_student.py", "test_session.py", "test_tensorrt.py"} <= files
     assert "test_config.py" not in files
 
 

@@ -84,7 +84,7 @@ def test_reading_extending_and_describing_need_no_torch(made):
     code = f"""
 import sys
 import numpy
-from mvmr import bundle
+from mvmr.bundles import bundle
 found = bundle.load({str(made.path)!r})
 found = bundle.add_head(found, "x", numpy.ones((2, {WIDTH})), numpy.zeros(2), {CLASSES}, {record()})
 found = bundle.add_metrics(found, {record(protocol="knn")})

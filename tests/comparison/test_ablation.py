@@ -252,7 +252,7 @@ def test_other_settings_are_refused_by_name(undisturbed: Path, photos: str, tmp_
     with pytest.raises(MvmrError, match=r"data\.fingerprint\.unlabelled"):
         run(undisturbed, str(coloured(tmp_path / "more")))
     with pytest.raises(MvmrError, match=r"grid \('losses' there, 'projector' now\)"):
-        small = [each for each in TINY if not each.startswith("projector")]
+        small = [each for each in TINY if not each.startswith("method.projector")]
         ablate("projector", photos, undisturbed, epochs=1, assign=small, device="cpu")
     assert {path.name: path.read_bytes() for path in undisturbed.iterdir()} == before
 

@@ -110,7 +110,7 @@ def test_unknown_grids_and_rows_are_named() -> None:
     [
         ("losses", "method.representations.hog=1"),
         ("losses", "method.decorrelation=1"),
-        ("losses", "objective={}"),
+        ("losses", "method={}"),
         ("augmentations", "views.policy = crop"),
         ("projector", "method.projector=[8]"),
         ("projector", "train.seed=3"),

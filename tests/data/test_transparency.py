@@ -22,6 +22,7 @@ from mvmr.bundles.preprocess import WHITE, Preprocess, to_rgb
 from mvmr.data import ImageSet, open_images
 from mvmr.data.image_bytes import Prepared, prepare
 from mvmr.errors import MvmrError
+from mvmr.methods.method import AUGMENTED, ORIGINAL
 from mvmr.models.torchvision_resnet import Resnet
 from mvmr.serve.client.images import Sent, parts
 from mvmr.serve.engine import Engine
@@ -121,7 +122,7 @@ def test_every_room_sees_the_same_pixels(content: bytes, tmp_path: Path) -> None
     wanted = NOW.image(on_white(content))
     images = written(tmp_path / "photos", content)
     np.testing.assert_array_equal(images.load(0), on_white(content))
-    views = Views(images, NOW, "none", seed=0)[0, 0]
+    views = Views(images, NOW, (ORIGINAL, AUGMENTED), "none", seed=0)[0, 0]
     np.testing.assert_array_equal(chw(views["original"]), wanted)
     np.testing.assert_array_equal(chw(views["augmented"]), wanted)
     served = prepare(content, NOW)  # the service and the batch job

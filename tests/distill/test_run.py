@@ -192,7 +192,7 @@ def test_a_full_size_teacher_and_student_do_a_step(tmp_path: Path, monkeypatch: 
     )  # fmt: skip
     said = made.manifest
     assert (said.backbone, said.embedding_dim, said.preprocessing.crop) == ("resnet50", 2048, 224)
-    assert said.training["recipe"]["projector"] == [8192, 8192, 8192]
+    assert said.training["recipe"]["method"]["projector"] == [8192, 8192, 8192]
     assert said.training["teachers"]["teacher"]["name"] == "ViT-B-16"
     (line,) = (json.loads(line) for line in (made.path / "metrics.jsonl").read_text().splitlines())
     assert line["step"] == 1

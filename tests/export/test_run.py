@@ -301,7 +301,7 @@ def test_stopped_at_any_moment_the_bundle_is_as_it_was(
 
 _KILLED = """
 import os, signal, sys
-from mvmr import files, staging
+from mvmr.storage import atomic as files, staging
 from mvmr.export.export import export
 count = 0
 def sync(path):

@@ -252,7 +252,7 @@ def test_a_folder_that_is_no_bundle_is_never_touched(images: ImageSet, tmp_path:
 @pytest.mark.parametrize(
     ("assign", "said"),
     [
-        ("train.batch_size=1", r"batch_size = 1: the objective compares the images of a batch; give 4 or more"),
+        ("train.batch_size=1", r"batch_size = 1: the method compares the images of a batch; give 4 or more"),
         ("train.batch_size=21", r"a step takes 21 images and the data have 20: give --batch-size 20 or less"),
         ("train.accumulate=3", r"a step takes 24 images and the data have 20: give --batch-size 6 or less"),
         ("train.accumulate=9", r"a step takes 72 images and the data have 20: that is too few"),

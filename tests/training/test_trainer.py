@@ -164,15 +164,17 @@ def test_steps_are_optimiser_steps() -> None:
     with pytest.raises(MvmrError, match=r"a step takes 16 images and the data have 15: give --batch-size 7 or less"):
         config.steps(15)
     with pytest.raises(MvmrError, match=r"takes 16 images and the data have 7: that is too few"):
-        config.steps(7)
+        config.steps(7, smallest_batch=4)
     with pytest.raises(MvmrError, match=r"batch_size = 8: give a multiple of the 3 devices"):
         config.steps(100, devices=3)
+    with pytest.raises(MvmrError, match=r"batch_size = 8: the method compares the images of a batch; give 9 or more"):
+        config.steps(100, smallest_batch=9)
 
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"batch_size": 1}, "batch_size = 1: the objective compares the images of a batch; give 4 or more"),
+        ({"batch_size": 0}, "batch_size = 0: must be 1 or more"),
         ({"epochs": 0}, "epochs = 0: must be 1 or more"),
         ({"lr": 0.0}, "lr = 0.0: must be above 0"),
         ({"clip_grad": -1.0}, "clip_grad = -1.0: must be above 0"),
@@ -298,9 +300,7 @@ def test_accumulation_averages_the_gradients_of_its_batches(tmp_path: Path) -> N
     for batch in items:
         fresh = learner()
         stacked = {key: torch.stack([item[key] for item in batch]) for key in batch[0]}
-        torch.stack(
-            list(fresh(stacked["original"], stacked["augmented"], pixels(stacked))[0].values())
-        ).sum().backward()
+        torch.stack(list(fresh(stacked, pixels(stacked)).losses.values())).sum().backward()
         expected.append(torch.cat([p.grad.flatten() for p in fresh.parameters() if p.grad is not None]))
     torch.testing.assert_close(both, (expected[0] + expected[1]) / 2, rtol=1e-4, atol=1e-7)
 

@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import Callable
 
-_AT_A_TURN = 2  # requests of one owner that begin in a turn: others wait for them, several turns to a request
+_AT_A_TURN = 1  # request of one owner that begins in a turn: others wait for them, several turns to a request
 
 
 class Turns:
