@@ -234,3 +234,35 @@ def test_giving_up_leaves_nothing_unless_something_was_learned(tmp_path: Path) -
         (run.path / kept).write_text("")
         give_up(run)
         assert (run.path / kept).exists()
+
+
+BEFORE: dict[str, Any] = {
+    "method": "self-supervised MV-MR",
+    "data": {"name": "photos", "images": 40},
+    "recipe": {
+        "name": "paper",
+        "model": {"architecture": "resnet18", "small_kernel": True},
+        "projector": [16, 16],
+        "objective": {"invariance": 1.0, "representations": {"hog": 1.0}},
+        "train": {"lr": 1e-3},
+    },
+}
+
+
+def test_a_run_of_before_there_were_methods_is_gone_on_with(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "run.json").write_text(json.dumps(BEFORE))
+    now = {
+        "method": "mvmr",
+        "data": {"name": "photos", "images": 40},
+        "recipe": {
+            "name": "paper",
+            "student": {"backbone": "resnet18", "small_kernel": True},
+            "method": {"name": "mvmr", "projector": (16, 16), "invariance": 1.0, "representations": {"hog": 1.0}},
+            "train": {"lr": 1e-3},
+        },
+    }
+    assert not find_run(tmp_path / "out", now, resume=True, overwrite=False).fresh
+    now["recipe"]["method"]["invariance"] = 2.0
+    with pytest.raises(MvmrError, match=r"it differs in recipe\.method\.invariance \(1\.0 there, 2\.0 now\)"):
+        find_run(tmp_path / "out", now, resume=True, overwrite=False)

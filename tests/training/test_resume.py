@@ -1,0 +1,72 @@
+"""Killed with kill -9 and gone on with, a run ends with the weights of an undisturbed one, whatever its method."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mvmr.data import open_images
+from mvmr.training.pretraining import fit
+from mvmr.training.recipe import load_recipe
+
+pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
+
+TINY = (
+    "student.backbone=resnet18", "views.size=32", "views.policy=crop+flip", "train.epochs=3", "train.batch_size=8",
+    "train.workers=0", "train.precision=32-true", "train.checkpoint_steps=2", "train.log_steps=1",
+)  # fmt: skip
+BYOL = ("method.name=byol", "method.projector=[16,8]", "method.predictor=[16,8]")
+RUNS = {
+    "byol": (*TINY, *BYOL),
+    "simclr": (*TINY, "method.name=simclr", "method.projector=[16,8]"),
+    "a transformer": (*TINY, *BYOL, "student.backbone=timm:vit_tiny_patch16_224"),
+    "a depthwise network": (
+        *TINY, "student.backbone=timm:mobilenetv3_small_100", "method.projector=[16]",
+        "method.representations={pixels=1.0}",
+    ),
+}  # fmt: skip
+KILLED = """
+import os, signal, sys
+import torch
+from mvmr.data import open_images
+from mvmr.training import trainer
+from mvmr.training.pretraining import fit
+from mvmr.training.recipe import load_recipe
+torch.set_num_threads(1)
+data, out, *assign = sys.argv[1:]
+real = trainer.learning_rate
+def dying(config, step, steps):
+    if step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(config, step, steps)
+trainer.learning_rate = dying
+fit(open_images(data, "unlabelled"), out, load_recipe("default", "mvmr", assign), device="cpu")
+"""
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder, random = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for number in range(16):
+        coarse = Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+        coarse.resize((40, 36), Image.Resampling.BICUBIC).save(folder / f"{number:02}.png")
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_killed_it_goes_on_to_the_weights_of_an_undisturbed_run(photos: str, tmp_path: Path, name: str) -> None:
+    recipe, images = load_recipe("default", "mvmr", RUNS[name]), open_images(photos, "unlabelled")
+    whole = fit(images, tmp_path / "whole", recipe, device="cpu")
+    command = [sys.executable, "-c", KILLED, photos, str(tmp_path / "out"), *RUNS[name]]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    assert torch.load(tmp_path / "out.partial" / "checkpoint.pt", weights_only=True)["step"] == 4
+    again = fit(images, tmp_path / "out", recipe, device="cpu", resume=True)
+    for file in ("encoder.safetensors", "projector.safetensors"):
+        assert (again.path / file).read_bytes() == (whole.path / file).read_bytes()
