@@ -231,4 +231,6 @@ PRETRAIN: dict[str, Trial | None] = {
     "paper, scattering and HOG only, crop+flip": Trial(f"{_Z} {_S}=1 {_H}=1 {_CF}"),
     "paper, 4 times the epochs": Trial(f"{_Z} {_ALL}", epochs=4),
     "paper, crop+flip, 4 times the epochs": Trial(f"{_Z} {_ALL} {_CF}", epochs=4),
+    "simclr": Trial("method.name=simclr"),
+    "byol": Trial("method.name=byol"),
 }
