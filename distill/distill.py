@@ -13,7 +13,7 @@ from mvmr.data import open_images
 from mvmr.distillation.teachers.table import open_teacher, parse_specs
 from mvmr.distillation.teachers.teacher import NAME
 from mvmr.methods.mvmr import MvmrConfig
-from mvmr.training.pretraining import fit
+from mvmr.training.pretraining import check_recipe, fit
 from mvmr.training.recipe import Recipe, load_recipe
 
 
@@ -47,12 +47,14 @@ def distill(
     The other arguments, and what is raised: as in :func:`mvmr.training.pretraining.pretrain`.
     """
     specs = parse_specs(teacher)
-    resolved = for_teachers(load_recipe(recipe, "mvmr.distillation", assign), [spec.name for spec in specs])
+    names = [spec.name for spec in specs]
+    resolved = for_teachers(load_recipe(recipe, "mvmr.distillation", assign), names)
+    check_recipe(resolved, names, None if resume else init)
+    place = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    loaded = {spec.name: open_teacher(spec, pretrained, device=place) for spec in specs}
     images = open_images(
         data, "unlabelled", background=resolved.views.background, max_unreadable=max_unreadable, progress=progress
     )
-    place = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    loaded = {spec.name: open_teacher(spec, pretrained, device=place) for spec in specs}
     return fit(
         images, out, resolved, teachers=loaded, init=init, resume=resume, overwrite=overwrite,
         device=device, devices=devices, progress=progress,

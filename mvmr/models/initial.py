@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor
 
 from mvmr.bundles import weights
 from mvmr.bundles.bundle import encoder_file, load
+from mvmr.models.backbone import Backbone
 
 _CLASSIFIERS = ("fc.", "classifier.", "head.")
 
 
-def load_init(encoder: nn.Module, source: str | Path) -> None:
-    """Start `encoder` from a bundle folder, or from a torchvision or timm state-dict file.
+def read_init(backbone: Backbone, source: str | Path) -> dict[str, Tensor]:
+    """Weights to start a backbone's encoder from: of a bundle folder, or a torchvision or timm state-dict file.
 
     A classifier's keys, which the encoder lacks, are dropped; of a bundle, the hash of the weights is checked first.
-    Nothing is loaded when anything does not fit.
 
     Raises: MvmrError when the source cannot be read, is of another architecture (naming keys), or holds
         a value that is not finite.
@@ -27,6 +28,9 @@ def load_init(encoder: nn.Module, source: str | Path) -> None:
     else:
         origin = f"init {path}"
     state = weights.read(path)
+    with torch.device("meta"):
+        encoder = backbone.build()
     own = encoder.state_dict().keys()
     kept = {key: value for key, value in state.items() if key in own or not key.startswith(_CLASSIFIERS)}
-    weights.fit(encoder, kept, origin=origin)
+    weights.check_fit(encoder, kept, origin=origin)
+    return kept

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -25,7 +25,7 @@ from mvmr.errors import MvmrError
 from mvmr.methods.method import Method
 from mvmr.methods.table import build_method
 from mvmr.models.backbone import Backbone
-from mvmr.models.initial import load_init
+from mvmr.models.initial import read_init
 from mvmr.models.student import save_student
 from mvmr.models.table import open_backbone
 from mvmr.progress import say
@@ -40,6 +40,7 @@ from mvmr.training.trainer import Precision, read, train
 from mvmr.training.views import Views, make_policy
 
 _RECALIBRATION_IMAGES = 16384
+_USUAL_SIZE = 224  # pixels, of students of photographs
 
 
 def pretrain(
@@ -75,6 +76,7 @@ def pretrain(
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM; ``resume`` goes on.
     """
     resolved = load_recipe(recipe, "mvmr", assign)
+    check_recipe(resolved, (), None if resume else init)
     images = open_images(
         data, "unlabelled", background=resolved.views.background, max_unreadable=max_unreadable, progress=progress
     )
@@ -82,6 +84,20 @@ def pretrain(
         images, out, resolved, init=init, resume=resume, overwrite=overwrite, device=device, devices=devices,
         progress=progress,
     )  # fmt: skip
+
+
+def check_recipe(recipe: Recipe, teachers: Collection[str], init: str | Path | None) -> None:
+    """Refuse what can't be whatever the images are, before one of them is read.
+
+    Raises:
+        MvmrError: targets or teachers that aren't there, views or a student that can't be, weights that don't fit.
+    """
+    size = recipe.views.size or _USUAL_SIZE
+    check_targets(recipe.method.targets, teachers, recipe.name)
+    make_policy(recipe.views.policy, size)
+    backbone = open_backbone(recipe.student, size)
+    if init is not None and (recipe.views.size or not backbone.options.get("fixed")):
+        read_init(backbone, init)
 
 
 def fit(
@@ -111,7 +127,7 @@ def fit(
         )
     precision = native_precision(recipe.train.precision, device)
     fabric = launch(device, devices, precision)
-    size = (images.native_size or 224) if recipe.views.size is None else recipe.views.size
+    size = (images.native_size or _USUAL_SIZE) if recipe.views.size is None else recipe.views.size
     recipe = replace(
         recipe,
         views=replace(recipe.views, size=size),
@@ -127,7 +143,10 @@ def fit(
 
     def make() -> None:
         if not run.finished:
-            _train(images, recipe, backbone, preprocess, run, fabric, teachers=teachers, init=init, progress=progress)
+            weights = None if init is None else read_init(backbone, init)
+            _train(
+                images, recipe, backbone, preprocess, run, fabric, teachers=teachers, init=weights, progress=progress
+            )
 
     return carry_out(run, result, fabric, make)
 
@@ -166,7 +185,7 @@ def _train(
     fabric: Fabric,
     *,
     teachers: Mapping[str, Pretrained],
-    init: str | Path | None,
+    init: Mapping[str, Tensor] | None,
     progress: bool,
 ) -> None:
     """Train, and write the bundle's files into the run's folder."""
@@ -213,14 +232,15 @@ def launch(device: str, devices: int, precision: Precision) -> Fabric:
 
 
 def build_learner(
-    recipe: Recipe, backbone: Backbone, preprocess: Preprocess, targets: Targets, init: str | Path | None = None
-) -> Method:
+    recipe: Recipe, backbone: Backbone, preprocess: Preprocess, targets: Targets,
+    init: Mapping[str, Tensor] | None = None,
+) -> Method:  # fmt: skip
     """Encoder and method of ``recipe``, drawn from its seed; the global random state is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)
         encoder = backbone.build()
         if init is not None:
-            load_init(encoder, Path(init))
+            encoder.load_state_dict({**encoder.state_dict(), **init})
         statistics = {name: targets.statistics(name) for name in recipe.method.standardised}
         return build_method(recipe.method, encoder, backbone.width, preprocess, statistics)
 

@@ -15,7 +15,7 @@ from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
 from mvmr.methods.heads import build_projector
 from mvmr.models.backbone import StudentConfig
-from mvmr.models.initial import load_init
+from mvmr.models.initial import read_init
 from mvmr.models.table import open_backbone
 from mvmr.models.torchvision_resnet import Resnet
 
@@ -166,42 +166,39 @@ def _bundle(folder: Path, plain: nn.Module) -> Path:
 )
 def test_init_takes_the_weights_of(made, tmp_path, plain):
     other = PLAIN.build()
-    load_init(other, made(tmp_path, plain))
+    other.load_state_dict({**other.state_dict(), **read_init(PLAIN, made(tmp_path, plain))})
     tolerance = 1e-3 if made is _wrapped_pth else 0.0
     for key, value in plain.state_dict().items():
         torch.testing.assert_close(other.state_dict()[key], value, rtol=tolerance, atol=tolerance)
 
 
-def test_init_from_another_architecture_names_the_keys_and_loads_nothing(tmp_path, plain):
+def test_init_from_another_architecture_names_the_keys(tmp_path, plain):
     source = _torchvision_pth(tmp_path, plain)
-    encoder = Resnet(name="resnet50").build()
-    before = encoder.conv1.weight.clone()
     with pytest.raises(MvmrError) as caught:
-        load_init(encoder, source)
+        read_init(Resnet(name="resnet50"), source)
     message = str(caught.value)
     assert "\n" not in message
     assert str(source) in message
     assert "missing (layer1.0.conv3.weight, layer1.0.bn3.weight, layer1.0.bn3.bias, ...)" in message
     assert "layer1.0.conv1.weight [64, 64, 3, 3] instead of [64, 64, 1, 1]" in message
-    assert torch.equal(encoder.conv1.weight, before)
 
 
 def test_init_with_another_stem_names_the_switch(tmp_path, plain):
     with pytest.raises(MvmrError, match=r"conv1\.weight \[64, 3, 7, 7\] instead of \[64, 3, 3, 3\].*--small-kernel"):
-        load_init(SMALL.build(), _torchvision_pth(tmp_path, plain))
+        read_init(SMALL, _torchvision_pth(tmp_path, plain))
 
 
 def test_init_from_a_transformer_names_unexpected_keys(tmp_path):
     save_file({"visual.class_embedding": torch.zeros(8)}, tmp_path / "vit.safetensors")
     with pytest.raises(MvmrError, match=r"1 unexpected \(visual\.class_embedding\)"):
-        load_init(SMALL.build(), tmp_path / "vit.safetensors")
+        read_init(SMALL, tmp_path / "vit.safetensors")
 
 
 def test_init_refuses_weights_that_are_not_finite(tmp_path, plain):
     state = plain.state_dict() | {"bn1.weight": torch.full((64,), float("nan"))}
     torch.save(state, tmp_path / "nan.pth")
     with pytest.raises(MvmrError, match=r"not finite in 1 keys \(bn1\.weight\)"):
-        load_init(PLAIN.build(), tmp_path / "nan.pth")
+        read_init(PLAIN, tmp_path / "nan.pth")
 
 
 class Payload:
@@ -228,21 +225,21 @@ def test_init_from_something_else_says_what_it_is(name, content, text, tmp_path)
     elif content is not None:
         torch.save(content, path)
     with pytest.raises(MvmrError, match=text) as caught:
-        load_init(SMALL.build(), path)
+        read_init(SMALL, path)
     assert "\n" not in str(caught.value)
     assert name in str(caught.value)
 
 
 def test_init_from_a_folder_that_is_no_bundle_says_so(tmp_path):
     with pytest.raises(MvmrError, match=r"holds no bundle\.json"):
-        load_init(SMALL.build(), tmp_path)
+        read_init(SMALL, tmp_path)
 
 
 def test_init_from_a_truncated_file_says_so(tmp_path, plain):
     whole = _timm_safetensors(tmp_path, plain).read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(MvmrError, match="not a whole safetensors file"):
-        load_init(PLAIN.build(), tmp_path / "cut.safetensors")
+        read_init(PLAIN, tmp_path / "cut.safetensors")
 
 
 def test_two_encoders_of_one_seed_are_equal():
