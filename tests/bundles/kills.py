@@ -1,6 +1,6 @@
 """Run one operation on a bundle again and again, killed before its first, second, ... file operation.
 
-Usage: bundle_kills.py add_head|replace_head|publish|publish_over FOLDER; prints what was readable after each death as
+Usage: kills.py add_head|replace_head|publish|publish_over FOLDER; prints what was readable after each death as
 JSON. A process of its own, without threads, because it forks.
 """
 

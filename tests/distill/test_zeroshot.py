@@ -1,4 +1,4 @@
-"""Zero-shot is open_clip's for the teacher; the student's goes through a map that is scikit-learn's ridge solution."""
+"""Zero-shot is open_clip's for the teacher; the student's goes through its map, in a bundle or out of it."""
 
 import json
 from copy import deepcopy
@@ -12,10 +12,6 @@ import torch
 from open_clip.model import CLIP
 from safetensors.numpy import save
 from safetensors.torch import save_file
-from sklearn.linear_model import Ridge
-from sklearn.metrics import r2_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch.nn.functional import interpolate, normalize
 
 from mvmr.bundles import bundle
@@ -24,16 +20,15 @@ from mvmr.distillation.teachers.clip import ClipTeacher
 from mvmr.distillation.teachers.tiny_clip import TEMPLATES
 from mvmr.distillation.zeroshot import (
     IMAGENET_TEMPLATES,
-    STRENGTHS,
-    SpaceMap,
     fit_space_map,
     read_map,
     store_map,
     templates_for,
     zero_shot_logits,
 )
-from mvmr.errors import MvmrError
 from mvmr.models.torchvision_resnet import Resnet
+from tests.distill.maps import WIDTH, a_map, refusal
+from tests.making import write_bundle
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 
@@ -41,7 +36,6 @@ TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "lay
 VIT = {"image_size": 32, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16}
 SMALL: dict[str, Any] = {"embed_dim": 12, "vision_cfg": VIT, "text_cfg": TEXT}
 CLASSES = ["cat", "coffee cup", "hubble deep field", "page", "tissue", "rocket", "moon"]
-WIDTH = 512
 
 
 def write_teacher(folder: Path, seed: int = 4) -> CLIP:
@@ -77,139 +71,10 @@ def images() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("bundle")
-    config = Resnet(name="resnet18", small_kernel=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        encoder = config.build()
-    bundle.write(
-        root / "b.partial",
-        backbone=config.name,
-        options=config.options,
-        embedding_dim=WIDTH,
-        preprocessing=Preprocess.for_size(32),
-        training={"method": "distillation", "teachers": {}},
-        encoder_state=encoder.state_dict(),
-    )
-    bundle.publish(root / "b.partial", root / "b")
-    return root / "b"
-
-
-def rows(count: int, width: int, seed: int = 0) -> np.ndarray:
-    """Features that are correlated, of unequal scale and far from the origin; the last one is dead."""
-    rng = np.random.default_rng(seed)
-    factors = rng.normal(size=(count, width)) / np.arange(1, width + 1)
-    mixed = factors @ rng.normal(size=(width, width)) * rng.uniform(0.01, 5, width)
-    mixed += rng.normal(size=width) * 10
-    mixed[:, -1] = 0.1
-    return mixed.astype(np.float32)
-
-
-def noisy_targets(features: np.ndarray, width: int = 6, noise: float = 0.5) -> np.ndarray:
-    rng = np.random.default_rng(1)
-    standard = StandardScaler().fit_transform(features)
-    made = standard @ rng.normal(size=(features.shape[1], width)) / np.sqrt(features.shape[1])
-    return (made + noise * rng.normal(size=made.shape) + 1.5).astype(np.float32) * 7
-
-
-def a_map(outputs: int = 12, inputs: int = WIDTH, value: float = 1.0) -> SpaceMap:
-    weight = np.random.default_rng(0).normal(size=(outputs, inputs)).astype(np.float32) * np.float32(value)
-    return SpaceMap(weight=weight, bias=np.ones(outputs, np.float32), strength=0.1, r2=0.5)
-
-
-def refusal(function: Any, *args: Any) -> str:
-    with pytest.raises(MvmrError) as caught:
-        function(*args)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-# The map
-
-
-@pytest.mark.parametrize("shape", [(300, 20), (60, 150), (40, 40)], ids=["N > D", "N < D", "N = D"])
-def test_the_map_is_scikit_learns_ridge_on_standardised_features(shape: tuple[int, int]) -> None:
-    x = rows(*shape)
-    y = noisy_targets(x)
-    found = fit_space_map(x, y)
-    unit = y.astype(np.float64) / np.linalg.norm(y, axis=1, keepdims=True)
-    oracle = make_pipeline(StandardScaler(), Ridge(alpha=found.strength * len(x), solver="svd"))
-    expected = oracle.fit(x.astype(np.float64), unit).predict(x.astype(np.float64))
-    assert STRENGTHS[-1] < found.strength < STRENGTHS[0]
-    np.testing.assert_allclose(found(x), expected, rtol=0, atol=1e-5)
-    assert found(x).dtype == found.weight.dtype == found.bias.dtype == np.float32
-    assert found.weight.shape == (6, shape[1])
-    assert np.abs(found.weight[:, -1]).max() < 1e-6  # the dead feature's
-
-
-@pytest.mark.parametrize("shape", [(300, 20), (60, 150)], ids=["N > D", "N < D"])
-def test_strength_and_r2_are_those_of_a_search_by_scikit_learn(shape: tuple[int, int]) -> None:
-    x = rows(*shape).astype(np.float64)
-    y = noisy_targets(x)
-    found = fit_space_map(x, y, seed=3)
-    unit = y.astype(np.float64) / np.linalg.norm(y, axis=1, keepdims=True)
-    order = np.random.default_rng(3).permutation(len(x))
-    held, rest = order[: len(x) // 5], order[len(x) // 5 :]
-
-    def score(strength: float) -> float:
-        model = make_pipeline(StandardScaler(), Ridge(alpha=strength * len(rest), solver="svd")).fit(
-            x[rest], unit[rest]
-        )
-        return float(r2_score(unit[held], model.predict(x[held]), multioutput="variance_weighted"))
-
-    scores = {strength: score(strength) for strength in STRENGTHS}
-    assert found.strength == max(scores, key=scores.__getitem__)
-    assert found.r2 == pytest.approx(scores[found.strength], abs=1e-8)
-    assert 0.05 < found.r2 < 0.95
-
-
-def test_a_map_depends_on_its_seed_alone_and_not_on_the_scale_of_anything() -> None:
-    x = rows(100, 10)
-    y = noisy_targets(x)
-    one, same = fit_space_map(x, y), fit_space_map(torch.tensor(x), torch.tensor(y))
-    assert np.array_equal(one.weight, same.weight)
-    assert fit_space_map(x, y, seed=1).r2 != one.r2
-    scales = 2.0 ** np.arange(-5, 5, dtype=np.float32)
-    scaled = fit_space_map(x * scales, y * np.linspace(0.5, 3, 100)[:, None])
-    assert scaled.strength == one.strength
-    np.testing.assert_allclose(scaled(x * scales), one(x), rtol=0, atol=1e-5)
-
-
-def test_a_collapsed_student_explains_nothing_and_is_no_error() -> None:
-    found = fit_space_map(np.full((50, 8), 0.3, np.float32), noisy_targets(rows(50, 8)))
-    assert found.r2 <= 0
-    assert found.strength == STRENGTHS[0]
-
-
-def test_a_fit_refuses_what_it_cannot_use(tmp_path: Path) -> None:
-    x, y = rows(20, 4), noisy_targets(rows(20, 4))
-    assert "20 rows of features and 19 of embeddings are no pairs" in refusal(fit_space_map, x, y[1:])
-    assert "10 images or more, here are 9" in refusal(fit_space_map, x[:9], y[:9])
-    assert fit_space_map(x[:10], y[:10]).weight.shape == (6, 4)
-    broken = x.copy()
-    broken[7, 2] = np.nan
-    assert "features: row 7 holds NaN or infinity" in refusal(fit_space_map, broken, y)
-    assert "embeddings: row 7 holds NaN or infinity" in refusal(fit_space_map, x, broken)
-    assert "embeddings must be rows of numbers" in refusal(fit_space_map, x, y[0])
-    assert "are all the same" in refusal(fit_space_map, x, np.ones((20, 3)) * np.arange(1, 21)[:, None])
-
-
-def test_a_map_refuses_what_does_not_fit() -> None:
-    made = a_map(3, 5)
-    assert "features 5 wide, these are 4 wide" in refusal(made, np.ones((2, 4)))
-    assert "features: row 1 holds NaN" in refusal(made, [[1.0] * 5, [np.inf] * 5])
-    assert made(np.empty((0, 5))).shape == (0, 3)
-
-    def build(weight: object, bias: object, strength: float = 1.0, r2: float = 0.5) -> SpaceMap:
-        return SpaceMap(weight=np.array(weight), bias=np.array(bias), strength=strength, r2=r2)
-
-    assert "weight [1, 2] and bias [2] make no map" in refusal(build, [[1.0, 2.0]], [1.0, 2.0])
-    assert "make no map" in refusal(build, [1.0, 2.0], [1.0, 2.0])
-    assert "not finite" in refusal(build, [[1.0, np.nan]], [1.0])
-    assert "not finite" in refusal(build, [[1.0, 1.0]], [np.inf])
-    assert "not finite" in refusal(build, [[1.0, 1.0]], [1.0], np.nan)
-    assert "not finite" in refusal(build, [[1.0, 1.0]], [1.0], 1.0, -np.inf)
+    out = tmp_path_factory.mktemp("bundle") / "b"
+    training = {"method": "distillation", "teachers": {}}
+    backbone = Resnet(name="resnet18", small_kernel=True)
+    return write_bundle(out, backbone=backbone, preprocess=Preprocess.for_size(32), training=training).path
 
 
 # Templates

@@ -114,6 +114,16 @@ def copied(path: Path, folder: Path) -> Path:
     return folder / path.name
 
 
+def damage(path: Path, name: str, content: bytes | None, *, listed: bool = False) -> None:
+    """Change a file of a bundle; `listed`: so that its hash is right."""
+    if listed:
+        bundles.add_files(bundles.load(path, verify=False), {name: content or b""})
+    elif content is None:
+        (path / name).unlink()
+    else:
+        (path / name).write_bytes(content)
+
+
 def add_head(path: Path, name: str, classes: tuple[str, ...], *, dim: int = DIM, seed: int = 0) -> None:
     """Put a head of random weights into a bundle."""
     random = np.random.default_rng(seed)
@@ -161,6 +171,17 @@ def problem(answer: httpx2.Response) -> str:
     kind: str = document["type"]
     assert kind.startswith("urn:mvmr:problem:")
     return kind.rpartition(":")[2]
+
+
+def embed(client: httpx2.Client) -> Floats:
+    """The embedding of a photograph, float32 [1, D], by a service."""
+    return rows(client.post("/v1/embed", content=jpeg(), headers={"accept": FLOAT32}))
+
+
+def reasons(answer: httpx2.Response) -> set[str]:
+    """Why none of the images of a request has an embedding."""
+    assert problem(answer) == "bad-image"
+    return {each["error"]["code"] for each in answer.json()["errors"]}
 
 
 @dataclass

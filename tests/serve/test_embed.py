@@ -1,21 +1,12 @@
-"""The batch job's rows are the student's embeddings, each exactly once, whatever happens on the way."""
+"""The batch job's rows are the student's embeddings, in every form that they can have; what it can't do is one line."""
 
-import errno
 import hashlib
-import io
 import json
-import multiprocessing
-import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
-import threading
-import time
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import numpy as np
@@ -24,93 +15,19 @@ import pytest
 import torch
 from click.testing import CliRunner
 from filelock import FileLock
-from PIL import Image
 
 from mvmr.bundles import bundle as bundles
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.cli.main import main
 from mvmr.errors import MvmrError
-from mvmr.export.export import export
-from mvmr.models.torchvision_resnet import Resnet
 from mvmr.serve.batch import job
-from mvmr.serve.batch import parts as parts_module
-from mvmr.serve.batch.job import embed, read_shard
+from mvmr.serve.batch.job import read_shard
 from mvmr.serve.batch.stored import open_embeddings
 from mvmr.serve.engine import Engine
 from mvmr.serve.index.index import build
-from tests.making import write_bundle
+from tests.serve.jobs import BAD, CLASSES, COUNT, DIM, contents, picture, refused, rows, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-DIM, CLASSES = 512, tuple("abcde")
-COUNT, PART = 23, 5
-BAD = {"08.png": b"", "09.png": b"not an image", "14.png": None}
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A resnet18 at 16 px with a head, exported to fp32."""
-    torch.set_num_threads(1)
-    out = tmp_path_factory.mktemp("runs") / "mine"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        encoder = Resnet(name="resnet18").build()
-    write_bundle(out, encoder)
-    weight = np.random.default_rng(0).normal(size=(len(CLASSES), DIM))
-    said = {"command": "c", "data": "d", "protocol": "linear", "values": {"top1": 1.0}}
-    bundles.add_head(bundles.load(out), "photos", weight, np.zeros(len(CLASSES)), CLASSES, said)
-    export(out, formats=["onnx"], data="sample:digits", images=20)
-    return out
-
-
-def picture(number: int) -> Image.Image:
-    """Smooth colours, so that two of them are far apart and a shift of a pixel is seen."""
-    generator = np.random.default_rng(number)
-    coarse = Image.fromarray(generator.integers(0, 256, (3, 4, 3), dtype=np.uint8))
-    return coarse.resize((24 + number % 5, 20), Image.Resampling.BICUBIC)
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
-    for number in range(COUNT):
-        picture(number).save(folder / f"{number:02}.png")
-    for name, content in BAD.items():
-        (folder / name).unlink()
-        if content is None:
-            (folder / name).symlink_to("nowhere.png")
-        else:
-            (folder / name).write_bytes(content)
-    return folder
-
-
-@pytest.fixture
-def undisturbed(bundle: Path, photos: Path, tmp_path: Path) -> Path:
-    run(bundle, photos, tmp_path / "undisturbed")
-    return tmp_path / "undisturbed"
-
-
-def run(bundle: Path, images: Path | str, out: Path, **options: Any) -> job.Summary:
-    return embed(bundle, images, out=out, **{"part_rows": PART, "heads": ["photos"], "threads": 2, **options})
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    return [row for part in sorted(folder.glob("part-*.parquet")) for row in pq.read_table(part).to_pylist()]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """All files but the manifest, which tells the time."""
-    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name[0] != "."}
-    assert not [path for path in folder.iterdir() if path.is_dir()]
-    files.pop("manifest.json")
-    return files
-
-
-def refused(bundle: Path, images: Path | str, out: Path, **options: Any) -> str:
-    with pytest.raises(MvmrError) as caught:
-        run(bundle, images, out, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_rows_are_the_students_embeddings_with_their_paths_sizes_and_hashes(
@@ -178,69 +95,6 @@ def test_the_number_of_cores_and_the_size_of_parts_leave_the_rows_as_they_are(
         np.testing.assert_allclose(mine.pop("embedding"), other.pop("embedding"), rtol=1e-4, atol=1e-5)
         assert mine.pop("photos_probability") == pytest.approx(other.pop("photos_probability"), rel=1e-3)
         assert mine == other
-
-
-class Died(BaseException):
-    """Like a death, and not caught by anything that catches errors."""
-
-
-@pytest.mark.parametrize("name", ["out", "out.parquet", "out.npy"])
-def test_stopped_before_any_renaming_it_goes_on_and_ends_alike(
-    bundle: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_fsync: None, name: str
-) -> None:
-    options: dict[str, Any] = {"heads": (), "part_rows": 10}
-    engine = Engine.load(bundle, threads=1)
-    monkeypatch.setattr(Engine, "load", lambda *arguments, **options: engine)  # which takes most of the time
-    run(bundle, photos, tmp_path / "whole" / name, **options)
-    real, left = os.replace, [0]
-
-    def replace(*arguments: Any) -> None:
-        if not left[0]:
-            raise Died
-        left[0] -= 1
-        real(*arguments)
-
-    monkeypatch.setattr(os, "replace", replace)
-    deaths = 0
-    while True:
-        left[0] = deaths
-        try:
-            run(bundle, photos, tmp_path / f"{deaths}" / name, **options)
-            break
-        except Died:
-            deaths += 1
-        left[0] = 1000
-        run(bundle, photos, tmp_path / f"{deaths - 1}" / name, resume=True, **options)
-        for beside in (tmp_path / "whole").iterdir():
-            again = tmp_path / f"{deaths - 1}" / beside.name
-            if beside.is_dir():
-                assert contents(again) == contents(beside)
-            elif not beside.name.endswith("manifest.json"):
-                assert again.read_bytes() == beside.read_bytes()
-    assert deaths > 2 * 3
-    assert len(list((tmp_path / "0").iterdir())) == len(list((tmp_path / "whole").iterdir()))
-
-
-def test_a_part_that_was_lost_damaged_or_never_listed_is_made_again(
-    bundle: Path, photos: Path, undisturbed: Path, tmp_path: Path
-) -> None:
-    wanted = contents(undisturbed)
-    (undisturbed / "part-00002.parquet").unlink()
-    (undisturbed / "part-00003.parquet").write_bytes(b"cut")
-    (undisturbed / ".part-00009.0123abcd.partial.parquet").write_bytes(b"left over")
-    assert run(bundle, photos, undisturbed, resume=True).rows == COUNT - 3
-    assert contents(undisturbed) == wanted
-    assert not list(undisturbed.glob(".part*"))
-    (undisturbed / "errors.parquet").unlink()
-    run(bundle, photos, undisturbed, resume=True)
-    assert contents(undisturbed) == wanted
-
-
-def test_a_finished_run_is_resumed_without_any_work(bundle: Path, photos: Path, undisturbed: Path) -> None:
-    before = contents(undisturbed)
-    made = run(bundle, photos, undisturbed, resume=True)
-    assert (made.added, made.rows, made.errors) == (0, COUNT - 3, 3)
-    assert contents(undisturbed) == before
 
 
 def test_one_parquet_file_holds_all_rows(bundle: Path, photos: Path, undisturbed: Path, tmp_path: Path) -> None:
@@ -389,73 +243,6 @@ def test_two_processes_do_not_share_a_folder(bundle: Path, photos: Path, tmp_pat
     run(bundle, photos, tmp_path / "out")
 
 
-def test_a_full_disk_names_the_part_and_the_job_goes_on_later(
-    bundle: Path, photos: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        real = parts_module.columns.writer
-
-        def full(path: Path, columns: Any) -> Any:
-            if path.name.startswith(".part-00002."):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return real(path, columns)
-
-        patch.setattr(parts_module.columns, "writer", full)
-        message = refused(bundle, photos, tmp_path / "out")
-    where = tmp_path / "out" / "part-00002.parquet"
-    assert f"cannot write {where}: the disk is full; the 2 parts before it are whole: mend this and go on" in message
-    assert "holds an unfinished run; go on with it by --resume" in refused(bundle, photos, tmp_path / "out")
-    assert run(bundle, photos, tmp_path / "out", resume=True).added == COUNT - 2 * PART
-    assert contents(tmp_path / "out") == contents(undisturbed)
-
-
-def test_a_real_full_disk_is_one_line_too(bundle: Path, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if shutil.which("mount") is None or os.geteuid() != 0:
-        pytest.skip("needs root to mount a small disk")
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "none", str(disk)], capture_output=True).returncode:
-        pytest.skip("mounting is not allowed here")
-    try:
-        images = tmp_path / "many"
-        images.mkdir()
-        for number in range(150):
-            picture(number).save(images / f"{number:03}.png")
-        message = refused(bundle, images, disk / "out", part_rows=20)
-        assert "the disk is full" in message
-        assert "parts before it are whole" in message
-        subprocess.run(["mount", "-o", "remount,size=5m", str(disk)], check=True)
-        assert run(bundle, images, disk / "out", part_rows=20, resume=True).rows == 150
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_it_and_says_how_to_go_on(
-    bundle: Path,
-    photos: Path,
-    undisturbed: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    number: signal.Signals,
-) -> None:
-    calls = iter(range(1000))
-    real = Engine.__call__
-
-    def signalled(self: Engine, pixels: np.ndarray) -> Any:
-        if next(calls) == 6:
-            os.kill(os.getpid(), number)
-        return real(self, pixels)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Engine, "__call__", signalled)
-        with pytest.raises(KeyboardInterrupt, match=r"\d+ images are saved in .*/out; go on with --resume"):
-            run(bundle, photos, tmp_path / "out")
-    assert threading.active_count() == 1 or not [t for t in threading.enumerate() if t.name.startswith(("dec", "emb"))]
-    run(bundle, photos, tmp_path / "out", resume=True)
-    assert contents(tmp_path / "out") == contents(undisturbed)
-
-
 def test_the_command_says_what_it_made_and_what_to_run_next(bundle: Path, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = CliRunner().invoke(main, ["embed", str(bundle), str(photos), "--out", str(out), "--head", "all"])
@@ -510,45 +297,3 @@ def test_the_job_needs_no_torch(bundle: Path, photos: Path, tmp_path: Path) -> N
     arguments = [str(bundle), str(photos), str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.slow
-def test_killed_at_twenty_random_moments_rows_are_those_of_an_undisturbed_run(bundle: Path, tmp_path: Path) -> None:
-    images = tmp_path / "images"
-    images.mkdir()
-    generator = np.random.default_rng(0)
-    for number in range(5000):
-        buffer = io.BytesIO()
-        Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(buffer, "BMP")
-        content = b"broken" if number % 97 == 0 else buffer.getvalue()
-        (images / f"{number:04}.bmp").write_bytes(content)
-    options = {"heads": ["photos"], "part_rows": 50, "resume": True, "threads": 2}
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    run(bundle, images, whole, part_rows=50)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mvmr.serve.batch.job"])
-    chance = random.Random(0)
-    kills = 0
-    while kills < 20:
-        process = context.Process(target=embed, args=(str(bundle), str(images)), kwargs={"out": str(out), **options})
-        process.start()
-        wanted = len(list(out.glob("part-*"))) + chance.randrange(5)
-        until = time.monotonic() + 30
-        while len(list(out.glob("part-*"))) < wanted and time.monotonic() < until:
-            time.sleep(0.005)
-        time.sleep(chance.uniform(0, 0.1))
-        assert process.is_alive(), "it must not end by itself yet"
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-        kills += 1
-    assert 5 < len(list(out.glob("part-*"))) < 100
-    process = context.Process(target=embed, args=(str(bundle), str(images)), kwargs={"out": str(out), **options})
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    paths = [row["path"] for row in rows(out)]
-    errors = pq.read_table(out / "errors.parquet")["path"].to_pylist()
-    assert sorted(paths + errors) == [str(path) for path in sorted(images.iterdir())]
-    assert len(errors) == 52
-    assert contents(out) == contents(whole)

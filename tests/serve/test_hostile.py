@@ -1,4 +1,4 @@
-"""A running service and strangers: schemathesis, damaged images, bombs, garbage on the wire; and whom it talks to."""
+"""A running service and strangers: bombs, JSON by the megabyte, garbage on the wire; it stays as it was."""
 
 from __future__ import annotations
 
@@ -8,15 +8,10 @@ import json
 import os
 import re
 import socket
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import httpx2
 import numpy as np
@@ -25,18 +20,13 @@ import pytest
 from PIL import Image
 
 from tests.serve import serving
-from tests.serve.serving import FLOAT32, Running, counted, encoded, jpeg, photograph, problem, rows, running
+from tests.serve.serving import Running, counted, embed, encoded, jpeg, photograph, problem, reasons, running
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 MIB = 2**20
 # What this service may take for a while on top of what it has: an image of 5 megapixels, decoded in two threads
 OPTIONS = ["--max-megapixels", "5", "--max-body-mb", "4", "--workers", "1", "--decoders", "2"]
 MOST = 200 * MIB
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return serving.bundle(tmp_path_factory.mktemp("bundle"))
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +58,6 @@ def unharmed(service: Running, client: httpx2.Client) -> Iterator[None]:
     assert counted(client.get("/metrics").text, "mvmr_queue_images") == {"": 0}
 
 
-def embed(client: httpx2.Client) -> Any:
-    return rows(client.post("/v1/embed", content=jpeg(), headers={"accept": FLOAT32}))
-
-
 def warm_up(service: Running) -> None:
     """Let all its threads start and its allocator take what it takes."""
     with httpx2.Client(base_url=service.url, verify=False, timeout=60) as client, ThreadPoolExecutor(8) as pool:
@@ -86,12 +72,6 @@ def peak(service: Running, act: Callable[[], object]) -> int:
     found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{service.pid}/status").read_text())
     assert found
     return int(found[1]) * 1024 - before
-
-
-def reasons(answer: httpx2.Response) -> set[str]:
-    """Why none of the images of a request has an embedding."""
-    assert problem(answer) == "bad-image"
-    return {each["error"]["code"] for each in answer.json()["errors"]}
 
 
 @pytest.fixture
@@ -168,28 +148,6 @@ def test_no_program_is_run_for_a_file(path: Path, tmp_path: Path, fuzz: ModuleTy
         for content in (eps, fuzz.iptc(eps)):
             assert reasons(client.post("/v1/embed", content=content)) <= {"not-an-image", "undecodable"}
     assert not called.exists()
-
-
-@pytest.mark.slow
-def test_damaged_images_are_answered_and_leave_nothing_behind(path: Path, tmp_path: Path) -> None:
-    """A part of benchmarks/serve_fuzz.py; all 10,000 of it take minutes."""
-    script, out = str(BENCHMARKS / "serve_fuzz.py"), tmp_path / "out"
-    argv = [sys.executable, script, "--bundle", str(path), "--count", "1500", "--out", str(out), "--clients", "4"]
-    done = subprocess.run(argv, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    (file,) = out.iterdir()
-    found = json.loads(file.read_text())
-    assert found["failures"] == []
-    assert found["log"] == []
-    assert found["statuses"].keys() <= {"200", "413", "422"}
-    assert sum(found["statuses"].values()) == found["files"] == 1500
-    assert min(found["statuses"]["200"], found["statuses"]["422"]) > 300  # it is about both
-    assert found["codes"].keys() >= {"not-an-image", "undecodable", "empty", "too-many-pixels"}
-    assert found["readiness"].keys() == {"200"}
-    assert found["threads"][0] == found["threads"][1]
-    assert found["rss_mib"][-1] - found["rss_mib"][1] < 100, found["rss_mib"]  # the first quarter warms it up
-    assert found["same_after"]
-    assert found["exit_status"] == 0
 
 
 # JSON
@@ -343,116 +301,3 @@ def test_memory_stays_as_it_is(service: Running, client: httpx2.Client) -> None:
             list(pool.map(ask, range(100)))
             memory.append(service.memory())
     assert memory[2] - memory[1] < 30 * MIB, memory
-
-
-# schemathesis
-
-
-@pytest.mark.slow
-def test_schemathesis_finds_nothing(path: Path, tmp_path: Path) -> None:
-    """More than 1,000 requests made of the OpenAPI document, valid and not; all of its checks but one.
-
-    positive_data_acceptance is left out: that a text is the base64 of an image, or that a tensor has as many values as
-    its shape says, is beyond JSON schema, so that much of what the document allows is refused with 422.
-    """
-    (tmp_path / "schemathesis.toml").write_text('[parameters]\n"path.name" = "student"\n"query.head" = "animals"\n')
-    (tmp_path / "hooks.py").write_text(
-        "import schemathesis\nfrom hypothesis import strategies\n"
-        "whole = open('whole.jpg', 'rb').read()\n"
-        "images = strategies.sampled_from([whole, whole[:500], b'']) | strategies.binary()\n"
-        "for kind in ('image/jpeg', 'image/png', 'application/octet-stream'):\n"
-        "    schemathesis.openapi.media_type(kind, images)\n"
-    )
-    (tmp_path / "whole.jpg").write_bytes(jpeg())
-    argv = [
-        sys.executable, "-m", "schemathesis.cli", "run", "--max-examples=60", "--seed=1", "--no-shrink", "--no-color",
-        "--continue-on-failure", "--exclude-checks=positive_data_acceptance", "--generation-database=none",
-        "--warnings=off", "--report=json", "--report-json-path=report.json",
-    ]  # fmt: skip
-    with running(path, tmp_path) as own:
-        env = os.environ | {"SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": str(tmp_path)}
-        done = subprocess.run(
-            [*argv, f"{own.url}/openapi.json"], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300
-        )
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-        with httpx2.Client(base_url=own.url, verify=False) as client:
-            assert client.get("/readyz").status_code == 200
-            requests = counted(client.get("/metrics").text, "mvmr_http_requests_total")
-        assert "Traceback" not in own.said
-    cases = re.search(r"(\d+) generated, (\d+) passed", done.stdout)
-    assert cases
-    assert int(cases[1]) == int(cases[2]) > 1000
-    assert sum(requests.values()) > 1000
-    assert not [name for name in requests if 'status="5' in name]
-    assert requests['endpoint="/v1/embed",status="200"'] > 0  # it is not all about refusals
-
-
-# Nobody else is talked to
-
-
-class Watch(threading.Thread):
-    """All that the services below this process are connected with, looked at again and again."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.seen: set[tuple[str, str, str]] = set()
-        self.looks, self._end = 0, threading.Event()
-
-    def run(self) -> None:
-        while not self._end.is_set():
-            for process in psutil.Process().children(recursive=True):
-                try:
-                    for each in process.net_connections("inet"):
-                        ours, theirs = ("".join(str(side.ip) if side else "") for side in (each.laddr, each.raddr))
-                        self.seen.add((each.type.name, ours, theirs))
-                    self.looks += 1
-                except psutil.Error:
-                    continue
-            time.sleep(0.002)
-
-    def stop(self) -> None:
-        self._end.set()
-        self.join()
-
-
-# Writes down every connection and every name that Python code asks for.
-LISTENING = """
-import sys
-def note(event, arguments):
-    if event == "socket.sendmsg" and arguments[0].family == 1:  # among processes of this machine
-        return
-    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "socket.sendmsg"):
-        with open("asked", "a") as file:
-            file.write(f"{event} {arguments[-1] if event == 'socket.connect' else arguments[:2]}\\n")
-    if event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"):
-        with open("asked", "a") as file:
-            file.write(f"{event} {arguments[1][1:4] if event == 'subprocess.Popen' else ''}\\n")
-sys.addaudithook(note)
-"""
-
-
-@pytest.mark.slow
-def test_nothing_is_sent_anywhere(path: Path, tmp_path: Path) -> None:
-    """From its start to its end; onnxruntime would report to its makers, unless mvmr forbids it."""
-    home = tmp_path / "home"
-    home.mkdir()
-    env = {name: None for name in os.environ if "TELEMETRY" in name or name.startswith("XDG_")}
-    watch = Watch()
-    watch.start()
-    with running(path, tmp_path, env=env | {"HOME": str(home)}, wrapped=LISTENING) as own:
-        with httpx2.Client(base_url=own.url, verify=False) as client, ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda _: embed(client), range(100)))
-            urls = {"input": ["http://198.51.100.1/a.jpg", "https://example.org/a.jpg"]}
-            assert reasons(client.post("/v1/embed", json=urls)) == {"no-fetching"}
-        assert own.stop() == 0
-    watch.stop()
-    assert watch.looks > 100
-    assert {("SOCK_STREAM", "127.0.0.1", "127.0.0.1"), ("SOCK_STREAM", "127.0.0.1", "")} <= watch.seen  # it can see
-    assert {theirs for _, _, theirs in watch.seen} <= {"", "127.0.0.1"}
-    assert {kind for kind, _, _ in watch.seen} == {"SOCK_STREAM"}
-    # the name of the host that it listens at is looked up, and images are decoded in processes, nothing else
-    asked = set((tmp_path / "asked").read_text().splitlines())
-    decoders = "subprocess.Popen ['-P', '-m', 'mvmr.serve.decoding.process']"
-    assert asked == {"socket.getaddrinfo ('127.0.0.1', 0)", decoders}
-    assert [str(file) for file in home.rglob("*") if "microsoft" in file.name.lower()] == []
-    assert list(home.iterdir()) == []

@@ -24,7 +24,7 @@ from mvmr.serve.engine import read_heads
 from mvmr.serve.index.index import Index, build
 from mvmr.training.recipe import load_recipe
 from tests.serve import serving
-from tests.serve.test_index import clustered, folder, manifest
+from tests.serve.indexes import clustered, folder, manifest
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "mvmr" / "recipes"
