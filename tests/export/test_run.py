@@ -26,12 +26,14 @@ from mvmr.bundles.bundle import Bundle
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.data import open_images
 from mvmr.errors import MvmrError
-from mvmr.export import export as run
+from mvmr.export import attempt
+from mvmr.export.artifacts import Artifact, metadata
 from mvmr.export.cli import export as command
 from mvmr.export.export import export
 from mvmr.export.images import to_calibrate_with, to_verify_with
-from mvmr.export.onnx import graph
+from mvmr.export.onnx import builder, graph
 from mvmr.export.onnx.session import Session
+from mvmr.export.tensorrt import builder as engine_builder
 from mvmr.export.tensorrt import engine as tensorrt
 from mvmr.export.tensorrt import rtx_build, rtx_provider
 from mvmr.models.torchvision_resnet import Resnet
@@ -113,19 +115,19 @@ def once(monkeypatch: pytest.MonkeyPatch) -> None:
             _MADE[key] = graph.to_onnx(student, heads, **options)
         return _MADE[key]
 
-    monkeypatch.setattr(run, "to_onnx", remembered)
+    monkeypatch.setattr(builder, "to_onnx", remembered)
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
     """Let the exporter make a mistake from now on."""
-    right = run.to_onnx
+    right = builder.to_onnx
 
     def wrong(*arguments: Any, **options: Any) -> bytes:
         model = onnx.ModelProto.FromString(right(*arguments, **options))
         change(model)
         return model.SerializeToString()
 
-    monkeypatch.setattr(run, "to_onnx", wrong)
+    monkeypatch.setattr(builder, "to_onnx", wrong)
 
 
 def scale(model: onnx.ModelProto, name: str, factor: float) -> None:
@@ -254,8 +256,8 @@ def test_a_gate_that_nothing_passes(path: Path) -> None:
 @pytest.mark.slow
 def test_a_file_of_another_student_is_called_stale(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = bundles.load(a_bundle(tmp_path / "other", seed=1))
-    content = graph.to_onnx(other.student(), metadata=run.metadata(other, [], "fp32"))
-    monkeypatch.setattr(run, "to_onnx", lambda *arguments, **options: content)
+    content = graph.to_onnx(other.student(), metadata=metadata(other, [], "fp32"))
+    monkeypatch.setattr(builder, "to_onnx", lambda *arguments, **options: content)
     message = refused(path)
     assert "it is stale, made from another student: bundle_hash" in message
     assert "cosine_min" in message
@@ -331,7 +333,7 @@ def test_killed_in_the_middle_nothing_is_half_written(path: Path, moment: int) -
 @pytest.fixture
 def nothing_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mvmr.models.student.Student.__call__", pytest.fail)
-    monkeypatch.setattr(run, "to_onnx", pytest.fail)
+    monkeypatch.setattr(builder, "to_onnx", pytest.fail)
 
 
 @pytest.mark.parametrize(
@@ -342,7 +344,7 @@ def nothing_computed(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"opset": 17}, "opset 17 can't be exported; give one from 18 to 23"),
         ({"heads": ["photo"]}, "unknown head 'photo'; did you mean 'photos'"),
         ({"gates": ["overlap=high"]}, "gate 'overlap=high' has no number"),
-        ({"device": "gpu"}, "unknown device 'gpu'"),
+        ({"provider": "gpu"}, "unknown provider 'gpu'"),
         ({"images": 4}, "4 images are too few to verify with; give at least 16"),
         ({"data": "sample:patch"}, "unknown sample 'sample:patch'; did you mean"),
         ({"formats": ["int8"], "calibration": "none/"}, "does not exist; give a folder of images"),
@@ -359,7 +361,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_computed(
 def test_a_missing_package_is_named_with_its_extra(
     path: Path, nothing_computed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "find_spec", lambda package: None)
+    monkeypatch.setattr(attempt, "find_spec", lambda package: None)
     assert "'onnxscript', not installed here: pip install 'mvmr[export]'" in refused(path)
 
 
@@ -544,8 +546,7 @@ class Double:
 
 def with_double(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Double:
     double = Double(**options)
-    monkeypatch.setattr("mvmr.export.tensorrt.engine", double, raising=False)
-    monkeypatch.setitem(sys.modules, "mvmr.export.tensorrt.engine", double)
+    monkeypatch.setattr(engine_builder, "tensorrt", double)
     return double
 
 
@@ -608,18 +609,15 @@ def test_without_a_gpu_tensorrt_for_rtx_builds_what_has_been_verified(
 @pytest.mark.parametrize("wrong", [0.0, 0.1])
 def test_with_a_gpu_it_is_verified_as_it_is_served(path: Path, wrong: float, monkeypatch: pytest.MonkeyPatch) -> None:
     without_gpu(monkeypatch)  # to torch: the plug-in finds one
-    real, providers = Session, []
+    providers = []
 
-    def session(model: Path | bytes, *, provider: str = "cpu") -> Any:
+    def opened(artifact: Artifact, bundle: Bundle, *, provider: str) -> Any:
         providers.append(provider)
-        run = real(model)
-        if provider == "cpu":
-            return run
-        shift = wrong * np.arange(512, dtype=np.float32)
+        run, shift = Session(bundle.file(artifact.file)), wrong * np.arange(512, dtype=np.float32)
         return lambda images: {name: rows + shift for name, rows in run(images).items()}
 
-    monkeypatch.setattr(run, "Session", session)
-    monkeypatch.setattr(run, "check_provider", lambda provider: None)
+    monkeypatch.setattr(engine_builder, "open_artifact", opened)
+    monkeypatch.setattr(engine_builder, "check_provider", lambda provider: None)
     report_of = f"trt/encoder.fp16.rtx{rtx_provider.version()}.json"
     if wrong:
         assert "does not do what torch does: cosine_min" in refused(path, formats=["trt"], images=16)
@@ -629,7 +627,7 @@ def test_with_a_gpu_it_is_verified_as_it_is_served(path: Path, wrong: float, mon
         assert found["passed"] is True
         assert found["cosine_min"] > 0.9999
         assert report_of in bundles.load(path).manifest.files
-    assert providers[-1] == "tensorrt-rtx"
+    assert providers == ["tensorrt-rtx"]
 
 
 def test_an_operator_that_tensorrt_for_rtx_lacks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
