@@ -34,8 +34,8 @@ from mvmr.serve.client import Embeddings as Answer
 from mvmr.serve.engine import Engine
 from tests.distill.test_report import a_bundle
 from tests.distill.test_teacher import SMALL, build, write_folder
+from tests.export.tensorrt_double import DIM, SIDE, Double, card, fp16, made, with_engine  # noqa: F401
 from tests.export.test_rtx import Plugin
-from tests.export.test_tensorrt import DIM, SIDE, Double, card, fp16, made, with_engine  # noqa: F401
 from tests.serve import serving
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
