@@ -80,21 +80,21 @@ def onnx_engines(path: Path, device: str, data: Path) -> dict[str, Engine]:
         MvmrError: onnxruntime is not there or can't use this device, or what exports isn't there.
     """
     try:
-        from mvmr.export.artifacts import EMBEDDING, artifact
-        from mvmr.export.onnx.session import Session, check_provider
+        from mvmr.export.artifacts import ARTIFACTS, EMBEDDING
+        from mvmr.export.runtimes import Runner, check_provider, open_artifact
 
         check_provider(device)
         from mvmr.export.export import export
 
-        export(path, formats=["onnx", "fp16"], data=str(data), images=32, device=device)
+        export(path, formats=["onnx", "fp16"], data=str(data), images=32, provider=device)
     except ImportError as error:
         raise MvmrError(f"{error.name} is not installed here") from error
     exported = bundles.load(path)
 
-    def engine(session: Session) -> Engine:
-        return lambda images: session(images)[EMBEDDING]
+    def engine(runner: Runner) -> Engine:
+        return lambda images: runner(images)[EMBEDDING]
 
     return {
-        f"onnxruntime {precision}": engine(Session(exported.file(artifact(precision)), provider=device))
-        for precision in ("fp32", "fp16")
+        f"{row.runtime} {row.precision}": engine(open_artifact(row, exported, provider=device))
+        for row in (ARTIFACTS["onnx"], ARTIFACTS["fp16"])
     }

@@ -1,13 +1,15 @@
-"""What every exported artifact promises: inputs, outputs, metadata, and its place in the bundle (torch-free).
+"""The artifacts, one row of a table to each, and what all of them promise: outputs, metadata, reports (torch-free).
 
-Images are resized and cropped outside, by the bundle's preprocessing; everything after that is inside the graph.
+Images are resized and cropped outside, by the bundle's preprocessing; everything after that is inside the artifact.
 """
 
 from __future__ import annotations
 
 import base64
+import fnmatch
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -20,14 +22,106 @@ from mvmr.errors import MvmrError, unknown
 
 IMAGE, EMBEDDING, LOGITS = "image", "embedding", "logits_"
 Precision = Literal["fp32", "fp16", "int8"]
-# What a user asks for, and the precision it is computed in.
-FORMATS: dict[str, Precision] = {"onnx": "fp32", "fp16": "fp16", "int8": "int8", "trt": "fp16"}
 LOWEST_OPSET, HIGHEST_OPSET = 18, 23
 
 
-def artifact(precision: Precision) -> str:
-    """Where the ONNX file of a precision is, inside the bundle."""
-    return f"onnx/encoder.{precision}.onnx"
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """Something that a student is exported to.
+
+    key: what users type: `mvmr export --KEY`; label: for tables and pages; purpose: the help of the option
+    runtime: what runs it, a key of `mvmr.export.runtimes.RUNTIMES`; precision: what that computes in
+    file: its place in the bundle; a pattern where each kind of GPU has a file of its own, and the runtime finds this
+        machine's
+    gate: the precision whose gates of `mvmr.export.verification` it has to pass
+    builder: a module that keeps the contract of `mvmr.export.attempt.Builder`
+    device: what it is meant for, which Triton and the benchmark go by
+    needs: keys of artifacts that are exported along with it, before it; calibrated: whether it is made with images
+    machine: what can make it, in words, where not every machine can
+    """
+
+    key: str
+    label: str
+    purpose: str
+    runtime: str
+    precision: Precision
+    file: str
+    gate: Precision
+    builder: str
+    device: Literal["any", "cpu", "gpu"]
+    needs: tuple[str, ...] = ()
+    calibrated: bool = False
+    machine: str = ""
+
+    def files(self, listed: Iterable[str]) -> list[str]:
+        """Those of a bundle's files that are this artifact; several where each kind of GPU has its own."""
+        return fnmatch.filter(listed, self.file)
+
+
+_TABLE = (
+    Artifact(
+        key="onnx",
+        label="ONNX fp32",
+        purpose="ONNX in float32; what is exported when no format is given.",
+        runtime="onnxruntime",
+        precision="fp32",
+        file="onnx/encoder.fp32.onnx",
+        gate="fp32",
+        builder="mvmr.export.onnx.builder",
+        device="any",
+    ),
+    Artifact(
+        key="fp16",
+        label="ONNX fp16",
+        purpose="ONNX in half precision, for GPUs.",
+        runtime="onnxruntime",
+        precision="fp16",
+        file="onnx/encoder.fp16.onnx",
+        gate="fp16",
+        builder="mvmr.export.onnx.builder",
+        device="gpu",
+    ),
+    Artifact(
+        key="int8",
+        label="ONNX int8",
+        purpose="ONNX in 8 bits, for CPUs.",
+        runtime="onnxruntime",
+        precision="int8",
+        file="onnx/encoder.int8.onnx",
+        gate="int8",
+        builder="mvmr.export.onnx.int8_builder",
+        device="cpu",
+        calibrated=True,
+    ),
+    Artifact(
+        key="trt",
+        label="TensorRT fp16",
+        purpose="A TensorRT engine in half precision, for this machine's GPU; or for RTX cards.",
+        runtime="tensorrt",
+        precision="fp16",
+        file="trt/encoder.fp16.*.engine",
+        gate="fp16",
+        builder="mvmr.export.tensorrt.builder",
+        device="gpu",
+        needs=("fp16",),
+        machine="a machine with an NVIDIA GPU and TensorRT",
+    ),
+)
+ARTIFACTS: dict[str, Artifact] = {row.key: row for row in _TABLE}  # each after those that it needs
+
+
+def choose_artifacts(keys: Sequence[str]) -> list[Artifact]:
+    """The rows of these keys and of what they need, in the order of the table.
+
+    Raises: MvmrError for an unknown key, with the nearest, or none at all.
+    """
+    for key in keys:
+        if key not in ARTIFACTS:
+            raise unknown("format", key, ARTIFACTS)
+    if not keys:
+        raise MvmrError(f"no format to export; give some of {', '.join(ARTIFACTS)}")
+    needed = {need for key in keys for need in ARTIFACTS[key].needs}
+    return [row for row in ARTIFACTS.values() if row.key in needed.union(keys)]
 
 
 def report_of(name: str, *, failed: bool = False) -> str:
@@ -82,12 +176,3 @@ def check_opset(opset: int) -> None:
     """Refuse an opset that torch does not write as asked (17 silently becomes 18), or that few runtimes know."""
     if not LOWEST_OPSET <= opset <= HIGHEST_OPSET:
         raise MvmrError(f"opset {opset} can't be exported; give one from {LOWEST_OPSET} to {HIGHEST_OPSET}")
-
-
-def check_formats(formats: Sequence[str]) -> None:
-    """Refuse an unknown format, or none at all."""
-    for name in formats:
-        if name not in FORMATS:
-            raise unknown("format", name, FORMATS)
-    if not formats:
-        raise MvmrError(f"no format to export; give some of {', '.join(FORMATS)}")

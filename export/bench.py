@@ -20,14 +20,15 @@ from mvmr.bundles import bundle as bundles
 from mvmr.bundles.bundle import Bundle
 from mvmr.cores import usable_cores
 from mvmr.errors import MvmrError
-from mvmr.export.artifacts import FORMATS, artifact
-from mvmr.export.onnx.session import Session
+from mvmr.export.artifacts import ARTIFACTS
+from mvmr.export.runtimes import open_artifact, provider_on
 from mvmr.progress import track
 from mvmr.storage.atomic import write_json
 
 Images = npt.NDArray[np.uint8]
 Engine = Callable[[Images], object]
-BASE = "onnx fp32"
+_BASE = ARTIFACTS["onnx"]  # what all others are compared with
+BASE = _BASE.label.lower()
 _SECONDS = 0.3  # of work to a measurement
 
 
@@ -72,7 +73,7 @@ def bench(
         MvmrError: the bundle has no float32 ONNX to compare with, or the device is not there.
     """
     opened = bundles.load(bundle)
-    if artifact("fp32") not in opened.manifest.files:
+    if not _BASE.files(opened.manifest.files):
         raise MvmrError(f"{opened.path} has no ONNX to compare with: make it with `mvmr export {opened.path} --onnx`")
     size, random = opened.manifest.preprocessing.crop, np.random.default_rng(0)
     cases = [(count, batch) for count in (threads or (usable_cores(),)) for batch in batches]
@@ -124,30 +125,18 @@ def _engines(bundle: Bundle, compiled: bool, device: str, threads: int) -> tuple
             engines["torch compiled"] = fused
         except Exception as error:  # a compiler that is not there, and whatever else inductor may stumble over
             missing["torch compiled"] = str(error).strip().splitlines()[0][:200]
-    for precision in sorted(set(FORMATS.values()) - {"fp32"}, key=list(FORMATS.values()).index):
-        if artifact(precision) in bundle.manifest.files:
-            engines[f"onnx {precision}"] = Session(
-                bundle.file(artifact(precision)), provider=_provider(precision, device), threads=threads
-            )
-        else:
-            missing[f"onnx {precision}"] = "not exported"
-    engines[BASE] = Session(bundle.file(artifact("fp32")), provider=device, threads=threads)
-    try:
-        engines["tensorrt fp16"] = _tensorrt(bundle)
-    except MvmrError as error:
-        missing["tensorrt fp16"] = str(error)
+    for row in ARTIFACTS.values():
+        name, provider = row.label.lower(), provider_on(row, "cpu" if row.device == "cpu" else device)
+        if not row.machine and not row.files(bundle.manifest.files):
+            missing[name] = "not exported"
+            continue
+        try:
+            engines[name] = open_artifact(row, bundle, provider=provider, threads=threads)
+        except MvmrError as error:
+            if not row.machine:
+                raise
+            missing[name] = str(error)  # what this machine lacks, beside the file perhaps
     return engines, missing
-
-
-def _provider(precision: str, device: str) -> str:
-    return "cpu" if precision == "int8" else device  # int8 is made for processors
-
-
-def _tensorrt(bundle: Bundle) -> Engine:
-    from mvmr.export.tensorrt import engine as tensorrt
-
-    stored = tensorrt.find(bundle)
-    return tensorrt.Engine.load(stored.path, stored.sidecar, onnx_sha256=stored.onnx_sha256)
 
 
 def _advance(advance: Callable[[int, str], None], before: int, note: str, done: int) -> None:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import click
 
 from mvmr.cli.options import MAX_UNREADABLE
-from mvmr.export.artifacts import FORMATS
+from mvmr.export.artifacts import ARTIFACTS
+from mvmr.export.runtimes import PROVIDERS
 from mvmr.progress import say_plan
+
+
+def _an_option_to_each_artifact(command: Callable[..., None]) -> Callable[..., None]:
+    for row in reversed(ARTIFACTS.values()):  # click lists the last one first
+        command = click.option(f"--{row.key}", is_flag=True, help=row.purpose)(command)
+    return command
 
 
 @click.command()
 @click.argument("bundle", required=False)
-@click.option("--onnx", is_flag=True, help="ONNX in float32; what is exported when no format is given.")
-@click.option("--fp16", is_flag=True, help="ONNX in half precision, for GPUs.")
-@click.option("--int8", is_flag=True, help="ONNX in 8 bits, for CPUs.")
-@click.option(
-    "--trt", is_flag=True, help="A TensorRT engine in half precision, for this machine's GPU; or for RTX cards."
-)
+@_an_option_to_each_artifact
 @click.option("--triton", metavar="DIR", help="A Triton model repository, which the last format is added to.")
 @click.option("--heads", multiple=True, metavar="all|NAME", help="Linear heads whose logits the graph gives, too.")
 @click.option("--data", help="Images to verify with; left out, the test split of what BUNDLE was trained on.")
@@ -32,36 +35,22 @@ from mvmr.progress import say_plan
 @click.option("--workspace-gb", default=4.0, show_default=True, help="GPU memory to build the engine in.")
 @click.option("--rebuild", is_flag=True, help="Build the engine again.")
 @click.option(
-    "--device",
-    default="cpu",
-    show_default=True,
-    help="Where fp32 and fp16 are verified: cpu, cuda, tensorrt, tensorrt-rtx.",
+    "--provider", default="cpu", show_default=True, help=f"Where fp32 and fp16 are verified: {', '.join(PROVIDERS)}."
 )
 @MAX_UNREADABLE
 def export(bundle: str | None, min_batch: int, opt_batch: int, max_batch: int, **options: Any) -> None:
     """Export BUNDLE (the newest below runs/ when left out), each file verified against torch before it may be used."""
     from mvmr.evaluation.evaluate import newest_or
+    from mvmr.export.attempt import builder_of
     from mvmr.export.export import export as run
 
-    asked = {name: options.pop(name) for name in FORMATS}
+    asked = {name: options.pop(name) for name in ARTIFACTS}
     formats = [name for name, flag in asked.items() if flag] or ["onnx"]
     path = newest_or(bundle)
     say_plan(bundle=path, formats=", ".join(formats))
     reports = run(path, formats=formats, batches=(min_batch, opt_batch, max_batch), progress=True, **options)
-    for report in reports.values():
-        if report["passed"] is None:
-            click.echo(
-                f"{path / report['artifact']}  TensorRT for RTX {report['tensorrt_rtx']} builds it in "
-                f"{report['engine_seconds']:.1f} s, an engine of {report['engine_bytes'] / 1e6:.1f} MB; not run here: "
-                f"{report['not_run']}. Where it runs: mvmr serve {path} --provider tensorrt-rtx"
-            )
-            continue
-        latency = ", ".join(f"{value:.1f} ms at batch {size}" for size, value in report["latency_ms"].items())
-        click.echo(
-            f"{path / report['artifact']}  {report['bytes'] / 1e6:.1f} MB  cosine {report['cosine_min']:.6f} or more, "
-            f"centred {report['centred_cosine_mean']:.4f}  overlap@{report['neighbours']} {report['overlap']:.3f}  "
-            f"{latency}"
-        )
+    for key, report in reports.items():
+        click.echo(builder_of(ARTIFACTS[key]).summarise(report, path))
 
 
 @click.group()

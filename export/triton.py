@@ -12,19 +12,17 @@ import shutil
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
 from mvmr.export.artifacts import EMBEDDING, IMAGE, LOGITS, Precision
+from mvmr.export.runtimes import RUNTIMES
 from mvmr.storage.atomic import atomic, sync, write_text
 from mvmr.storage.staging import locked, sweep
 
 CONFIG = "config.pbtxt"
 
-Platform = Literal["onnxruntime", "tensorrt"]
-
-_FILES = {"onnxruntime": ("onnxruntime_onnx", "model.onnx"), "tensorrt": ("tensorrt_plan", "model.plan")}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _UNFINISHED = ".partial"
 
@@ -34,7 +32,7 @@ def repository(
     out: Path,
     *,
     name: str,
-    platform: Platform,
+    platform: str,
     size: int,
     dim: int,
     heads: Mapping[str, Sequence[str]],
@@ -51,7 +49,8 @@ def repository(
     """Put an exported student into the repository `out`, as the next version of model `name`; return <out>/<name>.
 
     Args:
-        model: an ONNX file, or a TensorRT engine: Triton must then have the GPU and the TensorRT version it names.
+        model: an ONNX file, or a TensorRT engine: Triton must then have the GPU and the TensorRT version it names;
+            platform: the runtime that it is for.
         size, dim, heads: image side in pixels, width of the embedding, class names by head, as in the model.
         max_batch: an engine's profile must reach from 1 to this.
         instances: copies of the model that run side by side, on the GPU or on the CPU (`gpu`).
@@ -64,7 +63,7 @@ def repository(
     _check(name, platform, gpu)
     config = _schema().ModelConfig(
         name=name,
-        platform=_FILES[platform][0],
+        platform=RUNTIMES[platform].platform,
         **_tensors(size, dim, heads),
         **_serving(size, gpu, max_batch, instances, preferred, queue_delay_us),
         parameters=_parameters(space_id, preprocessing, heads, precision),
@@ -75,13 +74,13 @@ def repository(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
-            _add_version(folder, model, _FILES[platform][1], config)
+            _add_version(folder, model, RUNTIMES[platform].model, config)
     except OSError as error:
         raise MvmrError(f"cannot write the Triton model {folder}: {error.strerror}; what was there stays") from error
     return folder
 
 
-def _check(name: str, platform: Platform, gpu: bool) -> None:
+def _check(name: str, platform: str, gpu: bool) -> None:
     if not _NAME.fullmatch(name):
         raise MvmrError(f"a Triton model cannot be named {name!r}; use letters, digits, '.', '_' and '-'")
     if platform == "tensorrt" and not gpu:

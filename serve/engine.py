@@ -1,4 +1,4 @@
-"""One exported student of a bundle on onnxruntime: chosen, checked, and ready to embed (torch-free)."""
+"""One artifact of a bundle in its runtime: chosen, checked, and ready to embed (torch-free)."""
 
 from __future__ import annotations
 
@@ -18,24 +18,15 @@ from mvmr.bundles.head import Head
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.data.image_bytes import LIMITS, Limits, Prepared, prepare
 from mvmr.errors import MvmrError, unknown
-from mvmr.export.artifacts import EMBEDDING, Precision, artifact, decode_canary, report_of, staleness
-from mvmr.export.onnx.session import Session, check_provider
+from mvmr.export.artifacts import ARTIFACTS, EMBEDDING, Artifact, Precision, decode_canary, report_of
+from mvmr.export.runtimes import PROVIDERS, Runner, check_provider, export_command, locate, open_artifact, run_by
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 Images = Sequence[Image.Image | str | Path | bytes] | Pixels
 
-# What is taken when no precision is asked for: the first of these that the bundle has.
-PREFERRED: dict[str, tuple[Precision, ...]] = {
-    "cpu": ("int8", "fp32"),
-    "cuda": ("fp16", "fp32"),
-    "tensorrt": ("fp16", "fp32"),
-    "tensorrt-rtx": ("fp16", "fp32"),
-}
 # Largest relative error of the canary's embedding: another processor may round otherwise, a broken engine does worse.
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 3e-2, "int8": 0.1}
-# On a processor larger batches bring nothing (docs/export.md).
-_AT_ONCE = {"cpu": 4, "cuda": 32, "tensorrt": 32, "tensorrt-rtx": 32}
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +35,8 @@ class Engine:
 
     name: of the bundle; space_id: 32 hex digits, vectors are comparable exactly when theirs are equal
     preprocess: how an image becomes what the engine takes; dim, size: width D of the embedding, side S of the images
-    precision, provider: what is computed in, and by what; heads: the bundle's linear heads, by name
+    artifact, file: what runs, and its place in the bundle; provider: what it runs on
+    heads: the bundle's linear heads, by name
     reference: float32 [D], the canary's embedding on the machine of the export, None in reports of before
     """
 
@@ -53,10 +45,11 @@ class Engine:
     space_id: str
     preprocess: Preprocess
     dim: int
-    precision: Precision
+    artifact: Artifact
+    file: str
     provider: str
     heads: Mapping[str, Head]
-    session: Session
+    runner: Runner
     reference: Floats | None
 
     @classmethod
@@ -73,7 +66,7 @@ class Engine:
         Args:
             precision: ``fp32``, ``fp16`` or ``int8``; None takes int8 on a processor and fp16 on a GPU where the bundle
                 has them, else fp32.
-            provider: ``cpu``, ``cuda``, ``tensorrt`` or ``tensorrt-rtx``, of onnxruntime; never another one instead.
+            provider: a key of `mvmr.export.runtimes.PROVIDERS`, such as ``cpu`` or ``cuda``; never another one instead.
             threads: of one batch; None takes all cores of this process.
 
         Raises: MvmrError for a bundle that is not there or damaged (naming the file), nothing exported, or a provider
@@ -82,27 +75,19 @@ class Engine:
         check_provider(provider)
         opened = bundles.load(bundle, verify=False)
         chosen = _choose(opened, precision, provider)
-        place = artifact(chosen)
-        listed = [place, report_of(place), *(name for name in opened.manifest.files if name.startswith("heads/"))]
-        opened.verify(*(name for name in listed if name in opened.manifest.files))
-        session = Session(opened.file(place), provider=provider, threads=threads)
-        says = opened.manifest
-        if stale := staleness(session.metadata, opened):
-            raise MvmrError(f"{opened.path / place}: {stale}; run {_export(opened, chosen)}")
-        if (session.size, session.dim) != (says.preprocessing.crop, says.embedding_dim):
-            told = f"makes {session.dim} numbers of images of {session.size} pixels"
-            wanted = f"the bundle says {says.embedding_dim} of {says.preprocessing.crop}"
-            raise MvmrError(f"{opened.path / place} {told}, {wanted}; run {_export(opened, chosen)}")
+        runner = open_artifact(chosen, opened, provider=provider, threads=threads)
+        place = locate(chosen, opened)
         return cls(
             path=opened.path,
             name=opened.path.resolve().name,
             space_id=opened.space_id,
-            preprocess=says.preprocessing,
-            dim=says.embedding_dim,
-            precision=chosen,
+            preprocess=opened.manifest.preprocessing,
+            dim=opened.manifest.embedding_dim,
+            artifact=chosen,
+            file=place,
             provider=provider,
             heads=read_heads(opened),
-            session=session,
+            runner=runner,
             reference=_reference(opened, place),
         )
 
@@ -114,14 +99,19 @@ class Engine:
     @property
     def at_once(self) -> int:
         """Images to a batch that make the most of this provider."""
-        return _AT_ONCE[self.provider]
+        return PROVIDERS[self.provider].at_once
+
+    @property
+    def precision(self) -> Precision:
+        """What is computed in."""
+        return self.artifact.precision
 
     def __call__(self, pixels: Pixels) -> Floats:
         """Embed prepared images.
 
         Shapes: uint8 [N, S, S, 3] RGB -> float32 [N, D], not normalised; row i belongs to image i alone.
         """
-        return self.session(pixels)[EMBEDDING]
+        return self.runner(pixels)[EMBEDDING]
 
     def embed(self, images: Images, limits: Limits = LIMITS) -> Floats:
         """Embed images of any size: PIL images, paths, the bytes of files, or an array; each resized and cropped.
@@ -203,22 +193,18 @@ def read_heads(bundle: Bundle) -> dict[str, Head]:
     return {name: bundle.head(name) for name in bundle.heads}
 
 
-def _choose(bundle: Bundle, precision: str | None, provider: str) -> Precision:
-    wanted = PREFERRED[provider]
+def _choose(bundle: Bundle, precision: str | None, provider: str) -> Artifact:
+    wanted = [ARTIFACTS[key] for key in PROVIDERS[provider].preferred]
     if precision is not None:
-        known: tuple[Precision, ...] = ("fp32", "fp16", "int8")
-        wanted = tuple(each for each in known if each == precision)
-        if not wanted:
+        known = run_by(provider)
+        if precision not in known:
             raise unknown("precision", precision, known)
-    for each in wanted:
-        if artifact(each) in bundle.manifest.files:
-            return each
+        wanted = [known[precision]]
+    for row in wanted:
+        if row.files(bundle.manifest.files):
+            return row
     what = f"no {precision} file" if precision else "nothing exported"
-    raise MvmrError(f"bundle {bundle.path} has {what}; make it by {_export(bundle, wanted[0])}")
-
-
-def _export(bundle: Bundle, precision: Precision) -> str:
-    return f"`mvmr export {bundle.path} --{'onnx' if precision == 'fp32' else precision}`"
+    raise MvmrError(f"bundle {bundle.path} has {what}; make it by {export_command(wanted[0], bundle)}")
 
 
 def _reference(bundle: Bundle, place: str) -> Floats | None:

@@ -9,12 +9,13 @@ import click
 from mvmr.cli.options import options
 from mvmr.data import decoding
 from mvmr.data.image_bytes import Limits
+from mvmr.export.runtimes import PROVIDERS
 from mvmr.serve.http.settings import ConnectionLimits
 
 _FILE_MB = 256.0
 ENGINE = options(
     click.option("--precision", help="fp32, fp16 or int8; left out, int8 on a processor, fp16 on a GPU, where it is."),
-    click.option("--provider", default="cpu", show_default=True, help="cpu, cuda, tensorrt or tensorrt-rtx."),
+    click.option("--provider", default="cpu", show_default=True, help=f"{', '.join(PROVIDERS)}."),
 )
 MAX_FILE = click.option("--max-file-mb", default=_FILE_MB, show_default=True, help="Of an image's file.")
 LIMITS = options(

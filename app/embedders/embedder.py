@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from PIL import Image
 
+from mvmr.export.artifacts import Artifact
 from mvmr.serve.engine import Floats
 
 if TYPE_CHECKING:
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 BATCH = 64  # as `mvmr.representations.cache.represent` has it: figures equal those of `mvmr report` to the last digit
-TORCH, TENSORRT, SERVICE, TEACHER = "torch", "tensorrt-fp16", "service", "teacher"
-TENSORRT_RTX = "tensorrt-rtx-fp16"
+TORCH, SERVICE, TEACHER = "torch", "service", "teacher"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Written:
 class Encoder:
     """The student under some engine, or the teacher. Threads may share it.
 
-    key: "torch", "onnx-fp32", "onnx-fp16", "onnx-int8", "tensorrt-fp16", "tensorrt-rtx-fp16", "service" or "teacher"
+    key: "torch", "service", "teacher", that of an artifact ("onnx-fp32"), or of a provider that is an engine of its own
     label: for people; identity: hex, changes with the weights, the engine and its file
     dim: width D of an embedding, None of a teacher that is not loaded yet
     nbytes: of the file it runs from, None where nobody knows
@@ -88,6 +88,11 @@ def once(make: Callable[[], T]) -> Callable[[], T]:
             return made[0]
 
     return get
+
+
+def key_of(artifact: Artifact) -> str:
+    """What the app calls an artifact: "onnx-fp32"."""
+    return artifact.label.lower().replace(" ", "-")
 
 
 def device_type(device: str) -> str:

@@ -12,28 +12,25 @@ import numpy as np
 from PIL import Image
 
 from mvmr.app.embedders.embedder import (
+    BATCH,
     SERVICE,
-    TENSORRT,
-    TENSORRT_RTX,
     TORCH,
     Encoder,
     Written,
     device_type,
     identity_of,
     in_torch,
+    key_of,
     once,
 )
 from mvmr.app.embedders.service import Served, classified
 from mvmr.bundles import bundle as bundles
 from mvmr.bundles.bundle import ENCODER, Bundle
 from mvmr.errors import MvmrError, unknown
-from mvmr.export.artifacts import EMBEDDING, Precision, artifact
-from mvmr.export.tensorrt import engine as tensorrt
-from mvmr.export.tensorrt import rtx_provider
+from mvmr.export.artifacts import ARTIFACTS, EMBEDDING, Artifact
+from mvmr.export.runtimes import PROVIDERS, check_provider, export_command, locate, open_artifact, provider_on
 from mvmr.serve.client import Client
-from mvmr.serve.engine import Engine, Floats, read_heads
-
-_EXPORTS: dict[Precision, str] = {"fp32": "onnx", "fp16": "fp16", "int8": "int8"}  # -> option of `mvmr export`
+from mvmr.serve.engine import Floats, read_heads
 
 
 @dataclass(frozen=True)
@@ -44,6 +41,20 @@ class Choice:
     label: str
     why: str | None
     nbytes: int | None
+
+
+@dataclass(frozen=True)
+class _Way:
+    """A way to run the student: an artifact, and the provider of its runtime, None where that has no choice.
+
+    own_provider: whether the provider is what makes this an engine of its own, beside the one of the app's device
+    """
+
+    key: str
+    label: str
+    artifact: Artifact
+    provider: str | None
+    own_provider: bool = False
 
 
 class Engines:
@@ -120,40 +131,30 @@ class Engines:
             self._client.close()
 
     def _offer(self, bundle: Bundle, device: str) -> None:
-        files = bundle.manifest.files
         self._add(TORCH, "torch float32", None, _size(bundle, ENCODER), partial(_student, bundle, device))
         provider = "cuda" if device_type(device) == "cuda" else "cpu"
-        for precision, option in _EXPORTS.items():
-            place, why = artifact(precision), None
-            if place not in files:
-                why = f"the bundle has no such file; run `mvmr export {bundle.path} --{option}`, then start again"
-            key, label = f"onnx-{precision}", f"ONNX {precision}"
-            self._add(
-                key, label, why, _size(bundle, place), partial(_exported, bundle, precision, provider, key, label)
-            )
-        engines = [name for name in files if name.endswith(".engine")]
-        try:
-            if not engines:
-                raise MvmrError(
-                    f"the bundle has no engine; make one by `mvmr export {bundle.path} --trt` on a machine with an "
-                    "NVIDIA GPU and TensorRT, then start again"
-                )
-            found = tensorrt.find(bundle)
-            self._add(TENSORRT, "TensorRT fp16", None, found.path.stat().st_size, partial(_tensorrt, bundle, found))
-        except MvmrError as error:
-            self._add(TENSORRT, "TensorRT fp16", str(error), None, partial(_tensorrt, bundle, None))
-        self._offer_rtx(bundle)
+        for row in ARTIFACTS.values():
+            self._offer_artifact(bundle, _Way(key_of(row), row.label, row, provider_on(row, provider)))
+        for name, other in PROVIDERS.items():
+            if other.label:
+                row = ARTIFACTS[other.preferred[0]]
+                way = _Way(f"{name}-{row.precision}", f"{other.label} {row.precision}", row, name, own_provider=True)
+                self._offer_artifact(bundle, way)
 
-    def _offer_rtx(self, bundle: Bundle) -> None:
-        place, label, why = artifact("fp16"), "TensorRT for RTX fp16", None
+    def _offer_artifact(self, bundle: Bundle, way: _Way) -> None:
+        row = way.artifact
+        place, why = None, None
         try:
-            if place not in bundle.manifest.files:
-                raise MvmrError(f"it runs the fp16 file; run `mvmr export {bundle.path} --fp16`, then start again")
-            rtx_provider.device()
+            if not row.files(bundle.manifest.files):
+                where = f" on {row.machine}" if row.machine else ""
+                what = f"it runs the {row.precision} file" if way.own_provider else "the bundle has no such file"
+                raise MvmrError(f"{what}; run {export_command(row, bundle)}{where}, then start again")
+            place = locate(row, bundle)
+            if way.own_provider and way.provider is not None:
+                check_provider(way.provider)
         except MvmrError as error:
             why = str(error)
-        make = partial(_exported, bundle, "fp16", rtx_provider.NAME, TENSORRT_RTX, label)
-        self._add(TENSORRT_RTX, label, why, _size(bundle, place), make)
+        self._add(way.key, way.label, why, _size(bundle, place), partial(_exported, bundle, way))
 
     def _add(self, key: str, label: str, why: str | None, nbytes: int | None, make: Callable[[], Encoder]) -> None:
         self.choices += (Choice(key, label, why, nbytes),)
@@ -173,59 +174,34 @@ def _student(bundle: Bundle, device: str) -> Encoder:
     )
 
 
-def _exported(bundle: Bundle, precision: Precision, provider: str, key: str, label: str) -> Encoder:
-    engine = Engine.load(bundle.path, precision=precision, provider=provider)
-    now, place = bundles.load(bundle.path, verify=False), artifact(precision)
-    if engine.space_id != bundle.space_id:
+def _exported(bundle: Bundle, way: _Way) -> Encoder:
+    row, now = way.artifact, bundles.load(bundle.path, verify=False)
+    if now.space_id != bundle.space_id:
         raise MvmrError(f"bundle {bundle.path} has changed since it was opened; start again")
+    runner, place = open_artifact(row, now, provider=way.provider), locate(row, now)
+    step, digest = PROVIDERS[way.provider].at_once if way.provider else BATCH, now.manifest.files[place]
 
     def forward(prepared: Sequence[Any]) -> Floats:
-        rows = [np.empty((0, engine.dim), np.float32)]
-        for start in range(0, len(prepared), engine.at_once):
-            rows.append(engine(np.stack(prepared[start : start + engine.at_once])))
+        rows = [np.empty((0, runner.dim), np.float32)]
+        for start in range(0, len(prepared), step):
+            rows.append(runner(np.stack(prepared[start : start + step]))[EMBEDDING])
         return np.concatenate(rows)
 
-    digest = now.manifest.files[place]
     return Encoder(
-        key=key,
-        label=label,
-        identity=identity_of(bundle.space_id, key, provider, digest),
-        dim=engine.dim,
+        key=way.key,
+        label=way.label,
+        identity=identity_of(bundle.space_id, way.key, way.provider or "", digest),
+        dim=runner.dim,
         nbytes=_size(now, place),
-        prepare=engine.preprocess.image,
+        prepare=now.manifest.preprocessing.image,
         forward=forward,
-        # TensorRT for RTX computes the same file in half precision, which a job on the processor does not
-        written=Written(bundle.space_id, precision, digest) if provider != rtx_provider.NAME else None,
+        # What `mvmr embed` runs; a provider that is an engine of its own computes the same file otherwise.
+        written=Written(bundle.space_id, row.precision, digest) if way.provider and not way.own_provider else None,
     )
 
 
-def _tensorrt(bundle: Bundle, found: tensorrt.Stored | None) -> Encoder:
-    stored = found or tensorrt.find(bundle)
-    engine = tensorrt.Engine.load(stored.path, stored.sidecar, onnx_sha256=stored.onnx_sha256)
-    (low, high), one_at_a_time = engine.batches, threading.Lock()
-
-    def forward(prepared: Sequence[Any]) -> Floats:
-        rows = [np.empty((0, engine.dim), np.float32)]
-        for start in range(0, len(prepared), high):
-            part = np.stack(prepared[start : start + high])
-            padded = np.concatenate([part, np.repeat(part[:1], max(0, low - len(part)), axis=0)])
-            with one_at_a_time:
-                rows.append(engine(padded)[EMBEDDING][: len(part)])
-        return np.concatenate(rows)
-
-    return Encoder(
-        key=TENSORRT,
-        label="TensorRT fp16",
-        identity=identity_of(bundle.space_id, TENSORRT, str(stored.sidecar.get("engine_sha256"))),
-        dim=engine.dim,
-        nbytes=stored.path.stat().st_size,
-        prepare=bundle.manifest.preprocessing.image,
-        forward=forward,
-    )
-
-
-def _size(bundle: Bundle, name: str) -> int | None:
-    if name not in bundle.manifest.files:
+def _size(bundle: Bundle, name: str | None) -> int | None:
+    if name is None or name not in bundle.manifest.files:
         return None
     try:
         return bundle.file(name).stat().st_size

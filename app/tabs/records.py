@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mvmr import strict_json
+from mvmr.app.embedders.embedder import key_of
 from mvmr.bundles import bundle as bundles
 from mvmr.bundles.bundle import Bundle
 from mvmr.bundles.manifest import Manifest
 from mvmr.distillation.teachers.clip_source import default_tag
 from mvmr.errors import MvmrError
-from mvmr.export.artifacts import FORMATS, artifact, report_of
+from mvmr.export.artifacts import ARTIFACTS, report_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,8 @@ class Records:
 
     def exported(self, key: str) -> tuple[float, str] | None:
         """Top-1 in percent of a head on the images that an export was verified with, from the report beside it."""
-        place = {f"onnx-{precision}": report_of(artifact(precision)) for precision in FORMATS.values()}.get(key)
+        artifact = next((row for row in ARTIFACTS.values() if key_of(row) == key), None)
+        place = None if artifact is None else report_of(artifact.file)
         if self.bundle is None or place is None or place not in self.bundle.manifest.files:
             return None
         try:

@@ -14,10 +14,11 @@ import numpy.typing as npt
 import onnxruntime
 
 from mvmr import strict_json
+from mvmr.bundles.bundle import Bundle
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.cores import usable_cores
 from mvmr.errors import MvmrError, shorten, unknown
-from mvmr.export.artifacts import EMBEDDING, IMAGE, LOGITS
+from mvmr.export.artifacts import EMBEDDING, IMAGE, LOGITS, Artifact
 from mvmr.export.tensorrt import rtx_provider
 from mvmr.storage.atomic import cache_dir
 
@@ -150,6 +151,20 @@ class Session:
 
 def _is_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
+def locate(artifact: Artifact, bundle: Bundle) -> str:
+    """Name the bundle's file of an artifact, the same for every machine; raises MvmrError where it is not there."""
+    if artifact.file not in bundle.manifest.files:
+        raise MvmrError(f"bundle {bundle.path} has no {artifact.file}; make it by `mvmr export --{artifact.key}`")
+    return artifact.file
+
+
+def open_artifact(
+    artifact: Artifact, bundle: Bundle, *, provider: str | None = None, threads: int | None = None
+) -> Session:
+    """Start a session of a bundle's file; see `mvmr.export.runtimes.open_artifact`, which also checks it."""
+    return Session(bundle.file(artifact.file), provider=provider or "cpu", threads=threads)
 
 
 def check_provider(provider: str) -> None:

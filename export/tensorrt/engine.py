@@ -17,7 +17,7 @@ import numpy.typing as npt
 from mvmr import strict_json
 from mvmr.bundles.bundle import Bundle
 from mvmr.errors import MvmrError
-from mvmr.export.artifacts import EMBEDDING, IMAGE, artifact, report_of
+from mvmr.export.artifacts import ARTIFACTS, EMBEDDING, IMAGE, report_of
 from mvmr.export.tensorrt.build import BATCHES as BATCHES
 from mvmr.export.tensorrt.build import TIMING_CACHE as TIMING_CACHE
 from mvmr.export.tensorrt.build import Batches, engine_name
@@ -30,15 +30,16 @@ from mvmr.export.tensorrt.runtime import device as device
 from mvmr.export.tensorrt.runtime import logger, release, start
 from mvmr.export.tensorrt.runtime import package as package
 
-ONNX = artifact("fp16")
+ONNX = ARTIFACTS["fp16"].file
 
 _CUDA = "cuda"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """An engine of a bundle that fits this machine; `Engine.load` takes its three fields."""
+    """An engine of a bundle that fits this machine; `Engine.load` takes all but its name in the bundle."""
 
+    name: str
     path: Path
     sidecar: Mapping[str, Any]
     onnx_sha256: str
@@ -65,7 +66,8 @@ def find(bundle: Bundle, *, trt: Any = None) -> Stored:
     if reason := _lack(bundle, gpu, version, None):
         raise _rebuild(reason, bundle.path)
     name = engine_name(gpu.compute_capability, version)
-    return Stored(path=bundle.file(name), sidecar=_sidecar(bundle, name), onnx_sha256=bundle.manifest.files[ONNX])
+    onnx_sha256 = bundle.manifest.files[ONNX]
+    return Stored(name=name, path=bundle.file(name), sidecar=_sidecar(bundle, name), onnx_sha256=onnx_sha256)
 
 
 class Engine:

@@ -20,7 +20,7 @@ from mvmr.data.image_bytes import LIMITS, Limits
 from mvmr.data.listing import open_source, passed_over
 from mvmr.data.readable import Item, Source
 from mvmr.errors import MvmrError
-from mvmr.export.artifacts import artifact, canary
+from mvmr.export.artifacts import canary
 from mvmr.interrupt import Stop, stop_on_signal
 from mvmr.progress import say, track
 from mvmr.serve.batch import columns, single_file
@@ -210,7 +210,7 @@ def _settings(
     return {
         "images": source.fingerprint,
         "space_id": engine.space_id,
-        "exported file": files.get(artifact(engine.precision), ""),
+        "exported file": files.get(engine.file, ""),
         "precision": engine.precision,
         "provider": engine.provider,
         "heads": of_heads,

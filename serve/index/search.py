@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mvmr.bundles import bundle as bundles
 from mvmr.errors import MvmrError
+from mvmr.export.runtimes import check_provider, run_by
 from mvmr.serve.engine import Engine
 from mvmr.serve.index.index import Hit, Index
 
@@ -39,14 +40,13 @@ def search(
         raise MvmrError(f"{place}, the bundle that made the index {opened.path}, is not there; give it by --bundle")
     opened.check_space(bundles.load(place, verify=False).space_id, place)
     engine = Engine.load(
-        place, precision=precision or _same_precision(place, opened), provider=provider, threads=threads
+        place, precision=precision or _same_precision(place, opened, provider), provider=provider, threads=threads
     )
     found = opened.search(engine.embed([Path(image)]), k, probes=probes, ef_search=ef_search)
     return found[0]
 
 
-def _same_precision(bundle: str | os.PathLike[str], index: Index) -> str | None:
-    from mvmr.export.artifacts import FORMATS, artifact
-
-    files = bundles.load(bundle, verify=False).manifest.files
-    return next((each for each in set(FORMATS.values()) if each == index.precision and artifact(each) in files), None)
+def _same_precision(bundle: str | os.PathLike[str], index: Index, provider: str) -> str | None:
+    check_provider(provider)
+    artifact, files = run_by(provider).get(index.precision), bundles.load(bundle, verify=False).manifest.files
+    return index.precision if artifact is not None and artifact.files(files) else None

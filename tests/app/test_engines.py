@@ -24,7 +24,8 @@ from mvmr.bundles.bundle import Bundle
 from mvmr.data import ImageSet, open_images
 from mvmr.distillation.teachers.clip import ClipTeacher
 from mvmr.errors import MvmrError
-from mvmr.export.artifacts import artifact
+from mvmr.export.artifacts import ARTIFACTS, Artifact
+from mvmr.export.runtimes import Runner, open_artifact
 from mvmr.export.tensorrt import engine as tensorrt
 from mvmr.export.tensorrt import rtx_provider
 from mvmr.representations.cache import represent
@@ -33,11 +34,13 @@ from mvmr.serve.client import Embeddings as Answer
 from mvmr.serve.engine import Engine
 from tests.distill.test_report import a_bundle
 from tests.distill.test_teacher import SMALL, build, write_folder
+from tests.export.tensorrt_double import DIM, SIDE, Double, card, fp16, made, with_engine  # noqa: F401
 from tests.export.test_rtx import Plugin
-from tests.export.test_tensorrt import DIM, SIDE, Double, card, fp16, made, with_engine  # noqa: F401
 from tests.serve import serving
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
+FILES = {row.precision: row.file for row in ARTIFACTS.values() if row.runtime == "onnxruntime"}
+FP32, FP16, INT8 = (FILES[precision] for precision in ("fp32", "fp16", "int8"))
 KEYS = ["torch", "onnx-fp32", "onnx-fp16", "onnx-int8", "tensorrt-fp16", "tensorrt-rtx-fp16"]
 
 
@@ -106,7 +109,7 @@ def test_every_engine_is_listed_and_what_is_not_there_says_how_to_make_it(traine
 def test_a_file_that_is_there_can_be_had_with_its_size(exported: Bundle) -> None:
     choices = {each.key: each for each in Engines(exported).choices}
     assert choices["onnx-fp32"].why is None
-    assert choices["onnx-fp32"].nbytes == (exported.path / artifact("fp32")).stat().st_size
+    assert choices["onnx-fp32"].nbytes == (exported.path / FP32).stat().st_size
     assert choices["onnx-fp16"].why is not None
 
 
@@ -139,7 +142,7 @@ def test_torch_gives_the_digits_of_a_report(trained: Bundle, images: ImageSet) -
 def test_onnx_gives_what_its_engine_gives(exported: Bundle, tmp_path: Path, precision: Any) -> None:
     path = serving.copied(exported.path, tmp_path)
     if precision != "fp32":  # what is in it does not matter here
-        bundles.add_files(bundles.load(path), {artifact(precision): exported.file(artifact("fp32"))})
+        bundles.add_files(bundles.load(path), {FILES[precision]: exported.file(FP32)})
     bundle = bundles.load(path)
     encoder = Engines(bundle).get(f"onnx-{precision}")
     assert encoder.label == f"ONNX {precision}"
@@ -148,7 +151,7 @@ def test_onnx_gives_what_its_engine_gives(exported: Bundle, tmp_path: Path, prec
     np.testing.assert_allclose(found, serving.embedded(serving.PREPROCESS.batch(ODD)), atol=1e-5)
     assert encoder.embed([]).shape == (0, serving.DIM)
     assert encoder.written is not None
-    assert encoder.written.file == bundle.manifest.files[artifact(precision)]
+    assert encoder.written.file == bundle.manifest.files[FILES[precision]]
 
 
 def test_an_identity_changes_with_student_engine_and_file(exported: Bundle, trained: Bundle, tmp_path: Path) -> None:
@@ -157,7 +160,7 @@ def test_an_identity_changes_with_student_engine_and_file(exported: Bundle, trai
     assert before == Engines(exported).get("onnx-fp32").identity
     serving.export(path, scale=1.5)
     after = Engines(bundles.load(path)).get("onnx-fp32").identity
-    bundles.add_files(bundles.load(path), {artifact("int8"): exported.file(artifact("fp32"))})
+    bundles.add_files(bundles.load(path), {INT8: exported.file(FP32)})
     int8 = Engines(bundles.load(path)).get("onnx-int8").identity
     every = {before, after, int8, Engines(trained).get("torch").identity}
     assert len(every) == 4
@@ -182,14 +185,12 @@ def test_a_bundle_that_was_trained_again_meanwhile_is_refused(exported: Bundle, 
 def test_an_engine_is_loaded_once_however_many_ask(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     times: list[str] = []
 
-    class Slow(Engine):
-        @classmethod
-        def load(cls, *arguments: Any, **options: Any) -> Engine:
-            times.append("loaded")
-            threading.Event().wait(0.2)
-            return Engine.load(*arguments, **options)
+    def slow(artifact: Artifact, bundle: Bundle, **options: Any) -> Runner:
+        times.append("loaded")
+        threading.Event().wait(0.2)
+        return open_artifact(artifact, bundle, **options)
 
-    monkeypatch.setattr(module, "Engine", Slow)
+    monkeypatch.setattr(module, "open_artifact", slow)
     engines, found = Engines(exported), []
     assert not times
     threads = [threading.Thread(target=lambda: found.append(engines.get("onnx-fp32"))) for _ in range(4)]
@@ -215,13 +216,19 @@ def test_heads_classify_as_the_service_does(exported: Bundle) -> None:
 # -- TensorRT, on its recording double
 
 
+def with_engine_of_its_own(bundle: Bundle, double: Double) -> Bundle:
+    """The bundle with an engine that says it is made from its weights."""
+    model = fp16(bundle_hash=bundle.manifest.files["encoder.safetensors"], bundle_space_id=bundle.space_id)
+    return bundles.load(with_engine(bundle, model, double).path)
+
+
 @pytest.mark.usefixtures("card")
 def test_tensorrt_runs_in_batches_that_its_engine_takes(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     double = Double()
     monkeypatch.setitem(sys.modules, "tensorrt", double)
-    bundle = bundles.load(with_engine(request.getfixturevalue("made"), fp16(), double).path)
+    bundle = with_engine_of_its_own(request.getfixturevalue("made"), double)
     (choice,) = (each for each in Engines(bundle).choices if each.key == "tensorrt-fp16")
     assert choice.why is None
     encoder = Engines(bundle).get("tensorrt-fp16")
@@ -252,8 +259,8 @@ def test_tensorrt_for_rtx_runs_the_fp16_file_or_says_what_it_lacks(
     exported: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(exported.path, tmp_path / "student")
-    content = exported.file(artifact("fp32")).read_bytes()
-    bundle = bundles.add_files(bundles.load(tmp_path / "student"), {artifact("fp16"): content})
+    content = exported.file(FP32).read_bytes()
+    bundle = bundles.add_files(bundles.load(tmp_path / "student"), {FP16: content})
     key = "tensorrt-rtx-fp16"
     with monkeypatch.context() as patch:
         patch.setattr(rtx_provider, "version", lambda: None)
@@ -262,7 +269,7 @@ def test_tensorrt_for_rtx_runs_the_fp16_file_or_says_what_it_lacks(
     engines = Engines(bundle)
     (choice,) = (each for each in engines.choices if each.key == key)
     assert choice.label == "TensorRT for RTX fp16"
-    assert choice.nbytes == bundle.file(artifact("fp16")).stat().st_size
+    assert choice.nbytes == bundle.file(FP16).stat().st_size
     encoder, other = engines.get(key), engines.get("onnx-fp16")
     assert ("session", "1") in plugin.calls
     pictures = [serving.photograph().rotate(9 * number) for number in range(3)]

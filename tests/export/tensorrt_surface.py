@@ -1,7 +1,7 @@
 """Write down which classes, methods, arguments and enum members TensorRT's published Python bindings have.
 
 Usage: tensorrt_surface.py WHEEL... (tensorrt_cu13_bindings-*.whl for this Python; `pip download --no-deps` gets them).
-Writes data/tensorrt_api.json, to which test_export_tensorrt.py holds what mvmr calls. Needs a C compiler.
+Writes tensorrt_api.json, to which test_tensorrt_bindings.py holds what mvmr calls. Needs a C compiler.
 
 The bindings need libraries of several GB that are not on the package index. They resolve nine C functions in them and
 call none on import, so libraries of empty functions will do: that shows names and arguments, never behaviour.

@@ -83,8 +83,8 @@ class Session:
 
     def within(self, engine: Engine) -> Engine:
         """The engine, running this."""
-        session: Any = self
-        return dataclasses.replace(engine, session=session)
+        runner: Any = self
+        return dataclasses.replace(engine, runner=runner)
 
 
 class Index:

@@ -34,7 +34,7 @@ from mvmr import __version__
 from mvmr.bundles import bundle as bundles
 from mvmr.bundles.manifest import SCHEMA, Manifest
 from mvmr.bundles.preprocess import Preprocess
-from mvmr.export.artifacts import artifact, canary, encode_canary, metadata, report_of
+from mvmr.export.artifacts import ARTIFACTS, canary, encode_canary, metadata, report_of
 from mvmr.storage import staging
 from mvmr.storage.atomic import write_json
 
@@ -99,7 +99,8 @@ def export(path: Path, *, scale: float = 1.0) -> None:
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
     onnx.helper.set_model_props(model, metadata(opened, [], "fp32"))
     report = json.dumps({"canary": encode_canary(embedded(canary(size))[0])}).encode()
-    bundles.add_files(opened, {artifact("fp32"): model.SerializeToString(), report_of(artifact("fp32")): report})
+    file = ARTIFACTS["onnx"].file
+    bundles.add_files(opened, {file: model.SerializeToString(), report_of(file): report})
 
 
 def embedded(pixels: Pixels) -> Floats:

@@ -20,7 +20,7 @@ from mvmr.bundles import bundle as bundles
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.data import decoding, open_images
 from mvmr.data.image_bytes import Limits, Prepared, prepare
-from mvmr.export.artifacts import EMBEDDING, artifact, report_of
+from mvmr.export.artifacts import EMBEDDING, report_of
 from mvmr.serve import Engine
 from mvmr.serve.batch.job import embed
 from tests.serve.serving import FLOAT32, PREPROCESS, Running, encoded, rows, running, said_in
@@ -203,7 +203,7 @@ def pixels(files: Mapping[str, bytes]) -> npt.NDArray[np.uint8]:
 
 def same(found: Any, wanted: Floats, engine: Engine) -> None:
     """Equal within what the report says an embedding may change by with the batch it is in."""
-    report = json.loads((engine.path / report_of(artifact(engine.precision))).read_text())
+    report = json.loads((engine.path / report_of(engine.file)).read_text())
     found = np.asarray(found, np.float32)
     assert found.shape == wanted.shape
     assert np.abs(found - wanted).max() <= report["gates"]["batch_difference"] * np.abs(wanted).max()
@@ -237,7 +237,8 @@ def test_pictures_that_are_stored_turned_are_seen_upright(
 
 
 def test_the_preprocessing_is_the_bundles_own(path: Path, engine: Engine) -> None:
-    assert engine.preprocess == bundles.load(path).manifest.preprocessing == engine.session.preprocess == PREPROCESS
+    assert engine.preprocess == bundles.load(path).manifest.preprocessing == PREPROCESS
+    assert json.loads(engine.runner.metadata["preprocessing"]) == PREPROCESS.to_dict()
     usual = Preprocess.for_size(PREPROCESS.crop)  # what a part would do that has a preprocessing of its own
     assert np.abs(usual.image(photograph(0)).astype(int) - PREPROCESS.image(photograph(0))).max() > 20
 
@@ -251,7 +252,7 @@ def test_the_engine_does_as_torch_does_on_each_kind_of_file(
     """By the export's own measure, with the gates that the file's report was judged by."""
     from mvmr.export.verification import Gates, Reference, verify
 
-    report = json.loads((path / report_of(artifact(engine.precision))).read_text())
+    report = json.loads((path / report_of(engine.file)).read_text())
     assert report["passed"]
     student = bundles.load(path).student()
     reference = Reference.of(student, pixels)

@@ -11,10 +11,12 @@ from click.testing import CliRunner
 
 from mvmr.bundles import bundle as bundles
 from mvmr.cli.main import main
-from mvmr.export.artifacts import artifact
+from mvmr.export.artifacts import ARTIFACTS
 from mvmr.serve.http import run
 from tests.serve import serving
 from tests.serve.serving import damage
+
+FP32 = ARTIFACTS["onnx"].file
 
 
 class Started(Exception):
@@ -48,9 +50,9 @@ def refusal(*argv: str | Path) -> str:
     [
         ("bundle.json", b"{", False, "bundle.json is not valid JSON"),
         ("bundle.json", None, False, "it holds no bundle.json"),
-        (artifact("fp32"), None, False, "onnx/encoder.fp32.onnx is missing"),
-        (artifact("fp32"), b"", False, "onnx/encoder.fp32.onnx has changed since it was written"),
-        (artifact("fp32"), b"not an ONNX file", True, "onnxruntime cannot load"),
+        (FP32, None, False, "onnx/encoder.fp32.onnx is missing"),
+        (FP32, b"", False, "onnx/encoder.fp32.onnx has changed since it was written"),
+        (FP32, b"not an ONNX file", True, "onnxruntime cannot load"),
         ("onnx/encoder.fp32.json", b"{}", False, "onnx/encoder.fp32.json has changed"),
         ("onnx/encoder.fp32.json", b'{"canary": "***"}', True, "encoder.fp32.json is not the report of an export"),
         ("onnx/encoder.fp32.json", b'{"canary": 5}', True, "encoder.fp32.json is not the report of an export"),
@@ -89,7 +91,7 @@ def test_an_export_of_another_student(path: Path, tmp_path: Path) -> None:
     manifest = json.loads((mine / "bundle.json").read_text())
     manifest["files"][bundles.ENCODER] = "0" * 64
     (mine / "bundle.json").write_text(json.dumps(manifest))
-    assert f"{artifact('fp32')}: it is stale, made from another student" in refusal(mine)
+    assert f"{FP32}: it is stale, made from another student" in refusal(mine)
 
 
 @pytest.mark.usefixtures("no_start")
@@ -139,6 +141,6 @@ def test_what_is_refused_here_would_start_without_the_fault(path: Path) -> None:
 @pytest.mark.slow
 def test_as_a_process_it_says_one_line_and_ends(path: Path, tmp_path: Path) -> None:
     mine = serving.copied(path, tmp_path)
-    damage(mine, artifact("fp32"), b"")
+    damage(mine, FP32, b"")
     said = serving.refused(mine)
-    assert said.startswith(f"bundle {mine} is damaged: {artifact('fp32')} has changed since it was written")
+    assert said.startswith(f"bundle {mine} is damaged: {FP32} has changed since it was written")

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mvmr import __version__
 from mvmr.export.artifacts import EMBEDDING, IMAGE, LOGITS
+from mvmr.export.runtimes import RUNTIMES
 from mvmr.serve.engine import Engine
 from mvmr.serve.http.problems import Problem
 from mvmr.serve.http.request_body import parse
@@ -86,7 +87,7 @@ def model(engine: Engine) -> dict[str, Any]:
     return {
         "name": engine.name,
         "versions": ["1"],
-        "platform": "onnxruntime_onnx",
+        "platform": RUNTIMES[engine.artifact.runtime].platform,
         "inputs": [{"name": IMAGE, "datatype": "UINT8", "shape": [-1, engine.size, engine.size, 3]}],
         "outputs": [{"name": name, "datatype": "FP32", "shape": [-1, width]} for name, width in outputs],
     }

@@ -67,7 +67,7 @@ def _model(request: Request) -> dict[str, Any]:
         "space_id": engine.space_id,
         "preprocessing": engine.preprocess.to_dict(),
         "precision": engine.precision,
-        "engine": f"onnxruntime {engine.provider}",
+        "engine": f"{engine.artifact.runtime} {engine.provider}",
         "heads": {name: list(head.classes) for name, head in engine.heads.items()},
         "index": None if index is None else {"vectors": len(index)},
     }

@@ -1,0 +1,57 @@
+"""Build the ONNX files in float32 and half precision, for the table of artifacts."""
+
+from __future__ import annotations
+
+from mvmr.bundles.bundle import Bundle
+from mvmr.export.artifacts import EMBEDDING, Precision, canary, encode_canary, metadata, report_of, staleness
+from mvmr.export.attempt import Attempt, BuildOptions, check_package, to_json
+from mvmr.export.attempt import summarise as summarise
+from mvmr.export.onnx.drift import first_drift
+from mvmr.export.onnx.graph import rounded, to_onnx
+from mvmr.export.onnx.session import Session, check_provider
+from mvmr.export.verification import Report
+from mvmr.progress import say
+
+
+def check(bundle: Bundle, options: BuildOptions, *, triton: bool) -> None:
+    """Refuse to go on without what writes an ONNX file, or a provider that can't be had."""
+    check_package("onnxscript")
+    check_provider(options.provider)
+
+
+def build(attempt: Attempt) -> Report:
+    """Export the student in the artifact's precision, and verify the file on the provider asked for."""
+    return verify_file(attempt, write(attempt, attempt.artifact.precision), attempt.options.provider)
+
+
+def write(attempt: Attempt, precision: Precision) -> bytes:
+    """The student as an ONNX file in fp32 or fp16."""
+    opset, about = attempt.options.opset, metadata(attempt.bundle, attempt.heads, precision)
+    say(f"exporting {precision}, opset {opset}", shown=attempt.progress)
+    return to_onnx(attempt.student, attempt.heads, precision=precision, opset=opset, metadata=about)
+
+
+def verify_file(attempt: Attempt, model: bytes, provider: str, **more: object) -> Report:
+    """Verify an ONNX file; put it into the bundle, or say where it goes wrong.
+
+    more: JSON values, added to the report.
+    """
+    session, place = Session(model, provider=provider), attempt.artifact.file
+    figures = attempt.compare(session)
+    if attempt.artifact.precision == "fp16" and provider == "cpu":
+        # a CPU computes fp16 files in float32: nothing overflows there that would on a GPU
+        as_file, figures = figures, attempt.compare(Session(rounded(model)))
+        figures |= {"latency_ms": as_file["latency_ms"], "rounded": True, "file_on_cpu": as_file}
+        figures |= {"failures": [*dict.fromkeys((*as_file["failures"], *figures["failures"]))]}
+    if stale := staleness(session.metadata, attempt.bundle):
+        figures["failures"].insert(0, stale)
+    figures["passed"] = not figures["failures"]
+    report = attempt.describe(figures, place, model)
+    report |= {"opset": attempt.options.opset, "provider": provider, **more}
+    report["canary"] = encode_canary(session(canary(attempt.student.preprocess.crop))[EMBEDDING][0])
+    if not report["passed"]:
+        drift = first_drift(model, attempt.student, attempt.reference.images)
+        report["drift"] = drift
+        error = "not finite" if drift["error"] is None else f"relative error {drift['error']:.2g}"
+        raise attempt.refuse(report, f"it drifts first at {drift['layer']} ({error})")
+    return attempt.accept(report, {place: model, report_of(place): to_json(report)})
