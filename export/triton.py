@@ -18,7 +18,8 @@ from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
 from mvmr.export.artifacts import EMBEDDING, IMAGE, LOGITS, Precision
 from mvmr.storage.atomic import atomic, sync, write_text
-from mvmr.storage.staging import locked, sweep
+from mvmr.storage.lock import hold
+from mvmr.storage.staging import sweep
 
 CONFIG = "config.pbtxt"
 
@@ -74,7 +75,7 @@ def repository(
         _check_space(folder / CONFIG, space_id)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
+        with hold(folder):
             _add_version(folder, model, _FILES[platform][1], config)
     except OSError as error:
         raise MvmrError(f"cannot write the Triton model {folder}: {error.strerror}; what was there stays") from error
