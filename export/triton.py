@@ -19,7 +19,8 @@ from mvmr.errors import MvmrError
 from mvmr.export.artifacts import EMBEDDING, IMAGE, LOGITS, Precision
 from mvmr.export.runtimes import RUNTIMES
 from mvmr.storage.atomic import atomic, sync, write_text
-from mvmr.storage.staging import locked, sweep
+from mvmr.storage.lock import hold
+from mvmr.storage.staging import sweep
 
 CONFIG = "config.pbtxt"
 
@@ -73,7 +74,7 @@ def repository(
         _check_space(folder / CONFIG, space_id)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
+        with hold(folder):
             _add_version(folder, model, RUNTIMES[platform].model, config)
     except OSError as error:
         raise MvmrError(f"cannot write the Triton model {folder}: {error.strerror}; what was there stays") from error

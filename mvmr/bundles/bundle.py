@@ -21,6 +21,7 @@ from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError, unknown
 from mvmr.storage import staging
 from mvmr.storage.atomic import write_json, write_text
+from mvmr.storage.lock import hold
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -260,7 +261,7 @@ def _extend(bundle: Bundle, contents: Mapping[str, bytes | Path], records: Seque
         if not manifest.is_inside(name) or name.split("/")[0] in _RESERVED:
             raise MvmrError(f"{name!r} cannot be put into a bundle; give a plain path such as 'onnx/encoder.onnx'")
     try:
-        with staging.locked(bundle.path):
+        with hold(bundle.path):
             current = load(bundle.path, verify=False)
             staging.settle(current.path, current.manifest.files)
             try:

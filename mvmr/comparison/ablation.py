@@ -30,6 +30,7 @@ from mvmr.evaluation.evaluate import open_labelled
 from mvmr.evaluation.protocols import Labelled, Measured, protocols_for
 from mvmr.progress import say
 from mvmr.storage.atomic import sync, write_json, write_text
+from mvmr.storage.runs import check_same, differences
 from mvmr.training.checkpoint import METRICS
 from mvmr.training.precision import native_precision
 from mvmr.training.pretraining import fit
@@ -161,16 +162,10 @@ def _start(folder: Path, settings: dict[str, Any]) -> list[Result]:
     results = read_results(folder)
     if results or any(folder.glob(f"{RUNS}/*/*")):  # before that there is nothing that other settings could mix with
         try:
-            held = _flat(json.loads(said.read_text(encoding="utf-8")))
+            held = json.loads(said.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise MvmrError(f"{said} can't be read: give another --out") from error
-        wanted = _flat(settings)
-        if differing := [key for key in {**held, **wanted} if held.get(key) != wanted.get(key)]:
-            told = [f"{key} ({held.get(key)!r} there, {wanted.get(key)!r} now)" for key in differing[:4]]
-            raise MvmrError(
-                f"{folder} holds another ablation, it differs in {'; '.join(told)}: "
-                "give the arguments it was started with, or another --out"
-            )
+        check_same(folder, differences(held, settings), cure="another --out", what="ablation")
     _settle(folder, settings)
     return results
 
@@ -180,14 +175,6 @@ def _settle(folder: Path, settings: dict[str, Any]) -> None:
     write_json(folder / SETTINGS, settings)
     if (path := folder / RESULTS).exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # without the line cut by a kill
-
-
-def _flat(value: Any, at: str = "") -> dict[str, Any]:
-    """Values by the path of their key."""
-    if not isinstance(value, dict):
-        return {at: list(value) if isinstance(value, tuple) else value}
-    parts = [_flat(each, f"{at}.{key}" if at else key) for key, each in value.items()]
-    return {key: each for part in parts for key, each in part.items()}
 
 
 def _result(

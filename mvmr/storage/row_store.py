@@ -1,24 +1,20 @@
 """Rows computed once and kept, memory-mapped, surviving a killed run (torch-free)."""
 
 import json
-import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
-from filelock import FileLock, Timeout
 
 from mvmr.errors import MvmrError, shorten
 from mvmr.progress import track
 from mvmr.storage.atomic import is_disk_full, sync, write_json
-
-logger = logging.getLogger(__name__)
+from mvmr.storage.lock import hold
 
 Floats = npt.NDArray[np.floating]
 
@@ -53,7 +49,7 @@ def cached_rows(
         if (rows := store.whole(width)) is not None:
             return rows
         path.parent.mkdir(parents=True, exist_ok=True)
-        with store.locked():
+        with hold(store.beside(".lock"), make=True, waiting=f"waiting for another run that computes {label}"):
             if (rows := store.whole(width)) is not None:  # another process has just finished them
                 return rows
             store.compute(batches, width, progress)
@@ -99,14 +95,6 @@ class _Store:
 
     def beside(self, suffix: str) -> Path:
         return self.path.with_name(self.path.name + suffix)
-
-    def locked(self) -> AbstractContextManager[object]:
-        lock = FileLock(self.beside(".lock"))  # let go by the system when its process dies
-        try:
-            return lock.acquire(timeout=0)
-        except Timeout:
-            logger.warning("waiting for another run that computes %s", self.label)
-            return lock.acquire()
 
     def read(self) -> np.memmap:
         return open_rows(self.path)

@@ -10,8 +10,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from mvmr.errors import MvmrError
@@ -73,19 +72,6 @@ def sweep(folder: Path) -> None:
     for stray in folder.iterdir() if folder.is_dir() else ():
         if _TEMPORARY.fullmatch(stray.name) and stray.is_file():
             stray.unlink()
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from changing `folder` (those that ask) until the block ends; the lock dies with us."""
-    import fcntl  # POSIX only: readers on other systems must not need it
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def aside(folder: Path) -> Path:

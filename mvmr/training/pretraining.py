@@ -31,10 +31,11 @@ from mvmr.models.table import open_backbone
 from mvmr.progress import say
 from mvmr.representations import Pretrained
 from mvmr.storage.atomic import write_text
+from mvmr.storage.lock import LOCK
 from mvmr.training import checkpoint
 from mvmr.training.precision import native_precision
 from mvmr.training.recipe import Recipe, load_recipe
-from mvmr.training.runs import LOCK, RunFolder, claim, find_run, give_up
+from mvmr.training.runs import RunFolder, claim, find_run, give_up
 from mvmr.training.targets import Batch, Targets, WithRows, check_targets
 from mvmr.training.trainer import Precision, read, train
 from mvmr.training.views import Views, make_policy

@@ -12,11 +12,12 @@ from typing import Any
 
 from mvmr.bundles import manifest
 from mvmr.errors import MvmrError
-from mvmr.storage import staging
+from mvmr.storage import lock, staging
 from mvmr.storage.atomic import write_json
+from mvmr.storage.lock import LOCK
+from mvmr.storage.runs import check_same, differences
 from mvmr.training import checkpoint
 
-LOCK = ".lock"
 _DESCRIPTION = "run.json"
 # No weight depends on these.
 _FREE = frozenset(f"recipe.train.{name}" for name in ("workers", "cache_gb", "checkpoint_steps", "log_steps"))
@@ -78,19 +79,7 @@ def claim(run: RunFolder) -> Iterator[None]:
     Raises:
         MvmrError: the folder can't be made, or another process works in it.
     """
-    import fcntl  # POSIX only, as training is: reading bundles works elsewhere, too
-
-    try:
-        run.path.mkdir(parents=True, exist_ok=True)
-        file = (run.path / LOCK).open("a")
-    except OSError as error:
-        raise MvmrError(f"cannot make {run.path}: {error.strerror}; give another --out") from error
-    with file:
-        try:
-            # Unlike flock's, this lock is not shared with worker processes, which outlive a kill -9 by seconds.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise MvmrError(f"another process is training in {run.path}: wait for it, or give another --out") from error
+    with lock.claim(run.path, "training"):
         if run.fresh:
             _empty(run.path)
         staging.sweep(run.path)
@@ -128,15 +117,12 @@ def _resumed(folder: Path, wanted: dict[str, Any], steering: frozenset[str]) -> 
         held: dict[str, Any] = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
         held = _in_todays_words(held)
         changes = held.pop("changes", [])
-        differences = _differences(held, wanted)
+        differing = differences(held, wanted)
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise MvmrError(f"{folder / _DESCRIPTION} can't be read: start over with --overwrite") from error
-    if refused := sorted(_told(*d) for d in differences.items() if not _is_free(d[0]) and d[0] not in steering):
-        raise MvmrError(
-            f"{folder} holds another run, it differs in {'; '.join(refused[:4])}: "
-            "give the arguments it was started with, or --overwrite to start over"
-        )
-    steered = {at: values for at, values in differences.items() if at in steering}
+    decisive = {at: values for at, values in differing.items() if not _is_free(at) and at not in steering}
+    check_same(folder, decisive, cure="--overwrite to start over")
+    steered = {at: values for at, values in differing.items() if at in steering}
     if steered:
         step = checkpoint.saved_step(folder) or 0
         changes.append({"step": step, **{at: f"{was!r} -> {now!r}" for at, (was, now) in steered.items()}})
@@ -154,20 +140,6 @@ def _in_todays_words(held: dict[str, Any]) -> dict[str, Any]:
     return {**held, "method": "mvmr", "recipe": recipe}
 
 
-def _differences(held: Any, wanted: Any, at: str = "") -> dict[str, tuple[Any, Any]]:
-    """(value there, value now) by the path of every key in which two descriptions differ."""
-    if not (isinstance(held, dict) and isinstance(wanted, dict)):
-        return {} if held == wanted else {at: (held, wanted)}
-    found: dict[str, tuple[Any, Any]] = {}
-    for key in {**held, **wanted}:
-        found |= _differences(held.get(key), wanted.get(key), f"{at}.{key}" if at else key)
-    return found
-
-
 def _is_free(at: str) -> bool:
     kind, _, key = at.partition(".")
     return at in _FREE or (kind == "teachers" and key.rpartition(".")[2] in _FREE_OF_A_TEACHER)
-
-
-def _told(at: str, values: tuple[Any, Any]) -> str:
-    return f"{at} ({values[0]!r} there, {values[1]!r} now)"

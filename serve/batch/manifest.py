@@ -65,21 +65,6 @@ def _check(content: Mapping[str, Any], path: Path) -> None:
                 raise ValueError(f"{key} = {value!r} of {name}")
 
 
-def check_same(place: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to go on with a run under other settings, naming those that differ."""
-    differ = [
-        f"{name} ({_told(there.get(name))} there, {_told(now.get(name))} now)"
-        for name in {**there, **now}
-        if there.get(name) != now.get(name)
-    ]
-    if differ:
-        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
-        raise MvmrError(
-            f"{place} holds another run, it differs in {', '.join(differ[:3])}{more}; give the arguments it was "
-            "started with, or another --out"
-        )
-
-
 def run_id(settings: Mapping[str, Any]) -> str:
     """What a part carries to show which run it is of."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
@@ -93,8 +78,3 @@ def why(error: BaseException) -> str:
     if is_disk_full(error):
         return "the disk is full"
     return (isinstance(cause, OSError) and cause.strerror) or " ".join(str(cause or error).split())
-
-
-def _told(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 24 else f"{text[:20]}...{text[-1]}"

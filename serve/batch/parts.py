@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from filelock import FileLock, Timeout
 from pyarrow import parquet
 
 from mvmr.data.image_bytes import Rejected
 from mvmr.errors import MvmrError
 from mvmr.serve.batch import columns
-from mvmr.serve.batch.manifest import FORMAT, MANIFEST, Part, check_same, read_manifest, run_id, why
+from mvmr.serve.batch.manifest import FORMAT, MANIFEST, Part, read_manifest, run_id, why
 from mvmr.storage import staging
 from mvmr.storage.atomic import atomic, write_json
+from mvmr.storage.lock import LOCK, claim
+from mvmr.storage.runs import check_same, differences
 
-ERRORS, LOCK = "errors.parquet", ".lock"
+ERRORS = "errors.parquet"
 _ERRORS_OF_PARTS = "errors"
 
 
@@ -116,7 +117,7 @@ def check(folder: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
         if there["state"] == "finished":
             raise MvmrError(f"{folder} holds finished embeddings ({there['rows']} rows); give another --out")
         raise MvmrError(f"{folder} holds an unfinished run; go on with it by --resume, or give another --out")
-    check_same(folder, there["settings"], settings)
+    check_same(folder, differences(there["settings"], settings), cure="another --out")
 
 
 @contextmanager
@@ -125,22 +126,14 @@ def claimed(folder: Path) -> Iterator[None]:
 
     Raises: MvmrError when it can't be made, or another process works in it.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK)  # let go by the system when its process dies
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise MvmrError(f"another process is writing in {folder}: wait for it, or give another --out") from error
-    except OSError as error:
-        raise MvmrError(f"cannot write in {folder}: {error.strerror}; give another --out") from error
-    try:
-        staging.sweep(folder)
-        staging.sweep(folder / _ERRORS_OF_PARTS)
-        yield
-    finally:
-        lock.release()
-        if folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {LOCK}:  # nothing came of it
-            shutil.rmtree(folder, ignore_errors=True)
+    with claim(folder, "writing"):
+        try:
+            staging.sweep(folder)
+            staging.sweep(folder / _ERRORS_OF_PARTS)
+            yield
+        finally:
+            if folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {LOCK}:  # nothing came of it
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def open_parts(

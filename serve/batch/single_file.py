@@ -14,10 +14,11 @@ from pyarrow import parquet
 
 from mvmr.errors import MvmrError
 from mvmr.serve.batch import columns
-from mvmr.serve.batch.manifest import MANIFEST, Part, check_same, read_manifest, why
+from mvmr.serve.batch.manifest import MANIFEST, Part, read_manifest, why
 from mvmr.serve.batch.parts import ERRORS, Parts
 from mvmr.storage import staging
 from mvmr.storage.atomic import atomic, write_json
+from mvmr.storage.runs import check_same, differences
 
 SUFFIXES = (".parquet", ".npy")
 
@@ -62,7 +63,7 @@ def finished(target: Path, settings: Mapping[str, Any], *, resume: bool) -> dict
     there = read_manifest(manifest_file(target))
     if not resume:
         raise MvmrError(f"{target} holds finished embeddings ({there['rows']} rows); give another --out")
-    check_same(target, there["settings"], settings)
+    check_same(target, differences(there["settings"], settings), cure="another --out")
     clear(target)
     return there
 

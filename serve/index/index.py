@@ -14,13 +14,14 @@ import pyarrow as pa
 from mvmr.errors import MvmrError, shorten, unknown
 from mvmr.progress import track
 from mvmr.serve.batch.manifest import why
-from mvmr.serve.batch.parts import LOCK, claimed
+from mvmr.serve.batch.parts import claimed
 from mvmr.serve.batch.stored import Stored, open_embeddings
 from mvmr.serve.engine import Floats
 from mvmr.serve.index.faiss_kinds import FILES, KINDS, Kind, Options, Searcher, read, recall, sized, write
 from mvmr.serve.index.folder import DESCRIPTION, PATHS, SCHEMA, Description, check_files, fingerprints, read_paths
 from mvmr.storage import staging
 from mvmr.storage.atomic import sync
+from mvmr.storage.lock import LOCK
 
 _OWN = {DESCRIPTION, PATHS, LOCK, *FILES.values()}  # what a build that was killed may have left
 

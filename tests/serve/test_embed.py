@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
-from filelock import FileLock
 
 from mvmr.bundles import bundle as bundles
 from mvmr.bundles.preprocess import Preprocess
@@ -25,6 +24,7 @@ from mvmr.serve.batch.job import read_shard
 from mvmr.serve.batch.stored import open_embeddings
 from mvmr.serve.engine import Engine
 from mvmr.serve.index.index import build
+from mvmr.storage.lock import hold
 from tests.serve.jobs import BAD, CLASSES, COUNT, DIM, contents, picture, refused, rows, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -184,7 +184,7 @@ def test_tar_shards_and_addresses_give_the_same_rows(
 def test_other_settings_are_refused_by_name(bundle: Path, photos: Path, undisturbed: Path, tmp_path: Path) -> None:
     before = contents(undisturbed)
     assert "holds finished embeddings (20 rows); give another --out" in refused(bundle, photos, undisturbed)
-    assert 'dtype ("float32" there, "float16" now)' in refused(
+    assert "dtype ('float32' there, 'float16' now)" in refused(
         bundle, photos, undisturbed, resume=True, dtype="float16"
     )
     assert "part_rows (5 there, 6 now)" in refused(bundle, photos, undisturbed, resume=True, part_rows=6)
@@ -238,7 +238,7 @@ def test_an_engine_that_does_not_do_what_was_verified_is_refused(
 
 def test_two_processes_do_not_share_a_folder(bundle: Path, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with FileLock(tmp_path / "out" / ".lock"):
+    with hold(tmp_path / "out" / ".lock", make=True):
         assert "another process is writing in" in refused(bundle, photos, tmp_path / "out", resume=True)
     run(bundle, photos, tmp_path / "out")
 
