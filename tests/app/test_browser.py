@@ -5,9 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-import struct
 import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,12 @@ from typing import Any
 import httpx2
 import numpy as np
 import pytest
-import skimage.data
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
 from mvmr.distillation.report.report import report
-from tests.app.apps import DATA, Running, Visit, chromium, make_quickstart, running, visit, wait_until
+from tests.app.apps import DATA, Running, Visit, make_quickstart, running, visit, wait_until
+from tests.app.pictures import encoded, giant, odd_images, photograph
 from tests.serve import serving
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -39,26 +37,10 @@ def app(bundle: Path) -> Iterator[Running]:
         yield started
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as started:
-        yield started
-
-
 @pytest.fixture
 def visitor(app: Running, browser: Browser) -> Iterator[Visit]:
     with visit(browser, app.url) as seen:
         yield seen
-
-
-def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
-    content = io.BytesIO()
-    image.save(content, form, **options)
-    return content.getvalue()
-
-
-def photograph() -> Image.Image:
-    return Image.fromarray(skimage.data.coffee())
 
 
 def give(page: Page, content: bytes, name: str = "photo.png") -> None:
@@ -127,16 +109,6 @@ def test_a_gallery_image_is_no_neighbour_of_itself_and_k_and_engine_may_change(v
     expect(page.locator("#result .query")).to_contain_text(key)
 
 
-def giant() -> bytes:
-    """A PNG that says it has 30,000 x 30,000 pixels, in a few bytes."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
 @pytest.mark.parametrize(
     ("content", "told"),
     [
@@ -154,22 +126,6 @@ def test_a_bad_upload_is_told_and_the_app_goes_on(visitor: Visit, content: bytes
     expect(page.locator("#result .card")).to_have_count(20)
     # an image that the browser can't show is Gradio's preview's concern, until the answer comes
     visitor.errors[:] = [each for each in visitor.errors if "blob:" not in each]
-
-
-def odd_images() -> dict[str, tuple[bytes, str]]:
-    base = photograph().resize((120, 90))
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    deep = Image.fromarray(np.asarray(base.convert("L")).astype(np.uint16) * 257)
-    frames = [base, base.rotate(90), base.rotate(180)]
-    return {
-        "an animation": (encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]), "the first of 3 frames"),
-        "CMYK": (encoded(base.convert("CMYK"), "JPEG"), "CMYK"),
-        "16 bits": (encoded(deep), "8"),
-        "EXIF": (encoded(base, "JPEG", exif=turned), "upright"),
-        "1 x 1": (encoded(base.resize((1, 1))), "1 x 1 pixels"),
-        "alpha": (encoded(base.convert("RGBA")), "120 x 90 pixels"),
-    }
 
 
 @pytest.mark.parametrize("kind", odd_images())

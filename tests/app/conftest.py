@@ -1,0 +1,37 @@
+"""What tests of the app in a real browser share: the browser, and the page of the two linked maps with its visitors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:  # else a test without a browser would import playwright, too
+    from playwright.sync_api import Browser
+
+    from tests.app.map_pages import Opened, Site
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    from tests.app.apps import chromium
+
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    from tests.app.map_pages import served
+
+    with served() as found:
+        yield found
+
+
+@pytest.fixture
+def visit(browser: Browser, site: Site) -> Iterator[Opened]:
+    from tests.app.map_pages import visiting
+
+    with visiting(browser, site) as opened:
+        yield opened
