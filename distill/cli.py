@@ -26,7 +26,7 @@ from mvmr.progress import say_plan
     metavar="TAG|FILE",
     help="Weights of an open_clip model: one of its tags, or a file; the default is named before the start.",
 )
-@click.option("--data", default="sample:patches", show_default=True, help="A folder, or a name such as stl10:ROOT.")
+@click.option("--data", default="sample:patches", show_default=True, help="A folder, glob, list:FILE, or stl10:ROOT.")
 @TRAINING
 def distill(
     teachers: tuple[str, ...], pretrained: str | None, data: str, out: str | None, assign: tuple[str, ...],

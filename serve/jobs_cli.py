@@ -28,8 +28,8 @@ THREADS = click.option("--threads", type=click.IntRange(1), help="Cores that emb
 def embed(bundle: str, images: str, out: str, shard: str | None, **options: Any) -> None:
     """Embed IMAGES by BUNDLE's exported file.
 
-    IMAGES: a folder, a quoted glob, a .txt list of paths (- for standard input), tar files (shards:PATTERN, with
-    {000..009}), or an address such as s3://bucket/prefix.
+    IMAGES: a folder, a quoted glob, list:FILE with a path a line (- for standard input), tar files (shards:PATTERN,
+    with {000..009}), an address such as s3://bucket/prefix, or a data set such as stl10:ROOT (docs/data.md).
     """
     from mvmr.serve.batch.job import embed as run
     from mvmr.serve.batch.job import read_shard

@@ -24,7 +24,7 @@ from mvmr.progress import say_plan
 
 
 @click.command()
-@click.option("--data", default="sample:patches", show_default=True, help="A folder, or a name such as stl10:ROOT.")
+@click.option("--data", default="sample:patches", show_default=True, help="A folder, glob, list:FILE, or stl10:ROOT.")
 @TRAINING
 def pretrain(data: str, out: str | None, assign: tuple[str, ...], **options: Any) -> None:
     """Train a student from unlabelled images without a teacher (self-supervised), by MV-MR or by another --method."""

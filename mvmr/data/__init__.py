@@ -1,4 +1,4 @@
-"""Images by a short description: a folder, a standard data set, or a sample."""
+"""Images by a short description of one grammar: folders, globs, lists, standard data sets, samples."""
 
 from mvmr.data.image_set import ImageSet, Skipped, Split
 from mvmr.data.opening import open_images

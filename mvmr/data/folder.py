@@ -21,13 +21,18 @@ _NAMED = 3  # unreadable files named in an error
 
 @dataclass(frozen=True, kw_only=True)
 class Opening:
-    """How to open: the name as typed, split, background, share of unreadable files allowed, a progress bar or not."""
+    """How to open images.
+
+    name: as typed; max_unreadable: the share of the files that may be unreadable, and are left out
+    check: whether every file is decoded to find those; else all count as readable
+    """
 
     name: str
     split: Split
     background: Background
     max_unreadable: float
-    progress: bool
+    progress: bool = False
+    check: bool = True
 
 
 def open_folder(path: str, opening: Opening) -> ImageSet:
@@ -37,21 +42,29 @@ def open_folder(path: str, opening: Opening) -> ImageSet:
     all of it, "train" and "test" a fixed 80 : 20 split by the hash of each file's path, class by class. The folders on
     the first level are the classes when every image lies in one and there are at least two.
 
-    Raises: MvmrError when the folder is missing or holds no images, or too many cannot be read.
+    Raises: MvmrError when the folder holds no images, or too many cannot be read.
     """
-    root = os.fsencode(os.path.abspath(os.path.expanduser(path)))
-    if not os.path.isdir(root):
-        what = "is a file, not a folder" if os.path.exists(root) else "does not exist"
-        raise MvmrError(f"data {opening.name!r}: {printable(root)} {what}; give a folder of images")
+    root = os.fsencode(os.path.abspath(path))
     held = next((part for part in (b"test", b"val") if os.path.isdir(os.path.join(root, part))), None)
     if held is not None and os.path.isdir(os.path.join(root, b"train")):
         return open_parts(root, b"train", held, opening)
     found = scan(root)
+    return _one_piece(found, opening, None if opening.split == "unlabelled" else _first_level(found.files.names))
+
+
+def open_files(files: Files, opening: Opening) -> ImageSet:
+    """Open files whose names are known, without labels, as a folder of one piece.
+
+    Raises: MvmrError when too many cannot be read.
+    """
+    return _one_piece(Scan(files), opening, None)
+
+
+def _one_piece(found: Scan, opening: Opening, classes: tuple[bytes, ...] | None) -> ImageSet:
     verdicts = _readable(found, opening)
     good = np.flatnonzero(verdicts.short_sides > 0)
     if opening.split == "unlabelled":
         return _image_set(found, verdicts, good, opening, None)
-    classes = _first_level(found.files.names)
     labels = np.zeros(len(found.files.names), np.int64) if classes is None else folder_labels(found.files, b"", classes)
     in_test = _held_out(found.files, good, labels)
     chosen = good[in_test if opening.split == "test" else ~in_test]
@@ -73,7 +86,7 @@ def open_parts(root: bytes, train: bytes, test: bytes, opening: Opening) -> Imag
 
 
 def open_listed(files: Files, opening: Opening) -> ImageSet:
-    """Open files whose names are known, without labels."""
+    """Open all files whose names are known, without labels, whatever the split."""
     found = Scan(files)
     verdicts = _readable(found, opening)
     return _image_set(found, verdicts, np.flatnonzero(verdicts.short_sides > 0), opening, None)
@@ -126,6 +139,8 @@ def _readable(found: Scan, opening: Opening) -> Verdicts:
         raise MvmrError(
             f"data {opening.name!r}: {place} holds {seen}; give a folder with images (jpg, png, webp, tiff, ...)"
         )
+    if not opening.check:
+        return Verdicts(np.ones(total, np.int32), {})
     verdicts = check_files(files, progress=opening.progress)
     bad = [f"{item.key} ({item.reason})" for item in found.unlisted]
     keys = files.keys

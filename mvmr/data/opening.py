@@ -1,5 +1,6 @@
-"""From what the user types after `--data` to an `ImageSet`."""
+"""From what the user types after `--data` to an `ImageSet`: images known by number, with their labels."""
 
+import glob
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,21 +8,12 @@ from functools import partial
 from typing import get_args
 
 from mvmr.bundles.preprocess import WHITE, Background, check_background
-from mvmr.data import datasets, samples
-from mvmr.data.folder import Opening, open_folder
+from mvmr.data import datasets, grammar, samples
+from mvmr.data.folder import Opening, open_files, open_folder
+from mvmr.data.grammar import Described
 from mvmr.data.image_set import ImageSet, Split
-from mvmr.errors import MvmrError, nearest, unknown
-
-SAMPLES: dict[str, Callable[[Split], ImageSet]] = {"patches": samples.patches, "digits": samples.digits}
-STANDARD: dict[str, Callable[[str, Opening], ImageSet]] = {
-    "stl10": datasets.stl10,
-    "cifar10": partial(datasets.cifar, kind="cifar10"),
-    "cifar20": partial(datasets.cifar, kind="cifar20"),
-    "cifar100": partial(datasets.cifar, kind="cifar100"),
-    "imagenet": datasets.imagenet,
-    "voc07": datasets.voc07,
-}
-DEFAULT_ROOT = "data"
+from mvmr.data.scan import Packed, match, read_list, stat_files
+from mvmr.errors import MvmrError, unknown
 
 
 def open_images(
@@ -34,16 +26,18 @@ def open_images(
 ) -> ImageSet:
     """Open images by a short description.
 
-    spec: a folder; `stl10`, `cifar10`, `cifar20`, `cifar100`, `imagenet` or `voc07`, each with `:ROOT` (else the folder
-        "data"); `sample:patches` or `sample:digits`. A folder called "stl10" is "./stl10".
+    spec: a folder, a glob, `list:FILE`, or the name of a data set, as docs/data.md and `mvmr.data.grammar` have them. A
+        folder called "stl10" is "./stl10".
     split: "train" or "test", with labels where there are any, or "unlabelled": all there is to pretrain on, which is
-        "train" wherever the data have a split of their own, with STL10's unlabelled images added
+        "train" wherever the data have a split of their own, with STL10's unlabelled images added; all of a folder that
+        has none, a glob or a list, of whose images a fifth are "test"
     background: what shows through transparent images: sRGB in [0, 255]; None shows their hidden colours. For a student,
         what its bundle's preprocessing says
     max_unreadable: the share of the files, 0 to 1, that may be unreadable; they are left out and listed in `skipped`
     progress: show a progress bar on stderr while the files of a folder are checked for the first time
 
-    Raises: MvmrError for an unknown name or split, missing files, no images, or too many that cannot be read.
+    Raises: MvmrError for an unknown name or split, missing files, no images, too many that cannot be read, or a kind of
+        description that only `mvmr embed` takes.
     """
     text = os.fspath(spec)
     if split not in get_args(Split):
@@ -51,17 +45,47 @@ def open_images(
     if not 0 <= max_unreadable <= 1:
         raise MvmrError(f"max_unreadable = {max_unreadable} must lie between 0 and 1")
     check_background(background)
-    kind, colon, rest = text.partition(":")
-    if kind == "sample" and colon:
-        if rest not in SAMPLES:
-            raise unknown("sample", text, [f"sample:{name}" for name in SAMPLES])
-        return replace(SAMPLES[rest](split), background=background)
     opening = Opening(name=text, split=split, background=background, max_unreadable=max_unreadable, progress=progress)
-    if kind in STANDARD:
-        found = STANDARD[kind](os.path.expanduser(rest or DEFAULT_ROOT), opening)
-        return replace(found, background=background)
-    if not os.path.exists(os.path.expanduser(text)) and os.sep not in kind:
-        known = [*STANDARD, *(f"sample:{name}" for name in SAMPLES)]
-        if nearest(text, known) or nearest(kind, known):
-            raise unknown("data", text if nearest(text, known) else kind, known)
-    return open_folder(text, opening)
+    return open_described(grammar.parse(text), opening)
+
+
+def open_described(described: Described, opening: Opening) -> ImageSet:
+    """Open what has been parsed; raises as `open_images` does."""
+    if described.kind.refusal:
+        raise MvmrError(f"data {described.text!r} {described.kind.refusal}")
+    return replace(_SETS[described.kind.name](described.place, opening), background=opening.background)
+
+
+def _glob(pattern: str, opening: Opening) -> ImageSet:
+    whole = os.fsencode(os.path.abspath(pattern))
+    root = os.path.dirname(whole)
+    while glob.has_magic(root):
+        root = os.path.dirname(root)
+    names = (os.path.relpath(path, root) for path in match(whole)[0])
+    return open_files(stat_files(root, Packed.of(names)), opening)
+
+
+def _list(path: str, opening: Opening) -> ImageSet:
+    whole = os.fsencode(os.path.abspath(path))
+    names = read_list(whole)
+    if any(b"://" in name for name in names):
+        raise MvmrError(
+            f"data {opening.name!r} lists addresses, which only `mvmr embed` reads as yet: copy the images here, and "
+            "list their paths"
+        )
+    return open_files(stat_files(os.path.dirname(whole), names), opening)
+
+
+_SETS: dict[str, Callable[[str, Opening], ImageSet]] = {
+    "folder": open_folder,
+    "glob": _glob,
+    "list": _list,
+    "stl10": datasets.stl10,
+    "cifar10": partial(datasets.cifar, kind="cifar10"),
+    "cifar20": partial(datasets.cifar, kind="cifar20"),
+    "cifar100": partial(datasets.cifar, kind="cifar100"),
+    "imagenet": datasets.imagenet,
+    "voc07": datasets.voc07,
+    "sample:patches": lambda _, opening: samples.patches(opening.split),
+    "sample:digits": lambda _, opening: samples.digits(opening.split),
+}

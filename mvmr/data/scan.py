@@ -1,10 +1,11 @@
-"""Finding image files in a folder tree: one pass, in sorted order, lean enough for millions of files."""
+"""Finding image files, in a folder tree, by a glob or in a list: one pass, lean enough for millions of files."""
 
+import glob
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import overload
+from typing import TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,10 @@ from PIL import Image
 
 from mvmr.data import decoding
 from mvmr.data.image_set import Skipped
+from mvmr.data.readable import passed_over
 from mvmr.errors import MvmrError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +127,53 @@ def scan(root: bytes, below: bytes = b"", formats: tuple[str, ...] | None = None
     names = Packed.of(_walk(start, below + b"/" if below else b"", decoding.extensions(formats), found))
     found.files = stat_files(root, names)
     return found
+
+
+def match(pattern: bytes, formats: tuple[str, ...] | None = None) -> tuple[list[bytes], int]:
+    """Find the image files that a glob matches, in the order of their bytes, and count images of other formats.
+
+    Raises: MvmrError for none.
+    """
+    found, others = of_formats(formats, filter(os.path.isfile, glob.iglob(pattern, recursive=True)), bytes)
+    if not found:
+        raise MvmrError(f"no image file matches {printable(pattern)}; {passed_over(others) or 'quote the pattern'}")
+    return sorted(found), others
+
+
+def read_list(path: bytes) -> Packed:
+    """Read a list of images: a path a line.
+
+    Raises: MvmrError for a file that can't be read or is no list.
+    """
+    try:
+        with decoding.open_file(path) as file:
+            return list_names(file.read(), printable(path))
+    except OSError as error:
+        raise MvmrError(f"cannot read the list {printable(path)}: {decoding.reason(error)}; check the path") from error
+
+
+def list_names(text: bytes, name: str) -> Packed:
+    """The lines of a list that are not empty; raises MvmrError for none, or for what is no text."""
+    names = Packed.of(line for each in text.split(b"\n") if (line := each.strip(b"\r\t ")))
+    if not len(names):
+        raise MvmrError(f"no images in the list {name}: it has no lines; write a path on each")
+    if any(b"\x00" in each for each in names):
+        raise MvmrError(f"{name} is not a list of paths: it holds zero bytes; give a text file with a path a line")
+    return names
+
+
+def of_formats(
+    formats: tuple[str, ...] | None, files: Iterable[T], name_of: Callable[[T], bytes]
+) -> tuple[list[T], int]:
+    """Those of the files whose names end as images of these formats do, and how many are images of others."""
+    found, others = [], 0
+    for file in files:
+        ending = os.path.splitext(name_of(file))[1].lower()
+        if ending in decoding.extensions(formats):
+            found.append(file)
+        else:
+            others += ending in decoding.extensions()
+    return found, others
 
 
 def stat_files(root: bytes, names: Sequence[bytes]) -> Files:

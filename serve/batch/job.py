@@ -17,8 +17,8 @@ from mvmr import __version__
 from mvmr.bundles import bundle as bundles
 from mvmr.cores import usable_cores
 from mvmr.data.image_bytes import LIMITS, Limits
-from mvmr.data.listing import open_source, passed_over
-from mvmr.data.readable import Item, Source
+from mvmr.data.listing import open_source
+from mvmr.data.readable import Item, Source, passed_over
 from mvmr.errors import MvmrError
 from mvmr.export.artifacts import canary
 from mvmr.interrupt import Stop, stop_on_signal
@@ -70,7 +70,7 @@ def embed(
 
     Args:
         bundle: with an exported file (`mvmr export`).
-        images: a folder, glob, list, tar shards or address: see `mvmr.data.listing.open_source`.
+        images: a folder, glob, list, tar shards, address or data set: see `mvmr.data.listing.open_source`.
         out: a folder, for Parquet parts, a manifest and ``errors.parquet``; ``FILE.parquet`` for one file of all rows;
             or ``FILE.npy``, [N, D], with its paths, a line to a row, in ``FILE.paths.txt``. Beside one file stand
             ``FILE.errors.parquet`` and ``FILE.manifest.json``.

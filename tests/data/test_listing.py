@@ -157,7 +157,7 @@ def test_a_folder_that_cannot_be_listed_is_no_silent_loss(tmp_path: Path) -> Non
 
 
 def test_nothing_there_is_one_line_that_says_what_to_give(tmp_path: Path) -> None:
-    assert "there is no such folder or file; give a folder, a quoted glob" in refused(str(tmp_path / "none"))
+    assert "none does not exist; give a folder of images or a quoted glob" in refused(str(tmp_path / "none"))
     assert "it is empty" in refused(str(tmp_path))
     (tmp_path / "a.txt").write_text("x")
     assert "none of its 1 files ends as an image does" in refused(str(tmp_path))

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from mvmr.bundles import bundle as bundles
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.cli.main import main
+from mvmr.data import open_images
 from mvmr.errors import MvmrError
 from mvmr.serve.batch import job
 from mvmr.serve.batch.job import read_shard
@@ -25,6 +26,7 @@ from mvmr.serve.batch.stored import open_embeddings
 from mvmr.serve.engine import Engine
 from mvmr.serve.index.index import build
 from mvmr.storage.lock import hold
+from tests.data.standard_sets import write_stl10
 from tests.serve.jobs import BAD, CLASSES, COUNT, DIM, contents, picture, refused, rows, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -179,6 +181,20 @@ def test_tar_shards_and_addresses_give_the_same_rows(
     before = contents(tmp_path / "memory")
     run(bundle, f"shards:{tmp_path}/s-{{0..1}}.tar", tmp_path / "tars", resume=True)
     assert contents(tmp_path / "tars").keys() == before.keys()
+
+
+def test_a_data_set_is_embedded_whole_under_its_keys(bundle: Path, tmp_path: Path) -> None:
+    write_stl10(tmp_path)
+    run(bundle, f"stl10:{tmp_path}", tmp_path / "out")
+    made = rows(tmp_path / "out")
+    assert [row["path"] for row in made] == [
+        *(f"unlabelled/{number:05d}" for number in range(11)),
+        *(f"test/{number:05d}" for number in range(5)),
+    ]
+    assert {(row["width"], row["height"]) for row in made} == {(96, 96)}
+    engine, test = Engine.load(bundle), open_images(f"stl10:{tmp_path}", "test")
+    expected = engine(np.stack([engine.preprocess.image(test.load(number)) for number in range(5)]))
+    np.testing.assert_allclose([row["embedding"] for row in made[11:]], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_other_settings_are_refused_by_name(bundle: Path, photos: Path, undisturbed: Path, tmp_path: Path) -> None:
