@@ -156,7 +156,8 @@ def _is_names(value: object) -> bool:
 def locate(artifact: Artifact, bundle: Bundle) -> str:
     """Name the bundle's file of an artifact, the same for every machine; raises MvmrError where it is not there."""
     if artifact.file not in bundle.manifest.files:
-        raise MvmrError(f"bundle {bundle.path} has no {artifact.file}; make it by `mvmr export --{artifact.key}`")
+        cure = f"make it by `mvmr export {bundle.path} --{artifact.key}`"
+        raise MvmrError(f"bundle {bundle.path} has no {artifact.file}; {cure}")
     return artifact.file
 
 
