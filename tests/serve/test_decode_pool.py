@@ -38,7 +38,10 @@ def pool() -> Iterator[DecodePool]:
 def decoders() -> list[psutil.Process]:
     """The processes of pools of this one, without what they are forks of."""
     return [
-        each for server in psutil.Process().children() for each in server.children() if "decode_process" in _of(each)
+        each
+        for server in psutil.Process().children()
+        for each in server.children()
+        if "mvmr.serve.decoding.process" in _of(each)
     ]
 
 
@@ -221,11 +224,11 @@ def test_a_file_that_memory_does_not_hold_costs_itself_alone(pool: DecodePool, t
 
 _WITH_A_SLOW_DISK = """
 import time
-from mvmr.serve import decode_process
+from mvmr.serve.decoding import process
 from mvmr.data.readable import LocalFile
 read = LocalFile.__call__
 LocalFile.__call__ = lambda file: (time.sleep(3), read(file))[1]
-decode_process.main()
+process.main()
 """
 
 
@@ -285,7 +288,7 @@ def test_the_server_whose_forks_they_are_is_replaced_when_it_is_killed(pool: Dec
     assert prepared(pool, jpeg()).width
     before = decoders()
     for server in psutil.Process().children():
-        if "decode_process" in _of(server):
+        if "mvmr.serve.decoding.process" in _of(server):
             server.kill()
     until(lambda: all(not each.is_running() for each in before))
     assert prepared(pool, jpeg()).width
