@@ -122,9 +122,9 @@ class ClipTeacher:
         ).float()
 
 
-def load(what: str, *, device: str | torch.device, text: bool) -> ClipTeacher:
-    """Load a model of open_clip's with its default weights; see `ClipTeacher.load`."""
-    return ClipTeacher.load(what, device=device, text=text)
+def load(what: str, pretrained: str | Path | None = None, *, device: str | torch.device, text: bool) -> ClipTeacher:
+    """Load a model of open_clip's; see `ClipTeacher.load`."""
+    return ClipTeacher.load(what, pretrained, device=device, text=text)
 
 
 def _identity(visual: nn.Module, source: Source, preprocess: PreprocessCfg, dtype: torch.dtype) -> str:

@@ -53,8 +53,8 @@ def open_teacher(
 
     Raises: MvmrError where it can't be had, or `pretrained` is given for another kind.
     """
-    if spec.kind == "open_clip":
-        return clip.ClipTeacher.load(spec.what, pretrained, device=device, text=text)
-    if pretrained is not None:
+    if pretrained is None:
+        return KINDS[spec.kind](spec.what, device=device, text=text)
+    if spec.kind != "open_clip":
         raise MvmrError(f"teacher {spec} says its weights itself; leave out --pretrained {pretrained}")
-    return KINDS[spec.kind](spec.what, device=device, text=text)
+    return clip.load(spec.what, pretrained, device=device, text=text)

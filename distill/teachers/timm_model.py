@@ -15,8 +15,6 @@ from mvmr.bundles import weights
 from mvmr.distillation.teachers.teacher import NetworkTeacher, NoTextTower, one_line
 from mvmr.errors import MvmrError, unknown
 
-_CLASSIFIERS = ("fc.", "classifier.", "head.")
-
 
 class _Prepare:
     """timm's own evaluation transform of a model, RGB first."""
@@ -50,8 +48,7 @@ def load(what: str, *, device: str | torch.device, text: bool) -> NetworkTeacher
         cure = f"fetch its weights on a machine with network and give them here: timm:{name}:FILE"
         raise MvmrError(f"teacher timm:{name} can't be had ({one_line(error)}); {cure}") from error
     if file:
-        own = network.state_dict().keys()
-        state = {k: v for k, v in weights.read(Path(file)).items() if k in own or not k.startswith(_CLASSIFIERS)}
+        state = weights.drop_classifier(network, weights.read(Path(file)))
         weights.fit(network, state, origin=f"{file}, as weights of timm:{name},")
     prepare = _Prepare(network)
     return NetworkTeacher(

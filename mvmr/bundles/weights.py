@@ -14,6 +14,7 @@ from mvmr.storage.atomic import atomic
 
 _WRAPPERS = ("state_dict", "model")
 _KEYS_SHOWN = 3
+_CLASSIFIERS = ("fc.", "classifier.", "head.")
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -43,6 +44,12 @@ def read(path: Path) -> dict[str, Tensor]:
     if strange := [str(key) for key, value in content.items() if not isinstance(value, Tensor)]:
         raise MvmrError(f"weights file {path} is not a state dict of tensors: see {first(strange)}")
     return {str(key).removeprefix("module."): cast(Tensor, value) for key, value in content.items()}
+
+
+def drop_classifier(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Published weights without their classifier's, which an encoder lacks; keys that `module` has stay."""
+    own = module.state_dict().keys()
+    return {key: value for key, value in weights.items() if key in own or not key.startswith(_CLASSIFIERS)}
 
 
 def check_fit(module: nn.Module, weights: Mapping[str, Tensor], *, origin: str) -> None:

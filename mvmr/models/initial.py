@@ -11,8 +11,6 @@ from mvmr.bundles import weights
 from mvmr.bundles.bundle import encoder_file, load
 from mvmr.models.backbone import Backbone
 
-_CLASSIFIERS = ("fc.", "classifier.", "head.")
-
 
 def read_init(backbone: Backbone, source: str | Path) -> dict[str, Tensor]:
     """Weights to start a backbone's encoder from: of a bundle folder, or a torchvision or timm state-dict file.
@@ -27,10 +25,8 @@ def read_init(backbone: Backbone, source: str | Path) -> dict[str, Tensor]:
         origin, path = f"init {path}", encoder_file(load(path, verify=False))
     else:
         origin = f"init {path}"
-    state = weights.read(path)
     with torch.device("meta"):
         encoder = backbone.build()
-    own = encoder.state_dict().keys()
-    kept = {key: value for key, value in state.items() if key in own or not key.startswith(_CLASSIFIERS)}
-    weights.check_fit(encoder, kept, origin=origin)
-    return kept
+    state = weights.drop_classifier(encoder, weights.read(path))
+    weights.check_fit(encoder, state, origin=origin)
+    return state

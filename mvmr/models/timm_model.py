@@ -83,9 +83,10 @@ class _Stages(nn.Module):
         intermediates: Any = getattr(self.encoder, "forward_intermediates", None)
         if intermediates is None:
             return {"features": self.encoder(images)}
-        maps = intermediates(images, intermediates_only=True)
+        last, maps = intermediates(images)
         stages = {f"stage{number}": each.mean((-2, -1)) for number, each in enumerate(maps, 1)}
-        return stages | {"features": self.encoder(images)}
+        head: Any = self.encoder.forward_head
+        return stages | {"features": head(last)}
 
 
 def _create(name: str, size: int) -> nn.Module:
