@@ -13,9 +13,9 @@ from mvmr.cli.commands import told
 _TITLES = {
     "pixels": "raw pixels",
     "scattering": "scattering features",
-    "random": "random ResNet18",
-    "ssl": "ResNet18, self-supervised MV-MR",
-    "student": "ResNet18, distilled (the student)",
+    "random": "random {student}",
+    "ssl": "{student}, self-supervised MV-MR",
+    "student": "{student}, distilled (the student)",
     "teacher": "its teacher",
 }
 
@@ -28,10 +28,13 @@ def print_results(results: dict[str, Any], out: str) -> None:
         + (f", mean of {results['seeds']} seeds" if results["seeds"] > 1 else "")
     )
     table.add_column("representation")
-    for column in ("linear probe", "kNN"):
+    for column in ("linear probe", "kNN", "parameters", "ms an image"):
         table.add_column(column, justify="right")
+    student = results["student"].removeprefix("timm:")
     for name, row in results["rows"].items():
-        table.add_row(_TITLES[name], _figure(row, "linear"), _figure(row, "knn"))
+        size = f"{row['parameters'] / 1e6:.1f} M" if "parameters" in row else ""
+        accuracies = _figure(row, "linear"), _figure(row, "knn")
+        table.add_row(_TITLES[name].format(student=student), *accuracies, size, f"{row['ms']:.2f}")
     console.print(table)
     teacher = results["rows"]["teacher"]
     console.print(f"teacher: {results['teacher']}; zero-shot {_figure(teacher, 'zero_shot')} %")

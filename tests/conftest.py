@@ -43,7 +43,14 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores, for many tests wait for a process or a socket; four at most, for each imports torch."""
+    return min(4, len(os.sched_getaffinity(0)) + 1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)  # first, lest one process is left with them at the end
     marked = [item for item in items if item.get_closest_marker("gpu")]  # keywords hold the checkout's folder, too
     if not marked:
         return

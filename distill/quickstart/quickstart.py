@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ ROWS = ("pixels", "scattering", "random", "ssl", "student", "teacher")
 # The teacher where no real one is given: half a minute on two cores, chosen on the training part (docs/method.md).
 STAND_IN = TinyClip(width=16, steps=60)
 _QUERIES, _NEIGHBOURS = 8, 5
+_BATCH, _ROUNDS = 64, 20  # images to a batch, and how often it is timed
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def quickstart(
 ) -> dict[str, Any]:
     """Run the whole path on ``sample:patches`` and compare what each representation knows.
 
-    Trains a tiny CLIP on captions made of the class names (a stand-in for real CLIP weights), distils a ResNet18 from
+    Trains a tiny CLIP on captions made of the class names (a stand-in for real CLIP weights), distils a student from
     it without labels, trains another without any teacher, and measures both beside raw pixels, scattering features, a
     random encoder and the teacher. What an interrupted run has finished is not done again.
 
@@ -62,7 +63,8 @@ def quickstart(
         overwrite: train the students again, though ``out`` holds them or those of another run.
 
     Returns:
-        The content of ``results.json``: mean over seeds and per seed, accuracies in percent.
+        The content of ``results.json``: mean over seeds and per seed; accuracies in percent, ``ms`` in milliseconds an
+        image (:func:`time_representations`), ``parameters`` of the networks.
     """
     folder = Path(out)
     data = Labelled.of(open_images(DATA, "train"), open_images(DATA, "test"))
@@ -74,6 +76,7 @@ def quickstart(
     results = {
         "data": DATA,
         "teacher": runs[0]["teacher"],
+        "student": runs[0]["student"],
         "stand_in": teacher is None,
         "seeds": seeds,
         "rows": {name: _spread([run["rows"][name] for run in runs]) for name in names},
@@ -101,26 +104,39 @@ def _run(
     unlabelled = open_images(DATA, "unlabelled")
     train = partial(fit, unlabelled, resume=not overwrite, overwrite=overwrite, device="cpu", progress=progress)
     with _timed("ssl", seconds):
-        alone = load_recipe("quickstart", "mvmr", [f"train.seed={seed}"])
-        ssl = train(folder / "ssl", alone)
+        ssl = train(folder / "ssl", load_recipe("quickstart", "mvmr", [f"train.seed={seed}"]))
     with _timed("student", seconds):
         recipe = load_recipe("quickstart", "mvmr.distillation", [f"train.seed={seed}"])
-        student = train(folder / "student", recipe, teachers={"teacher": teaching})
+        distilled = train(folder / "student", recipe, teachers={"teacher": teaching})
     with _timed("evaluation", seconds):
-        preprocess = student.manifest.preprocessing
+        preprocess = distilled.manifest.preprocessing
+        networks = {
+            "random": _random_encoder(recipe, preprocess, data.train, seed),
+            "ssl": ssl.student(),
+            "student": distilled.student(),
+            "teacher": teaching,
+        }
         described: dict[str, Representation] = {
             "pixels": hand_crafted("pixels", preprocess),
             "scattering": hand_crafted("scattering", Preprocess.for_size(32)),
-            "random": _random_encoder(recipe, preprocess, data.train, seed),
-            "ssl": ssl.student(),
-            "student": student.student(),
-            "teacher": teaching,
+            **networks,
         }
-        measured = {name: Measured(each, data, progress=progress) for name, each in described.items()}
-        rows = {name: _row(each) for name, each in measured.items()}
+        measured = {
+            name: Measured(representation, data, progress=progress) for name, representation in described.items()
+        }
+        milliseconds = time_representations(described, data.test)
+        rows = {name: {**_accuracies(measured[name]), "ms": milliseconds[name]} for name in described}
+        for name, network in networks.items():
+            rows[name]["parameters"] = network.parameters
     rows["teacher"]["zero_shot"] = _zero_shot(teaching, measured["teacher"])
     _picture(folder / "neighbours.png", data, measured)
-    return {"seed": seed, "teacher": f"{teaching.name} ({teaching.weights})", "rows": rows, "seconds": seconds}
+    return {
+        "seed": seed,
+        "teacher": f"{teaching.name} ({teaching.weights})",
+        "student": recipe.student.backbone,
+        "rows": rows,
+        "seconds": seconds,
+    }
 
 
 def _random_encoder(recipe: Recipe, preprocess: Preprocess, images: ImageSet, seed: int) -> Student:
@@ -134,7 +150,24 @@ def _random_encoder(recipe: Recipe, preprocess: Preprocess, images: ImageSet, se
     return Student(encoder, preprocess, dim=backbone.width, name="random-encoder", identity=identity)
 
 
-def _row(measured: Measured) -> dict[str, float]:
+def time_representations(described: Mapping[str, Representation], images: ImageSet) -> dict[str, float]:
+    """Milliseconds an image that each takes for a batch of prepared images: the median of rounds, in turns.
+
+    Decoding, resizing and cropping are not in it.
+    """
+    pictures = [images.load(index) for index in range(min(_BATCH, len(images)))]
+    batches = {name: torch.stack([one.prepare(picture) for picture in pictures]) for name, one in described.items()}
+    taken: dict[str, list[float]] = {name: [] for name in described}
+    with torch.inference_mode():
+        for _ in range(_ROUNDS + 1):  # in turns, so that what slows the machine meanwhile slows them all
+            for name, representation in described.items():
+                began = time.perf_counter()
+                representation(batches[name])
+                taken[name].append(1000 * (time.perf_counter() - began) / len(pictures))
+    return {name: float(np.median(rounds[1:])) for name, rounds in taken.items()}  # the first warms up
+
+
+def _accuracies(measured: Measured) -> dict[str, float]:
     return {"linear": measured.linear()["top1"], "knn": measured.knn(ks=(5,))["top1_weighted_k5"]}
 
 

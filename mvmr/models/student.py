@@ -42,6 +42,11 @@ class Student:
         """Where the weights are."""
         return next(self.encoder.parameters()).device
 
+    @property
+    def parameters(self) -> int:
+        """How many numbers the encoder has learned."""
+        return sum(values.numel() for values in self.encoder.parameters())
+
     def served(self) -> nn.Module:
         """A copy of the encoder as it is exported: float32, on the CPU, batch norms folded."""
         if self.backbone is None:
