@@ -47,8 +47,8 @@ class Ask:
         return http.build_request(method, self.path, params=self.query, headers=headers, files=self.files or None)
 
 
-Got = httpx2.Response | httpx2.RequestError | None
-Work = Generator[Ask | float, Got, T]
+Reply = httpx2.Response | httpx2.RequestError | None
+Work = Generator[Ask | float, Reply, T]
 
 
 def answer_to(ask: Ask, url: str, retries: int) -> Work[httpx2.Response]:
@@ -60,19 +60,19 @@ def answer_to(ask: Ask, url: str, retries: int) -> Work[httpx2.Response]:
     """
     tries = 0
     while True:
-        got = yield ask
+        reply = yield ask
         tries += 1
-        if isinstance(got, httpx2.Response):
-            if got.is_success or problem(got).get("type") == BAD_IMAGE:
-                return got
-            again, asked = got.status_code in _BUSY, _retry_after(got)
+        if isinstance(reply, httpx2.Response):
+            if reply.is_success or problem(reply).get("type") == BAD_IMAGE:
+                return reply
+            retry, wait = reply.status_code in _BUSY, _retry_after(reply)
         else:
-            again, asked = isinstance(got, _AGAIN), 0.0
-        if not again or tries > retries or asked > _LONGEST_ASKED:
+            retry, wait = isinstance(reply, _AGAIN), 0.0
+        if not retry or tries > retries or wait > _LONGEST_ASKED:
             often = f" (tried {tries} times)" if tries > 1 else ""
-            raise MvmrError(" ".join(f"{url}{ask.path} {_refusal(got)}{often}".split()))
+            raise MvmrError(" ".join(f"{url}{ask.path} {_refusal(reply)}{often}".split()))
         # Full jitter, on top of what is asked for: all that were refused together must not come back together.
-        yield asked + random.uniform(0, min(LONGEST_WAIT, FIRST_WAIT * 2.0 ** (tries - 1)))
+        yield wait + random.uniform(0, min(LONGEST_WAIT, FIRST_WAIT * 2.0 ** (tries - 1)))
 
 
 def problem(answer: httpx2.Response) -> dict[str, Any]:
@@ -99,14 +99,14 @@ def _retry_after(answer: httpx2.Response) -> float:
     return max(0.0, (until.replace(tzinfo=until.tzinfo or UTC) - now).total_seconds())
 
 
-def _refusal(got: Got) -> str:
-    if isinstance(got, httpx2.Response):
-        says = problem(got)
-        if detail := says.get("detail"):
-            return f"answered {got.status_code}: {detail}{_HINTS.get(str(says.get('type')), '')}"
-        to = f", to {got.headers['location']}" if "location" in got.headers else ""
-        return f"answered {got.status_code} {got.reason_phrase}{to}, not as an mvmr service does; check the URL"
-    why = f"{type(got).__name__} {got}"
-    if isinstance(got, httpx2.TimeoutException) and not isinstance(got, httpx2.ConnectTimeout):
+def _refusal(reply: Reply) -> str:
+    if isinstance(reply, httpx2.Response):
+        document = problem(reply)
+        if detail := document.get("detail"):
+            return f"answered {reply.status_code}: {detail}{_HINTS.get(str(document.get('type')), '')}"
+        to = f", to {reply.headers['location']}" if "location" in reply.headers else ""
+        return f"answered {reply.status_code} {reply.reason_phrase}{to}, not as an mvmr service does; check the URL"
+    why = f"{type(reply).__name__} {reply}"
+    if isinstance(reply, httpx2.TimeoutException) and not isinstance(reply, httpx2.ConnectTimeout):
         return f"has not answered in time: {why}; give a longer timeout, or a smaller max_items"
     return f"can't be reached: {why}; check the URL, and that the service is running there"

@@ -58,7 +58,7 @@ class Edge:
         try:
             if refusal := self._refusal(scope, headers):
                 self._service.metrics.errors.labels(refusal.name).inc()
-                refused_at = next((each for each in self._routes if each.matches(scope)[0] is Match.FULL), None)
+                refused_at = next((route for route in self._routes if route.matches(scope)[0] is Match.FULL), None)
                 await refusal.response(scope["path"])(scope, receive, answer)
             else:
                 await self._app(scope, receive, answer)
@@ -83,11 +83,11 @@ class Edge:
 
     def _is_valid(self, key: bytes) -> bool:
         digest = hashlib.sha256(key).digest()
-        equal = [hmac.compare_digest(digest, each) for each in self._keys]  # all of them, found or not
+        equal = [hmac.compare_digest(digest, expected) for expected in self._keys]  # all of them, found or not
         return any(equal)
 
 
 def _key(headers: dict[bytes, bytes]) -> bytes:
-    given = headers.get(b"x-api-key", b"")
-    kind, _, rest = headers.get(b"authorization", b"").partition(b" ")
-    return rest.strip() if not given and kind.lower() == b"bearer" else given
+    key = headers.get(b"x-api-key", b"")
+    scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+    return token.strip() if not key and scheme.lower() == b"bearer" else key

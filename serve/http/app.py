@@ -84,36 +84,36 @@ def _answer_problems(app: FastAPI, service: Service) -> None:
         service.metrics.errors.labels(problem.name).inc()
         return problem.response(request.url.path)
 
-    async def ours(request: Request, error: Exception) -> Response:
+    async def answer_problem(request: Request, error: Exception) -> Response:
         if not isinstance(error, Problem):
             raise error
         return answer(request, error)
 
-    async def frameworks(request: Request, error: Exception) -> Response:
+    async def answer_http_exception(request: Request, error: Exception) -> Response:
         if not isinstance(error, HTTPException):
             raise error
         path = request.url.path
         if error.status_code == 404:
             return answer(request, Problem("unknown-path", f"there is no {path!r}; /openapi.json lists what there is"))
         if error.status_code == 405:
-            told = f"{path!r} does not take {request.method}"
-            return answer(request, Problem("wrong-method", told, headers=error.headers))
+            message = f"{path!r} does not take {request.method}"
+            return answer(request, Problem("wrong-method", message, headers=error.headers))
         return answer(request, Problem("malformed", str(error.detail)))
 
-    async def query(request: Request, error: Exception) -> Response:
+    async def answer_invalid_query(request: Request, error: Exception) -> Response:
         first = getattr(error, "errors", list)()[0]
         return answer(request, Problem("invalid", f"{'.'.join(map(str, first['loc']))}: {first['msg']}"))
 
-    async def memory(request: Request, error: Exception) -> Response:
+    async def answer_memory_error(request: Request, error: Exception) -> Response:
         logger.error("no memory left for a request to %s", getattr(request.scope.get("route"), "path", "another path"))
-        told = "what it would take is not there now; try again later, or send less at a time"
-        return answer(request, Problem("out-of-memory", told, headers={"retry-after": "1"}))
+        message = "what it would take is not there now; try again later, or send less at a time"
+        return answer(request, Problem("out-of-memory", message, headers={"retry-after": "1"}))
 
-    async def ourselves(request: Request, error: Exception) -> Response:
+    async def answer_exception(request: Request, error: Exception) -> Response:
         return answer(request, Problem("internal", "this is a fault of the service; its log has the trace"))
 
-    app.add_exception_handler(Problem, ours)
-    app.add_exception_handler(HTTPException, frameworks)
-    app.add_exception_handler(RequestValidationError, query)
-    app.add_exception_handler(MemoryError, memory)
-    app.add_exception_handler(Exception, ourselves)
+    app.add_exception_handler(Problem, answer_problem)
+    app.add_exception_handler(HTTPException, answer_http_exception)
+    app.add_exception_handler(RequestValidationError, answer_invalid_query)
+    app.add_exception_handler(MemoryError, answer_memory_error)
+    app.add_exception_handler(Exception, answer_exception)

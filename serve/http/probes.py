@@ -19,10 +19,10 @@ _END_SECONDS = 2.0
 
 
 @contextlib.contextmanager
-def probing(service: Service, door: socket.socket) -> Iterator[None]:
-    """Answer probes at a door while the block runs."""
-    # the gauge of connections is that of the other door
-    server = Server(create_probe_app(service), door, _LIMITS, Metrics(), grace=0, lifespan="off")
+def serve_probes(service: Service, listener: socket.socket) -> Iterator[None]:
+    """Answer probes at a listener while the block runs."""
+    # the gauge of connections is that of the other listener
+    server = Server(create_probe_app(service), listener, _LIMITS, Metrics(), grace=0, lifespan="off")
     loop_factory = server.config.get_loop_factory()
 
     def answer() -> None:

@@ -63,6 +63,6 @@ class Problem(Exception):
         return Response(orjson.dumps(document), status, {"content-type": CONTENT_TYPE, **self.headers})
 
 
-def busy(what: str, seconds: int) -> Problem:
+def busy(reason: str, seconds: int) -> Problem:
     """The problem for a request that may be served in `seconds`."""
-    return Problem("busy", f"{what}; try again in {seconds} s", headers={"retry-after": str(seconds)})
+    return Problem("busy", f"{reason}; try again in {seconds} s", headers={"retry-after": str(seconds)})

@@ -132,6 +132,6 @@ def read_keys(file: str | Path) -> tuple[str, ...]:
         raise MvmrError(f"{file} holds no API key; write one to a line, such as `openssl rand -hex 32` makes")
     for number, key in enumerate(keys, 1):
         if len(key) < _FEWEST_LETTERS or not key.isascii() or not key.isprintable() or " " in key:
-            wanted = f"{_FEWEST_LETTERS} or more printable ASCII letters without spaces"
-            raise MvmrError(f"key number {number} in {file} is not {wanted}; make one by `openssl rand -hex 32`")
+            rule = f"{_FEWEST_LETTERS} or more printable ASCII letters without spaces"
+            raise MvmrError(f"key number {number} in {file} is not {rule}; make one by `openssl rand -hex 32`")
     return keys

@@ -6,7 +6,7 @@ import pytest
 
 from mvmr.data.image_bytes import AT_ONCE
 from mvmr.serve.decoding.decoder import Job
-from mvmr.serve.decoding.queue import TOGETHER, DecodeQueue
+from mvmr.serve.decoding.queue import BATCH_BYTES, DecodeQueue
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_a_process_gets_its_share_of_a_client_s_images_in_order(queue: DecodeQue
 def test_what_is_alone_or_large_is_handed_over_by_itself(queue: DecodeQueue) -> None:
     before, alone, after = add(queue, "one"), add(queue, "one", alone=True), add(queue, "one")
     assert [take(queue), take(queue), take(queue)] == [before, alone, after]
-    for job in (big := [Job(bytes(TOGETHER), "one"), Job(b"small", "one")]):
+    for job in (big := [Job(bytes(BATCH_BYTES), "one"), Job(b"small", "one")]):
         queue.add(job)
     assert [take(queue), take(queue)] == [[each] for each in big]
 

@@ -81,9 +81,10 @@ def test_the_recall_that_is_told_is_the_recall_there_is(tmp_path: Path) -> None:
 
 
 def test_lists_are_sized_by_the_data_and_refused_where_it_is_too_few(tmp_path: Path) -> None:
-    assert faiss_kinds.sized("ivf", faiss_kinds.Options(), 10**6) == {"lists": 4000, "probes": 250}
-    assert faiss_kinds.sized("ivf", faiss_kinds.Options(), 25_000)["lists"] == 632
-    assert faiss_kinds.sized("ivf", faiss_kinds.Options(lists=4, probes=99), 10**4) == {"lists": 4, "probes": 4}
+    assert faiss_kinds.choose_numbers("ivf", faiss_kinds.Options(), 10**6) == {"lists": 4000, "probes": 250}
+    assert faiss_kinds.choose_numbers("ivf", faiss_kinds.Options(), 25_000)["lists"] == 632
+    options = faiss_kinds.Options(lists=4, probes=99)
+    assert faiss_kinds.choose_numbers("ivf", options, 10**4) == {"lists": 4, "probes": 4}
     made = folder(tmp_path / "out", clustered(5000))
     message = refused(made, tmp_path / "index", kind="ivf")
     assert "5000 embeddings are too few for an ivf index of 283 lists, 39 to each; take --kind exact" in message

@@ -20,7 +20,7 @@ from mvmr.serve.http import request_body
 from mvmr.serve.http.problems import Problem
 from mvmr.serve.http.routes import openapi
 from mvmr.serve.http.routes.exchange import check_model, client_of, json_answer, posted, service_of
-from mvmr.serve.http.service import Embedded, Outcome, Service
+from mvmr.serve.http.service import EmbeddedImage, Outcome, Service
 
 if TYPE_CHECKING:
     from mvmr.serve.index import Index
@@ -44,23 +44,23 @@ async def embeddings(request: Request) -> Response:
     service = service_of(request)
 
     async def work(body: bytes, take: request_body.Take) -> Response:
-        asked = await request_body.apart(
+        embeddings_request = await request_body.offload(
             request_body.parse, EmbeddingsRequest, body, size=len(body), client=client_of(request)
         )
-        check_model(service, asked.model)
-        if asked.dimensions not in (None, service.engine.dim):
-            told = f"dimensions {asked.dimensions} can't be given, this model has {service.engine.dim}"
-            raise Problem("invalid", f"{told}; leave dimensions out")
-        given = await request_body.from_texts(
-            asked.texts,
+        check_model(service, embeddings_request.model)
+        if embeddings_request.dimensions not in (None, service.engine.dim):
+            reason = f"dimensions {embeddings_request.dimensions} can't be given, this model has {service.engine.dim}"
+            raise Problem("invalid", f"{reason}; leave dimensions out")
+        payloads = await request_body.from_texts(
+            embeddings_request.texts,
             most=service.settings.max_items,
             remote=request.app.state.remote,
             take=take,
             client=client_of(request),
         )
-        outcomes = await _embed(request, given)
+        outcomes = await _embed(request, payloads)
         usage = {"prompt_tokens": len(outcomes), "total_tokens": len(outcomes)}
-        data = [_openai(number, each, asked.encoding_format) for number, each in enumerate(outcomes)]
+        data = [_openai(number, outcome, embeddings_request.encoding_format) for number, outcome in enumerate(outcomes)]
         return json_answer({"object": "list", "model": service.engine.name, "data": data, "usage": usage})
 
     return await posted(request, work)
@@ -72,7 +72,7 @@ async def embed(request: Request) -> Response:
     service = service_of(request)
 
     async def work(body: bytes, take: request_body.Take) -> Response:
-        kind = _accepted(request.headers.get("accept", "*/*"))
+        kind = _choose_kind(request.headers.get("accept", "*/*"))
         outcomes = await _embed(request, await _images(request, body, take))
         if kind != request_body.JSON:
             return _binary(outcomes, service.engine, kind)
@@ -90,12 +90,12 @@ async def classify(request: Request, head: str | None = Query(None), top_k: int 
 
     async def work(body: bytes, take: request_body.Take) -> Response:
         engine = service.engine  # one for the whole request: its heads may be replaced meanwhile
-        name = _head(engine, head)
+        name = _choose_head(engine, head)
         classes = engine.heads[name].classes
         outcomes = await _embed(request, await _images(request, body, take))
 
-        def labels(found: Embedded) -> dict[str, Any]:
-            chances = engine.classify(found.embedding[None], name)[0]
+        def labels(image: EmbeddedImage) -> dict[str, Any]:
+            chances = engine.classify(image.embedding[None], name)[0]
             best = np.argsort(-chances, kind="stable")[:top_k]
             return {"labels": [{"label": classes[i], "probability": float(chances[i])} for i in best]}
 
@@ -114,11 +114,11 @@ async def search(request: Request, k: int = Query(10, ge=1, le=1000)) -> Respons
         if index is None:
             raise Problem("no-index", "this service was started without one; start it with --index")
         outcomes = await _embed(request, await _images(request, body, take))
-        rows = np.stack([each.embedding for each in outcomes if isinstance(each, Embedded)])
-        found = iter(await asyncio.to_thread(index.search, rows, k))
+        rows = np.stack([outcome.embedding for outcome in outcomes if isinstance(outcome, EmbeddedImage)])
+        neighbours = iter(await asyncio.to_thread(index.search, rows, k))
 
-        def hits(_: Embedded) -> dict[str, Any]:
-            return {"hits": [{"path": hit.path, "score": hit.score} for hit in next(found)]}
+        def hits(_: EmbeddedImage) -> dict[str, Any]:
+            return {"hits": [{"path": hit.path, "score": hit.score} for hit in next(neighbours)]}
 
         return json_answer({**_origin(service), "results": _results(outcomes, hits)})
 
@@ -131,22 +131,24 @@ async def _images(request: Request, body: bytes, take: request_body.Take) -> lis
     return await request_body.images(request, body, most=most, remote=remote, take=take, client=client)
 
 
-async def _embed(request: Request, given: Sequence[request_body.Payload]) -> list[Outcome]:
+async def _embed(request: Request, payloads: Sequence[request_body.Payload]) -> list[Outcome]:
     """Raises Problem when not one of the images can be embedded."""
     service = service_of(request)
-    outcomes = await service.embed(given, client_of(request))
-    failed = [_failure(number, each) for number, each in enumerate(outcomes) if not isinstance(each, Embedded)]
-    for each in failed:
-        service.metrics.errors.labels(each["error"]["code"]).inc()
-    if len(failed) == len(outcomes):
-        raise Problem("bad-image", f"image 0: {failed[0]['error']['reason']}", errors=failed)
+    outcomes = await service.embed(payloads, client_of(request))
+    failures = [
+        _failure(number, outcome) for number, outcome in enumerate(outcomes) if not isinstance(outcome, EmbeddedImage)
+    ]
+    for failure in failures:
+        service.metrics.errors.labels(failure["error"]["code"]).inc()
+    if len(failures) == len(outcomes):
+        raise Problem("bad-image", f"image 0: {failures[0]['error']['reason']}", errors=failures)
     return outcomes
 
 
-def _results(outcomes: Sequence[Outcome], show: Callable[[Embedded], dict[str, Any]]) -> list[dict[str, Any]]:
+def _results(outcomes: Sequence[Outcome], show: Callable[[EmbeddedImage], dict[str, Any]]) -> list[dict[str, Any]]:
     return [
-        {"index": number, **show(each)} if isinstance(each, Embedded) else _failure(number, each)
-        for number, each in enumerate(outcomes)
+        {"index": number, **show(outcome)} if isinstance(outcome, EmbeddedImage) else _failure(number, outcome)
+        for number, outcome in enumerate(outcomes)
     ]
 
 
@@ -154,12 +156,12 @@ def _failure(number: int, outcome: Rejected) -> dict[str, Any]:
     return {"index": number, "error": {"code": outcome.code, "reason": outcome.reason}}
 
 
-def _vector(found: Embedded) -> dict[str, Any]:
-    return {"embedding": found.embedding, "width": found.width, "height": found.height}
+def _vector(image: EmbeddedImage) -> dict[str, Any]:
+    return {"embedding": image.embedding, "width": image.width, "height": image.height}
 
 
 def _openai(number: int, outcome: Outcome, encoding: str) -> dict[str, Any]:
-    if not isinstance(outcome, Embedded):
+    if not isinstance(outcome, EmbeddedImage):
         return {"object": "embedding", "embedding": None, **_failure(number, outcome)}
     values: object = outcome.embedding
     if encoding == "base64":
@@ -170,22 +172,22 @@ def _openai(number: int, outcome: Outcome, encoding: str) -> dict[str, Any]:
 def _binary(outcomes: Sequence[Outcome], engine: Engine, kind: str) -> Response:
     """Rows of little-endian numbers; an image without embedding is a row of NaN, and named in a header."""
     rows = np.full((len(outcomes), engine.dim), np.nan, "<f2" if kind == FLOAT16 else "<f4")
-    failed = []
-    for number, each in enumerate(outcomes):
-        if isinstance(each, Embedded):
-            rows[number] = each.embedding
+    failures = []
+    for number, outcome in enumerate(outcomes):
+        if isinstance(outcome, EmbeddedImage):
+            rows[number] = outcome.embedding
         else:
-            failed.append({"index": number, "code": each.code})
+            failures.append({"index": number, "code": outcome.code})
     headers = {"x-shape": f"{rows.shape[0]},{rows.shape[1]}"}
-    if failed:
-        headers["x-errors"] = orjson.dumps(failed).decode()
+    if failures:
+        headers["x-errors"] = orjson.dumps(failures).decode()
     return Response(rows.tobytes(), media_type=kind, headers=headers)
 
 
-def _accepted(accept: str) -> str:
+def _choose_kind(accept: str) -> str:
     """The first type in `Accept` that can be given."""
-    wanted = [part.partition(";")[0].strip().lower() for part in accept.split(",")]
-    for kind in wanted:
+    kinds = [part.partition(";")[0].strip().lower() for part in accept.split(",")]
+    for kind in kinds:
         if kind in (FLOAT32, FLOAT16, request_body.JSON):
             return kind
         if kind in ("*/*", "application/*", ""):
@@ -194,13 +196,15 @@ def _accepted(accept: str) -> str:
     raise Problem("not-acceptable", f"accept {accept[:100]!r} can't be given; ask for {ours}")
 
 
-def _head(engine: Engine, name: str | None) -> str:
+def _choose_head(engine: Engine, name: str | None) -> str:
     heads = engine.heads
     if name is None and len(heads) == 1:
         return next(iter(heads))
     if name is None or name not in heads:
-        known = f"this bundle has {', '.join(heads)}" if heads else "this bundle has none; fit one by `mvmr probe`"
-        raise Problem("unknown-head", f"there is no head {name!r}; {known}" if name else f"give ?head=; {known}")
+        available = f"this bundle has {', '.join(heads)}" if heads else "this bundle has none; fit one by `mvmr probe`"
+        raise Problem(
+            "unknown-head", f"there is no head {name!r}; {available}" if name else f"give ?head=; {available}"
+        )
     return name
 
 

@@ -54,11 +54,13 @@ async def posted(request: Request, work: Callable[[bytes, request_body.Take], Aw
     work: is given the body, and what is to hear of more bytes that it takes in.
     """
     service = service_of(request)
-    says = service.settings
+    settings = service.settings
     with service.memory(client_of(request)) as take:
         try:
-            most, flag = (says.max_json, "--max-json-mb") if is_json(request) else (says.max_body, "--max-body-mb")
-            seconds = says.connections.body_seconds
+            most, flag = (
+                (settings.max_json, "--max-json-mb") if is_json(request) else (settings.max_body, "--max-body-mb")
+            )
+            seconds = settings.connections.body_seconds
             body = await request_body.read_body(request, most=most, flag=flag, seconds=seconds, take=take)
         except ClientDisconnect:
             service.metrics.errors.labels("client-gone").inc()

@@ -53,7 +53,7 @@ async def infer(name: str, request: Request) -> Response:
     async def work(body: bytes, take: request_body.Take) -> Response:
         engine = service.engine
         header = request.headers.get(protocol.HEADER)
-        asked, pixels = await request_body.apart(
+        infer_request, pixels = await request_body.offload(
             protocol.read,
             body,
             header,
@@ -63,7 +63,7 @@ async def infer(name: str, request: Request) -> Response:
             client=client_of(request),
         )
         request_body.check_count(len(pixels), service.settings.max_items)
-        content, headers = protocol.answer(asked, engine, await service.infer(pixels, client_of(request)))
+        content, headers = protocol.answer(infer_request, engine, await service.infer(pixels, client_of(request)))
         return Response(content, headers=headers)
 
     return await posted(request, work)

@@ -55,17 +55,17 @@ def images(model: type[BaseModel]) -> dict[str, Any]:
 
 def schema(model: type[BaseModel]) -> dict[str, Any]:
     """The model's JSON schema with its parts in place, as an OpenAPI operation can hold it."""
-    whole = model.model_json_schema()
-    parts = whole.pop("$defs", {})
+    document = model.model_json_schema()
+    parts = document.pop("$defs", {})
 
-    def placed(value: Any) -> Any:  # Any: JSON
+    def inline(value: Any) -> Any:  # Any: JSON
         if isinstance(value, dict):
             if "$ref" in value:
-                return placed(parts[value["$ref"].rpartition("/")[2]])
-            return {key: placed(each) for key, each in value.items()}
-        return [placed(each) for each in value] if isinstance(value, list) else value
+                return inline(parts[value["$ref"].rpartition("/")[2]])
+            return {key: inline(item) for key, item in value.items()}
+        return [inline(item) for item in value] if isinstance(value, list) else value
 
-    result: dict[str, Any] = placed(whole)
+    result: dict[str, Any] = inline(document)
     return result
 
 
