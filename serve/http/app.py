@@ -12,7 +12,7 @@ from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from mvmr import __version__
@@ -109,11 +109,16 @@ def _answer_problems(app: FastAPI, service: Service) -> None:
         message = "what it would take is not there now; try again later, or send less at a time"
         return answer(request, Problem("out-of-memory", message, headers={"retry-after": "1"}))
 
+    async def answer_nobody(request: Request, error: Exception) -> Response:
+        service.metrics.errors.labels("client-gone").inc()
+        return Response(status_code=499)  # nobody reads it; the number shows in the metrics
+
     async def answer_exception(request: Request, error: Exception) -> Response:
         return answer(request, Problem("internal", "this is a fault of the service; its log has the trace"))
 
     app.add_exception_handler(Problem, answer_problem)
     app.add_exception_handler(HTTPException, answer_http_exception)
     app.add_exception_handler(RequestValidationError, answer_invalid_query)
+    app.add_exception_handler(ClientDisconnect, answer_nobody)
     app.add_exception_handler(MemoryError, answer_memory_error)
     app.add_exception_handler(Exception, answer_exception)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -19,7 +19,7 @@ from mvmr.serve.engine import Engine
 from mvmr.serve.http import request_body
 from mvmr.serve.http.problems import Problem
 from mvmr.serve.http.routes import openapi
-from mvmr.serve.http.routes.exchange import check_model, client_of, json_answer, posted, service_of
+from mvmr.serve.http.routes.exchange import check_model, client_of, json_answer, receive, service_of
 from mvmr.serve.http.service import EmbeddedImage, Outcome, Service
 
 if TYPE_CHECKING:
@@ -41,44 +41,35 @@ class EmbeddingsRequest(request_body.Input):
 @router.post("/v1/embeddings", responses=openapi.OBJECT | openapi.POSTED, openapi_extra=openapi.body(EmbeddingsRequest))
 async def embeddings(request: Request) -> Response:
     """OpenAI's endpoint: images in base64 or as data URLs for `input`."""
-    service = service_of(request)
-
-    async def work(body: bytes, take: request_body.Take) -> Response:
-        embeddings_request = await request_body.offload(
-            request_body.parse, EmbeddingsRequest, body, size=len(body), client=client_of(request)
-        )
-        check_model(service, embeddings_request.model)
-        if embeddings_request.dimensions not in (None, service.engine.dim):
-            reason = f"dimensions {embeddings_request.dimensions} can't be given, this model has {service.engine.dim}"
+    service, client = service_of(request), client_of(request)
+    async with receive(request) as (body, take):
+        parsed = await request_body.offload(request_body.parse, EmbeddingsRequest, body, size=len(body), client=client)
+        check_model(service, parsed.model)
+        if parsed.dimensions not in (None, service.engine.dim):
+            reason = f"dimensions {parsed.dimensions} can't be given, this model has {service.engine.dim}"
             raise Problem("invalid", f"{reason}; leave dimensions out")
-        payloads = await request_body.from_texts(
-            embeddings_request.texts,
-            most=service.settings.max_items,
-            remote=request.app.state.remote,
-            take=take,
-            client=client_of(request),
-        )
+        most, remote = service.settings.max_items, request.app.state.remote
+        payloads = await request_body.from_texts(parsed.texts, most=most, remote=remote, take=take, client=client)
         outcomes = await _embed(request, payloads)
         usage = {"prompt_tokens": len(outcomes), "total_tokens": len(outcomes)}
-        data = [_openai(number, outcome, embeddings_request.encoding_format) for number, outcome in enumerate(outcomes)]
+        data = [_openai(number, outcome, parsed.encoding_format) for number, outcome in enumerate(outcomes)]
         return json_answer({"object": "list", "model": service.engine.name, "data": data, "usage": usage})
-
-    return await posted(request, work)
 
 
 @router.post("/v1/embed", responses=openapi.VECTORS | openapi.POSTED, openapi_extra=openapi.images(request_body.Input))
 async def embed(request: Request) -> Response:
     """Embed the raw bytes of one image, multipart files, or JSON; binary float32 or float16 by `Accept`."""
     service = service_of(request)
-
-    async def work(body: bytes, take: request_body.Take) -> Response:
+    async with receive(request) as (body, take):
         kind = _choose_kind(request.headers.get("accept", "*/*"))
         outcomes = await _embed(request, await _images(request, body, take))
         if kind != request_body.JSON:
             return _binary(outcomes, service.engine, kind)
-        return json_answer({**_origin(service), "dim": service.engine.dim, "results": _results(outcomes, _vector)})
-
-    return await posted(request, work)
+        vectors = [
+            {"embedding": image.embedding, "width": image.width, "height": image.height}
+            for image in _embedded_images(outcomes)
+        ]
+        return json_answer({**_origin(service), "dim": service.engine.dim, "results": _results(outcomes, vectors)})
 
 
 @router.post(
@@ -87,42 +78,27 @@ async def embed(request: Request) -> Response:
 async def classify(request: Request, head: str | None = Query(None), top_k: int = Query(5, ge=1, le=1000)) -> Response:
     """The most probable classes of a linear head; `head` may be left out where the bundle has one."""
     service = service_of(request)
-
-    async def work(body: bytes, take: request_body.Take) -> Response:
+    async with receive(request) as (body, take):
         engine = service.engine  # one for the whole request: its heads may be replaced meanwhile
         name = _choose_head(engine, head)
-        classes = engine.heads[name].classes
         outcomes = await _embed(request, await _images(request, body, take))
-
-        def labels(image: EmbeddedImage) -> dict[str, Any]:
-            chances = engine.classify(image.embedding[None], name)[0]
-            best = np.argsort(-chances, kind="stable")[:top_k]
-            return {"labels": [{"label": classes[i], "probability": float(chances[i])} for i in best]}
-
+        labels = [{"labels": _labels(image, engine, name, top_k)} for image in _embedded_images(outcomes)]
         return json_answer({**_origin(service), "head": name, "results": _results(outcomes, labels)})
-
-    return await posted(request, work)
 
 
 @router.post("/v1/search", responses=openapi.OBJECT | openapi.POSTED, openapi_extra=openapi.images(request_body.Input))
 async def search(request: Request, k: int = Query(10, ge=1, le=1000)) -> Response:
     """The nearest images of the index this service was started with, by cosine."""
     service = service_of(request)
-
-    async def work(body: bytes, take: request_body.Take) -> Response:
+    async with receive(request) as (body, take):
         index: Index | None = request.app.state.index
         if index is None:
             raise Problem("no-index", "this service was started without one; start it with --index")
         outcomes = await _embed(request, await _images(request, body, take))
-        rows = np.stack([outcome.embedding for outcome in outcomes if isinstance(outcome, EmbeddedImage)])
-        neighbours = iter(await asyncio.to_thread(index.search, rows, k))
-
-        def hits(_: EmbeddedImage) -> dict[str, Any]:
-            return {"hits": [{"path": hit.path, "score": hit.score} for hit in next(neighbours)]}
-
+        rows = np.stack([image.embedding for image in _embedded_images(outcomes)])
+        neighbours = await asyncio.to_thread(index.search, rows, k)
+        hits = [{"hits": [{"path": hit.path, "score": hit.score} for hit in nearest]} for nearest in neighbours]
         return json_answer({**_origin(service), "results": _results(outcomes, hits)})
-
-    return await posted(request, work)
 
 
 async def _images(request: Request, body: bytes, take: request_body.Take) -> list[request_body.Payload]:
@@ -145,9 +121,15 @@ async def _embed(request: Request, payloads: Sequence[request_body.Payload]) -> 
     return outcomes
 
 
-def _results(outcomes: Sequence[Outcome], show: Callable[[EmbeddedImage], dict[str, Any]]) -> list[dict[str, Any]]:
+def _embedded_images(outcomes: Sequence[Outcome]) -> list[EmbeddedImage]:
+    return [outcome for outcome in outcomes if isinstance(outcome, EmbeddedImage)]
+
+
+def _results(outcomes: Sequence[Outcome], contents: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """An entry for each image: the next of `contents` where it is embedded, else why it is not."""
+    remaining = iter(contents)
     return [
-        {"index": number, **show(outcome)} if isinstance(outcome, EmbeddedImage) else _failure(number, outcome)
+        {"index": number, **next(remaining)} if isinstance(outcome, EmbeddedImage) else _failure(number, outcome)
         for number, outcome in enumerate(outcomes)
     ]
 
@@ -156,8 +138,10 @@ def _failure(number: int, outcome: Rejected) -> dict[str, Any]:
     return {"index": number, "error": {"code": outcome.code, "reason": outcome.reason}}
 
 
-def _vector(image: EmbeddedImage) -> dict[str, Any]:
-    return {"embedding": image.embedding, "width": image.width, "height": image.height}
+def _labels(image: EmbeddedImage, engine: Engine, head: str, top_k: int) -> list[dict[str, Any]]:
+    classes, chances = engine.heads[head].classes, engine.classify(image.embedding[None], head)[0]
+    best = np.argsort(-chances, kind="stable")[:top_k]
+    return [{"label": classes[i], "probability": float(chances[i])} for i in best]
 
 
 def _openai(number: int, outcome: Outcome, encoding: str) -> dict[str, Any]:

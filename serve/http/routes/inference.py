@@ -11,7 +11,7 @@ from starlette.responses import Response
 from mvmr.serve.http import request_body
 from mvmr.serve.http.routes import openapi
 from mvmr.serve.http.routes import protocol_v2 as protocol
-from mvmr.serve.http.routes.exchange import check_model, client_of, json_answer, posted, service_of
+from mvmr.serve.http.routes.exchange import check_model, client_of, json_answer, receive, service_of
 from mvmr.serve.http.routes.status import readyz
 
 router = APIRouter(prefix="/v2")
@@ -50,7 +50,7 @@ async def infer(name: str, request: Request) -> Response:
     service = service_of(request)
     check_model(service, name)
 
-    async def work(body: bytes, take: request_body.Take) -> Response:
+    async with receive(request) as (body, _):
         engine = service.engine
         header = request.headers.get(protocol.HEADER)
         infer_request, pixels = await request_body.offload(
@@ -65,5 +65,3 @@ async def infer(name: str, request: Request) -> Response:
         request_body.check_count(len(pixels), service.settings.max_items)
         content, headers = protocol.answer(infer_request, engine, await service.infer(pixels, client_of(request)))
         return Response(content, headers=headers)
-
-    return await posted(request, work)
