@@ -13,14 +13,13 @@ import numpy.typing as npt
 import orjson
 
 from mvmr.errors import MvmrError, unknown
+from mvmr.serve import wire
 from mvmr.serve.client.images import ImageError, ImageFile, Images, pack
 from mvmr.serve.client.retries import Ask, Work, answer_to
 
 Errors = Literal["raise", "return"]
 Entry = TypeVar("Entry")
 T = TypeVar("T")
-
-_FLOAT32, _SPACE = "application/x-mvmr-float32", "x-embedding-space"
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +89,7 @@ class Calls:
 
     def embed(self, images: Images, errors: Errors) -> Work[Embeddings]:
         """The images' embeddings."""
-        ask = Ask("/v1/embed", accept=_FLOAT32)
+        ask = Ask("/v1/embed", accept=wire.FLOAT32)
         results = yield from self._collect(ask, images, errors, lambda outcome: outcome["embedding"])
         dim = next((row.size for row in results.shown.values()), None)
         if dim is None:  # there is no image, or none that can be embedded
@@ -147,8 +146,8 @@ class Calls:
                 answer = yield from answer_to(replace(ask, files=files), self.url, self.retries)
                 with self._as_promised():
                     shown, more = _outcomes(answer, image_files, show)
-                    self._check_space(results.space, answer.headers[_SPACE])
-                    results.space = answer.headers[_SPACE]
+                    self._check_space(results.space, answer.headers[wire.SPACE])
+                    results.space = answer.headers[wire.SPACE]
                 results.shown |= shown
                 failures = sorted(failures + more, key=lambda failure: failure.index)
             if failures and errors == "raise":
@@ -182,7 +181,7 @@ def _outcomes(
     """What was found for the images of one request, by their number, and those that failed."""
     shown: dict[int, T] = {}
     failures: list[ImageError] = []
-    outcomes = _binary(answer) if answer.headers.get("content-type") == _FLOAT32 else _json(answer)
+    outcomes = _binary(answer) if answer.headers.get("content-type") == wire.FLOAT32 else _json(answer)
     if sorted(outcome["index"] for outcome in outcomes) != list(range(len(image_files))):
         raise ValueError(f"{len(outcomes)} results for {len(image_files)} images")
     for outcome in outcomes:
@@ -201,9 +200,9 @@ def _json(answer: httpx2.Response) -> list[dict[str, Any]]:
 
 def _binary(answer: httpx2.Response) -> list[dict[str, Any]]:
     """The rows and the header x-errors of a binary answer, as a JSON answer would have them."""
-    count, dim = map(int, answer.headers["x-shape"].split(","))
+    count, dim = map(int, answer.headers[wire.SHAPE].split(","))
     rows = np.frombuffer(answer.content, "<f4").reshape(count, dim)
-    errors = orjson.loads(answer.headers.get("x-errors", "[]"))
+    errors = orjson.loads(answer.headers.get(wire.ERRORS, "[]"))
     codes = {error["index"]: error["code"] for error in errors}
     return [
         {"index": index, "error": {"code": codes[index]}} if index in codes else {"index": index, "embedding": row}

@@ -9,6 +9,7 @@ from typing import Any, Generic, Self, TypeVar
 import httpx2
 
 from mvmr.errors import MvmrError
+from mvmr.serve import wire
 from mvmr.serve.client.calls import Calls, Embeddings, Errors, Hit, Label, Ranked
 from mvmr.serve.client.images import Images
 from mvmr.serve.client.retries import Ask, Reply, Work
@@ -175,4 +176,4 @@ def _headers(api_key: str | None) -> dict[str, str]:
         return {}
     if not api_key or not api_key.isascii() or not api_key.isprintable():
         raise MvmrError("the API key is not printable ASCII; give it as it stands in the service's --api-keys file")
-    return {"x-api-key": api_key}
+    return {wire.API_KEY: api_key}

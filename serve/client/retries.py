@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import httpx2
 
 from mvmr.errors import MvmrError
+from mvmr.serve import wire
 
 T = TypeVar("T")
 
@@ -23,12 +24,11 @@ FIRST_WAIT, LONGEST_WAIT = 0.25, 10.0  # seconds: what the random wait is drawn 
 _LONGEST_ASKED = 300.0  # seconds of Retry-After that a client is ready for
 _BUSY = (429, 503)
 _AGAIN = (httpx2.NetworkError, httpx2.RemoteProtocolError, httpx2.ConnectTimeout)
-_KIND = "urn:mvmr:problem:"
-BAD_IMAGE = f"{_KIND}bad-image"
+BAD_IMAGE = f"{wire.PROBLEM_TYPE}bad-image"
 _HINTS = {
-    f"{_KIND}too-many-items": "; give the client that number as max_items",
-    f"{_KIND}too-large": "; give the client a smaller max_bytes",
-    f"{_KIND}wrong-key": "; give it to the client as api_key",
+    f"{wire.PROBLEM_TYPE}too-many-items": "; give the client that number as max_items",
+    f"{wire.PROBLEM_TYPE}too-large": "; give the client a smaller max_bytes",
+    f"{wire.PROBLEM_TYPE}wrong-key": "; give it to the client as api_key",
 }
 
 
@@ -38,7 +38,7 @@ class Ask:
 
     path: str
     query: Mapping[str, str | int] = field(default_factory=dict)
-    accept: str = "application/json"
+    accept: str = wire.JSON
     files: Sequence[tuple[str, tuple[str, bytes]]] = ()
 
     def request(self, http: httpx2.Client | httpx2.AsyncClient) -> httpx2.Request:
@@ -77,7 +77,7 @@ def answer_to(ask: Ask, url: str, retries: int) -> Work[httpx2.Response]:
 
 def problem(answer: httpx2.Response) -> dict[str, Any]:
     """The problem document of an answer, {} where it has none."""
-    if not answer.headers.get("content-type", "").startswith("application/problem+json"):
+    if not answer.headers.get("content-type", "").startswith(wire.PROBLEM):
         return {}
     try:
         document = answer.json()

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mvmr.serve import wire
 from mvmr.serve.http.problems import Problem
 from mvmr.serve.http.service import Service
 from mvmr.serve.shares import owner_of
 
-SPACE = "x-embedding-space"
 CLIENT = "mvmr.client"  # in the scope: whose the request is
 # Asked by machines that have no key: probes, and Prometheus.
 _OPEN = re.compile(r"/healthz|/readyz|/metrics|/v2/health/(live|ready)|/v2/models/[^/]+(/versions/1)?/ready")
@@ -39,7 +39,7 @@ class Edge:
             await self._app(scope, receive, send)
             return
         began, status, refused_at = time.perf_counter(), 500, None
-        space = (SPACE.encode(), self._service.engine.space_id.encode())
+        space = (wire.SPACE.encode(), self._service.engine.space_id.encode())
         headers = dict(scope["headers"])
         if scope["method"] == "HEAD":  # uvicorn leaves the body of the answer out
             scope = {**scope, "method": "GET"}
@@ -88,6 +88,6 @@ class Edge:
 
 
 def _key(headers: dict[bytes, bytes]) -> bytes:
-    key = headers.get(b"x-api-key", b"")
+    key = headers.get(wire.API_KEY.encode(), b"")
     scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
     return token.strip() if not key and scheme.lower() == b"bearer" else key

@@ -16,8 +16,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from mvmr import __version__
+from mvmr.serve import wire
 from mvmr.serve.engine import Engine
-from mvmr.serve.http.admission import SPACE, Edge
+from mvmr.serve.http.admission import Edge
 from mvmr.serve.http.fetch import Remote
 from mvmr.serve.http.problems import Problem
 from mvmr.serve.http.routes import embeddings, inference, status
@@ -53,12 +54,12 @@ def create_app(engine: Engine, settings: Settings, index: Index | None = None) -
 
     @app.get("/openapi.json", include_in_schema=False)
     async def openapi() -> Response:
-        return Response(document, media_type="application/json")
+        return Response(document, media_type=wire.JSON)
 
     if settings.cors:  # around the edge: a browser's question beforehand never carries a key
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors, allow_methods=["GET", "POST"], allow_headers=["*"],
-            expose_headers=[SPACE, "x-shape", "x-errors", "retry-after"],
+            expose_headers=[wire.SPACE, wire.SHAPE, wire.ERRORS, "retry-after"],
         )  # fmt: skip
     return app
 

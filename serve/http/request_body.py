@@ -17,12 +17,12 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from mvmr.data.image_bytes import Rejected
+from mvmr.serve import wire
 from mvmr.serve.concurrency import gather_or_cancel
 from mvmr.serve.http.fetch import Remote
 from mvmr.serve.http.problems import Problem
 
-JSON, MULTIPART = "application/json", "multipart/form-data"
-RAW = ("application/octet-stream", "image/*")
+MULTIPART, RAW = "multipart/form-data", "application/octet-stream"
 _DATA_URL = re.compile(r"data:(?:[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,]*)*;base64,", re.ASCII)
 _ADDRESS = re.compile(r"https?://", re.IGNORECASE)
 _WORDS = {"missing": "is missing"}
@@ -92,16 +92,16 @@ async def images(request: Request, body: bytes, *, most: int, remote: Remote, ta
 
     Raises: Problem for a body of another type, not well-formed, without images, or with more than `most`.
     """
-    kind = request.headers.get("content-type", "application/octet-stream").partition(";")[0].strip().lower()
-    if kind == JSON:
+    kind = request.headers.get("content-type", RAW).partition(";")[0].strip().lower()
+    if kind == wire.JSON:
         inputs = await offload(parse, Input, body, size=len(body), client=client)
         return await from_texts(inputs.texts, most=most, remote=remote, take=take, client=client)
     if kind == MULTIPART:
         return await _multipart(request, body, most)
-    if kind == "application/octet-stream" or kind.startswith("image/"):
+    if kind == RAW or kind.startswith("image/"):
         return [body]
     raise Problem(
-        "wrong-type", f"content-type {kind!r} is not read here; send {JSON}, {MULTIPART}, image/* or {RAW[0]}"
+        "wrong-type", f"content-type {kind!r} is not read here; send {wire.JSON}, {MULTIPART}, image/* or {RAW}"
     )
 
 

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mvmr.data.image_bytes import Rejected
+from mvmr.serve import wire
 from mvmr.serve.engine import Engine
 from mvmr.serve.http import request_body
 from mvmr.serve.http.problems import Problem
@@ -25,7 +26,6 @@ from mvmr.serve.http.service import EmbeddedImage, Outcome, Service
 if TYPE_CHECKING:
     from mvmr.serve.index import Index
 
-FLOAT32, FLOAT16 = "application/x-mvmr-float32", "application/x-mvmr-float16"
 router = APIRouter()
 
 
@@ -63,7 +63,7 @@ async def embed(request: Request) -> Response:
     async with receive(request) as (body, take):
         kind = _choose_kind(request.headers.get("accept", "*/*"))
         outcomes = await _embed(request, await _images(request, body, take))
-        if kind != request_body.JSON:
+        if kind != wire.JSON:
             return _binary(outcomes, service.engine, kind)
         vectors = [
             {"embedding": image.embedding, "width": image.width, "height": image.height}
@@ -155,16 +155,16 @@ def _openai(number: int, outcome: Outcome, encoding: str) -> dict[str, Any]:
 
 def _binary(outcomes: Sequence[Outcome], engine: Engine, kind: str) -> Response:
     """Rows of little-endian numbers; an image without embedding is a row of NaN, and named in a header."""
-    rows = np.full((len(outcomes), engine.dim), np.nan, "<f2" if kind == FLOAT16 else "<f4")
+    rows = np.full((len(outcomes), engine.dim), np.nan, "<f2" if kind == wire.FLOAT16 else "<f4")
     failures = []
     for number, outcome in enumerate(outcomes):
         if isinstance(outcome, EmbeddedImage):
             rows[number] = outcome.embedding
         else:
             failures.append({"index": number, "code": outcome.code})
-    headers = {"x-shape": f"{rows.shape[0]},{rows.shape[1]}"}
+    headers = {wire.SHAPE: f"{rows.shape[0]},{rows.shape[1]}"}
     if failures:
-        headers["x-errors"] = orjson.dumps(failures).decode()
+        headers[wire.ERRORS] = orjson.dumps(failures).decode()
     return Response(rows.tobytes(), media_type=kind, headers=headers)
 
 
@@ -172,11 +172,11 @@ def _choose_kind(accept: str) -> str:
     """The first type in `Accept` that can be given."""
     kinds = [part.partition(";")[0].strip().lower() for part in accept.split(",")]
     for kind in kinds:
-        if kind in (FLOAT32, FLOAT16, request_body.JSON):
+        if kind in (wire.FLOAT32, wire.FLOAT16, wire.JSON):
             return kind
         if kind in ("*/*", "application/*", ""):
-            return request_body.JSON
-    ours = f"{request_body.JSON}, {FLOAT32} or {FLOAT16}"
+            return wire.JSON
+    ours = f"{wire.JSON}, {wire.FLOAT32} or {wire.FLOAT16}"
     raise Problem("not-acceptable", f"accept {accept[:100]!r} can't be given; ask for {ours}")
 
 

@@ -11,6 +11,7 @@ import orjson
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from mvmr.serve import wire
 from mvmr.serve.http import request_body
 from mvmr.serve.http.admission import CLIENT
 from mvmr.serve.http.problems import Problem
@@ -33,13 +34,13 @@ def client_of(request: Request) -> str:
 
 def json_answer(value: Mapping[str, Any]) -> Response:
     """JSON; numpy's arrays become lists."""
-    return Response(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY), media_type=request_body.JSON)
+    return Response(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY), media_type=wire.JSON)
 
 
 def is_json(request: Request) -> bool:
     """Whether the whole body is JSON, by its headers."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    return kind == request_body.JSON and "inference-header-content-length" not in request.headers
+    return kind == wire.JSON and wire.JSON_LENGTH not in request.headers
 
 
 def check_model(service: Service, name: str) -> None:

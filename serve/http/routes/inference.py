@@ -8,6 +8,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from mvmr.serve import wire
 from mvmr.serve.http import request_body
 from mvmr.serve.http.routes import openapi
 from mvmr.serve.http.routes import protocol_v2 as protocol
@@ -52,7 +53,7 @@ async def infer(name: str, request: Request) -> Response:
 
     async with receive(request) as (body, _):
         engine = service.engine
-        header = request.headers.get(protocol.HEADER)
+        header = request.headers.get(wire.JSON_LENGTH)
         infer_request, pixels = await request_body.offload(
             protocol.read,
             body,

@@ -17,11 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from mvmr import __version__
 from mvmr.export.artifacts import EMBEDDING, IMAGE, LOGITS
 from mvmr.export.runtimes import RUNTIMES
+from mvmr.serve import wire
 from mvmr.serve.engine import Engine
 from mvmr.serve.http.problems import Problem
-from mvmr.serve.http.request_body import parse
+from mvmr.serve.http.request_body import RAW, parse
 
-HEADER = "inference-header-content-length"
 _VALUES = 1_000_000  # in JSON: six images of 224 pixels
 _SLICE = 2**16  # values made into numbers while nothing else is done
 Floats = npt.NDArray[np.float32]
@@ -102,9 +102,9 @@ def read(body: bytes, header: str | None, engine: Engine, most: int) -> tuple[In
     try:
         length = len(body) if header is None else int(header)
     except ValueError:
-        raise Problem("malformed", f"{HEADER} is {header!r}, not a number") from None
+        raise Problem("malformed", f"{wire.JSON_LENGTH} is {header!r}, not a number") from None
     if not 0 <= length <= len(body):
-        raise Problem("malformed", f"{HEADER} is {length}, but the body has {len(body)} bytes")
+        raise Problem("malformed", f"{wire.JSON_LENGTH} is {length}, but the body has {len(body)} bytes")
     if length > most:
         raise Problem(
             "too-large", f"{length:,} bytes of JSON, the limit is {most:,} (--max-json-mb); send binary tensors"
@@ -147,8 +147,8 @@ def answer(request: InferRequest, engine: Engine, embeddings: Floats) -> tuple[b
         document["id"] = request.id
     head = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
     if not raw:
-        return head, {"content-type": "application/json"}
-    return head + b"".join(raw), {"content-type": "application/octet-stream", HEADER: str(len(head))}
+        return head, {"content-type": wire.JSON}
+    return head + b"".join(raw), {"content-type": RAW, wire.JSON_LENGTH: str(len(head))}
 
 
 def _check_outputs(request: InferRequest, engine: Engine) -> None:
