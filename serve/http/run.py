@@ -43,8 +43,6 @@ def serve(
     provider: str = "cpu",
     threads: int | None = None,
     index: str | os.PathLike[str] | None = None,
-    tls_cert: str | None = None,
-    tls_key: str | None = None,
 ) -> None:
     """Serve a bundle's exported student until SIGTERM or Ctrl-C; returns when all that was accepted is answered.
 
@@ -54,11 +52,10 @@ def serve(
         threads: of one batch; None shares the cores among the workers, of which there is by default one to a core, and
             one on a GPU.
         index: of `mvmr index`, for /v1/search.
-        tls_cert, tls_key: PEM files; given both, the service speaks https.
 
-    Raises: MvmrError, before the door opens, for a bundle, an index, a certificate or a port that can't be had.
+    Raises: MvmrError, before it listens, for a bundle, an index, a certificate or a port that can't be had.
     """
-    _check_tls(tls_cert, tls_key)
+    _check_tls(settings.tls_cert, settings.tls_key)
     heap.have_one()
     with ExitStack() as stack:
         listener = stack.enter_context(open_listener(settings.host, settings.port))
@@ -73,21 +70,13 @@ def serve(
         engine = dataclasses.replace(engine, name=name or engine.name)
         app = create_app(engine, settings, None if index is None else _index(index))
         service: Service = app.state.service
-        url = url_of(listener, tls=bool(tls_cert))
+        url = url_of(listener, tls=bool(settings.tls_cert))
         logger.info(
             "%s (%s, %s, %d heads) at %s", engine.name, engine.precision, engine.provider, len(engine.heads), url
         )
         raise_file_limit()
         sys.setswitchinterval(_SWITCH)
-        server = Server(
-            app,
-            listener,
-            settings.connections,
-            service.metrics,
-            grace=settings.grace,
-            tls_cert=tls_cert,
-            tls_key=tls_key,
-        )
+        server = Server(app, listener, settings, service.metrics)
         if probe_listener is not None:
             logger.info("probes at %s", url_of(probe_listener))
             stack.enter_context(serve_probes(service, probe_listener))

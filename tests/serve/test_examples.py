@@ -111,7 +111,7 @@ def test_each_variable_sets_what_its_flag_sets(monkeypatch: pytest.MonkeyPatch, 
         ),
         max_json=2**19, probe_port=21,
         api_keys=("0123456789abcdef",), cors=("https://a", "https://b"), url_hosts=("c", "d"),
-        drain=7, grace=8,
+        tls_cert="t", tls_key="k", drain=7, grace=8,
     )  # fmt: skip
     assert [f"`MVMR_{name}`" for name in variables] == [row[1] for row in rows("## Settings")[1:]]
     called: list[tuple[Any, dict[str, Any]]] = []
@@ -123,10 +123,7 @@ def test_each_variable_sets_what_its_flag_sets(monkeypatch: pytest.MonkeyPatch, 
     (bundle, options), (typed, others) = called
     assert options.pop("settings") == expected
     assert (bundle, typed, others["settings"].port) == ("b", "other", 10)  # what is typed wins
-    assert options == {
-        "name": "n", "precision": "fp32", "provider": "cuda", "threads": 3, "index": "i",
-        "tls_cert": "t", "tls_key": "k",
-    }  # fmt: skip
+    assert options == {"name": "n", "precision": "fp32", "provider": "cuda", "threads": 3, "index": "i"}
 
 
 def test_all_metrics_are_listed_with_their_labels() -> None:

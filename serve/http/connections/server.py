@@ -14,7 +14,7 @@ from mvmr.serve.http.connections.acceptor import Acceptor
 from mvmr.serve.http.connections.connection import Connection
 from mvmr.serve.http.connections.registry import Connections
 from mvmr.serve.http.metrics import Metrics
-from mvmr.serve.http.settings import ConnectionLimits
+from mvmr.serve.http.settings import Settings
 
 
 class Server(uvicorn.Server):
@@ -27,20 +27,19 @@ class Server(uvicorn.Server):
         self,
         app: object,
         listener: socket.socket,
-        limits: ConnectionLimits,
+        settings: Settings,
         metrics: Metrics,
         *,
-        grace: float,
         lifespan: Literal["on", "off"] = "on",
-        tls_cert: str | None = None,
-        tls_key: str | None = None,
     ) -> None:
+        limits = settings.connections
         mapped = [f"::ffff:{proxy}" for proxy in limits.proxies if "." in proxy]  # as they come to an address of IPv6
         config = uvicorn.Config(
             app,  # type: ignore[arg-type]
             http="httptools", ws="none", lifespan=lifespan, log_config=None, access_log=False, server_header=False,
             proxy_headers=bool(limits.proxies), forwarded_allow_ips=[*limits.proxies, *mapped],
-            timeout_graceful_shutdown=max(1, round(grace)), ssl_certfile=tls_cert, ssl_keyfile=tls_key,
+            timeout_graceful_shutdown=max(1, round(settings.grace)),
+            ssl_certfile=settings.tls_cert, ssl_keyfile=settings.tls_key,
         )  # fmt: skip
         super().__init__(config)
         self._listener, self._limits, self._metrics = listener, limits, metrics
