@@ -37,9 +37,9 @@ def app(
     """Compare BUNDLE (the newest below runs/ when left out) with its teacher, in the browser."""
     from mvmr.app.opening import open_workbench
     from mvmr.app.server import run
-    from mvmr.serve.http.connections.listener import open_door
+    from mvmr.serve.http.connections.listener import open_listener
 
-    with open_door(host, port) as door:
+    with open_listener(host, port) as door:
         bench = open_workbench(
             bundle, teacher=teacher, pretrained=pretrained, gallery=gallery, service=service, api_key=api_key,
             limit=limit, k=k, device=device, progress=True,

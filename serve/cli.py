@@ -50,7 +50,7 @@ def serve(
 
     keys = read_keys(api_keys) if api_keys else ()
     for_the_engine = {name: options.pop(name) for name in ("name", "precision", "provider", "threads")}
-    files = {name: options.pop(name) for name in ("index", "tls_cert", "tls_key")}
+    index = options.pop("index")
     settings = Settings(
         max_body=bytes_of("--max-body-mb", options.pop("max_body_mb")),
         max_json=bytes_of("--max-json-mb", options.pop("max_json_mb")),
@@ -60,4 +60,4 @@ def serve(
         **options,
     )
     with log_to(_STDERR):
-        run(bundle or newest(), settings=settings, **for_the_engine, **files)
+        run(bundle or newest(), settings=settings, index=index, **for_the_engine)

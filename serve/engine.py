@@ -74,21 +74,21 @@ class Engine:
         """
         check_provider(provider)
         opened = bundles.load(bundle, verify=False)
-        chosen = _choose(opened, precision, provider)
-        runner = open_artifact(chosen, opened, provider=provider, threads=threads)
-        place = locate(chosen, opened)
+        artifact = _choose(opened, precision, provider)
+        runner = open_artifact(artifact, opened, provider=provider, threads=threads)
+        file = locate(artifact, opened)
         return cls(
             path=opened.path,
             name=opened.path.resolve().name,
             space_id=opened.space_id,
             preprocess=opened.manifest.preprocessing,
             dim=opened.manifest.embedding_dim,
-            artifact=chosen,
-            file=place,
+            artifact=artifact,
+            file=file,
             provider=provider,
             heads=read_heads(opened),
             runner=runner,
-            reference=_reference(opened, place),
+            reference=_reference(opened, file),
         )
 
     @property
@@ -124,12 +124,12 @@ class Engine:
         if isinstance(images, str | Path | bytes | Image.Image):
             raise MvmrError("embed takes several images; put the one into a list")
         if isinstance(images, np.ndarray) and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3):
-            seen = f"{images.dtype} {list(images.shape)}"
-            raise MvmrError(f"embed takes arrays of uint8 [N, H, W, 3], this one is {seen}")
+            shape = f"{images.dtype} {list(images.shape)}"
+            raise MvmrError(f"embed takes arrays of uint8 [N, H, W, 3], this one is {shape}")
         rows = [np.empty((0, self.dim), np.float32)]
         for start in range(0, len(images), self.at_once):
             part = images[start : start + self.at_once]
-            rows.append(self(np.stack([self._prepared(image, start + i, limits) for i, image in enumerate(part)])))
+            rows.append(self(np.stack([self._prepare(image, start + i, limits) for i, image in enumerate(part)])))
         return np.concatenate(rows)
 
     def classify(self, embeddings: Floats, head: str) -> Floats:
@@ -147,26 +147,26 @@ class Engine:
 
         Raises: MvmrError for a head that is damaged, or a bundle of another embedding space in this one's place.
         """
-        now = bundles.load(self.path, verify=False)
-        if now.space_id != self.space_id:
+        current = bundles.load(self.path, verify=False)
+        if current.space_id != self.space_id:
             raise MvmrError(
-                f"{self.path} is now a bundle of another embedding space ({now.space_id[:12]}) than the one in service "
-                f"({self.space_id[:12]}); restart to serve it"
+                f"{self.path} is now a bundle of another embedding space ({current.space_id[:12]}) than the one in "
+                f"service ({self.space_id[:12]}); restart to serve it"
             )
-        heads = read_heads(now)
+        heads = read_heads(current)
         if strange := [name for name, head in heads.items() if head.weight.shape[1] != self.dim]:
             raise MvmrError(f"head {strange[0]} of {self.path} does not take the {self.dim} features served; restart")
         return replace(self, heads=heads)
 
-    def canary_error(self, found: Floats) -> float:
+    def canary_error(self, embedding: Floats) -> float:
         """Relative error of the canary's embedding, float32 [D], against that of the export; 0 where it kept none.
 
         Above `TOLERANCE` of the precision, or not finite, this engine does not do what was verified.
         """
-        wanted = found if self.reference is None else self.reference
-        return float(np.linalg.norm(found - wanted) / max(float(np.linalg.norm(wanted)), 1e-12))
+        reference = embedding if self.reference is None else self.reference
+        return float(np.linalg.norm(embedding - reference) / max(float(np.linalg.norm(reference)), 1e-12))
 
-    def _prepared(self, image: object, index: int, limits: Limits) -> Pixels:
+    def _prepare(self, image: object, index: int, limits: Limits) -> Pixels:
         if isinstance(image, np.ndarray):
             return self.preprocess.image(Image.fromarray(image))
         if isinstance(image, Image.Image):
@@ -182,10 +182,10 @@ class Engine:
         else:
             kind = type(image).__name__
             raise MvmrError(f"embed takes PIL images, paths, bytes or a uint8 array, image number {index} is a {kind}")
-        found = prepare(data, self.preprocess, limits)
-        if not isinstance(found, Prepared):
-            raise MvmrError(f"cannot read {name}: {found.reason}; mend it or leave it out")
-        return found.pixels
+        outcome = prepare(data, self.preprocess, limits)
+        if not isinstance(outcome, Prepared):
+            raise MvmrError(f"cannot read {name}: {outcome.reason}; mend it or leave it out")
+        return outcome.pixels
 
 
 def read_heads(bundle: Bundle) -> dict[str, Head]:
@@ -194,23 +194,23 @@ def read_heads(bundle: Bundle) -> dict[str, Head]:
 
 
 def _choose(bundle: Bundle, precision: str | None, provider: str) -> Artifact:
-    wanted = [ARTIFACTS[key] for key in PROVIDERS[provider].preferred]
+    candidates = [ARTIFACTS[key] for key in PROVIDERS[provider].preferred]
     if precision is not None:
-        known = run_by(provider)
-        if precision not in known:
-            raise unknown("precision", precision, known)
-        wanted = [known[precision]]
-    for row in wanted:
+        artifacts = run_by(provider)
+        if precision not in artifacts:
+            raise unknown("precision", precision, artifacts)
+        candidates = [artifacts[precision]]
+    for row in candidates:
         if row.files(bundle.manifest.files):
             return row
-    what = f"no {precision} file" if precision else "nothing exported"
-    raise MvmrError(f"bundle {bundle.path} has {what}; make it by {export_command(wanted[0], bundle)}")
+    missing = f"no {precision} file" if precision else "nothing exported"
+    raise MvmrError(f"bundle {bundle.path} has {missing}; make it by {export_command(candidates[0], bundle)}")
 
 
-def _reference(bundle: Bundle, place: str) -> Floats | None:
-    if report_of(place) not in bundle.manifest.files:
+def _reference(bundle: Bundle, artifact_file: str) -> Floats | None:
+    if report_of(artifact_file) not in bundle.manifest.files:
         return None
-    file = bundle.file(report_of(place))
+    file = bundle.file(report_of(artifact_file))
     report = strict_json.read_object(file, "the report of an export")
     if "canary" not in report:
         return None

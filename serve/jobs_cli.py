@@ -36,11 +36,11 @@ def embed(bundle: str, images: str, out: str, shard: str | None, **options: Any)
 
     piece = read_shard(shard) if shard else None
     say_plan(bundle=bundle, images=images, out=out)
-    made = run(bundle, images, out=out, shard=piece, limits=limits_of(options), progress=True, **options)
-    rate = f", {made.added / made.seconds:,.1f} a second" if made.added else ""
-    click.echo(f"{made.path}: {made.rows} embeddings of width {made.dim}, {made.added} images now{rate}")
-    if made.errors:
-        click.echo(f"{made.errors} images could not be read: {made.errors_file}", err=True)
+    summary = run(bundle, images, out=out, shard=piece, limits=limits_of(options), progress=True, **options)
+    rate = f", {summary.added / summary.seconds:,.1f} a second" if summary.added else ""
+    click.echo(f"{summary.path}: {summary.rows} embeddings of width {summary.dim}, {summary.added} images now{rate}")
+    if summary.errors:
+        click.echo(f"{summary.errors} images could not be read: {summary.errors_file}", err=True)
     click.echo(f"next: mvmr index {out} --out INDEX{' (after the other shards)' if piece else ''}", err=True)
 
 
@@ -59,10 +59,10 @@ def index(embeddings: str, out: str, **options: Any) -> None:
     """Index EMBEDDINGS, as `mvmr embed` wrote them, for `mvmr search` and the service."""
     from mvmr.serve.index.index import build
 
-    made = build(embeddings, out, progress=True, **options)
-    told = "" if made.kind == "exact" else f", recall@10 {made.recall:.3f}"
-    click.echo(f"{made.path}: {len(made)} vectors of width {made.dim}, {made.kind}{told}")
-    click.echo(f"next: mvmr search {made.path} IMAGE   mvmr serve --index {made.path}", err=True)
+    built = build(embeddings, out, progress=True, **options)
+    recall = "" if built.kind == "exact" else f", recall@10 {built.recall:.3f}"
+    click.echo(f"{built.path}: {len(built)} vectors of width {built.dim}, {built.kind}{recall}")
+    click.echo(f"next: mvmr search {built.path} IMAGE   mvmr serve --index {built.path}", err=True)
 
 
 @click.command()
@@ -88,5 +88,5 @@ def search(index: str, image: str, as_json: bool, **options: Any) -> None:
         return
     for hit in hits:
         # a path in an index that others made may hold what commands a terminal
-        path = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in hit.path)
+        path = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in hit.path)
         click.echo(f"{hit.score:.4f}  {path}")

@@ -64,27 +64,27 @@ def bytes_of(flag: str, value: float, unit: int = MB) -> int:
     return int(value * unit)
 
 
-def connections_of(given: dict[str, Any]) -> ConnectionLimits:
+def connections_of(values: dict[str, Any]) -> ConnectionLimits:
     """Take the values of `CONNECTIONS` out of what a command was given; raises MvmrError for values that can't be."""
     names = ("head_seconds", "body_seconds", "answer_seconds", "idle_seconds", "proxies")
     return ConnectionLimits(
-        total=given.pop("max_connections"),
-        of_one=given.pop("max_connections_per_address"),
-        head=bytes_of("--max-head-kb", given.pop("max_head_kb"), KB),
-        headers=given.pop("max_headers"),
-        pipelined=given.pop("max_pipelined"),
-        unsent=bytes_of("--max-unsent-mb", given.pop("max_unsent_mb")),
-        **{name: given.pop(name) for name in names},
+        total=values.pop("max_connections"),
+        of_one=values.pop("max_connections_per_address"),
+        head=bytes_of("--max-head-kb", values.pop("max_head_kb"), KB),
+        headers=values.pop("max_headers"),
+        pipelined=values.pop("max_pipelined"),
+        unsent=bytes_of("--max-unsent-mb", values.pop("max_unsent_mb")),
+        **{name: values.pop(name) for name in names},
     )
 
 
-def limits_of(given: dict[str, Any]) -> Limits:
+def limits_of(values: dict[str, Any]) -> Limits:
     """Take the values of `LIMITS` out of what a command was given; raises MvmrError for values that can't be."""
-    names = tuple(name.upper() for name in given.pop("formats"))
+    names = tuple(name.upper() for name in values.pop("formats"))
     return Limits(
-        size=given.pop("max_file_mb", _FILE_MB) * 2**20,
-        pixels=given.pop("max_megapixels") * 1e6,
-        seconds=given.pop("decode_seconds"),
-        memory=given.pop("decode_memory_mb") * 2**20,
+        size=values.pop("max_file_mb", _FILE_MB) * 2**20,
+        pixels=values.pop("max_megapixels") * 1e6,
+        seconds=values.pop("decode_seconds"),
+        memory=values.pop("decode_memory_mb") * 2**20,
         formats=(*decoding.COMMON, *(name for name in names if name not in decoding.COMMON)),
     )

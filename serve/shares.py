@@ -66,17 +66,17 @@ class Recent:
         self._had[client] = self.of(client) + amount, now
         if now - self._swept > _SWEEP:
             self._swept = now
-            self._had = {each: had for each, had in self._had.items() if self.of(each) > _NOTHING}
+            self._had = {owner: had for owner, had in self._had.items() if self.of(owner) > _NOTHING}
 
 
-def share_of(rest: int) -> int:
+def share_of(amount: int) -> int:
     """How much a client may have of what the others have left."""
-    return -(-rest * _OF_THE_REST // (_OF_THE_REST + 1))
+    return -(-amount * _OF_THE_REST // (_OF_THE_REST + 1))
 
 
 def is_among(address: str, addresses: Iterable[str]) -> bool:
     """Whether an address is one of some, however it is written: an IPv4 address may come as one of IPv6."""
-    return any(address.removeprefix("::ffff:") == each.removeprefix("::ffff:") for each in addresses)
+    return any(address.removeprefix("::ffff:") == entry.removeprefix("::ffff:") for entry in addresses)
 
 
 @lru_cache(1024)

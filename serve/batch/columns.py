@@ -52,14 +52,14 @@ def schema(engine: Engine, heads: Sequence[str], dtype: DType) -> pa.Schema:
     names = [name for name, _ in fields]
     if doubled := [name for name in names if names.count(name) > 1]:
         raise MvmrError(f"two columns would be named {doubled[0]!r}: leave out the head of that name, or rename it")
-    said = {
+    metadata = {
         "space_id": engine.space_id,
         "mvmr_version": __version__,
         "precision": engine.precision,
         "provider": engine.provider,
         "preprocessing": json.dumps(engine.preprocess.to_dict()),
     }
-    return pa.schema(fields, metadata=said)
+    return pa.schema(fields, metadata=metadata)
 
 
 @dataclass
@@ -77,16 +77,16 @@ class Rows:
     probabilities: dict[str, list[Floats]] = field(default_factory=dict)
     rejected: list[tuple[str, Rejected]] = field(default_factory=list)
 
-    def add(self, other: Rows) -> None:
+    def add(self, rows: Rows) -> None:
         """Append what another has."""
         for name in ("paths", "sizes", "hashes", "embeddings", "rejected"):
-            getattr(self, name).extend(getattr(other, name))
-        for head in other.labels:
-            self.labels.setdefault(head, []).extend(other.labels[head])
-            self.probabilities.setdefault(head, []).extend(other.probabilities[head])
+            getattr(self, name).extend(getattr(rows, name))
+        for head in rows.labels:
+            self.labels.setdefault(head, []).extend(rows.labels[head])
+            self.probabilities.setdefault(head, []).extend(rows.probabilities[head])
 
 
-def table(rows: Rows, columns: pa.Schema, engine: Engine) -> pa.Table:
+def to_table(rows: Rows, columns: pa.Schema, engine: Engine) -> pa.Table:
     """Rows as a table of the schema `columns`; raises MvmrError where float16 can't hold an embedding."""
     count = len(rows.paths)
     kind = columns.field("embedding").type.value_type.to_pandas_dtype()
@@ -107,10 +107,10 @@ def table(rows: Rows, columns: pa.Schema, engine: Engine) -> pa.Table:
         "space_id": _words(np.zeros(count, np.int32), [engine.space_id]),
     }
     for head in (name for name in columns.names if name not in FIXED and f"{name}_probability" in columns.names):
-        chosen = np.concatenate(rows.labels[head]) if count else np.empty(0)
-        likely = np.concatenate(rows.probabilities[head]) if count else np.empty(0)
-        arrays[head] = _words(chosen.astype(np.int32), engine.heads[head].classes)
-        arrays[f"{head}_probability"] = pa.array(likely.astype(np.float32))
+        labels = np.concatenate(rows.labels[head]) if count else np.empty(0)
+        probabilities = np.concatenate(rows.probabilities[head]) if count else np.empty(0)
+        arrays[head] = _words(labels.astype(np.int32), engine.heads[head].classes)
+        arrays[f"{head}_probability"] = pa.array(probabilities.astype(np.float32))
     return pa.Table.from_arrays([arrays[name] for name in columns.names], schema=columns)
 
 
@@ -122,16 +122,16 @@ def errors(rejected: Sequence[tuple[str, Rejected]]) -> pa.Table:
 
 def writer(path: Path, columns: pa.Schema) -> parquet.ParquetWriter:
     """A writer of tables of the schema `columns`; embeddings, which don't shrink, are left as they are."""
-    words = [each.name for each in columns if pa.types.is_dictionary(each.type)]
-    packed = {each.name: "NONE" if pa.types.is_fixed_size_list(each.type) else "ZSTD" for each in columns}
-    if "embedding" in packed:
-        packed["embedding.list.element"] = packed.pop("embedding")
+    words = [column.name for column in columns if pa.types.is_dictionary(column.type)]
+    compression = {column.name: "NONE" if pa.types.is_fixed_size_list(column.type) else "ZSTD" for column in columns}
+    if "embedding" in compression:
+        compression["embedding.list.element"] = compression.pop("embedding")
     return parquet.ParquetWriter(
         path,
         columns,
-        compression=packed,
+        compression=compression,
         use_dictionary=words,
-        write_statistics=[each for each in packed if "." not in each],
+        write_statistics=[name for name in compression if "." not in name],
     )
 
 

@@ -24,7 +24,7 @@ from mvmr.export.artifacts import canary
 from mvmr.interrupt import Stop, stop_on_signal
 from mvmr.progress import say, track
 from mvmr.serve.batch import columns, single_file
-from mvmr.serve.batch.parts import Parts, check, claimed, open_parts
+from mvmr.serve.batch.parts import Parts, check, claim_folder, open_parts
 from mvmr.serve.batch.pipeline import Pipeline
 from mvmr.serve.decoding.pool import DecodePool
 from mvmr.serve.engine import TOLERANCE, Engine
@@ -107,8 +107,8 @@ def embed(
         say(note, shown=progress)
     settings = _settings(engine, heads, source, dtype, shard, part_rows, limits)
     folder = single_file.working_folder(target)
-    if (ready := single_file.finished(target, settings, resume=resume)) is not None:
-        return _summary(target, ready["rows"], ready["errors"], engine)
+    if (manifest := single_file.read_finished(target, settings, resume=resume)) is not None:
+        return _summary(target, manifest["rows"], manifest["errors"], engine)
     check(folder, settings, resume=resume)
     _check_engine(engine)
     facts = {
@@ -119,7 +119,7 @@ def embed(
         "dim": engine.dim,
     }
     decoders = DecodePool(engine.preprocess, limits, processes=max(cores, usable_cores()), hashed=True)
-    with claimed(folder), decoders:
+    with claim_folder(folder), decoders:
         parts = open_parts(folder, schema, settings, facts, resume=resume)
         pipeline = Pipeline(
             engine=engine, heads=heads, part_rows=part_rows, decoders=decoders, cores=cores, distant=source.distant
@@ -190,7 +190,7 @@ class _Job:
                 written.result()
 
     def _write(self, rows: columns.Rows) -> None:
-        self.parts.write(columns.table(rows, self.parts.schema, self.engine), rows.rejected)
+        self.parts.write(columns.to_table(rows, self.parts.schema, self.engine), rows.rejected)
 
 
 def _settings(
@@ -221,12 +221,13 @@ def _settings(
     }
 
 
-def _shard_folder(out: Path, number: int, of: int) -> Path:
-    if not 0 <= number < of:
-        raise MvmrError(f"shard {number}/{of} is not one of 0/{of} to {of - 1}/{of}; they are counted from 0")
+def _shard_folder(out: Path, number: int, count: int) -> Path:
+    if not 0 <= number < count:
+        last = f"{count - 1}/{count}"
+        raise MvmrError(f"shard {number}/{count} is not one of 0/{count} to {last}; they are counted from 0")
     if out.suffix in single_file.SUFFIXES:
         raise MvmrError(f"shards don't share the file {out}; give a folder as --out, each shard makes its own inside")
-    return out / f"shard-{number:05d}-of-{of:05d}"
+    return out / f"shard-{number:05d}-of-{count:05d}"
 
 
 def _check_engine(engine: Engine) -> None:
@@ -245,7 +246,7 @@ def _summary(target: Path, rows: int, errors: int, engine: Engine, added: int = 
 
 def read_shard(text: str) -> tuple[int, int]:
     """Read ``i/n``, counted from 0; raises MvmrError for anything else."""
-    number, slash, of = text.partition("/")
-    if not (slash and number.isdecimal() and of.isdecimal() and int(number) < int(of)):
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
         raise MvmrError(f"shard {text!r} is not i/n with i from 0 to n - 1; give 0/4, 1/4, 2/4 or 3/4 for four jobs")
-    return int(number), int(of)
+    return int(number), int(count)

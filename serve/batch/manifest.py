@@ -54,7 +54,7 @@ def _check(content: Mapping[str, Any], path: Path) -> None:
     """Refuse values that no run writes; raises ValueError, KeyError or TypeError, MvmrError for a part elsewhere."""
     if content["state"] not in ("running", "finished") or not isinstance(content["settings"], dict):
         raise ValueError("its state or its settings")
-    parts = [Part(**each) for each in content["parts"]]
+    parts = [Part(**part) for part in content["parts"]]
     for name, numbers in [("manifest", content), *((part.file, vars(part)) for part in parts)]:
         # Another path would let a stranger's run name any file of this machine.
         if not isinstance(name, str) or not is_inside(name) or "/" in name:
@@ -70,7 +70,7 @@ def run_id(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def why(error: BaseException) -> str:
+def failure_reason(error: BaseException) -> str:
     """A few words on why nothing could be written."""
     cause: BaseException | None = error
     while isinstance(cause, MvmrError):

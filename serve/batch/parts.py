@@ -17,7 +17,7 @@ from pyarrow import parquet
 from mvmr.data.image_bytes import Rejected
 from mvmr.errors import MvmrError
 from mvmr.serve.batch import columns
-from mvmr.serve.batch.manifest import FORMAT, MANIFEST, Part, read_manifest, run_id, why
+from mvmr.serve.batch.manifest import FORMAT, MANIFEST, Part, failure_reason, read_manifest, run_id
 from mvmr.storage import staging
 from mvmr.storage.atomic import atomic, write_json
 from mvmr.storage.lock import LOCK, claim
@@ -59,8 +59,8 @@ class Parts:
         """Add the next part; raises MvmrError naming it when the disk is full or refuses."""
         number = len(self.done)
         path = self.folder / part_name(number)
-        said = {"mvmr_run": self.run, "mvmr_part": str(number), "mvmr_errors": str(len(rejected))}
-        schema = self.schema.with_metadata({**(self.schema.metadata or {}), **said})
+        metadata = {"mvmr_run": self.run, "mvmr_part": str(number), "mvmr_errors": str(len(rejected))}
+        schema = self.schema.with_metadata({**(self.schema.metadata or {}), **metadata})
         try:
             if rejected:
                 _write(self.folder / _ERRORS_OF_PARTS / path.name, columns.errors(rejected))
@@ -69,8 +69,10 @@ class Parts:
             self.done.append(part)
             self._save()
         except (MvmrError, OSError) as error:
-            saved = f"the {number} parts before it are whole"
-            raise MvmrError(f"cannot write {path}: {why(error)}; {saved}: mend this and go on with --resume") from error
+            raise MvmrError(
+                f"cannot write {path}: {failure_reason(error)}; the {number} parts before it are whole: mend this and "
+                "go on with --resume"
+            ) from error
 
     def finish(self) -> None:
         """Gather the unreadable images of all parts, and say in the manifest that all is there."""
@@ -112,16 +114,16 @@ def check(folder: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
                 f"{folder} holds {strange[0]!r} and no run of mvmr embed; it stays untouched: give another --out"
             )
         return
-    there = read_manifest(folder / MANIFEST)
+    manifest = read_manifest(folder / MANIFEST)
     if not resume:
-        if there["state"] == "finished":
-            raise MvmrError(f"{folder} holds finished embeddings ({there['rows']} rows); give another --out")
+        if manifest["state"] == "finished":
+            raise MvmrError(f"{folder} holds finished embeddings ({manifest['rows']} rows); give another --out")
         raise MvmrError(f"{folder} holds an unfinished run; go on with it by --resume, or give another --out")
-    check_same(folder, differences(there["settings"], settings), cure="another --out")
+    check_same(folder, differences(manifest["settings"], settings), cure="another --out")
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def claim_folder(folder: Path) -> Iterator[None]:
     """Make the folder, and keep other processes out of it that ask; what killed processes left half written goes.
 
     Raises: MvmrError when it can't be made, or another process works in it.
@@ -151,36 +153,37 @@ def open_parts(
         parts._save()
         return parts
     content = read_manifest(folder / MANIFEST)
-    listed = [Part(**each) for each in content["parts"]]
-    if content["state"] == "finished" and (folder / ERRORS).is_file() and all(_as_listed(folder, p) for p in listed):
-        return Parts(folder, schema, content, listed)
+    listing = [Part(**part) for part in content["parts"]]
+    is_whole = (folder / ERRORS).is_file() and all(_is_as_listed(folder, part) for part in listing)
+    if content["state"] == "finished" and is_whole:
+        return Parts(folder, schema, content, listing)
     content["state"] = "running"  # when it was finished, some of it was lost since: it is made again
     done: list[Part] = []
-    while (part := _whole(folder, len(done), listed, run_id(settings))) is not None:
+    while (part := _read_part(folder, len(done), listing, run_id(settings))) is not None:
         done.append(part)
     return Parts(folder, schema, content, done)
 
 
-def _as_listed(folder: Path, part: Part) -> bool:
+def _is_as_listed(folder: Path, part: Part) -> bool:
     path = folder / part.file
     return path.is_file() and path.stat().st_size == part.bytes
 
 
-def _whole(folder: Path, number: int, listed: Sequence[Part], run: str) -> Part | None:
+def _read_part(folder: Path, number: int, listing: Sequence[Part], run: str) -> Part | None:
     """Part `number`, if it is there in full and of this run, with its unreadable images."""
     path = folder / part_name(number)
     try:
-        if number < len(listed) and not _as_listed(folder, listed[number]):
+        if number < len(listing) and not _is_as_listed(folder, listing[number]):
             return None
         footer = parquet.read_metadata(path)
-        said = footer.metadata or {}
-        if (said.get(b"mvmr_run"), said.get(b"mvmr_part")) != (run.encode(), str(number).encode()):
+        metadata = footer.metadata or {}
+        if (metadata.get(b"mvmr_run"), metadata.get(b"mvmr_part")) != (run.encode(), str(number).encode()):
             return None
-        errors = int(said[b"mvmr_errors"])
+        errors = int(metadata[b"mvmr_errors"])
         if errors and parquet.read_metadata(folder / _ERRORS_OF_PARTS / path.name).num_rows != errors:
             return None
-        if number < len(listed):
-            return listed[number]
+        if number < len(listing):
+            return listing[number]
         return Part(path.name, footer.num_rows, errors, path.stat().st_size, staging.digest(path) or "")
     except (OSError, pa.ArrowException, KeyError, ValueError):
         return None

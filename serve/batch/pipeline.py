@@ -31,7 +31,7 @@ _READ_AHEAD = 4  # batches that are decoded while one is embedded
 
 
 @dataclass(frozen=True)
-class Decoded:
+class DecodedImage:
     """An image ready for the engine, or why not."""
 
     path: str
@@ -41,13 +41,13 @@ class Decoded:
 
 @dataclass(frozen=True)
 class _Batch:
-    images: list[Decoded]
+    images: list[DecodedImage]
     done: int
     ends_part: bool
 
 
 @dataclass(frozen=True)
-class Embedded:
+class EmbeddedBatch:
     """A batch's rows, and where they stand.
 
     images: how many of them, unreadable ones, too; done: how far the source has come
@@ -77,7 +77,7 @@ class Pipeline:
     cores: int
     distant: bool = False
 
-    def run(self, items: Iterable[Item]) -> Generator[Embedded, None, None]:
+    def run(self, items: Iterable[Item]) -> Generator[EmbeddedBatch, None, None]:
         """Embed images, the first of which begins a part; in order, with bounded memory.
 
         Raises: MvmrError when a source can't be read on.
@@ -99,21 +99,21 @@ class Pipeline:
                 for pool in (reading, embedding):
                     pool.shutdown(wait=True, cancel_futures=True)
 
-    def _decode(self, read: tuple[Item, Content | LocalFile]) -> Future[Decoded]:
+    def _decode(self, read: tuple[Item, Content | LocalFile]) -> Future[DecodedImage]:
         item, content = read
-        decoded: Future[Decoded] = Future()
+        decoded: Future[DecodedImage] = Future()
 
         def settle(outcome: Outcome) -> None:
-            decoded.set_result(Decoded(item.path, outcome, item.done))
+            decoded.set_result(DecodedImage(item.path, outcome, item.done))
 
         if isinstance(content, Rejected):
             settle(content)
         else:
-            self.decoders.submit(content).add_done_callback(lambda found: settle(found.result()))
+            self.decoders.submit(content).add_done_callback(lambda future: settle(future.result()))
         return decoded
 
-    def _batches(self, images: Iterable[Decoded]) -> Iterator[_Batch]:
-        batch: list[Decoded] = []
+    def _batches(self, images: Iterable[DecodedImage]) -> Iterator[_Batch]:
+        batch: list[DecodedImage] = []
         in_part = readable = done = 0
         for image in images:
             batch.append(image)
@@ -127,7 +127,7 @@ class Pipeline:
         if in_part:
             yield _Batch(batch, done, True)
 
-    def _embed(self, batch: _Batch) -> Embedded:
+    def _embed(self, batch: _Batch) -> EmbeddedBatch:
         rows = Rows()
         pixels = []
         for image in batch.images:
@@ -142,10 +142,10 @@ class Pipeline:
             embeddings = self.engine(np.stack(pixels))
             rows.embeddings.append(embeddings)
             for head in self.heads:
-                likely = self.engine.classify(embeddings, head)
-                rows.labels[head] = [likely.argmax(axis=1)]
-                rows.probabilities[head] = [likely.max(axis=1)]
-        return Embedded(rows, len(batch.images), batch.done, batch.ends_part)
+                probabilities = self.engine.classify(embeddings, head)
+                rows.labels[head] = [probabilities.argmax(axis=1)]
+                rows.probabilities[head] = [probabilities.max(axis=1)]
+        return EmbeddedBatch(rows, len(batch.images), batch.done, batch.ends_part)
 
 
 def _read(item: Item) -> tuple[Item, Content | LocalFile]:

@@ -14,7 +14,7 @@ from pyarrow import parquet
 
 from mvmr.errors import MvmrError
 from mvmr.serve.batch import columns
-from mvmr.serve.batch.manifest import MANIFEST, Part, read_manifest, why
+from mvmr.serve.batch.manifest import MANIFEST, Part, failure_reason, read_manifest
 from mvmr.serve.batch.parts import ERRORS, Parts
 from mvmr.storage import staging
 from mvmr.storage.atomic import atomic, write_json
@@ -51,7 +51,7 @@ def paths_file(target: Path) -> Path:
     return target.with_suffix(".paths.txt")
 
 
-def finished(target: Path, settings: Mapping[str, Any], *, resume: bool) -> dict[str, Any] | None:
+def read_finished(target: Path, settings: Mapping[str, Any], *, resume: bool) -> dict[str, Any] | None:
     """The manifest of the one file `target`, when this very run has finished it before; None where it is not there.
 
     Raises: MvmrError for a file of another run, or when `resume` was not asked for.
@@ -60,12 +60,12 @@ def finished(target: Path, settings: Mapping[str, Any], *, resume: bool) -> dict
         return None
     if not manifest_file(target).is_file():
         raise MvmrError(f"{target} exists and has no {manifest_file(target).name} beside it; give another --out")
-    there = read_manifest(manifest_file(target))
+    manifest = read_manifest(manifest_file(target))
     if not resume:
-        raise MvmrError(f"{target} holds finished embeddings ({there['rows']} rows); give another --out")
-    check_same(target, differences(there["settings"], settings), cure="another --out")
+        raise MvmrError(f"{target} holds finished embeddings ({manifest['rows']} rows); give another --out")
+    check_same(target, differences(manifest["settings"], settings), cure="another --out")
     clear(target)
-    return there
+    return manifest
 
 
 def gather(parts: Parts, target: Path) -> None:
@@ -81,12 +81,12 @@ def gather(parts: Parts, target: Path) -> None:
         with atomic(target) as temporary:
             _parquet(parts, temporary) if target.suffix == ".parquet" else _npy(parts, temporary, target)
             size, digest = temporary.stat().st_size, staging.digest(temporary) or ""
-            whole = Part(target.name, parts.rows, parts.errors, size, digest)
-            write_json(manifest_file(target), parts.content | {"parts": [whole.__dict__]})
+            part = Part(target.name, parts.rows, parts.errors, size, digest)
+            write_json(manifest_file(target), parts.content | {"parts": [part.__dict__]})
     except (MvmrError, OSError) as error:
-        kept = f"all parts of it are whole in {parts.folder}"
         raise MvmrError(
-            f"cannot write {target}: {why(error)}; {kept}: mend this and run again with --resume"
+            f"cannot write {target}: {failure_reason(error)}; all parts of it are whole in {parts.folder}: mend this "
+            "and run again with --resume"
         ) from error
 
 

@@ -54,8 +54,8 @@ class Stored:
     def _of_parquet(self, file: Path, rows: int) -> Iterator[tuple[list[str], Floats]]:
         try:
             with parquet.ParquetFile(file) as opened:
-                if wrong := _misfit(opened.schema_arrow, self.dim):
-                    raise MvmrError(f"{file} {wrong}; {_CURE}")
+                if misfit := _misfit(opened.schema_arrow, self.dim):
+                    raise MvmrError(f"{file} {misfit}; {_CURE}")
                 for batch in opened.iter_batches(rows, columns=["path", "embedding"]):
                     yield self._of_batch(file, batch)
         except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
@@ -95,69 +95,69 @@ def open_embeddings(path: str | Path) -> Stored:
     Raises: MvmrError for anything else, a run or a shard that has not finished, shards of several spaces, or parts
         that lie elsewhere.
     """
-    place = Path(path)
-    found = _open(place)
-    files = [*found.files, *(paths_file(file) for file in found.files if file.suffix == ".npy")]
-    within = (place if place.is_dir() else place.parent).resolve()
+    source = Path(path)
+    stored = _open(source)
+    files = [*stored.files, *(paths_file(file) for file in stored.files if file.suffix == ".npy")]
+    within = (source if source.is_dir() else source.parent).resolve()
     for file in files:
         # A link would let a stranger's run name any file of this machine; the file that was given may be one.
-        if file != place and not file.resolve().is_relative_to(within):
+        if file != source and not file.resolve().is_relative_to(within):
             raise MvmrError(f"{file} is a link out of {within}; put the file itself there, or give its own folder")
         if not file.is_file():
-            raise MvmrError(f"{found.path} lacks {file.name}; {_CURE}")
-    return found
+            raise MvmrError(f"{stored.path} lacks {file.name}; {_CURE}")
+    return stored
 
 
-def _open(place: Path) -> Stored:
-    if place.is_file() and place.suffix in (".parquet", ".npy"):
-        return _one_file(place)
-    if (place / MANIFEST).is_file():
-        return _folder(place)
-    shards = sorted(each for each in place.iterdir() if _SHARD.fullmatch(each.name)) if place.is_dir() else []
+def _open(path: Path) -> Stored:
+    if path.is_file() and path.suffix in (".parquet", ".npy"):
+        return _open_file(path)
+    if (path / MANIFEST).is_file():
+        return _open_folder(path)
+    shards = sorted(child for child in path.iterdir() if _SHARD.fullmatch(child.name)) if path.is_dir() else []
     if shards:
-        return _shards(place, shards)
-    if place.with_name(f"{place.name}.partial").is_dir():
-        raise MvmrError(f"the run that makes {place} has not finished; go on with it by `mvmr embed --resume`")
-    raise MvmrError(f"no embeddings at {place}; {_CURE}")
+        return _open_shards(path, shards)
+    if path.with_name(f"{path.name}.partial").is_dir():
+        raise MvmrError(f"the run that makes {path} has not finished; go on with it by `mvmr embed --resume`")
+    raise MvmrError(f"no embeddings at {path}; {_CURE}")
 
 
-def _folder(folder: Path) -> Stored:
-    says = read_manifest(folder / MANIFEST)
-    if says["state"] != "finished":
+def _open_folder(folder: Path) -> Stored:
+    manifest = read_manifest(folder / MANIFEST)
+    if manifest["state"] != "finished":
         raise MvmrError(f"the run in {folder} has not finished; go on with it by `mvmr embed --resume`")
-    files = tuple(folder / part["file"] for part in says["parts"])
-    return _stored(folder, files, says)
+    files = tuple(folder / part["file"] for part in manifest["parts"])
+    return _from_manifest(folder, files, manifest)
 
 
-def _shards(folder: Path, shards: Sequence[Path]) -> Stored:
-    of = int(shards[0].name.rpartition("-")[2])
-    wanted = [folder / f"shard-{number:05d}-of-{of:05d}" for number in range(of)]
-    if missing := [each.name for each in wanted if not (each / MANIFEST).is_file()]:
-        raise MvmrError(f"{folder} lacks {missing[0]}, {len(missing)} of {of} shards; run `mvmr embed` for them")
-    if strange := sorted(set(shards) - set(wanted)):
-        raise MvmrError(f"{folder} holds shards of two runs, {wanted[0].name} and {strange[0].name}; move one away")
-    pieces = [_folder(each) for each in wanted]
+def _open_shards(folder: Path, shards: Sequence[Path]) -> Stored:
+    total = int(shards[0].name.rpartition("-")[2])
+    expected = [folder / f"shard-{number:05d}-of-{total:05d}" for number in range(total)]
+    if missing := [shard.name for shard in expected if not (shard / MANIFEST).is_file()]:
+        raise MvmrError(f"{folder} lacks {missing[0]}, {len(missing)} of {total} shards; run `mvmr embed` for them")
+    if strange := sorted(set(shards) - set(expected)):
+        raise MvmrError(f"{folder} holds shards of two runs, {expected[0].name} and {strange[0].name}; move one away")
+    pieces = [_open_folder(shard) for shard in expected]
     first = pieces[0]
-    for each in pieces:
-        if (each.space_id, each.dim) != (first.space_id, first.dim):
-            told = f"{first.path.name} is of space {first.space_id[:12]}, {each.path.name} of {each.space_id[:12]}"
-            raise MvmrError(f"{folder} mixes embedding spaces: {told}; embed all shards by one bundle")
-    files = tuple(file for each in pieces for file in each.files)
-    count = sum(each.count for each in pieces)
+    for piece in pieces:
+        if (piece.space_id, piece.dim) != (first.space_id, first.dim):
+            message = f"{first.path.name} is of space {first.space_id[:12]}, {piece.path.name} of {piece.space_id[:12]}"
+            raise MvmrError(f"{folder} mixes embedding spaces: {message}; embed all shards by one bundle")
+    files = tuple(file for piece in pieces for file in piece.files)
+    count = sum(piece.count for piece in pieces)
     return Stored(folder, files, count, first.dim, first.space_id, first.bundle, first.precision)
 
 
-def _one_file(file: Path) -> Stored:
-    beside = manifest_file(file)
-    if beside.is_file():
-        return _stored(file, (file,), read_manifest(beside))
+def _open_file(file: Path) -> Stored:
+    manifest = manifest_file(file)
+    if manifest.is_file():
+        return _from_manifest(file, (file,), read_manifest(manifest))
     if file.suffix == ".npy":
-        raise MvmrError(f"{file} has no {beside.name} beside it, which says of which space it is; {_CURE}")
+        raise MvmrError(f"{file} has no {manifest.name} beside it, which says of which space it is; {_CURE}")
     try:
         footer = parquet.ParquetFile(file)
         schema, count = footer.schema_arrow, footer.metadata.num_rows
-        dim, said = schema.field("embedding").type.list_size, schema.metadata or {}
-        space, precision = said[b"space_id"].decode(), said[b"precision"].decode()
+        dim, metadata = schema.field("embedding").type.list_size, schema.metadata or {}
+        space, precision = metadata[b"space_id"].decode(), metadata[b"precision"].decode()
     except (OSError, ValueError, MemoryError, pa.ArrowException, KeyError, AttributeError) as error:
         raise MvmrError(f"{file} is no Parquet file of embeddings that names their space; {_CURE}") from error
     if not 1 <= dim <= WIDEST:
@@ -178,12 +178,12 @@ def _misfit(schema: pa.Schema, dim: int) -> str | None:
     return None if embedding.list_size == dim else f"has embeddings {embedding.list_size} wide instead of {dim}"
 
 
-def _stored(place: Path, files: tuple[Path, ...], says: dict[str, Any]) -> Stored:
+def _from_manifest(source: Path, files: tuple[Path, ...], manifest: dict[str, Any]) -> Stored:
     try:
-        told = str(says["space_id"]), str(says["bundle"]), str(says["settings"]["precision"])
-        dim = says["dim"]
+        space, bundle, dim = str(manifest["space_id"]), str(manifest["bundle"]), manifest["dim"]
+        precision = str(manifest["settings"]["precision"])
     except KeyError as error:
-        raise MvmrError(f"the manifest of {place} lacks {error}; {_CURE}") from error
+        raise MvmrError(f"the manifest of {source} lacks {error}; {_CURE}") from error
     if type(dim) is not int or not 1 <= dim <= WIDEST:
-        raise MvmrError(f"the manifest of {place} says dim = {shorten(repr(dim))}; {_CURE}")
-    return Stored(place, files, says["rows"], dim, *told)
+        raise MvmrError(f"the manifest of {source} says dim = {shorten(repr(dim))}; {_CURE}")
+    return Stored(source, files, manifest["rows"], dim, space, bundle, precision)

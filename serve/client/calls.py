@@ -13,14 +13,13 @@ import numpy.typing as npt
 import orjson
 
 from mvmr.errors import MvmrError, unknown
-from mvmr.serve.client.images import ImageError, Images, Sent, parts
+from mvmr.serve import wire
+from mvmr.serve.client.images import ImageError, ImageFile, Images, pack
 from mvmr.serve.client.retries import Ask, Work, answer_to
 
 Errors = Literal["raise", "return"]
 Entry = TypeVar("Entry")
 T = TypeVar("T")
-
-_FLOAT32, _SPACE = "application/x-mvmr-float32", "x-embedding-space"
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +60,7 @@ class Ranked(Generic[Entry]):
 
 
 @dataclass
-class _Found(Generic[T]):
+class _Results(Generic[T]):
     """count: images there were; shown: what was found, by number; space: "" before the first answer."""
 
     count: int = 0
@@ -90,119 +89,121 @@ class Calls:
 
     def embed(self, images: Images, errors: Errors) -> Work[Embeddings]:
         """The images' embeddings."""
-        ask = Ask("/v1/embed", accept=_FLOAT32)
-        found = yield from self._each(ask, images, errors, lambda outcome: outcome["embedding"])
-        dim = next((row.size for row in found.shown.values()), None)
+        ask = Ask("/v1/embed", accept=wire.FLOAT32)
+        results = yield from self._collect(ask, images, errors, lambda outcome: outcome["embedding"])
+        dim = next((row.size for row in results.shown.values()), None)
         if dim is None:  # there is no image, or none that can be embedded
             dim = (yield from self.models())[0]["dim"]
-        vectors = np.full((found.count, dim), np.nan, np.float32)
-        for index, row in found.shown.items():
+        vectors = np.full((results.count, dim), np.nan, np.float32)
+        for index, row in results.shown.items():
             vectors[index] = row
-        return Embeddings(vectors, found.space, tuple(found.errors))
+        return Embeddings(vectors, results.space, tuple(results.errors))
 
     def classify(self, images: Images, head: str | None, top_k: int, errors: Errors) -> Work[Ranked[Label]]:
         """The images' most probable classes."""
         query: dict[str, str | int] = {"top_k": top_k} if head is None else {"top_k": top_k, "head": head}
 
         def labels(outcome: Any) -> tuple[Label, ...]:
-            return tuple(Label(each["label"], each["probability"]) for each in outcome["labels"])
+            return tuple(Label(entry["label"], entry["probability"]) for entry in outcome["labels"])
 
-        return self._ranked(Ask("/v1/classify", query), images, errors, labels)
+        return self._rank(Ask("/v1/classify", query), images, errors, labels)
 
     def search(self, images: Images, k: int, errors: Errors) -> Work[Ranked[Hit]]:
         """The images' nearest in the index."""
 
         def hits(outcome: Any) -> tuple[Hit, ...]:
-            return tuple(Hit(each["path"], each["score"]) for each in outcome["hits"])
+            return tuple(Hit(entry["path"], entry["score"]) for entry in outcome["hits"])
 
-        return self._ranked(Ask("/v1/search", {"k": k}), images, errors, hits)
+        return self._rank(Ask("/v1/search", {"k": k}), images, errors, hits)
 
     def models(self) -> Work[list[dict[str, Any]]]:
         """What is served."""
         answer = yield from answer_to(Ask("/v1/models"), self.url, self.retries)
         with self._as_promised():
-            return [{**each} for each in answer.json()["data"]]
+            return [{**model} for model in answer.json()["data"]]
 
     def ready(self) -> Work[bool]:
         """Whether the service answers and is ready; not asked again."""
-        got = yield Ask("/readyz")
-        return isinstance(got, httpx2.Response) and got.status_code == 200
+        reply = yield Ask("/readyz")
+        return isinstance(reply, httpx2.Response) and reply.status_code == 200
 
-    def _ranked(
+    def _rank(
         self, ask: Ask, images: Images, errors: Errors, show: Callable[[Any], tuple[Entry, ...]]
     ) -> Work[Ranked[Entry]]:
-        found = yield from self._each(ask, images, errors, show)
-        rows = tuple(found.shown.get(index, ()) for index in range(found.count))
-        return Ranked(rows, found.space, tuple(found.errors))
+        results = yield from self._collect(ask, images, errors, show)
+        rows = tuple(results.shown.get(index, ()) for index in range(results.count))
+        return Ranked(rows, results.space, tuple(results.errors))
 
-    def _each(self, ask: Ask, images: Images, errors: Errors, show: Callable[[Any], T]) -> Work[_Found[T]]:
+    def _collect(self, ask: Ask, images: Images, errors: Errors, show: Callable[[Any], T]) -> Work[_Results[T]]:
         if errors not in ("raise", "return"):
             raise unknown("value of errors", errors, ("raise", "return"))
-        found = _Found[T]()
-        for part in parts(images, self.max_items, self.max_bytes):
-            failed = [each for each in part if isinstance(each, ImageError)]
-            sent = [each for each in part if isinstance(each, Sent)]
-            if sent and not (failed and errors == "raise"):
-                files = [("file", (str(each.index), each.content)) for each in sent]
+        results = _Results[T]()
+        for part in pack(images, self.max_items, self.max_bytes):
+            failures = [image for image in part if isinstance(image, ImageError)]
+            image_files = [image for image in part if isinstance(image, ImageFile)]
+            if image_files and not (failures and errors == "raise"):
+                files = [("file", (str(file.index), file.content)) for file in image_files]
                 answer = yield from answer_to(replace(ask, files=files), self.url, self.retries)
                 with self._as_promised():
-                    shown, more = _outcomes(answer, sent, show)
-                    self._check_space(found.space, answer.headers[_SPACE])
-                    found.space = answer.headers[_SPACE]
-                found.shown |= shown
-                failed = sorted(failed + more, key=lambda each: each.index)
-            if failed and errors == "raise":
-                told = f"{failed[0].name} can't be embedded: {failed[0].reason or failed[0].code}"
-                raise MvmrError(" ".join(f"{self.url}: {told}; mend it, leave it out, or give errors='return'".split()))
-            found.errors += failed
-            found.count += len(part)
-        if not found.space:  # nothing was sent
-            found.space = (yield from self.models())[0]["space_id"]
-        return found
+                    shown, more = _outcomes(answer, image_files, show)
+                    self._check_space(results.space, answer.headers[wire.SPACE])
+                    results.space = answer.headers[wire.SPACE]
+                results.shown |= shown
+                failures = sorted(failures + more, key=lambda failure: failure.index)
+            if failures and errors == "raise":
+                first = failures[0]
+                reason = f"{first.name} can't be embedded: {first.reason or first.code}"
+                message = f"{self.url}: {reason}; mend it, leave it out, or give errors='return'"
+                raise MvmrError(" ".join(message.split()))
+            results.errors += failures
+            results.count += len(part)
+        if not results.space:  # nothing was sent
+            results.space = (yield from self.models())[0]["space_id"]
+        return results
 
     def _check_space(self, before: str, now: str) -> None:
         if before and now != before:
-            told = f"its embedding space changed from {before[:12]} to {now[:12]} during this call"
-            raise MvmrError(f"{self.url}: {told}: another bundle has been deployed; make the call again")
+            reason = f"its embedding space changed from {before[:12]} to {now[:12]} during this call"
+            raise MvmrError(f"{self.url}: {reason}: another bundle has been deployed; make the call again")
 
     @contextmanager
     def _as_promised(self) -> Iterator[None]:
         try:
             yield
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            told = " ".join(f"{type(error).__name__}: {error}".split())
-            raise MvmrError(f"{self.url} doesn't answer as an mvmr service does ({told}); check the URL") from error
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise MvmrError(f"{self.url} doesn't answer as an mvmr service does ({reason}); check the URL") from error
 
 
 def _outcomes(
-    answer: httpx2.Response, sent: Sequence[Sent], show: Callable[[Any], T]
+    answer: httpx2.Response, image_files: Sequence[ImageFile], show: Callable[[Any], T]
 ) -> tuple[dict[int, T], list[ImageError]]:
     """What was found for the images of one request, by their number, and those that failed."""
     shown: dict[int, T] = {}
-    failed: list[ImageError] = []
-    outcomes = _binary(answer) if answer.headers.get("content-type") == _FLOAT32 else _json(answer)
-    if sorted(outcome["index"] for outcome in outcomes) != list(range(len(sent))):
-        raise ValueError(f"{len(outcomes)} results for {len(sent)} images")
+    failures: list[ImageError] = []
+    outcomes = _binary(answer) if answer.headers.get("content-type") == wire.FLOAT32 else _json(answer)
+    if sorted(outcome["index"] for outcome in outcomes) != list(range(len(image_files))):
+        raise ValueError(f"{len(outcomes)} results for {len(image_files)} images")
     for outcome in outcomes:
-        image = sent[outcome["index"]]
+        image = image_files[outcome["index"]]
         if error := outcome.get("error"):
-            failed.append(ImageError(image.index, image.name, error["code"], error.get("reason")))
+            failures.append(ImageError(image.index, image.name, error["code"], error.get("reason")))
         else:
             shown[image.index] = show(outcome)
-    return shown, failed
+    return shown, failures
 
 
 def _json(answer: httpx2.Response) -> list[dict[str, Any]]:
     document = answer.json()
-    return [{**each} for each in document["results" if answer.is_success else "errors"]]
+    return [{**outcome} for outcome in document["results" if answer.is_success else "errors"]]
 
 
 def _binary(answer: httpx2.Response) -> list[dict[str, Any]]:
     """The rows and the header x-errors of a binary answer, as a JSON answer would have them."""
-    count, dim = map(int, answer.headers["x-shape"].split(","))
+    count, dim = map(int, answer.headers[wire.SHAPE].split(","))
     rows = np.frombuffer(answer.content, "<f4").reshape(count, dim)
-    errors = orjson.loads(answer.headers.get("x-errors", "[]"))
-    codes = {each["index"]: each["code"] for each in errors}
+    errors = orjson.loads(answer.headers.get(wire.ERRORS, "[]"))
+    codes = {error["index"]: error["code"] for error in errors}
     return [
         {"index": index, "error": {"code": codes[index]}} if index in codes else {"index": index, "embedding": row}
         for index, row in enumerate(rows)

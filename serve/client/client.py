@@ -9,9 +9,10 @@ from typing import Any, Generic, Self, TypeVar
 import httpx2
 
 from mvmr.errors import MvmrError
+from mvmr.serve import wire
 from mvmr.serve.client.calls import Calls, Embeddings, Errors, Hit, Label, Ranked
 from mvmr.serve.client.images import Images
-from mvmr.serve.client.retries import Ask, Got, Work
+from mvmr.serve.client.retries import Ask, Reply, Work
 
 T = TypeVar("T")
 sleep, async_sleep = time.sleep, asyncio.sleep
@@ -36,7 +37,7 @@ class Client:
         self, url: str, *, api_key: str | None = None, timeout: float = 60.0, retries: int = 5,
         max_items: int = 32, max_bytes: int = 32 * 2**20,
     ) -> None:  # fmt: skip
-        self._calls = Calls(_shown(url), retries, max_items, max_bytes)
+        self._calls = Calls(_printable_url(url), retries, max_items, max_bytes)
         self._http = httpx2.Client(base_url=url, headers=_headers(api_key), timeout=timeout)
 
     def embed(self, images: Images, *, errors: Errors = "raise") -> Embeddings:
@@ -77,15 +78,15 @@ class Client:
         self.close()
 
     def _run(self, work: Work[T]) -> T:
-        got: Got = None
-        while not isinstance(step := _next(work, got), _Done):
+        reply: Reply = None
+        while not isinstance(step := _next(work, reply), _Done):
             if isinstance(step, float):
                 sleep(step)
                 continue
             try:
-                got = self._http.send(step.request(self._http))
+                reply = self._http.send(step.request(self._http))
             except httpx2.RequestError as error:
-                got = error
+                reply = error
         return step.value
 
 
@@ -96,7 +97,7 @@ class AsyncClient:
         self, url: str, *, api_key: str | None = None, timeout: float = 60.0, retries: int = 5,
         max_items: int = 32, max_bytes: int = 32 * 2**20,
     ) -> None:  # fmt: skip
-        self._calls = Calls(_shown(url), retries, max_items, max_bytes)
+        self._calls = Calls(_printable_url(url), retries, max_items, max_bytes)
         self._http = httpx2.AsyncClient(base_url=url, headers=_headers(api_key), timeout=timeout)
 
     async def embed(self, images: Images, *, errors: Errors = "raise") -> Embeddings:
@@ -132,16 +133,16 @@ class AsyncClient:
         await self.close()
 
     async def _run(self, work: Work[T]) -> T:
-        got: Got = None
+        reply: Reply = None
         # in a thread, for the next step may be to read and pack the files of the next request
-        while not isinstance(step := await asyncio.to_thread(_next, work, got), _Done):
+        while not isinstance(step := await asyncio.to_thread(_next, work, reply), _Done):
             if isinstance(step, float):
                 await async_sleep(step)
                 continue
             try:
-                got = await self._http.send(step.request(self._http))
+                reply = await self._http.send(step.request(self._http))
             except httpx2.RequestError as error:
-                got = error
+                reply = error
         return step.value
 
 
@@ -152,14 +153,14 @@ class _Done(Generic[T]):
         self.value = value
 
 
-def _next(work: Work[T], got: Got) -> Ask | float | _Done[T]:
+def _next(work: Work[T], reply: Reply) -> Ask | float | _Done[T]:
     try:
-        return work.send(got)
+        return work.send(reply)
     except StopIteration as end:
         return _Done(end.value)
 
 
-def _shown(url: str) -> str:
+def _printable_url(url: str) -> str:
     """The URL for messages, without a password; raises MvmrError for none of http's."""
     try:
         parsed = httpx2.URL(url)
@@ -175,4 +176,4 @@ def _headers(api_key: str | None) -> dict[str, str]:
         return {}
     if not api_key or not api_key.isascii() or not api_key.isprintable():
         raise MvmrError("the API key is not printable ASCII; give it as it stands in the service's --api-keys file")
-    return {"x-api-key": api_key}
+    return {wire.API_KEY: api_key}

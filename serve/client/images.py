@@ -36,7 +36,7 @@ class ImageError:
 
 
 @dataclass(frozen=True)
-class Sent:
+class ImageFile:
     """An image as it is sent: the bytes of a file."""
 
     index: int
@@ -44,7 +44,7 @@ class Sent:
     content: bytes
 
 
-def parts(images: Images, most: int, most_bytes: int) -> Iterator[list[Sent | ImageError]]:
+def pack(images: Images, most: int, most_bytes: int) -> Iterator[list[ImageFile | ImageError]]:
     """Read the images in order and pack them: at most `most` to a part, and `most_bytes` unless one alone is more.
 
     Paths and bytes stay as they are; PIL images and arrays uint8 [H, W, 3] become PNG, upright, RGB or
@@ -55,34 +55,34 @@ def parts(images: Images, most: int, most_bytes: int) -> Iterator[list[Sent | Im
     if isinstance(images, str | bytes | os.PathLike | Image.Image):
         raise MvmrError("the client takes several images; put the one into a list")
     if isinstance(images, np.ndarray) and images.ndim != 4:
-        raise MvmrError(f"the client takes arrays of uint8 [N, H, W, 3], this one is {_seen(images)}")
-    part: list[Sent | ImageError] = []
+        raise MvmrError(f"the client takes arrays of uint8 [N, H, W, 3], this one is {_describe(images)}")
+    part: list[ImageFile | ImageError] = []
     size = 0
     for index, image in enumerate(images):
-        read = _read(index, image)
-        more = len(read.content) if isinstance(read, Sent) else 0
+        entry = _read(index, image)
+        more = len(entry.content) if isinstance(entry, ImageFile) else 0
         if part and (len(part) == most or size + more > most_bytes):
             yield part
             part, size = [], 0
-        part.append(read)
+        part.append(entry)
         size += more
     if part:
         yield part
 
 
-def _read(index: int, image: object) -> Sent | ImageError:
+def _read(index: int, image: object) -> ImageFile | ImageError:
     name = f"image number {index}"
     if isinstance(image, str | os.PathLike):
         name = os.fspath(image)
         try:
-            return Sent(index, name, Path(image).read_bytes())
+            return ImageFile(index, name, Path(image).read_bytes())
         except OSError as error:
             return ImageError(index, name, "unreadable", decoding.reason(error))
     if isinstance(image, bytes):
-        return Sent(index, name, image)
+        return ImageFile(index, name, image)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise MvmrError(f"an array must be uint8 [H, W, 3], {name} is {_seen(image)}")
+            raise MvmrError(f"an array must be uint8 [H, W, 3], {name} is {_describe(image)}")
         image = Image.fromarray(image)
     if not isinstance(image, Image.Image):
         kind = type(image).__name__
@@ -92,8 +92,8 @@ def _read(index: int, image: object) -> Sent | ImageError:
         upright(image).save(file, "PNG", compress_level=1)
     except Exception as error:  # a file that Pillow opened but has not read yet may raise whatever its parsing meets
         return ImageError(index, name, "undecodable", decoding.reason(error))
-    return Sent(index, name, file.getvalue())
+    return ImageFile(index, name, file.getvalue())
 
 
-def _seen(array: npt.NDArray[np.generic]) -> str:
+def _describe(array: npt.NDArray[np.generic]) -> str:
     return f"{array.dtype} {list(array.shape)}"

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import httpx2
 
 from mvmr.errors import MvmrError
+from mvmr.serve import wire
 
 T = TypeVar("T")
 
@@ -23,12 +24,11 @@ FIRST_WAIT, LONGEST_WAIT = 0.25, 10.0  # seconds: what the random wait is drawn 
 _LONGEST_ASKED = 300.0  # seconds of Retry-After that a client is ready for
 _BUSY = (429, 503)
 _AGAIN = (httpx2.NetworkError, httpx2.RemoteProtocolError, httpx2.ConnectTimeout)
-_KIND = "urn:mvmr:problem:"
-BAD_IMAGE = f"{_KIND}bad-image"
+BAD_IMAGE = f"{wire.PROBLEM_TYPE}bad-image"
 _HINTS = {
-    f"{_KIND}too-many-items": "; give the client that number as max_items",
-    f"{_KIND}too-large": "; give the client a smaller max_bytes",
-    f"{_KIND}wrong-key": "; give it to the client as api_key",
+    f"{wire.PROBLEM_TYPE}too-many-items": "; give the client that number as max_items",
+    f"{wire.PROBLEM_TYPE}too-large": "; give the client a smaller max_bytes",
+    f"{wire.PROBLEM_TYPE}wrong-key": "; give it to the client as api_key",
 }
 
 
@@ -38,7 +38,7 @@ class Ask:
 
     path: str
     query: Mapping[str, str | int] = field(default_factory=dict)
-    accept: str = "application/json"
+    accept: str = wire.JSON
     files: Sequence[tuple[str, tuple[str, bytes]]] = ()
 
     def request(self, http: httpx2.Client | httpx2.AsyncClient) -> httpx2.Request:
@@ -47,8 +47,8 @@ class Ask:
         return http.build_request(method, self.path, params=self.query, headers=headers, files=self.files or None)
 
 
-Got = httpx2.Response | httpx2.RequestError | None
-Work = Generator[Ask | float, Got, T]
+Reply = httpx2.Response | httpx2.RequestError | None
+Work = Generator[Ask | float, Reply, T]
 
 
 def answer_to(ask: Ask, url: str, retries: int) -> Work[httpx2.Response]:
@@ -60,24 +60,24 @@ def answer_to(ask: Ask, url: str, retries: int) -> Work[httpx2.Response]:
     """
     tries = 0
     while True:
-        got = yield ask
+        reply = yield ask
         tries += 1
-        if isinstance(got, httpx2.Response):
-            if got.is_success or problem(got).get("type") == BAD_IMAGE:
-                return got
-            again, asked = got.status_code in _BUSY, _retry_after(got)
+        if isinstance(reply, httpx2.Response):
+            if reply.is_success or problem(reply).get("type") == BAD_IMAGE:
+                return reply
+            retry, wait = reply.status_code in _BUSY, _retry_after(reply)
         else:
-            again, asked = isinstance(got, _AGAIN), 0.0
-        if not again or tries > retries or asked > _LONGEST_ASKED:
+            retry, wait = isinstance(reply, _AGAIN), 0.0
+        if not retry or tries > retries or wait > _LONGEST_ASKED:
             often = f" (tried {tries} times)" if tries > 1 else ""
-            raise MvmrError(" ".join(f"{url}{ask.path} {_refusal(got)}{often}".split()))
+            raise MvmrError(" ".join(f"{url}{ask.path} {_refusal(reply)}{often}".split()))
         # Full jitter, on top of what is asked for: all that were refused together must not come back together.
-        yield asked + random.uniform(0, min(LONGEST_WAIT, FIRST_WAIT * 2.0 ** (tries - 1)))
+        yield wait + random.uniform(0, min(LONGEST_WAIT, FIRST_WAIT * 2.0 ** (tries - 1)))
 
 
 def problem(answer: httpx2.Response) -> dict[str, Any]:
     """The problem document of an answer, {} where it has none."""
-    if not answer.headers.get("content-type", "").startswith("application/problem+json"):
+    if not answer.headers.get("content-type", "").startswith(wire.PROBLEM):
         return {}
     try:
         document = answer.json()
@@ -99,14 +99,14 @@ def _retry_after(answer: httpx2.Response) -> float:
     return max(0.0, (until.replace(tzinfo=until.tzinfo or UTC) - now).total_seconds())
 
 
-def _refusal(got: Got) -> str:
-    if isinstance(got, httpx2.Response):
-        says = problem(got)
-        if detail := says.get("detail"):
-            return f"answered {got.status_code}: {detail}{_HINTS.get(str(says.get('type')), '')}"
-        to = f", to {got.headers['location']}" if "location" in got.headers else ""
-        return f"answered {got.status_code} {got.reason_phrase}{to}, not as an mvmr service does; check the URL"
-    why = f"{type(got).__name__} {got}"
-    if isinstance(got, httpx2.TimeoutException) and not isinstance(got, httpx2.ConnectTimeout):
+def _refusal(reply: Reply) -> str:
+    if isinstance(reply, httpx2.Response):
+        document = problem(reply)
+        if detail := document.get("detail"):
+            return f"answered {reply.status_code}: {detail}{_HINTS.get(str(document.get('type')), '')}"
+        to = f", to {reply.headers['location']}" if "location" in reply.headers else ""
+        return f"answered {reply.status_code} {reply.reason_phrase}{to}, not as an mvmr service does; check the URL"
+    why = f"{type(reply).__name__} {reply}"
+    if isinstance(reply, httpx2.TimeoutException) and not isinstance(reply, httpx2.ConnectTimeout):
         return f"has not answered in time: {why}; give a longer timeout, or a smaller max_items"
     return f"can't be reached: {why}; check the URL, and that the service is running there"

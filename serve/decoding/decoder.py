@@ -98,12 +98,12 @@ class Decoder:
     def begin(self, jobs: list[Job]) -> None:
         """Hand over images; raises OSError where the process has ended or memory lacks."""
         self.jobs, self.since, self.base, self._yields = jobs, time.monotonic(), 0.0, False
-        self.base = self.used()
-        place, sizes = room_for_pixels(self.side) + 1, list[tuple[int, float | None]]()
+        self.base = self.used_seconds()
+        offset, sizes = room_for_pixels(self.side) + 1, list[tuple[int, float | None]]()
         for job in jobs:
             job.begun += 1
             job.alone = job.alone or len(jobs) == 1
-            place += os.pwrite(self._memory, job.data, place)
+            offset += os.pwrite(self._memory, job.data, offset)
             sizes.append((len(job.data), job.content.most if isinstance(job.content, LocalFile) else None))
         self.socket.sendall(json.dumps(sizes).encode() + b"\n")
 
@@ -116,36 +116,36 @@ class Decoder:
     def lines(self) -> list[list[Any]] | None:
         """What it has said since; None: it has ended."""
         try:
-            said = self.socket.recv(2**16)
+            data = self.socket.recv(2**16)
         except BlockingIOError:
             return []
         except OSError:
-            said = b""
-        if not said:
+            data = b""
+        if not data:
             return None
-        *whole, self._unread = (self._unread + said).split(b"\n")
-        return [json.loads(line) for line in whole]
+        *lines, self._unread = (self._unread + data).split(b"\n")
+        return [json.loads(line) for line in lines]
 
-    def outcomes(self, said: list[list[Any]]) -> list[Outcome | None]:
+    def outcomes(self, reports: list[list[Any]]) -> list[Outcome | None]:
         """What became of the images, from what it has said of each; None: left to a later time."""
-        pixels = np.empty((len(said), self.side, self.side, 3), np.uint8)
+        pixels = np.empty((len(reports), self.side, self.side, 3), np.uint8)
         os.preadv(self._memory, [pixels.data], 0)  # of those that were rejected, too: one call is cheaper than four
-        found: list[Outcome | None] = []
-        for number, (kind, *rest) in enumerate(said):
+        outcomes: list[Outcome | None] = []
+        for number, (kind, *values) in enumerate(reports):
             if kind == "later":
-                found.append(None)
+                outcomes.append(None)
             else:
-                found.append(Rejected(*rest) if kind == "rejected" else Prepared(pixels[number], *rest))
-        return found
+                outcomes.append(Rejected(*values) if kind == "rejected" else Prepared(pixels[number], *values))
+        return outcomes
 
-    def used(self) -> float:
+    def used_seconds(self) -> float:
         """Seconds of a processor that the present images have taken."""
         try:
             return time.clock_gettime(_clock_of(self._number)) - self.base
         except OSError:  # it has ended, or the system has no such clock
             return time.monotonic() - self.since if self.jobs else 0.0
 
-    def reads(self) -> bool:
+    def is_reading(self) -> bool:
         """Whether it is at reading a file."""
         return os.pread(self._memory, 1, room_for_pixels(self.side)) == b"\1"
 

@@ -22,7 +22,7 @@ from mvmr.data.image_bytes import Limits, Rejected
 from mvmr.data.readable import LocalFile
 from mvmr.errors import MvmrError
 from mvmr.serve.decoding.decoder import COMMAND, Decoder, ForkServer, Job, Outcome
-from mvmr.serve.decoding.queue import TOGETHER, DecodeQueue
+from mvmr.serve.decoding.queue import BATCH_BYTES, DecodeQueue
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class DecodePool:
         self._selector.register(self._wake.socket, selectors.EVENT_READ, self._wake)
         self._thread.start()
         end = time.monotonic() + _START_SECONDS
-        while not any(each.ready for each in self._processes):
+        while not any(process.ready for process in self._processes):
             if self._failed_starts >= _FAILED_STARTS or time.monotonic() > end:
                 self.close()
                 raise MvmrError(f"the processes that decode images don't start; `{' '.join(COMMAND)}` shows why")
@@ -105,7 +105,7 @@ class DecodePool:
                 job.answer.cancel()
                 return job.answer
             self._queue.add(job)
-            if len(job.data) <= TOGETHER or self._wake is None:
+            if len(job.data) <= BATCH_BYTES or self._wake is None:
                 self._assign()
             else:
                 self._wake.set()  # handing it over takes a while, which is not for an event loop
@@ -117,7 +117,7 @@ class DecodePool:
             if (now := time.monotonic()) - looked >= _TICK:
                 looked = now
                 with self._lock:
-                    for process in [each for each in self._processes if each.jobs]:
+                    for process in [process for process in self._processes if process.jobs]:
                         self._look(process)
                 self._fill()
                 with self._lock:
@@ -188,13 +188,13 @@ class DecodePool:
         for process in self._processes:
             if process.jobs:
                 client = process.jobs[0].client
-                running[client] = running.get(client, 0.0) + process.used()
+                running[client] = running.get(client, 0.0) + process.used_seconds()
         return running
 
-    def _has_memory(self, of: Decoder | None = None) -> bool:
+    def _has_memory(self, exempt: Decoder | None = None) -> bool:
         """Whether no image has, or is about to take, the memory that there is for a large one; of others than `of`."""
         return not any(
-            process.jobs and not process.killed and process is not of and (process.large or process.jobs[0].large)
+            process.jobs and not process.killed and process is not exempt and (process.large or process.jobs[0].large)
             for process in self._processes
         )
 
@@ -203,21 +203,21 @@ class DecodePool:
         if lines is None:
             self._remove(process)
             return
-        for kind, *rest in lines:
+        for kind, *values in lines:
             if kind == "large":
                 with self._lock:
-                    process.admit(may=process.large or self._has_memory(of=process))
+                    process.admit(may=process.large or self._has_memory(exempt=process))
                 continue
             if kind == "ready":
-                process.ready, process.thread = True, rest[0]
+                process.ready, process.thread = True, values[0]
                 self._failed_starts = 0
                 with self._lock:
                     self._assign()
                 continue
             with self._lock:
-                jobs, outcomes = process.jobs, process.outcomes(rest[0])
+                jobs, outcomes = process.jobs, process.outcomes(values[0])
                 for job in reversed([job for job, outcome in zip(jobs, outcomes, strict=False) if outcome is None]):
-                    job.spent += process.used() if job.alone else 0.0
+                    job.spent += process.used_seconds() if job.alone else 0.0
                     job.large = job.alone = True
                     job.begun -= 1
                     self._queue.add(job, first=True)
@@ -231,16 +231,16 @@ class DecodePool:
 
     def _look(self, process: Decoder) -> None:
         """End a process whose images have taken all their time, or are of no more use; the lock is held."""
-        used = process.used() + (process.jobs[0].spent if len(process.jobs) == 1 else 0.0)
+        used = process.used_seconds() + (process.jobs[0].spent if len(process.jobs) == 1 else 0.0)
         if used > _PATIENCE:
             process.yield_to_others()
         late = time.monotonic() - process.since > _WALL * self.limits.seconds
-        if late and process.reads():  # a disk that is slow, or away for a while, is not the image's fault
+        if late and process.is_reading():  # a disk that is slow, or away for a while, is not the image's fault
             process.since, late = time.monotonic(), False
         if used > self.limits.seconds or late:
             limit = f"the {self.limits.seconds:g} s of a processor that are allowed (--decode-seconds)"
             reason = f"decoding it takes more than {limit}"
-            if used - process.used() > self.limits.seconds / 2:
+            if used - process.used_seconds() > self.limits.seconds / 2:
                 reason += ", for it has had to make way for others; try again later"
             self._try_again(process.jobs, Rejected("too-slow", reason), tries=1)
         elif used <= _PATIENCE or not all(job.answer.cancelled() for job in process.jobs):
@@ -251,7 +251,7 @@ class DecodePool:
     def _release(self, process: Decoder) -> None:
         """Take its images from it, and count what they have taken; the lock is held."""
         if process.jobs:
-            self._queue.had.add(process.jobs[0].client, process.used())
+            self._queue.had.add(process.jobs[0].client, process.used_seconds())
         process.jobs = []
 
     def _make_way(self) -> None:
@@ -266,15 +266,15 @@ class DecodePool:
         running, queue = self._running(), self._queue
         clients = queue.clients(running=running, memory=self._has_memory())
         had = {client: queue.had.of(client) + running.get(client, 0.0) for client in {*running, *clients}}
-        at_work.remove(max(at_work, key=Decoder.used))
-        long = [process for process in at_work if process.used() > _PATIENCE]
-        long.sort(key=lambda process: (-had[process.jobs[0].client], process.used()))
+        at_work.remove(max(at_work, key=Decoder.used_seconds))
+        long = [process for process in at_work if process.used_seconds() > _PATIENCE]
+        long.sort(key=lambda process: (-had[process.jobs[0].client], process.used_seconds()))
         for client, process in zip((client for client in clients if client not in running), long, strict=False):
             jobs = process.jobs
             if had[jobs[0].client] < _MUCH_MORE * (had[client] + _PATIENCE):
                 return
             for job in jobs:
-                job.spent += process.used() if job.alone else 0.0
+                job.spent += process.used_seconds() if job.alone else 0.0
                 job.begun, job.alone = 0, True
                 self._queue.add(job)
             self._release(process)
@@ -306,19 +306,19 @@ class _Wake:
     """Wakes a thread that selects."""
 
     def __init__(self) -> None:
-        self.socket, self._other = socket.socketpair()
-        self._other.setblocking(False)
+        self.socket, self._sender = socket.socketpair()
+        self._sender.setblocking(False)
 
     def set(self) -> None:
         with contextlib.suppress(BlockingIOError):  # it has been told
-            self._other.send(b"\0")
+            self._sender.send(b"\0")
 
     def clear(self) -> None:
         self.socket.recv(4096)
 
     def close(self) -> None:
         self.socket.close()
-        self._other.close()
+        self._sender.close()
 
 
 def _settle(job: Job, outcome: Outcome) -> None:

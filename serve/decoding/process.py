@@ -40,20 +40,20 @@ def main() -> None:
     """
     connection, preprocess, limits, hashed = sys.argv[1:]
     warnings.simplefilter("ignore")  # Pillow's, about odd metadata
-    made = Preprocess.from_dict(json.loads(preprocess))
+    preprocessing = Preprocess.from_dict(json.loads(preprocess))
     bounds = Limits.from_json(limits)
     Image.MAX_IMAGE_PIXELS = int(bounds.pixels)  # for images inside images, whose size is read late
     _end_with_parent()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     control = socket.socket(fileno=int(connection))
     while True:
-        said, files, _, _ = socket.recv_fds(control, 1, 2)
-        if not said:
+        data, files, _, _ = socket.recv_fds(control, 1, 2)
+        if not data:
             return
         process = os.fork()
         if not process:
             control.close()
-            _decode(files[0], files[1], made, bounds, hashed == "1")
+            _decode(files[0], files[1], preprocessing, bounds, hashed == "1")
             return
         for file in files:
             os.close(file)
@@ -105,32 +105,32 @@ class _Reader:
 
     def _answer(self, sizes: list[tuple[int, float | None]]) -> None:
         room = room_for_pixels(self.preprocess.crop)
-        place, found = room + 1, list[list[Any]]()
+        offset, reports = room + 1, list[list[Any]]()
         for number, (size, most) in enumerate(sizes):
-            content = self._content(place, size, most)
-            place += size
+            content = self._content(offset, size, most)
+            offset += size
             try:
                 outcome = content if isinstance(content, Rejected) else self._prepare(content)
             except _Later:
-                found.append(["later"])
+                reports.append(["later"])
                 continue
             if isinstance(outcome, Prepared):
                 os.pwrite(self.memory, outcome.pixels.data, number * outcome.pixels.nbytes)
-                found.append(["prepared", outcome.width, outcome.height, outcome.sha256])
+                reports.append(["prepared", outcome.width, outcome.height, outcome.sha256])
             else:
-                found.append(["rejected", outcome.code, outcome.reason])
-        if place > _KEPT:
+                reports.append(["rejected", outcome.code, outcome.reason])
+        if offset > _KEPT:
             os.ftruncate(self.memory, room + 1)
-        self._say("done", found)
+        self._say("done", reports)
 
-    def _content(self, place: int, size: int, most: float | None) -> Content:
+    def _content(self, offset: int, size: int, most: float | None) -> Content:
         mark = room_for_pixels(self.preprocess.crop)
         try:
-            handed = os.pread(self.memory, size, place)
+            data = os.pread(self.memory, size, offset)
             if most is None:
-                return handed
+                return data
             os.pwrite(self.memory, b"\1", mark)
-            return LocalFile(handed, most)()
+            return LocalFile(data, most)()
         except MemoryError:
             return Rejected("too-much-memory", "its bytes take more memory than is allowed (--decode-memory-mb)")
         finally:
@@ -157,9 +157,9 @@ class _Reader:
         with contextlib.suppress(OSError, ValueError):  # a system that has no such limit
             resource.setrlimit(resource.RLIMIT_DATA, (int(memory), resource.RLIM_INFINITY))
 
-    def _say(self, *what: Any) -> None:
+    def _say(self, *message: Any) -> None:
         with contextlib.suppress(BrokenPipeError):
-            self.parent.sendall(json.dumps(what).encode() + b"\n")
+            self.parent.sendall(json.dumps(message).encode() + b"\n")
 
 
 def _end_with_parent() -> None:

@@ -10,7 +10,7 @@ from mvmr.data.image_bytes import AT_ONCE
 from mvmr.serve.decoding.decoder import Job
 from mvmr.serve.shares import Recent
 
-TOGETHER = 2**20  # bytes of the images that are handed over at once
+BATCH_BYTES = 2**20  # bytes of the images that are handed over at once
 
 
 class DecodeQueue:
@@ -49,14 +49,14 @@ class DecodeQueue:
         running, memory: as for `clients`; busy: who gets nothing now.
         """
         clients = self.clients(running=running, memory=memory)
-        client = next((each for each in clients if each not in busy), None)
+        client = next((client for client in clients if client not in busy), None)
         if client is None:
             return []
         ready = list(islice(self._ready(client, memory), AT_ONCE * idle))
         jobs, size = list[Job](), 0
         for job in ready[: -(-len(ready) // idle)]:
             size += len(job.data)
-            if jobs and (job.alone or size > TOGETHER):
+            if jobs and (job.alone or size > BATCH_BYTES):
                 break
             jobs.append(job)
             self._jobs[client].remove(job)

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mvmr.serve import wire
 from mvmr.serve.http.problems import Problem
 from mvmr.serve.http.service import Service
 from mvmr.serve.shares import owner_of
 
-SPACE = "x-embedding-space"
 CLIENT = "mvmr.client"  # in the scope: whose the request is
 # Asked by machines that have no key: probes, and Prometheus.
 _OPEN = re.compile(r"/healthz|/readyz|/metrics|/v2/health/(live|ready)|/v2/models/[^/]+(/versions/1)?/ready")
@@ -39,7 +39,7 @@ class Edge:
             await self._app(scope, receive, send)
             return
         began, status, refused_at = time.perf_counter(), 500, None
-        space = (SPACE.encode(), self._service.engine.space_id.encode())
+        space = (wire.SPACE.encode(), self._service.engine.space_id.encode())
         headers = dict(scope["headers"])
         if scope["method"] == "HEAD":  # uvicorn leaves the body of the answer out
             scope = {**scope, "method": "GET"}
@@ -58,7 +58,7 @@ class Edge:
         try:
             if refusal := self._refusal(scope, headers):
                 self._service.metrics.errors.labels(refusal.name).inc()
-                refused_at = next((each for each in self._routes if each.matches(scope)[0] is Match.FULL), None)
+                refused_at = next((route for route in self._routes if route.matches(scope)[0] is Match.FULL), None)
                 await refusal.response(scope["path"])(scope, receive, answer)
             else:
                 await self._app(scope, receive, answer)
@@ -83,11 +83,11 @@ class Edge:
 
     def _is_valid(self, key: bytes) -> bool:
         digest = hashlib.sha256(key).digest()
-        equal = [hmac.compare_digest(digest, each) for each in self._keys]  # all of them, found or not
+        equal = [hmac.compare_digest(digest, expected) for expected in self._keys]  # all of them, found or not
         return any(equal)
 
 
 def _key(headers: dict[bytes, bytes]) -> bytes:
-    given = headers.get(b"x-api-key", b"")
-    kind, _, rest = headers.get(b"authorization", b"").partition(b" ")
-    return rest.strip() if not given and kind.lower() == b"bearer" else given
+    key = headers.get(wire.API_KEY.encode(), b"")
+    scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+    return token.strip() if not key and scheme.lower() == b"bearer" else key

@@ -12,12 +12,13 @@ from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from mvmr import __version__
+from mvmr.serve import wire
 from mvmr.serve.engine import Engine
-from mvmr.serve.http.admission import SPACE, Edge
+from mvmr.serve.http.admission import Edge
 from mvmr.serve.http.fetch import Remote
 from mvmr.serve.http.problems import Problem
 from mvmr.serve.http.routes import embeddings, inference, status
@@ -53,12 +54,12 @@ def create_app(engine: Engine, settings: Settings, index: Index | None = None) -
 
     @app.get("/openapi.json", include_in_schema=False)
     async def openapi() -> Response:
-        return Response(document, media_type="application/json")
+        return Response(document, media_type=wire.JSON)
 
     if settings.cors:  # around the edge: a browser's question beforehand never carries a key
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors, allow_methods=["GET", "POST"], allow_headers=["*"],
-            expose_headers=[SPACE, "x-shape", "x-errors", "retry-after"],
+            expose_headers=[wire.SPACE, wire.SHAPE, wire.ERRORS, "retry-after"],
         )  # fmt: skip
     return app
 
@@ -84,36 +85,41 @@ def _answer_problems(app: FastAPI, service: Service) -> None:
         service.metrics.errors.labels(problem.name).inc()
         return problem.response(request.url.path)
 
-    async def ours(request: Request, error: Exception) -> Response:
+    async def answer_problem(request: Request, error: Exception) -> Response:
         if not isinstance(error, Problem):
             raise error
         return answer(request, error)
 
-    async def frameworks(request: Request, error: Exception) -> Response:
+    async def answer_http_exception(request: Request, error: Exception) -> Response:
         if not isinstance(error, HTTPException):
             raise error
         path = request.url.path
         if error.status_code == 404:
             return answer(request, Problem("unknown-path", f"there is no {path!r}; /openapi.json lists what there is"))
         if error.status_code == 405:
-            told = f"{path!r} does not take {request.method}"
-            return answer(request, Problem("wrong-method", told, headers=error.headers))
+            message = f"{path!r} does not take {request.method}"
+            return answer(request, Problem("wrong-method", message, headers=error.headers))
         return answer(request, Problem("malformed", str(error.detail)))
 
-    async def query(request: Request, error: Exception) -> Response:
+    async def answer_invalid_query(request: Request, error: Exception) -> Response:
         first = getattr(error, "errors", list)()[0]
         return answer(request, Problem("invalid", f"{'.'.join(map(str, first['loc']))}: {first['msg']}"))
 
-    async def memory(request: Request, error: Exception) -> Response:
+    async def answer_memory_error(request: Request, error: Exception) -> Response:
         logger.error("no memory left for a request to %s", getattr(request.scope.get("route"), "path", "another path"))
-        told = "what it would take is not there now; try again later, or send less at a time"
-        return answer(request, Problem("out-of-memory", told, headers={"retry-after": "1"}))
+        message = "what it would take is not there now; try again later, or send less at a time"
+        return answer(request, Problem("out-of-memory", message, headers={"retry-after": "1"}))
 
-    async def ourselves(request: Request, error: Exception) -> Response:
+    async def answer_nobody(request: Request, error: Exception) -> Response:
+        service.metrics.errors.labels("client-gone").inc()
+        return Response(status_code=499)  # nobody reads it; the number shows in the metrics
+
+    async def answer_exception(request: Request, error: Exception) -> Response:
         return answer(request, Problem("internal", "this is a fault of the service; its log has the trace"))
 
-    app.add_exception_handler(Problem, ours)
-    app.add_exception_handler(HTTPException, frameworks)
-    app.add_exception_handler(RequestValidationError, query)
-    app.add_exception_handler(MemoryError, memory)
-    app.add_exception_handler(Exception, ourselves)
+    app.add_exception_handler(Problem, answer_problem)
+    app.add_exception_handler(HTTPException, answer_http_exception)
+    app.add_exception_handler(RequestValidationError, answer_invalid_query)
+    app.add_exception_handler(ClientDisconnect, answer_nobody)
+    app.add_exception_handler(MemoryError, answer_memory_error)
+    app.add_exception_handler(Exception, answer_exception)

@@ -179,7 +179,7 @@ class Batcher:
 
     def _is_shared(self) -> bool:
         """Whether another asks than the one whose images are next, or did so within a second."""
-        recent = {client for client, asked in (self._latest, self._before) if time.perf_counter() - asked < _SHARED}
+        recent = {client for client, moment in (self._latest, self._before) if time.perf_counter() - moment < _SHARED}
         return len(recent.union(self._waiting)) > 1
 
     def _pop(self) -> _Waiting:
@@ -208,14 +208,14 @@ class Batcher:
         del self._busy_since[number]
         self._metrics.stage_seconds.labels("infer").observe(seconds)
         self._metrics.batch.observe(len(batch))
-        now = len(self._workers) * len(batch) / max(1e-6, seconds)
-        self._rate = now if not self._rate else _MEMORY * self._rate + (1 - _MEMORY) * now
+        rate = len(self._workers) * len(batch) / max(1e-6, seconds)
+        self._rate = rate if not self._rate else _MEMORY * self._rate + (1 - _MEMORY) * rate
         answers: list[Floats | Exception] = [rows] * len(batch) if isinstance(rows, Exception) else list(rows)
-        settled = [(item.answer, answer) for item, answer in zip(batch, answers, strict=True)]
-        for future, answer in settled:
+        pairs = [(item.answer, answer) for item, answer in zip(batch, answers, strict=True)]
+        for future, answer in pairs:
             if isinstance(future, futures.Future):
                 _settle([(future, answer)])
-        self._loop.call_soon_threadsafe(_settle, [each for each in settled if not isinstance(each[0], futures.Future)])
+        self._loop.call_soon_threadsafe(_settle, [pair for pair in pairs if not isinstance(pair[0], futures.Future)])
 
 
 def _settle(answers: list[tuple[asyncio.Future[Floats] | futures.Future[Floats], Floats | Exception]]) -> None:

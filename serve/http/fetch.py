@@ -104,8 +104,8 @@ class _Guarded(httpcore2.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
     ) -> Any:  # Any: httpcore's stream
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        address = str(found[0][4][0])
+        addresses = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        address = str(addresses[0][4][0])
         if not _is_public(ipaddress.ip_address(address.partition("%")[0])):
             raise _Private(f"{host} leads to {address}, which is not a public address")
         return await self._backend.connect_tcp(address, port, timeout, local_address, socket_options)

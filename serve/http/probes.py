@@ -12,17 +12,17 @@ from mvmr.serve.http.app import create_probe_app
 from mvmr.serve.http.connections.server import Server
 from mvmr.serve.http.metrics import Metrics
 from mvmr.serve.http.service import Service
-from mvmr.serve.http.settings import ConnectionLimits
+from mvmr.serve.http.settings import ConnectionLimits, Settings
 
-_LIMITS = ConnectionLimits(total=64, of_one=32, idle_seconds=15.0)
+_SETTINGS = Settings(connections=ConnectionLimits(total=64, of_one=32, idle_seconds=15.0), grace=0.0)
 _END_SECONDS = 2.0
 
 
 @contextlib.contextmanager
-def probing(service: Service, door: socket.socket) -> Iterator[None]:
-    """Answer probes at a door while the block runs."""
-    # the gauge of connections is that of the other door
-    server = Server(create_probe_app(service), door, _LIMITS, Metrics(), grace=0, lifespan="off")
+def serve_probes(service: Service, listener: socket.socket) -> Iterator[None]:
+    """Answer probes at a listener while the block runs."""
+    # the gauge of connections is that of the other listener
+    server = Server(create_probe_app(service), listener, _SETTINGS, Metrics(), lifespan="off")
     loop_factory = server.config.get_loop_factory()
 
     def answer() -> None:

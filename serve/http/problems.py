@@ -8,9 +8,9 @@ from typing import Any
 import orjson
 from starlette.responses import Response
 
-CONTENT_TYPE = "application/problem+json"
+from mvmr.serve import wire
 
-# The part of `type` after "urn:mvmr:problem:" -> (status, title). A promise to clients: never renamed.
+# The part of `type` after `wire.PROBLEM_TYPE` -> (status, title). A promise to clients: never renamed.
 PROBLEMS: dict[str, tuple[int, str]] = {
     "malformed": (400, "The request is not well-formed"),
     "wrong-key": (401, "A valid API key is needed"),
@@ -54,15 +54,15 @@ class Problem(Exception):
     def response(self, path: str) -> Response:
         """The problem document; for clients of other protocols `error` repeats the detail where they look for it."""
         status, title = PROBLEMS[self.name]
-        kind = f"urn:mvmr:problem:{self.name}"
+        kind = f"{wire.PROBLEM_TYPE}{self.name}"
         document = {"type": kind, "title": title, "status": status, "detail": self.detail, **self.more}
         if path.startswith("/v2"):  # the Open Inference Protocol
             document["error"] = self.detail
         elif path.startswith(("/v1/embeddings", "/v1/models")):  # OpenAI
             document["error"] = {"message": self.detail, "type": kind, "code": self.name}
-        return Response(orjson.dumps(document), status, {"content-type": CONTENT_TYPE, **self.headers})
+        return Response(orjson.dumps(document), status, {"content-type": wire.PROBLEM, **self.headers})
 
 
-def busy(what: str, seconds: int) -> Problem:
+def busy(reason: str, seconds: int) -> Problem:
     """The problem for a request that may be served in `seconds`."""
-    return Problem("busy", f"{what}; try again in {seconds} s", headers={"retry-after": str(seconds)})
+    return Problem("busy", f"{reason}; try again in {seconds} s", headers={"retry-after": str(seconds)})

@@ -34,15 +34,15 @@ class Readiness:
         self._file = file.getvalue()
         self._lock = threading.Lock()
         self._verdict: Future[str | None] | None = None
-        self._asked = 0.0
+        self._asked_at = 0.0
 
     def fault(self) -> Future[str | None]:
         """What is wrong, None where nothing is; the canary is asked once, however many ask for it at a time."""
         with self._lock:
             verdict = self._verdict
-            if verdict is None or (verdict.done() and time.monotonic() - self._asked > _FRESH):
+            if verdict is None or (verdict.done() and time.monotonic() - self._asked_at > _FRESH):
                 verdict = self._verdict = Future()
-                self._asked = time.monotonic()
+                self._asked_at = time.monotonic()
                 threading.Thread(target=self._ask, args=(verdict,), name="mvmr-canary", daemon=True).start()
             return verdict
 

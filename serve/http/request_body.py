@@ -17,12 +17,12 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from mvmr.data.image_bytes import Rejected
+from mvmr.serve import wire
+from mvmr.serve.concurrency import gather_or_cancel
 from mvmr.serve.http.fetch import Remote
 from mvmr.serve.http.problems import Problem
-from mvmr.serve.together import together
 
-JSON, MULTIPART = "application/json", "multipart/form-data"
-RAW = ("application/octet-stream", "image/*")
+MULTIPART, RAW = "multipart/form-data", "application/octet-stream"
 _DATA_URL = re.compile(r"data:(?:[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,]*)*;base64,", re.ASCII)
 _ADDRESS = re.compile(r"https?://", re.IGNORECASE)
 _WORDS = {"missing": "is missing"}
@@ -80,9 +80,9 @@ async def read_body(request: Request, *, most: int, flag: str, seconds: float, t
                 take(len(part))
                 parts.append(part)
     except TimeoutError:
-        told = f"{total:,} bytes came in {seconds:g} s"
+        reason = f"{total:,} bytes came in {seconds:g} s"
         raise Problem(
-            "slow-body", f"{told} (--body-seconds); send the whole body at once", headers={"connection": "close"}
+            "slow-body", f"{reason} (--body-seconds); send the whole body at once", headers={"connection": "close"}
         ) from None
     return b"".join(parts)
 
@@ -92,33 +92,33 @@ async def images(request: Request, body: bytes, *, most: int, remote: Remote, ta
 
     Raises: Problem for a body of another type, not well-formed, without images, or with more than `most`.
     """
-    kind = request.headers.get("content-type", "application/octet-stream").partition(";")[0].strip().lower()
-    if kind == JSON:
-        asked = await apart(parse, Input, body, size=len(body), client=client)
-        return await from_texts(asked.texts, most=most, remote=remote, take=take, client=client)
+    kind = request.headers.get("content-type", RAW).partition(";")[0].strip().lower()
+    if kind == wire.JSON:
+        inputs = await offload(parse, Input, body, size=len(body), client=client)
+        return await from_texts(inputs.texts, most=most, remote=remote, take=take, client=client)
     if kind == MULTIPART:
         return await _multipart(request, body, most)
-    if kind == "application/octet-stream" or kind.startswith("image/"):
+    if kind == RAW or kind.startswith("image/"):
         return [body]
     raise Problem(
-        "wrong-type", f"content-type {kind!r} is not read here; send {JSON}, {MULTIPART}, image/* or {RAW[0]}"
+        "wrong-type", f"content-type {kind!r} is not read here; send {wire.JSON}, {MULTIPART}, image/* or {RAW}"
     )
 
 
-async def apart(work: Callable[..., Result], *given: Any, size: int, client: str) -> Result:
+async def offload(work: Callable[..., Result], *arguments: Any, size: int, client: str) -> Result:
     """Do `work` with JSON of so many bytes: much of it in a thread, so that others are heard meanwhile.
 
     client: whose it is; one has one piece of work at a time in that thread, so that others' waits for no crowd.
     """
     if size <= _AT_ONCE:
-        return work(*given)
+        return work(*arguments)
     turn = _TURNS.setdefault(client, asyncio.Lock())
     async with turn:
-        return await asyncio.get_running_loop().run_in_executor(_READER, work, *given)
+        return await asyncio.get_running_loop().run_in_executor(_READER, work, *arguments)
 
 
 def warm_up() -> None:
-    """Start the thread that `apart` takes."""
+    """Start the thread that `offload` takes."""
     _READER.submit(bytes).result()
 
 
@@ -134,20 +134,21 @@ def parse(model: type[Model], body: bytes, values: int = _VALUES) -> Model:
     except orjson.JSONDecodeError as error:
         raise Problem("malformed", f"the body is not JSON: {error}") from None
     except ValidationError as error:
-        found = [
-            {"at": _place(each["loc"]), "problem": _WORDS.get(each["type"], each["msg"])} for each in error.errors()
+        errors = [
+            {"at": _format_location(item["loc"]), "problem": _WORDS.get(item["type"], item["msg"])}
+            for item in error.errors()
         ]
-        first = found[0]
-        raise Problem("invalid", f"{first['at']}: {first['problem']}", errors=found) from None
+        first = errors[0]
+        raise Problem("invalid", f"{first['at']}: {first['problem']}", errors=errors) from None
 
 
 async def from_texts(texts: Sequence[str], *, most: int, remote: Remote, take: Take, client: str) -> list[Payload]:
     """Decode base64 and data URLs, fetch what is an address; raises Problem for more than `most`."""
     check_count(len(texts), most)
-    fetched = await together([remote.fetch(text, take) for text in texts if _ADDRESS.match(text)])
+    fetched = await gather_or_cancel([remote.fetch(text, take) for text in texts if _ADDRESS.match(text)])
     addresses = iter(fetched)
-    decoded = await apart(_decoded, texts, size=sum(map(len, texts)), client=client)
-    return [next(addresses) if each is None else each for each in decoded]
+    decoded = await offload(_decode, texts, size=sum(map(len, texts)), client=client)
+    return [next(addresses) if payload is None else payload for payload in decoded]
 
 
 def check_count(count: int, most: int) -> None:
@@ -159,12 +160,12 @@ def check_count(count: int, most: int) -> None:
         )
 
 
-def _decoded(texts: Sequence[str]) -> list[Payload | None]:
+def _decode(texts: Sequence[str]) -> list[Payload | None]:
     """The bytes that each text stands for; None for an address."""
-    return [None if _ADDRESS.match(text) else _image(text) for text in texts]
+    return [None if _ADDRESS.match(text) else _decode_image(text) for text in texts]
 
 
-def _image(text: str) -> Payload:
+def _decode_image(text: str) -> Payload:
     if text.startswith("data:"):
         head = _DATA_URL.match(text)
         if not head:
@@ -195,20 +196,20 @@ async def _multipart(request: Request, body: bytes, most: int) -> list[Payload]:
         raise Problem("malformed", f"the multipart body is damaged: {error.message}") from None
     except Exception as error:  # the parser underneath raises KeyError and its like for a missing boundary
         raise Problem("malformed", f"the multipart body is damaged: {type(error).__name__} {error}") from None
-    found: list[Payload] = []
+    contents: list[Payload] = []
     try:
         for name, part in form.multi_items():
             if isinstance(part, str):
                 raise Problem("invalid", f"the field {name!r} is text; send images as files, with a file name")
-            found.append(await part.read())
+            contents.append(await part.read())
     finally:
         await form.close()
-    if not found:
+    if not contents:
         raise Problem("invalid", "the multipart body holds no file; send each image as a file")
-    check_count(len(found), most)
-    return found
+    check_count(len(contents), most)
+    return contents
 
 
-def _place(location: tuple[int | str, ...]) -> str:
+def _format_location(location: tuple[int | str, ...]) -> str:
     # pydantic names the members of a union, too, which mean nothing to a client
     return ".".join(str(part) for part in location if isinstance(part, int) or part.isidentifier()) or "body"

@@ -1,4 +1,4 @@
-"""Running the service: its doors, the signals, and a clean end."""
+"""Running the service: its sockets, the signals, and a clean end."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from mvmr.errors import MvmrError
 from mvmr.serve.engine import Engine
 from mvmr.serve.http import heap
 from mvmr.serve.http.app import create_app
-from mvmr.serve.http.connections.listener import open_door, url_of
+from mvmr.serve.http.connections.listener import open_listener, url_of
 from mvmr.serve.http.connections.registry import raise_file_limit
 from mvmr.serve.http.connections.server import Server
-from mvmr.serve.http.probes import probing
+from mvmr.serve.http.probes import serve_probes
 from mvmr.serve.http.service import Service
 from mvmr.serve.http.settings import Settings
 
@@ -43,8 +43,6 @@ def serve(
     provider: str = "cpu",
     threads: int | None = None,
     index: str | os.PathLike[str] | None = None,
-    tls_cert: str | None = None,
-    tls_key: str | None = None,
 ) -> None:
     """Serve a bundle's exported student until SIGTERM or Ctrl-C; returns when all that was accepted is answered.
 
@@ -54,17 +52,16 @@ def serve(
         threads: of one batch; None shares the cores among the workers, of which there is by default one to a core, and
             one on a GPU.
         index: of `mvmr index`, for /v1/search.
-        tls_cert, tls_key: PEM files; given both, the service speaks https.
 
-    Raises: MvmrError, before the door opens, for a bundle, an index, a certificate or a port that can't be had.
+    Raises: MvmrError, before it listens, for a bundle, an index, a certificate or a port that can't be had.
     """
-    _check_tls(tls_cert, tls_key)
+    _check_tls(settings.tls_cert, settings.tls_key)
     heap.have_one()
     with ExitStack() as stack:
-        door = stack.enter_context(open_door(settings.host, settings.port))
-        probe_door = None
+        listener = stack.enter_context(open_listener(settings.host, settings.port))
+        probe_listener = None
         if settings.probe_port is not None:
-            probe_door = stack.enter_context(open_door(settings.host, settings.probe_port, flag="--probe-port"))
+            probe_listener = stack.enter_context(open_listener(settings.host, settings.probe_port, flag="--probe-port"))
         # A batch on one thread costs less than on two, which wait for one another (benchmarks/export_speed.py).
         workers = settings.workers or (usable_cores() if provider == "cpu" else 1)
         settings = dataclasses.replace(settings, workers=workers)
@@ -73,18 +70,16 @@ def serve(
         engine = dataclasses.replace(engine, name=name or engine.name)
         app = create_app(engine, settings, None if index is None else _index(index))
         service: Service = app.state.service
-        at = url_of(door, tls=bool(tls_cert))
+        url = url_of(listener, tls=bool(settings.tls_cert))
         logger.info(
-            "%s (%s, %s, %d heads) at %s", engine.name, engine.precision, engine.provider, len(engine.heads), at
+            "%s (%s, %s, %d heads) at %s", engine.name, engine.precision, engine.provider, len(engine.heads), url
         )
         raise_file_limit()
         sys.setswitchinterval(_SWITCH)
-        server = Server(
-            app, door, settings.connections, service.metrics, grace=settings.grace, tls_cert=tls_cert, tls_key=tls_key
-        )
-        if probe_door is not None:
-            logger.info("probes at %s", url_of(probe_door))
-            stack.enter_context(probing(service, probe_door))
+        server = Server(app, listener, settings, service.metrics)
+        if probe_listener is not None:
+            logger.info("probes at %s", url_of(probe_listener))
+            stack.enter_context(serve_probes(service, probe_listener))
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
             runner.run(_run(server, service))
 

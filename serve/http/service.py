@@ -16,6 +16,7 @@ import numpy.typing as npt
 from mvmr.cores import usable_cores
 from mvmr.data.image_bytes import Prepared, Rejected
 from mvmr.errors import MvmrError
+from mvmr.serve.concurrency import gather_or_cancel
 from mvmr.serve.decoding.pool import DecodePool
 from mvmr.serve.engine import Engine
 from mvmr.serve.http.batcher import Batcher
@@ -26,7 +27,6 @@ from mvmr.serve.http.readiness import Readiness
 from mvmr.serve.http.request_body import Payload, Take, warm_up
 from mvmr.serve.http.settings import Settings
 from mvmr.serve.shares import Shares
-from mvmr.serve.together import together
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ _BEAT = 0.5  # seconds between two signs of life of the event loop
 
 
 @dataclass(frozen=True)
-class Embedded:
+class EmbeddedImage:
     """embedding: float32 [D]; width, height: of the image, in pixels."""
 
     embedding: Floats
@@ -50,7 +50,7 @@ class Embedded:
     height: int
 
 
-Outcome = Embedded | Rejected
+Outcome = EmbeddedImage | Rejected
 
 
 class Service:
@@ -120,20 +120,20 @@ class Service:
 
         The call raises Problem where the bodies under way would take more memory than they may.
         """
-        held = 0
+        total = 0
 
         def take(count: int) -> None:
-            nonlocal held
+            nonlocal total
             if self._bytes.total > _LARGE_BYTES:
                 self._trims = _TRIMS
             if not self._bytes.take(client, count):
                 raise busy(_LARGE, 1)
-            held += count
+            total += count
 
         try:
             yield take
         finally:
-            self._bytes.give(client, held)
+            self._bytes.give(client, total)
 
     async def embed(self, payloads: Sequence[Payload], client: str) -> list[Outcome]:
         """Decode and embed the images of one request.
@@ -143,12 +143,12 @@ class Service:
         Raises: Problem when there is no room for them, or the engine fails.
         """
         with self._batcher.room(len(payloads), client):
-            return await together([self._outcome(payload, client) for payload in payloads])
+            return await gather_or_cancel([self._outcome(payload, client) for payload in payloads])
 
     async def infer(self, pixels: Pixels, client: str) -> Floats:
         """Embed prepared images: uint8 [N, S, S, 3] -> float32 [N, D]. client, Raises: as for `embed`."""
         with self._batcher.room(len(pixels), client):
-            rows = await together([self._embed(each, client) for each in pixels])
+            rows = await gather_or_cancel([self._embed(image, client) for image in pixels])
         self.metrics.images.labels("embedded").inc(len(pixels))
         return np.stack(rows) if rows else np.empty((0, self.engine.dim), np.float32)
 
@@ -158,13 +158,13 @@ class Service:
 
     async def fault(self) -> str | None:
         """Why the service is not ready, None when it is; in any event loop."""
-        found = await asyncio.shield(asyncio.wrap_future(self.look()))
-        return "draining: it has been told to stop" if self.draining else found
+        fault = await asyncio.shield(asyncio.wrap_future(self.look()))
+        return "draining: it has been told to stop" if self.draining else fault
 
     def look(self) -> Future[str | None]:
         """See whether it is ready, without waiting for it."""
         verdict = self._readiness.fault()
-        verdict.add_done_callback(lambda done: self.metrics.ready.set(done.result() is None and not self.draining))
+        verdict.add_done_callback(lambda future: self.metrics.ready.set(future.result() is None and not self.draining))
         return verdict
 
     async def _live(self) -> None:
@@ -182,7 +182,7 @@ class Service:
             return prepared
         row = await self._embed(prepared.pixels, client)
         self.metrics.images.labels("embedded").inc()
-        return Embedded(row, prepared.width, prepared.height)
+        return EmbeddedImage(row, prepared.width, prepared.height)
 
     async def _prepare(self, data: bytes, client: str) -> Prepared | Rejected:
         with self.metrics.stage_seconds.labels("decode").time():

@@ -67,6 +67,7 @@ class Settings:
     connections: limits of theirs; probe_port: a second door, for probes alone
     api_keys: one of them must come with each request, none: open to all
     cors: origins whose pages may ask; url_hosts: hosts that images may be fetched from
+    tls_cert, tls_key: PEM files; given both, the service speaks https
     stuck_seconds: that the engine may take for a batch before the service is not ready
     drain: seconds between SIGTERM and the closing of the door; grace: seconds for what was accepted to end
     """
@@ -87,6 +88,8 @@ class Settings:
     api_keys: tuple[str, ...] = ()
     cors: tuple[str, ...] = ()
     url_hosts: tuple[str, ...] = ()
+    tls_cert: str | None = None
+    tls_key: str | None = None
     drain: float = 1.0
     grace: float = 30.0
 
@@ -132,6 +135,6 @@ def read_keys(file: str | Path) -> tuple[str, ...]:
         raise MvmrError(f"{file} holds no API key; write one to a line, such as `openssl rand -hex 32` makes")
     for number, key in enumerate(keys, 1):
         if len(key) < _FEWEST_LETTERS or not key.isascii() or not key.isprintable() or " " in key:
-            wanted = f"{_FEWEST_LETTERS} or more printable ASCII letters without spaces"
-            raise MvmrError(f"key number {number} in {file} is not {wanted}; make one by `openssl rand -hex 32`")
+            rule = f"{_FEWEST_LETTERS} or more printable ASCII letters without spaces"
+            raise MvmrError(f"key number {number} in {file} is not {rule}; make one by `openssl rand -hex 32`")
     return keys

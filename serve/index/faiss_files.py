@@ -20,7 +20,7 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.integer]
 
 _FAISS: Any = faiss  # its own stubs lack its newer functions
-_limiting = Lock()  # the limit is one for the whole process
+_limit_lock = Lock()  # the limit is one for the whole process
 
 
 def read_ivf(path: Path, lists: int) -> faiss.IndexIVFFlat:
@@ -34,9 +34,9 @@ def read_ivf(path: Path, lists: int) -> faiss.IndexIVFFlat:
     _check((stored.nlist, stored.code_size) == (lists, index.code_size), "its lists")
     rows = [_ids(stored, number) for number in range(lists)]
     _check(sum(map(len, rows)) == index.ntotal, "the length of its lists")
-    seen = np.concatenate([np.empty(0, np.int64), *rows])
-    seen.sort()
-    _check(np.array_equal(seen, np.arange(index.ntotal)), "its row numbers")
+    numbers = np.concatenate([np.empty(0, np.int64), *rows])
+    numbers.sort()
+    _check(np.array_equal(numbers, np.arange(index.ntotal)), "its row numbers")
     return index
 
 
@@ -47,8 +47,8 @@ def read_hnsw(path: Path) -> faiss.IndexHNSWFlat:
     _check(isinstance(stored, faiss.IndexFlat) and (stored.ntotal, stored.d) == (count, index.d), "its vectors")
     _check(_size(stored) == count * index.d * 4, "its vectors")
     levels, starts, links, widths = (
-        faiss.vector_to_array(each)
-        for each in (graph.levels, graph.offsets, graph.neighbors, graph.cum_nneighbor_per_level)
+        faiss.vector_to_array(vector)
+        for vector in (graph.levels, graph.offsets, graph.neighbors, graph.cum_nneighbor_per_level)
     )
     tallest = int(levels.max(initial=0))
     _check(count > 0 and levels.shape == (count,) and levels.min() >= 1 and tallest < len(widths), "its levels")
@@ -59,18 +59,19 @@ def read_hnsw(path: Path) -> faiss.IndexHNSWFlat:
     _check(len(links) == 0 or (links.min() >= -1 and links.max() < count), "its links")
     for level in range(1, tallest):
         # A walk looks up a neighbour's links of the level that it came by, so the neighbour must reach up to it.
-        of_level = _of_level(starts, widths, np.flatnonzero(levels > level), level)
-        near = links[of_level]
+        places = _link_places(starts, widths, np.flatnonzero(levels > level), level)
+        near = links[places]
         _check(bool((levels[near[near >= 0]] > level).all()), "the links between its levels")
     return index
 
 
-def _read(path: Path, kind: bytes, wanted: type) -> Any:
+def _read(path: Path, kind: bytes, index_type: type) -> Any:
     with path.open("rb") as file:
         _check(file.read(len(kind)) == kind, "its kind")  # FAISS would read any of its hundred kinds
     with _no_larger_than(path.stat().st_size):
         index = faiss.read_index(str(path))
-    _check(type(index) is wanted and index.metric_type == faiss.METRIC_INNER_PRODUCT and index.is_trained, "its kind")
+    _check(type(index) is index_type and index.is_trained, "its kind")
+    _check(index.metric_type == faiss.METRIC_INNER_PRODUCT, "its kind")
     return index
 
 
@@ -80,7 +81,7 @@ def _no_larger_than(size: int) -> Iterator[None]:
     if not hasattr(_FAISS, "set_deserialization_vector_byte_limit"):
         yield
         return
-    with _limiting:
+    with _limit_lock:
         before = _FAISS.get_deserialization_vector_byte_limit()
         _FAISS.set_deserialization_vector_byte_limit(size)
         try:
@@ -98,12 +99,12 @@ def _size(flat: Any) -> int:
     return int(flat.codes.size())
 
 
-def _of_level(starts: Ints, widths: Ints, nodes: Ints, level: int) -> Ints:
+def _link_places(starts: Ints, widths: Ints, nodes: Ints, level: int) -> Ints:
     """Places of the links of `nodes` at `level`."""
     first = starts[nodes].astype(np.int64) + widths[level]
     return (first[:, None] + np.arange(widths[level + 1] - widths[level])).reshape(-1)
 
 
-def _check(holds: bool, what: str) -> None:
+def _check(holds: bool, part: str) -> None:
     if not holds:
-        raise ValueError(f"{what} is not as FAISS writes it" if what == "its kind" else f"{what} don't fit one another")
+        raise ValueError(f"{part} is not as FAISS writes it" if part == "its kind" else f"{part} don't fit one another")

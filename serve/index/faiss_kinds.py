@@ -22,7 +22,7 @@ KINDS: tuple[Kind, ...] = ("exact", "ivf", "hnsw")
 NUMBERS: dict[Kind, tuple[str, ...]] = {"exact": (), "ivf": ("lists", "probes"), "hnsw": ("links", "ef_search")}
 FILES = {"exact": "vectors.npy", "ivf": "ivf.faiss", "hnsw": "hnsw.faiss"}
 Chunks = Callable[[], Iterable[Floats]]  # float32 [n, D] of length 1, all vectors in order, each time it is called
-Found = tuple[Floats, npt.NDArray[np.int64]]  # scores and row numbers, [Q, k], best first; -1 where there is no more
+Neighbours = tuple[Floats, npt.NDArray[np.int64]]  # scores and row numbers, [Q, k], best first; -1: no more
 
 _FAISS: Any = faiss  # its own stubs lack the parameters of a search
 _PER_LIST = 39  # vectors that k-means wants for each list it makes
@@ -44,7 +44,7 @@ class Options:
     ef_search: int = 128
 
 
-def sized(kind: Kind, options: Options, count: int) -> dict[str, int]:
+def choose_numbers(kind: Kind, options: Options, count: int) -> dict[str, int]:
     """The numbers that matter to a kind, those left open chosen for `count` vectors.
 
     IVF: 4 * sqrt(count) lists, of which a sixteenth is looked into.
@@ -120,13 +120,13 @@ class Searcher:
             return self.vectors.shape[0], self.vectors.shape[1]
         return int(self.approximate.ntotal), int(self.approximate.d)
 
-    def __call__(self, queries: Floats, k: int, probes: int | None = None, ef_search: int | None = None) -> Found:
+    def __call__(self, queries: Floats, k: int, probes: int | None = None, ef_search: int | None = None) -> Neighbours:
         """The k nearest of each query by inner product, queries float32 [Q, D] of length 1."""
         if self.vectors is not None:
             scores, rows = faiss.knn(queries, self.vectors, k, metric=faiss.METRIC_INNER_PRODUCT)
         elif "lists" in self.numbers:
-            chosen = _FAISS.SearchParametersIVF(nprobe=probes or self.numbers["probes"])
-            scores, rows = self.approximate.search(queries, k, params=chosen)
+            parameters = _FAISS.SearchParametersIVF(nprobe=probes or self.numbers["probes"])
+            scores, rows = self.approximate.search(queries, k, params=parameters)
         else:
             wide = max(k, min(ef_search or self.numbers["ef_search"], self.shape[0]))  # room is made for all of them
             scores, rows = self.approximate.search(queries, k, params=_FAISS.SearchParametersHNSW(efSearch=wide))
@@ -136,29 +136,30 @@ class Searcher:
 def recall(searcher: Searcher, chunks: Chunks, count: int, *, k: int = 10, queries: int = 100) -> float:
     """The share of the true k nearest that an index finds, for some of its own vectors (themselves not counted)."""
     dim = searcher.shape[1]
-    asked = _sample(chunks(), count, queries, dim)
-    wanted = min(k + 1, count)
-    scores = np.full((len(asked), 0), 0, np.float32)
-    rows = np.zeros((len(asked), 0), np.int64)
+    sample = _sample(chunks(), count, queries, dim)
+    neighbours = min(k + 1, count)
+    scores = np.full((len(sample), 0), 0, np.float32)
+    rows = np.zeros((len(sample), 0), np.int64)
     start = 0
     for chunk in chunks():
-        near, where = faiss.knn(asked, chunk, min(wanted, len(chunk)), metric=faiss.METRIC_INNER_PRODUCT)
+        near, where = faiss.knn(sample, chunk, min(neighbours, len(chunk)), metric=faiss.METRIC_INNER_PRODUCT)
         scores, rows = np.hstack([scores, near]), np.hstack([rows, where + start])
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :wanted]
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :neighbours]
         scores, rows = np.take_along_axis(scores, best, 1), np.take_along_axis(rows, best, 1)
         start += len(chunk)
-    found = searcher(asked, wanted)[1]
-    hits = [len(set(true[1:]) & set(seen)) for true, seen in zip(rows.tolist(), found.tolist(), strict=True)]
-    return sum(hits) / max(1, len(asked) * (wanted - 1))
+    approximate = searcher(sample, neighbours)[1]
+    pairs = zip(rows.tolist(), approximate.tolist(), strict=True)
+    hits = [len(set(exact_rows[1:]) & set(approximate_rows)) for exact_rows, approximate_rows in pairs]
+    return sum(hits) / max(1, len(sample) * (neighbours - 1))
 
 
-def _sample(chunks: Iterable[Floats], count: int, wanted: int, dim: int) -> Floats:
+def _sample(chunks: Iterable[Floats], count: int, size: int, dim: int) -> Floats:
     """About `wanted` of `count` vectors, evenly spread."""
-    numbers = np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64))
-    return np.concatenate([np.empty((0, dim), np.float32), *_picked(chunks, numbers)])
+    numbers = np.unique(np.linspace(0, count - 1, min(count, size)).round().astype(np.int64))
+    return np.concatenate([np.empty((0, dim), np.float32), *_pick(chunks, numbers)])
 
 
-def _picked(chunks: Iterable[Floats], numbers: npt.NDArray[np.int64]) -> Iterator[Floats]:
+def _pick(chunks: Iterable[Floats], numbers: npt.NDArray[np.int64]) -> Iterator[Floats]:
     start = 0
     for chunk in chunks:
         low, high = np.searchsorted(numbers, [start, start + len(chunk)])

@@ -34,7 +34,7 @@ _CURE = "build it again with `mvmr index`"
 class Description:
     """The content of index.json.
 
-    numbers: those of `mvmr.serve.index.faiss_kinds.sized`; vectors, dim: how many, how wide; recall: see `Index`
+    numbers: of `mvmr.serve.index.faiss_kinds.choose_numbers`; vectors, dim: how many, how wide; recall: see `Index`
     space_id, bundle, precision: of the embeddings; files: sizes in bytes by name
     sha256: of the files, hex, by name; empty in an index of before, which had none
     """
@@ -58,20 +58,20 @@ class Description:
         """
         if not (folder / DESCRIPTION).exists():
             raise FileNotFoundError(errno.ENOENT, "no such file", os.fspath(folder / DESCRIPTION))
-        says = strict_json.read_object(folder / DESCRIPTION, "the description of an index")
-        if says.get("format") != FORMAT:
-            form = shorten(repr(says.get("format")))
+        document = strict_json.read_object(folder / DESCRIPTION, "the description of an index")
+        if document.get("format") != FORMAT:
+            form = shorten(repr(document.get("format")))
             raise MvmrError(f"{folder} has format {form}, this mvmr reads {FORMAT}; upgrade: pip install -U mvmr")
-        says.setdefault("sha256", {})
+        document.setdefault("sha256", {})
         for field in fields(cls):
-            if field.name not in says or not _FITS[field.name](says[field.name]):
-                seen = shorten(repr(says.get(field.name, "nothing")))
-                raise MvmrError(f"cannot read the index {folder}: {DESCRIPTION} says {field.name} = {seen}; {_CURE}")
-        made = cls(**{field.name: says[field.name] for field in fields(cls)})
-        wanted = {FILES[made.kind], PATHS}
-        if set(made.numbers) != set(NUMBERS[made.kind]) or set(made.files) != wanted or set(made.sha256) - wanted:
-            raise MvmrError(f"cannot read the index {folder}: its {DESCRIPTION} is of no {made.kind} index; {_CURE}")
-        return made
+            if field.name not in document or not _FITS[field.name](document[field.name]):
+                value = shorten(repr(document.get(field.name, "nothing")))
+                raise MvmrError(f"cannot read the index {folder}: {DESCRIPTION} says {field.name} = {value}; {_CURE}")
+        index = cls(**{field.name: document[field.name] for field in fields(cls)})
+        names = {FILES[index.kind], PATHS}
+        if set(index.numbers) != set(NUMBERS[index.kind]) or set(index.files) != names or set(index.sha256) - names:
+            raise MvmrError(f"cannot read the index {folder}: its {DESCRIPTION} is of no {index.kind} index; {_CURE}")
+        return index
 
     def write(self, folder: Path) -> None:
         """Write index.json."""
@@ -95,8 +95,8 @@ def check_files(folder: Path, description: Description) -> None:
         status = (folder / name).stat()
         if not S_ISREG(status.st_mode) or status.st_size != size:
             raise MvmrError(f"{folder / name} has not the {size} bytes it was written with; {_CURE}")
-    for name, wanted in description.sha256.items():
-        if name != FILES["exact"] and staging.digest(folder / name) != wanted:
+    for name, digest in description.sha256.items():
+        if name != FILES["exact"] and staging.digest(folder / name) != digest:
             raise MvmrError(f"{folder / name} has changed since it was written; {_CURE}")
 
 

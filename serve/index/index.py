@@ -13,11 +13,11 @@ import pyarrow as pa
 
 from mvmr.errors import MvmrError, shorten, unknown
 from mvmr.progress import track
-from mvmr.serve.batch.manifest import why
-from mvmr.serve.batch.parts import claimed
+from mvmr.serve.batch.manifest import failure_reason
+from mvmr.serve.batch.parts import claim_folder
 from mvmr.serve.batch.stored import Stored, open_embeddings
 from mvmr.serve.engine import Floats
-from mvmr.serve.index.faiss_kinds import FILES, KINDS, Kind, Options, Searcher, read, recall, sized, write
+from mvmr.serve.index.faiss_kinds import FILES, KINDS, Kind, Options, Searcher, choose_numbers, read, recall, write
 from mvmr.serve.index.folder import DESCRIPTION, PATHS, SCHEMA, Description, check_files, fingerprints, read_paths
 from mvmr.storage import staging
 from mvmr.storage.atomic import sync
@@ -62,9 +62,9 @@ class Index:
         """
         folder = Path(path)
         try:
-            says = Description.read(folder)
-            check_files(folder, says)
-            searcher = read(says.kind, folder / FILES[says.kind], says.numbers)
+            description = Description.read(folder)
+            check_files(folder, description)
+            searcher = read(description.kind, folder / FILES[description.kind], description.numbers)
             paths = read_paths(folder / PATHS)
         except FileNotFoundError as error:
             missing = Path(str(error.filename)).name
@@ -72,16 +72,16 @@ class Index:
         except (OSError, ValueError, RuntimeError, MemoryError, pa.ArrowException) as error:
             reason = shorten(" ".join(str(error).split()) or type(error).__name__)
             raise MvmrError(f"cannot read the index {folder} ({reason}); build it again with `mvmr index`") from error
-        if not searcher.shape == (len(paths), says.dim) == (says.vectors, says.dim):
+        if not searcher.shape == (len(paths), description.dim) == (description.vectors, description.dim):
             raise MvmrError(f"the files of the index {folder} don't fit one another; build it again with `mvmr index`")
         return cls(
             path=folder,
-            space_id=says.space_id,
-            dim=says.dim,
-            kind=says.kind,
-            bundle=says.bundle,
-            precision=says.precision,
-            recall=says.recall,
+            space_id=description.space_id,
+            dim=description.dim,
+            kind=description.kind,
+            bundle=description.bundle,
+            precision=description.precision,
+            recall=description.recall,
             searcher=searcher,
             paths=paths,
         )
@@ -101,7 +101,7 @@ class Index:
         """
         if vectors.ndim != 2 or vectors.shape[1] != self.dim:
             raise MvmrError(f"the index {self.path} takes vectors [Q, {self.dim}], these are {list(vectors.shape)}")
-        if min(k, *(each for each in (probes, ef_search) if each is not None), 1) < 1:
+        if min(k, *(value for value in (probes, ef_search) if value is not None), 1) < 1:
             raise MvmrError(f"k = {k}, probes = {probes} and ef_search = {ef_search} must be 1 or more")
         if not np.isfinite(vectors).all():
             raise MvmrError("a vector to search for holds NaN or infinity")
@@ -109,8 +109,8 @@ class Index:
             return []
         scores, rows = self.searcher(unit(vectors), min(k, len(self)), probes, ef_search)
         return [
-            [Hit(self.paths[row].as_py(), score, row) for score, row in zip(*each, strict=True) if row >= 0]
-            for each in zip(scores.tolist(), rows.tolist(), strict=True)
+            [Hit(self.paths[row].as_py(), score, row) for score, row in zip(*neighbours, strict=True) if row >= 0]
+            for neighbours in zip(scores.tolist(), rows.tolist(), strict=True)
         ]
 
     def check_space(self, space_id: str, whose: object) -> None:
@@ -147,23 +147,24 @@ def build(
     """
     if kind not in KINDS:
         raise unknown("kind", kind, KINDS)
-    chosen: Kind = next(each for each in KINDS if each == kind)
+    index_kind: Kind = next(name for name in KINDS if name == kind)
     stored, target = open_embeddings(Path(embeddings)), Path(out)
-    numbers = sized(chosen, Options(lists, probes, links, ef_search), stored.count)
+    numbers = choose_numbers(index_kind, Options(lists, probes, links, ef_search), stored.count)
     if os.path.lexists(target):
         if not (target / DESCRIPTION).is_file():
             raise MvmrError(f"{target} exists and is no index; it stays untouched: give another --out")
         if not overwrite:
             raise MvmrError(f"{target} holds an index; give another --out, or --overwrite to replace it")
     partial = target.with_name(f"{target.name}.partial")
-    if partial.is_dir() and (strange := {each.name for each in partial.iterdir()} - _OWN):
+    if partial.is_dir() and (strange := {file.name for file in partial.iterdir()} - _OWN):
         raise MvmrError(f"{partial}, where the index would be made, holds {min(strange)!r}; give another --out")
-    with claimed(partial):
+    with claim_folder(partial):
         try:
-            _write(partial, stored, chosen, numbers, progress)
+            _write(partial, stored, index_kind, numbers, progress)
             _publish(partial, target)
         except OSError as error:
-            raise MvmrError(f"cannot write the index {target}: {why(error)}; mend this and run again") from error
+            reason = failure_reason(error)
+            raise MvmrError(f"cannot write the index {target}: {reason}; mend this and run again") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return Index.load(target)
@@ -204,9 +205,9 @@ def _write(folder: Path, stored: Stored, kind: Kind, numbers: dict[str, int], pr
             f"{shorten(first)}; embed the images again, by another --precision"
         )
     write(kind, file, chunks, numbers, stored.count, stored.dim)
-    found = 1.0 if kind == "exact" else recall(read(kind, file, numbers), chunks, stored.count)
-    for each in (file, folder / PATHS):
-        sync(each)
+    share = 1.0 if kind == "exact" else recall(read(kind, file, numbers), chunks, stored.count)
+    for path in (file, folder / PATHS):
+        sync(path)
     description = Description(
         kind=kind,
         numbers=numbers,
@@ -215,7 +216,7 @@ def _write(folder: Path, stored: Stored, kind: Kind, numbers: dict[str, int], pr
         space_id=stored.space_id,
         bundle=stored.bundle,
         precision=stored.precision,
-        recall=round(found, 4),
+        recall=round(share, 4),
         **fingerprints([file, folder / PATHS]),
     )
     description.write(folder)

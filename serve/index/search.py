@@ -33,17 +33,16 @@ def search(
     Raises: MvmrError for an index, bundle or image that can't be read, or a bundle of another embedding space.
     """
     opened = Index.load(index)
-    place = bundle or opened.bundle
-    if not place:
+    source = bundle or opened.bundle
+    if not source:
         raise MvmrError(f"the index {opened.path} does not know which bundle made it; give it by --bundle")
-    if bundle is None and not Path(place).is_dir():
-        raise MvmrError(f"{place}, the bundle that made the index {opened.path}, is not there; give it by --bundle")
-    opened.check_space(bundles.load(place, verify=False).space_id, place)
+    if bundle is None and not Path(source).is_dir():
+        raise MvmrError(f"{source}, the bundle that made the index {opened.path}, is not there; give it by --bundle")
+    opened.check_space(bundles.load(source, verify=False).space_id, source)
     engine = Engine.load(
-        place, precision=precision or _same_precision(place, opened, provider), provider=provider, threads=threads
+        source, precision=precision or _same_precision(source, opened, provider), provider=provider, threads=threads
     )
-    found = opened.search(engine.embed([Path(image)]), k, probes=probes, ef_search=ef_search)
-    return found[0]
+    return opened.search(engine.embed([Path(image)]), k, probes=probes, ef_search=ef_search)[0]
 
 
 def _same_precision(bundle: str | os.PathLike[str], index: Index, provider: str) -> str | None:

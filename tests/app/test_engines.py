@@ -140,7 +140,7 @@ def test_torch_gives_the_digits_of_a_report(trained: Bundle, images: ImageSet) -
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_onnx_gives_what_its_engine_gives(exported: Bundle, tmp_path: Path, precision: Any) -> None:
-    path = serving.copied(exported.path, tmp_path)
+    path = serving.copy_bundle(exported.path, tmp_path)
     if precision != "fp32":  # what is in it does not matter here
         bundles.add_files(bundles.load(path), {FILES[precision]: exported.file(FP32)})
     bundle = bundles.load(path)
@@ -148,14 +148,14 @@ def test_onnx_gives_what_its_engine_gives(exported: Bundle, tmp_path: Path, prec
     assert encoder.label == f"ONNX {precision}"
     found = encoder.embed(ODD)
     assert np.array_equal(found, Engine.load(path, precision=precision).embed(ODD))
-    np.testing.assert_allclose(found, serving.embedded(serving.PREPROCESS.batch(ODD)), atol=1e-5)
+    np.testing.assert_allclose(found, serving.embed_by_hand(serving.PREPROCESS.batch(ODD)), atol=1e-5)
     assert encoder.embed([]).shape == (0, serving.DIM)
     assert encoder.written is not None
     assert encoder.written.file == bundle.manifest.files[FILES[precision]]
 
 
 def test_an_identity_changes_with_student_engine_and_file(exported: Bundle, trained: Bundle, tmp_path: Path) -> None:
-    path = serving.copied(exported.path, tmp_path)
+    path = serving.copy_bundle(exported.path, tmp_path)
     before = Engines(bundles.load(path)).get("onnx-fp32").identity
     assert before == Engines(exported).get("onnx-fp32").identity
     serving.export(path, scale=1.5)
@@ -168,7 +168,7 @@ def test_an_identity_changes_with_student_engine_and_file(exported: Bundle, trai
 
 
 def test_a_bundle_that_was_trained_again_meanwhile_is_refused(exported: Bundle, tmp_path: Path) -> None:
-    path = serving.copied(exported.path, tmp_path)
+    path = serving.copy_bundle(exported.path, tmp_path)
     engines = Engines(bundles.load(path))
     shutil.rmtree(path)
     again = serving.bundle(tmp_path / "other")

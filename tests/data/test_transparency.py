@@ -24,7 +24,7 @@ from mvmr.data.image_bytes import Prepared, prepare
 from mvmr.errors import MvmrError
 from mvmr.methods.method import AUGMENTED, ORIGINAL
 from mvmr.models.torchvision_resnet import Resnet
-from mvmr.serve.client.images import Sent, parts
+from mvmr.serve.client.images import ImageFile, pack
 from mvmr.serve.engine import Engine
 from mvmr.training.pretraining import fit
 from mvmr.training.recipe import load_recipe
@@ -131,8 +131,8 @@ def test_every_room_sees_the_same_pixels(content: bytes, tmp_path: Path) -> None
     np.testing.assert_array_equal(NOW.image(opened(content).image), wanted)  # the app
     with Image.open(io.BytesIO(content)) as file:
         np.testing.assert_array_equal(NOW.image(file), wanted)  # torch, and the engine in a program
-        (sent,) = next(parts([file], 1, 10**9))
-    assert isinstance(sent, Sent)
+        (sent,) = next(pack([file], 1, 10**9))
+    assert isinstance(sent, ImageFile)
     through_the_client = prepare(sent.content, NOW)
     assert isinstance(through_the_client, Prepared)
     np.testing.assert_array_equal(through_the_client.pixels, wanted)

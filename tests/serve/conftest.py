@@ -29,8 +29,8 @@ def engine(path: Path) -> Engine:
 
 @pytest.fixture(scope="module")
 def client(engine: Engine) -> Iterator[TestClient]:
-    with serve(engine) as found:
-        yield found
+    with serve(engine) as client:
+        yield client
 
 
 # Of the batch job
@@ -46,10 +46,10 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("runs") / "mine"
-    made = write_bundle(out)
+    opened = write_bundle(out)
     weight = np.random.default_rng(0).normal(size=(len(CLASSES), DIM))
-    said = {"command": "c", "data": "d", "protocol": "linear", "values": {"top1": 1.0}}
-    bundles.add_head(made, "photos", weight, np.zeros(len(CLASSES)), CLASSES, said)
+    record = {"command": "c", "data": "d", "protocol": "linear", "values": {"top1": 1.0}}
+    bundles.add_head(opened, "photos", weight, np.zeros(len(CLASSES)), CLASSES, record)
     export(out, formats=["onnx"], data="sample:digits", images=20)
     return out
 
@@ -70,7 +70,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def undisturbed(bundle: Path, photos: Path, tmp_path: Path) -> Path:
+def finished_run(bundle: Path, photos: Path, tmp_path: Path) -> Path:
     """What the batch job has made of the photos."""
-    run(bundle, photos, tmp_path / "undisturbed")
-    return tmp_path / "undisturbed"
+    run(bundle, photos, tmp_path / "finished_run")
+    return tmp_path / "finished_run"

@@ -16,7 +16,7 @@ SPACE, OTHER = "a" * 32, "b" * 32
 DIM = 16
 
 
-def clustered(count: int, dim: int = DIM, seed: int = 0) -> np.ndarray:
+def make_clusters(count: int, dim: int = DIM, seed: int = 0) -> np.ndarray:
     """Vectors of different lengths in a few dozen clusters, as embeddings of photographs are."""
     generator = np.random.default_rng(seed)
     centres = generator.normal(size=(40, dim))
@@ -26,8 +26,8 @@ def clustered(count: int, dim: int = DIM, seed: int = 0) -> np.ndarray:
 
 def manifest(rows: int, files: list[str], *, space: str = SPACE, state: str = "finished", dim: int = DIM) -> str:
     parts = [{"file": file, "rows": 0, "errors": 0, "bytes": 0, "sha256": ""} for file in files]
-    says = {"format": 1, "state": state, "settings": {"precision": "fp32"}, "rows": rows, "errors": 0, "parts": parts}
-    return json.dumps({**says, "space_id": space, "dim": dim, "bundle": "/runs/mine"})
+    run = {"format": 1, "state": state, "settings": {"precision": "fp32"}, "rows": rows, "errors": 0, "parts": parts}
+    return json.dumps({**run, "space_id": space, "dim": dim, "bundle": "/runs/mine"})
 
 
 def parquet(path: Path, vectors: np.ndarray, first: int = 0, space: str = SPACE) -> None:
@@ -36,8 +36,8 @@ def parquet(path: Path, vectors: np.ndarray, first: int = 0, space: str = SPACE)
         "path": pa.array([f"photos/{number}.jpg" for number in range(first, first + len(vectors))], pa.string()),
         "embedding": pa.FixedSizeListArray.from_arrays(vectors.reshape(-1), type=kind),
     }
-    said = {"space_id": space, "precision": "fp32"}
-    pq.write_table(pa.table(columns).replace_schema_metadata(said), path)
+    metadata = {"space_id": space, "precision": "fp32"}
+    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), path)
 
 
 def folder(path: Path, vectors: np.ndarray, *, parts: int = 3, **options: Any) -> Path:
@@ -53,15 +53,15 @@ def folder(path: Path, vectors: np.ndarray, *, parts: int = 3, **options: Any) -
 
 def oracle(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows and cosines of the k nearest, by float64."""
-    wide, asked = vectors.astype(np.float64), queries.astype(np.float64)
+    wide, directions = vectors.astype(np.float64), queries.astype(np.float64)
     wide /= np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-300)
-    asked /= np.linalg.norm(asked, axis=1, keepdims=True)
-    cosines = asked @ wide.T
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    cosines = directions @ wide.T
     best = np.argsort(-cosines, axis=1)[:, :k]
     return best, np.take_along_axis(cosines, best, 1)
 
 
-def refused(*arguments: Any, **options: Any) -> str:
+def refusal(*arguments: Any, **options: Any) -> str:
     with pytest.raises(MvmrError) as caught:
         build(*arguments, **options)
     assert "\n" not in str(caught.value)
@@ -70,20 +70,20 @@ def refused(*arguments: Any, **options: Any) -> str:
 
 def recall(index: Index, vectors: np.ndarray, queries: np.ndarray, **options: Any) -> float:
     wanted, _ = oracle(vectors, queries, 10)
-    found = [[hit.row for hit in hits] for hits in index.search(queries, 10, **options)]
-    return float(np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found, wanted.tolist(), strict=True)]))
+    rows = [[hit.row for hit in hits] for hits in index.search(queries, 10, **options)]
+    return float(np.mean([len(set(a) & set(b)) / 10 for a, b in zip(rows, wanted.tolist(), strict=True)]))
 
 
-def loading(path: Path) -> str:
+def loading_refusal(path: Path) -> str:
     with pytest.raises(MvmrError) as caught:
         Index.load(path)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def described(index: Path, **changes: Any) -> Path:
+def redescribe(index: Path, **changes: Any) -> Path:
     """An index whose description says other things; what is None is not in it."""
     file = index / "index.json"
-    says = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({key: value for key, value in says.items() if value is not None}))
+    document = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in document.items() if value is not None}))
     return index

@@ -50,7 +50,7 @@ class Session:
     batches: how many images each batch had
     """
 
-    def __init__(self, result: Callable[[Pixels], Floats] = serving.embedded) -> None:
+    def __init__(self, result: Callable[[Pixels], Floats] = serving.embed_by_hand) -> None:
         self.batches: list[int] = []
         self.result, self._held = result, False
         self._begun, self._go = queue.SimpleQueue[None](), threading.Semaphore(0)
@@ -62,7 +62,7 @@ class Session:
             assert self._go.acquire(timeout=SECONDS)
         return {"embedding": self.result(pixels)}
 
-    def begun(self) -> None:
+    def wait_for_batch(self) -> None:
         """Wait until it is at the next batch."""
         self._begun.get(timeout=SECONDS)
 
@@ -70,10 +70,10 @@ class Session:
         self._go.release(batches)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def hold(self) -> Iterator[None]:
         """From here on, after those at the start, each batch waits for `let_go`; until the block ends."""
         for _ in range(3):  # two to warm up, and the canary
-            self.begun()
+            self.wait_for_batch()
         self._held = True
         try:
             yield
@@ -101,24 +101,24 @@ class Index:
         if space_id != self.space_id:
             raise MvmrError(f"{whose} is not of {self.space_id}")
 
-    def search(self, found: Floats, k: int) -> list[list[Any]]:
-        self.asked.append((len(found), k))
+    def search(self, vectors: Floats, k: int) -> list[list[Any]]:
+        self.asked.append((len(vectors), k))
         return [
             [type("Hit", (), {"path": f"{round(float(row[0]), 3)}", "score": 0.5, "row": 0})()] * min(k, 2)
-            for row in found
+            for row in vectors
         ]
 
 
-def expected(*names: str) -> Floats:
+def embeddings_of(*names: str) -> Floats:
     """The embeddings of photographs that went through a JPEG."""
     from mvmr.data.image_bytes import Prepared, prepare
 
-    found = [prepare(jpeg(name), PREPROCESS) for name in names]
-    return serving.embedded(np.stack([each.pixels for each in found if isinstance(each, Prepared)]))
+    outcomes = [prepare(jpeg(name), PREPROCESS) for name in names]
+    return serving.embed_by_hand(np.stack([outcome.pixels for outcome in outcomes if isinstance(outcome, Prepared)]))
 
 
-def close(found: Any, wanted: Floats, tolerance: float = 1e-5) -> None:
-    np.testing.assert_allclose(np.asarray(found, np.float32), wanted, atol=tolerance)
+def close(actual: Any, wanted: Floats, tolerance: float = 1e-5) -> None:
+    np.testing.assert_allclose(np.asarray(actual, np.float32), wanted, atol=tolerance)
 
 
 def as_json(value: object) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def files(*contents: bytes) -> list[tuple[str, tuple[str, bytes]]]:
 
 def errors(results: Sequence[Mapping[str, Any]]) -> dict[int, str]:
     """The codes of what could not be embedded, by index."""
-    return {each["index"]: each["error"]["code"] for each in results if "error" in each}
+    return {result["index"]: result["error"]["code"] for result in results if "error" in result}
 
 
 def softmax(embeddings: Floats, path: Path, name: str) -> Floats:
@@ -164,11 +164,11 @@ DATA = ONE.ravel().tolist()
 def ask_by_hand(app: FastAPI, *pieces: bytes, gone: bool = False) -> httpx2.Response:
     """POST to /v1/embed a body of which so much arrives; then the client waits, or is gone."""
 
-    async def whole() -> httpx2.Response:
+    async def scenario() -> httpx2.Response:
         async with app.router.lifespan_context(app):
             return await post(app, *pieces, more=True, gone=gone)
 
-    return asyncio.run(whole())
+    return asyncio.run(scenario())
 
 
 async def post(
@@ -176,12 +176,12 @@ async def post(
     *pieces: bytes,
     more: bool = False,
     gone: bool | asyncio.Event = False,
-    place: str = "/v1/embed",
+    endpoint: str = "/v1/embed",
     client: str = "test",
 ) -> httpx2.Response:
-    sent = [{"type": "http.request", "body": piece, "more_body": True} for piece in pieces]
-    sent[-1]["more_body"] = more
-    messages = iter(sent)
+    events = [{"type": "http.request", "body": piece, "more_body": True} for piece in pieces]
+    events[-1]["more_body"] = more
+    messages = iter(events)
     answer: dict[str, Any] = {"body": b""}
 
     async def receive() -> dict[str, Any]:
@@ -198,8 +198,8 @@ async def post(
         answer["body"] += message.get("body", b"")
 
     scope = {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": place,
-        "raw_path": place.encode(), "query_string": b"", "root_path": "", "headers": [], "scheme": "http",
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": endpoint,
+        "raw_path": endpoint.encode(), "query_string": b"", "root_path": "", "headers": [], "scheme": "http",
         "server": ("test", 80), "client": (client, 1),
     }  # fmt: skip
     async with asyncio.timeout(SECONDS):

@@ -40,7 +40,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return files
 
 
-def refused(bundle: Path, images: Path | str, out: Path, **options: Any) -> str:
+def refusal(bundle: Path, images: Path | str, out: Path, **options: Any) -> str:
     with pytest.raises(MvmrError) as caught:
         run(bundle, images, out, **options)
     assert "\n" not in str(caught.value)

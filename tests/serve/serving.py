@@ -52,7 +52,7 @@ _SECONDS = 60.0
 
 
 def bundle(folder: Path, name: str = "student") -> Path:
-    """A bundle with `HEADS` whose exported file takes milliseconds to make, to load and to run; see `embedded`."""
+    """A bundle with `HEADS` whose exported file takes milliseconds to make, to load and to run; see `embed_by_hand`."""
     path = folder / name
     (path / "onnx").mkdir(parents=True)
     (path / bundles.ENCODER).write_bytes(b"weights")
@@ -78,7 +78,7 @@ def bundle(folder: Path, name: str = "student") -> Path:
 def export(path: Path, *, scale: float = 1.0) -> None:
     """Put the exported file of such a bundle into it; with another `scale` it does not do what its report says."""
     opened = bundles.load(path, verify=False)
-    mean, deviation = (np.array(each, np.float32)[:, None, None] for each in (PREPROCESS.mean, PREPROCESS.std))
+    mean, deviation = (np.array(values, np.float32)[:, None, None] for values in (PREPROCESS.mean, PREPROCESS.std))
     size = PREPROCESS.crop
     steps = [
         onnx.helper.make_node("Cast", ["image"], ["float"], to=onnx.TensorProto.FLOAT),
@@ -98,18 +98,18 @@ def export(path: Path, *, scale: float = 1.0) -> None:
     )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
     onnx.helper.set_model_props(model, metadata(opened, [], "fp32"))
-    report = json.dumps({"canary": encode_canary(embedded(canary(size))[0])}).encode()
+    report = json.dumps({"canary": encode_canary(embed_by_hand(canary(size))[0])}).encode()
     file = ARTIFACTS["onnx"].file
     bundles.add_files(opened, {file: model.SerializeToString(), report_of(file): report})
 
 
-def embedded(pixels: Pixels) -> Floats:
+def embed_by_hand(pixels: Pixels) -> Floats:
     """What that bundle makes of prepared images, in numpy: uint8 [N, 32, 32, 3] -> float32 [N, 48]."""
     normal = PREPROCESS.normalise(pixels)
     return normal.reshape(len(pixels), 3, 4, 8, 4, 8).mean((3, 5)).reshape(len(pixels), DIM)
 
 
-def copied(path: Path, folder: Path) -> Path:
+def copy_bundle(path: Path, folder: Path) -> Path:
     """A copy of a bundle, for a test that changes it."""
     shutil.copytree(path, folder / path.name)
     return folder / path.name
@@ -182,7 +182,7 @@ def embed(client: httpx2.Client) -> Floats:
 def reasons(answer: httpx2.Response) -> set[str]:
     """Why none of the images of a request has an embedding."""
     assert problem(answer) == "bad-image"
-    return {each["error"]["code"] for each in answer.json()["errors"]}
+    return {failure["error"]["code"] for failure in answer.json()["errors"]}
 
 
 @dataclass
@@ -203,7 +203,7 @@ class Running:
         return int(self.url.rpartition(":")[2])
 
     @property
-    def said(self) -> str:
+    def log_text(self) -> str:
         """All of its log so far."""
         return self.log.read_text()
 
@@ -218,16 +218,16 @@ class Running:
 
     def wait_for(self, words: str) -> None:
         """Return when the log holds `words`."""
-        wait_until(lambda: words in self.said, f"{words!r} in the log", self)
+        wait_until(lambda: words in self.log_text, f"{words!r} in the log", self)
 
 
 def wait_until(holds: Any, what: str, running: Running | None = None, seconds: float = _SECONDS) -> None:
     """Ask `holds` again and again until it says yes; fails when the service has ended before, or time is up."""
     end = time.monotonic() + seconds
     while not holds():
-        said = running.said if running else ""
-        assert running is None or running.process.poll() is None, f"ended while waiting for {what}:\n{said}"
-        assert time.monotonic() < end, f"waited {seconds:g} s for {what}:\n{said}"
+        log = running.log_text if running else ""
+        assert running is None or running.process.poll() is None, f"ended while waiting for {what}:\n{log}"
+        assert time.monotonic() < end, f"waited {seconds:g} s for {what}:\n{log}"
         time.sleep(0.02)
 
 
@@ -261,18 +261,19 @@ def running(
     log = folder / "log"
     surroundings = {name: value for name, value in {**os.environ, **(env or {})}.items() if value is not None}
     with log.open("wb") as out, subprocess.Popen(argv, stdout=out, stderr=out, env=surroundings, cwd=folder) as process:
-        found = Running(process, "", log)
+        service = Running(process, "", log)
         try:
-            found.wait_for(" at http")
-            found.url = next(line for line in found.said.splitlines() if " at http" in line).rpartition(" at ")[2]
-            found.wait_for("startup complete")
-            yield found
+            service.wait_for(" at http")
+            line = next(line for line in service.log_text.splitlines() if " at http" in line)
+            service.url = line.rpartition(" at ")[2]
+            service.wait_for("startup complete")
+            yield service
         finally:
             if process.poll() is None:
                 process.kill()
 
 
-def refused(path: Path | str, *options: str) -> str:
+def refusal(path: Path | str, *options: str) -> str:
     """Start a service that must not start; the one line that it says."""
     done = subprocess.run(command(path, *options), capture_output=True, text=True, timeout=_SECONDS)
     assert done.returncode == 1, done.stderr
@@ -282,21 +283,21 @@ def refused(path: Path | str, *options: str) -> str:
     return line.removeprefix("error: ")
 
 
-def counted(text: str, name: str) -> dict[str, float]:
+def read_metric(text: str, name: str) -> dict[str, float]:
     """The values of one of Prometheus' metrics in `text`, by its labels as they are written there."""
-    found = {}
+    values = {}
     for line in text.splitlines():
         labels, _, value = line.rpartition(" ")
         if labels == name or labels.startswith(f"{name}{{"):
-            found[labels.removeprefix(name).strip("{}")] = float(value)
-    return found
+            values[labels.removeprefix(name).strip("{}")] = float(value)
+    return values
 
 
-def said_in(answer: httpx2.Response) -> dict[str, Any]:
+def read_json(answer: httpx2.Response) -> dict[str, Any]:
     """The JSON of an answer with status 200."""
     assert answer.status_code == 200, answer.text
-    found: dict[str, Any] = json.loads(answer.content)
-    return found
+    document: dict[str, Any] = json.loads(answer.content)
+    return document
 
 
 def certificate(folder: Path, name: str = "localhost") -> tuple[Path, Path]:
@@ -304,7 +305,7 @@ def certificate(folder: Path, name: str = "localhost") -> tuple[Path, Path]:
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
     names = x509.SubjectAlternativeName([x509.DNSName(name), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    made = (
+    certificate = (
         x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
         .not_valid_before(datetime.now(UTC) - timedelta(days=1))
         .not_valid_after(datetime.now(UTC) + timedelta(days=1))
@@ -312,7 +313,7 @@ def certificate(folder: Path, name: str = "localhost") -> tuple[Path, Path]:
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
     )
-    (folder / "cert.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    (folder / "cert.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
     pem, plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     (folder / "key.pem").write_bytes(key.private_bytes(serialization.Encoding.PEM, pem, plain))
     return folder / "cert.pem", folder / "key.pem"

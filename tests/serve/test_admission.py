@@ -25,8 +25,8 @@ def test_a_body_that_ends_early_is_no_request(engine: Engine) -> None:
     assert count(app, "mvmr_queue_images") == 0
 
 
-@pytest.mark.parametrize("place", ["/v1/embed", INFER])
-def test_who_has_gone_is_dropped_before_inference(engine: Engine, place: str) -> None:
+@pytest.mark.parametrize("endpoint", ["/v1/embed", INFER])
+def test_who_has_gone_is_dropped_before_inference(engine: Engine, endpoint: str) -> None:
     session = Session()
     app = create_app(session.within(engine), Settings())
     bodies = {"/v1/embed": jpeg(), INFER: json.dumps({"inputs": [tensor(ONE, data=DATA)]}).encode()}
@@ -36,21 +36,21 @@ def test_who_has_gone_is_dropped_before_inference(engine: Engine, place: str) ->
             while not holds():
                 await asyncio.sleep(0.001)
 
-    async def whole() -> list[int]:
+    async def scenario() -> list[int]:
         async with app.router.lifespan_context(app):
             gone = asyncio.Event()
-            with session.held():
-                first = asyncio.create_task(post(app, bodies[place], place=place))
-                await asyncio.to_thread(session.begun)
-                second = asyncio.create_task(post(app, bodies[place], gone=gone, place=place))
-                third = asyncio.create_task(post(app, bodies[place], place=place))
+            with session.hold():
+                first = asyncio.create_task(post(app, bodies[endpoint], endpoint=endpoint))
+                await asyncio.to_thread(session.wait_for_batch)
+                second = asyncio.create_task(post(app, bodies[endpoint], gone=gone, endpoint=endpoint))
+                third = asyncio.create_task(post(app, bodies[endpoint], endpoint=endpoint))
                 await until(lambda: count(app, "mvmr_queue_images") == 3)
                 gone.set()
                 statuses = [(await second).status_code]
                 await until(lambda: count(app, "mvmr_queue_images") == 2)
             return [*statuses, (await first).status_code, (await third).status_code]
 
-    assert asyncio.run(whole()) == [499, 200, 200]
+    assert asyncio.run(scenario()) == [499, 200, 200]
     assert session.batches == [4, 4, 1, 1, 1]  # to warm up, the canary, the first and the third
     assert count(app, "mvmr_errors_total", cause="client-gone") == 1
     assert count(app, "mvmr_images_total", outcome="embedded") == 2
@@ -60,16 +60,16 @@ def test_who_finds_no_room_hears_so_before_his_body_has_come(engine: Engine) -> 
     session = Session()
     app = create_app(session.within(engine), Settings(queue=1, max_items=1))
 
-    async def whole() -> httpx2.Response:
+    async def scenario() -> httpx2.Response:
         async with app.router.lifespan_context(app):
-            with session.held():
+            with session.hold():
                 first = asyncio.create_task(post(app, jpeg()))
-                await asyncio.to_thread(session.begun)
+                await asyncio.to_thread(session.wait_for_batch)
                 refused = await post(app, b"", more=True, client="another")  # whose body never comes
             assert (await first).status_code == 200
             return refused
 
-    refused = asyncio.run(whole())
+    refused = asyncio.run(scenario())
     assert problem(refused) == "busy"
     assert "--queue" in refused.json()["detail"]
     assert count(app, "mvmr_http_requests_total", endpoint="/v1/embed", status="429") == 1
@@ -78,7 +78,7 @@ def test_who_finds_no_room_hears_so_before_his_body_has_come(engine: Engine) -> 
 def test_bodies_under_way_take_only_so_much_memory(engine: Engine) -> None:
     app = create_app(engine, Settings(max_body=1000))
 
-    async def whole() -> httpx2.Response:
+    async def scenario() -> httpx2.Response:
         async with app.router.lifespan_context(app):
             waiting = [asyncio.create_task(post(app, bytes(1000), more=True)) for _ in range(2)]
             await asyncio.sleep(0)
@@ -95,6 +95,6 @@ def test_bodies_under_way_take_only_so_much_memory(engine: Engine) -> None:
             assert (await post(app, jpeg()[:999])).status_code == 422
             return refused
 
-    refused = asyncio.run(whole())
+    refused = asyncio.run(scenario())
     assert problem(refused) == "busy"
     assert refused.headers["retry-after"] == "1"

@@ -43,7 +43,7 @@ class Engine:
             raise self.error
         return pixels[:, 0, 0, :1].astype(np.float32)
 
-    async def begun(self) -> None:
+    async def wait_for_batch(self) -> None:
         """Wait until it is at the next batch."""
         await asyncio.to_thread(self._begun.get, True, SECONDS)
 
@@ -67,7 +67,7 @@ def run(
     """Run a test in an event loop with a started batcher."""
     engine = engine or Engine()
 
-    async def whole() -> None:
+    async def scenario() -> None:
         tested = Batcher(engine, at_once=at_once, bound=bound, workers=workers, metrics=metrics or Metrics())
         tested.start()
         try:
@@ -77,11 +77,11 @@ def run(
             engine.let_go(1000)
             await tested.stop(30)
 
-    asyncio.run(whole())
+    asyncio.run(scenario())
     return engine
 
 
-async def asked(tested: Batcher, *values: int, client: str = "") -> list[asyncio.Task[Floats]]:
+async def ask(tested: Batcher, *values: int, client: str = "") -> list[asyncio.Task[Floats]]:
     """Requests for these images, each of them in the queue."""
     tasks = [asyncio.create_task(tested.embed(image(value), client)) for value in values]
     await asyncio.sleep(0)
@@ -92,7 +92,7 @@ async def answers(tasks: list[asyncio.Task[Floats]]) -> list[float]:
     return [float(row[0]) for row in await asyncio.gather(*tasks)]
 
 
-def dropped(metrics: Metrics) -> float | None:
+def count_dropped(metrics: Metrics) -> float | None:
     return metrics.registry.get_sample_value("mvmr_images_total", {"outcome": "dropped"})
 
 
@@ -105,9 +105,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 def test_while_the_engine_works_images_gather_and_are_taken_in_order() -> None:
     async def test(tested: Batcher, engine: Engine) -> None:
-        before = await asked(tested, 0)
-        await engine.begun()
-        tasks = await asked(tested, *range(1, 8))
+        before = await ask(tested, 0)
+        await engine.wait_for_batch()
+        tasks = await ask(tested, *range(1, 8))
         engine.let_go(4)
         assert await answers(before + tasks) == [*range(8)]
 
@@ -116,8 +116,8 @@ def test_while_the_engine_works_images_gather_and_are_taken_in_order() -> None:
 
 def test_an_image_that_comes_alone_waits_for_no_other() -> None:
     async def test(tested: Batcher, engine: Engine) -> None:
-        tasks = await asked(tested, 5)
-        await engine.begun()
+        tasks = await ask(tested, 5)
+        await engine.wait_for_batch()
         assert engine.batches == [[5]]
         engine.let_go()
         await answers(tasks)
@@ -128,7 +128,7 @@ def test_an_image_that_comes_alone_waits_for_no_other() -> None:
 def test_each_of_many_gets_its_own_row() -> None:
     async def test(tested: Batcher, engine: Engine) -> None:
         values = np.random.default_rng(0).integers(0, 256, 300).tolist()
-        assert await answers(await asked(tested, *values)) == values
+        assert await answers(await ask(tested, *values)) == values
         assert sorted(itertools.chain(*engine.batches)) == sorted(values)
 
     run(test, engine=Engine(held=False), workers=3)
@@ -136,9 +136,9 @@ def test_each_of_many_gets_its_own_row() -> None:
 
 def test_first_goes_before_all_that_wait() -> None:
     async def test(tested: Batcher, engine: Engine) -> None:
-        tasks = await asked(tested, 0)
-        await engine.begun()
-        tasks += await asked(tested, 1, 2, 3, 4)
+        tasks = await ask(tested, 0)
+        await engine.wait_for_batch()
+        tasks += await ask(tested, 1, 2, 3, 4)
         urgent = tested.embed_first(image(99))
         engine.let_go(3)
         await answers(tasks)
@@ -151,18 +151,18 @@ def test_clients_take_turns_and_one_image_waits_for_few_of_others(monkeypatch: p
     set_clock = clock(monkeypatch)
 
     async def test(tested: Batcher, engine: Engine) -> None:
-        tasks = await asked(tested, 0)
-        await engine.begun()
-        tasks += await asked(tested, *range(1, 9), client="many")
-        tasks += await asked(tested, *range(11, 15), client="some")
-        tasks += await asked(tested, 99, client="one")
+        tasks = await ask(tested, 0)
+        await engine.wait_for_batch()
+        tasks += await ask(tested, *range(1, 9), client="many")
+        tasks += await ask(tested, *range(11, 15), client="some")
+        tasks += await ask(tested, 99, client="one")
         engine.let_go(9)
         await answers(tasks)
         set_clock(2.0)  # seconds: "one" is there no more
-        tasks = await asked(tested, 21, client="many")
+        tasks = await ask(tested, 21, client="many")
         while engine.batches[-1] != [21]:
             await asyncio.sleep(0.001)
-        tasks += await asked(tested, 22, 23, 24, 25, client="many")
+        tasks += await ask(tested, 22, 23, 24, 25, client="many")
         engine.let_go(2)
         await answers(tasks)
 
@@ -188,14 +188,14 @@ def test_no_client_takes_all_the_room() -> None:
 
 def test_a_second_worker_begins_while_the_first_is_at_work() -> None:
     async def test(tested: Batcher, engine: Engine) -> None:
-        tasks = await asked(tested, 1)
-        await engine.begun()
-        tasks += await asked(tested, 2)
-        await engine.begun()  # nothing was let go yet
+        tasks = await ask(tested, 1)
+        await engine.wait_for_batch()
+        tasks += await ask(tested, 2)
+        await engine.wait_for_batch()  # nothing was let go yet
         assert engine.batches == [[1], [2]]
-        tasks += await asked(tested, 3, 4, 5)
+        tasks += await ask(tested, 3, 4, 5)
         engine.let_go(1)
-        await engine.begun()  # the worker that is free takes all: no other is idle
+        await engine.wait_for_batch()  # the worker that is free takes all: no other is idle
         assert engine.batches[2] == [3, 4, 5]
         engine.let_go(2)
         assert await answers(tasks) == [1, 2, 3, 4, 5]
@@ -233,8 +233,8 @@ def test_who_is_sent_away_hears_how_long_those_before_him_take(monkeypatch: pyte
     set_clock = clock(monkeypatch)
 
     async def test(tested: Batcher, engine: Engine) -> None:
-        tasks = await asked(tested, 0)
-        await engine.begun()
+        tasks = await ask(tested, 0)
+        await engine.wait_for_batch()
         set_clock(2.0)  # half an image a second
         engine.let_go()
         await answers(tasks)
@@ -252,9 +252,9 @@ def test_who_goes_before_his_turn_is_not_run() -> None:
     metrics = Metrics()
 
     async def test(tested: Batcher, engine: Engine) -> None:
-        tasks = await asked(tested, 0)
-        await engine.begun()
-        tasks += await asked(tested, 1, 2, 3, 4, 5)
+        tasks = await ask(tested, 0)
+        await engine.wait_for_batch()
+        tasks += await ask(tested, 1, 2, 3, 4, 5)
         for gone in (tasks.pop(4), tasks.pop(1)):
             gone.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -263,19 +263,19 @@ def test_who_goes_before_his_turn_is_not_run() -> None:
         assert await answers(tasks) == [0, 2, 3, 5]
 
     assert run(test, metrics=metrics).batches == [[0], [2, 3, 5]]
-    assert dropped(metrics) == 2
+    assert count_dropped(metrics) == 2
 
 
 def test_a_queue_of_none_but_gone_is_no_batch() -> None:
     async def test(tested: Batcher, engine: Engine) -> None:
-        tasks = await asked(tested, 0)
-        await engine.begun()
-        for gone in await asked(tested, 1, 2):
+        tasks = await ask(tested, 0)
+        await engine.wait_for_batch()
+        for gone in await ask(tested, 1, 2):
             gone.cancel()
         await asyncio.sleep(0)
         engine.let_go()
         await answers(tasks)
-        last = await asked(tested, 3)
+        last = await ask(tested, 3)
         engine.let_go()
         assert await answers(last) == [3]
 
@@ -284,12 +284,12 @@ def test_a_queue_of_none_but_gone_is_no_batch() -> None:
 
 def test_who_goes_during_his_turn_takes_no_row_from_the_others() -> None:
     async def test(tested: Batcher, engine: Engine) -> None:
-        before = await asked(tested, 0)
-        await engine.begun()
-        tasks = await asked(tested, 1, 2, 3)
+        before = await ask(tested, 0)
+        await engine.wait_for_batch()
+        tasks = await ask(tested, 1, 2, 3)
         engine.let_go()
         await answers(before)
-        await engine.begun()
+        await engine.wait_for_batch()
         gone = tasks.pop(0)
         gone.cancel()
         await asyncio.sleep(0)
@@ -306,14 +306,14 @@ def test_who_goes_during_his_turn_takes_no_row_from_the_others() -> None:
 def test_a_failure_reaches_everyone_in_the_batch_and_nobody_after(caplog: pytest.LogCaptureFixture) -> None:
     async def test(tested: Batcher, engine: Engine) -> None:
         engine.error = RuntimeError("the GPU is gone")
-        before = await asked(tested, 0)
-        await engine.begun()
-        tasks = await asked(tested, 1, 2)
+        before = await ask(tested, 0)
+        await engine.wait_for_batch()
+        tasks = await ask(tested, 1, 2)
         engine.let_go(2)
-        for found in await asyncio.gather(*before, *tasks, return_exceptions=True):
-            assert found is engine.error
+        for outcome in await asyncio.gather(*before, *tasks, return_exceptions=True):
+            assert outcome is engine.error
         engine.error = None
-        last = await asked(tested, 3)
+        last = await ask(tested, 3)
         engine.let_go()
         assert await answers(last) == [3]
 
@@ -332,11 +332,11 @@ def test_it_knows_for_how_long_the_engine_has_been_at_a_batch(monkeypatch: pytes
     async def test(tested: Batcher, engine: Engine) -> None:
         assert tested.busy_seconds == 0
         set_clock(100.0)
-        tasks = await asked(tested, 0)
-        await engine.begun()
+        tasks = await ask(tested, 0)
+        await engine.wait_for_batch()
         set_clock(110.0)
-        tasks += await asked(tested, 1)
-        await engine.begun()
+        tasks += await ask(tested, 1)
+        await engine.wait_for_batch()
         set_clock(142.0)
         assert tested.busy_seconds == 42  # of the worker that has been at it for longest
         engine.let_go(2)
@@ -352,8 +352,8 @@ def test_stopping_waits_for_the_batch_at_hand() -> None:
     async def test() -> list[float]:
         tested = Batcher(engine, at_once=3, bound=9, workers=1, metrics=Metrics())
         tested.start()
-        tasks = await asked(tested, 7)
-        await engine.begun()
+        tasks = await ask(tested, 7)
+        await engine.wait_for_batch()
         stopping: Awaitable[None] = asyncio.create_task(tested.stop(30))
         await asyncio.sleep(0)
         engine.let_go()

@@ -34,20 +34,20 @@ def service(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 @pytest.fixture(scope="module")
-def locked(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[serving.Running]:
+def keyed_service(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[serving.Running]:
     folder = tmp_path_factory.mktemp("locked")
     (folder / "keys").write_text(f"{KEY}\n")
     with serving.running(bundle, folder, "--api-keys", str(folder / "keys")) as started:
         yield started
 
 
-def wanted(*images: Image.Image) -> np.ndarray:
-    return serving.embedded(serving.PREPROCESS.batch(images))
+def expected_embeddings(*images: Image.Image) -> np.ndarray:
+    return serving.embed_by_hand(serving.PREPROCESS.batch(images))
 
 
 def posts(running: serving.Running, endpoint: str, status: int = 200) -> float:
     text = httpx2.get(f"{running.url}/metrics").text
-    return serving.counted(text, "mvmr_http_requests_total").get(f'endpoint="{endpoint}",status="{status}"', 0)
+    return serving.read_metric(text, "mvmr_http_requests_total").get(f'endpoint="{endpoint}",status="{status}"', 0)
 
 
 @both
@@ -58,13 +58,13 @@ def test_any_number_of_images_of_any_kind_keep_their_order(kind: Any, service: s
     images = [path, str(path), serving.encoded(pictures[1], "PNG"), pictures[2], np.asarray(pictures[3]), pictures[1]]
     before = posts(service, "/v1/embed")
     with kind(service.url, max_items=ITEMS) as client:
-        found = client.embed(iter([*images, *images, path]))
+        embeddings = client.embed(iter([*images, *images, path]))
         several = client.embed(np.stack([np.asarray(pictures[0])] * 2))
-    one = wanted(pictures[0], pictures[0], pictures[1], pictures[2], pictures[3], pictures[1])
-    np.testing.assert_allclose(found.vectors, np.concatenate([one, one, one[:1]]), atol=1e-5)
-    assert found.vectors.dtype == np.float32
-    assert found.errors == ()
-    assert found.space_id == bundles.load(serving_path(service)).space_id
+    one = expected_embeddings(pictures[0], pictures[0], pictures[1], pictures[2], pictures[3], pictures[1])
+    np.testing.assert_allclose(embeddings.vectors, np.concatenate([one, one, one[:1]]), atol=1e-5)
+    assert embeddings.vectors.dtype == np.float32
+    assert embeddings.errors == ()
+    assert embeddings.space_id == bundles.load(serving_path(service)).space_id
     assert posts(service, "/v1/embed") - before == 5 + 1  # 13 images, 3 to a request, and 2
     np.testing.assert_allclose(several.vectors, one[:2], atol=1e-5)
 
@@ -80,14 +80,14 @@ def test_what_is_sent_as_png_gives_what_the_engine_would_give(service: serving.R
     """Whatever Pillow's mode, and however the camera was held."""
     picture = serving.photograph()
     grey = np.asarray(picture.convert("L"))
-    turned = Image.open(io.BytesIO(_turned(picture)))
+    turned = Image.open(io.BytesIO(_turn(picture)))
     images = [picture.convert(mode) for mode in ("L", "LA", "P", "RGBA", "CMYK", "YCbCr", "1", "F")]
     images += [Image.fromarray(grey.astype(np.uint16) * 257), turned]
     with Client(service.url, max_items=ITEMS) as client:
-        np.testing.assert_allclose(client.embed(images).vectors, wanted(*images), atol=1e-5)
+        np.testing.assert_allclose(client.embed(images).vectors, expected_embeddings(*images), atol=1e-5)
 
 
-def _turned(picture: Image.Image) -> bytes:
+def _turn(picture: Image.Image) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
     return serving.encoded(picture, "JPEG", exif=exif)
@@ -97,12 +97,12 @@ def test_a_request_is_no_larger_than_asked_for(service: serving.Running) -> None
     images = [serving.jpeg(name) for name in PHOTOGRAPHS]
     before = posts(service, "/v1/embed")
     with Client(service.url, max_items=ITEMS, max_bytes=len(images[0]) + len(images[1])) as client:
-        found = client.embed(images[:3])
+        several = client.embed(images[:3])
     assert posts(service, "/v1/embed") - before == 2
     with Client(service.url, max_items=ITEMS, max_bytes=1) as client:
         alone = client.embed(images[:3])
     assert posts(service, "/v1/embed") - before == 2 + 3
-    np.testing.assert_array_equal(found.vectors, alone.vectors)
+    np.testing.assert_array_equal(several.vectors, alone.vectors)
 
 
 @both
@@ -112,24 +112,25 @@ def test_an_image_that_cannot_be_embedded_is_named(kind: Any, service: serving.R
     text.write_text("Dear all")
     with kind(service.url, max_items=ITEMS) as client:
         before = posts(service, "/v1/embed")
-        said = refusal(client.embed, [good, good, good, good, text])
-        assert said.startswith(f"{service.url}: {text} can't be embedded: not-an-image; mend it, leave it out, or give")
+        message = refusal(client.embed, [good, good, good, good, text])
+        assert message.startswith(f"{service.url}: {text} can't be embedded: not-an-image; mend it, leave it out, or")
         assert "image number 1 can't be embedded" in refusal(client.classify, [good, b""], head="animals")
         assert f"{missing} can't be embedded: missing" in refusal(client.embed, [good, missing])
         assert posts(service, "/v1/embed") - before == 2  # nothing was sent for a call that had failed already
-        found = client.embed([good, text, missing, cut, b"", good, text], errors="return")
+        embeddings = client.embed([good, text, missing, cut, b"", good, text], errors="return")
         ranked = client.classify([text, good, missing], head="animals", errors="return")
-    assert [(each.index, each.name, each.code) for each in found.errors] == [
+    assert [(error.index, error.name, error.code) for error in embeddings.errors] == [
         (1, str(text), "not-an-image"),
         (2, str(missing), "unreadable"),
         (3, "image number 3", "undecodable"),
         (4, "image number 4", "empty"),
         (6, str(text), "not-an-image"),
     ]
-    np.testing.assert_array_equal(np.isnan(found.vectors).all(axis=1), [False, True, True, True, True, False, True])
-    np.testing.assert_array_equal(found.vectors[0], found.vectors[5])
+    missing_rows = np.isnan(embeddings.vectors).all(axis=1)
+    np.testing.assert_array_equal(missing_rows, [False, True, True, True, True, False, True])
+    np.testing.assert_array_equal(embeddings.vectors[0], embeddings.vectors[5])
     assert [len(row) for row in ranked.rows] == [0, 3, 0]
-    assert [each.index for each in ranked.errors] == [0, 2]
+    assert [error.index for error in ranked.errors] == [0, 2]
     assert ranked.errors[0] == ImageError(0, str(text), "not-an-image", ranked.errors[0].reason)
     assert ranked.errors[0].reason
 
@@ -138,12 +139,13 @@ def test_an_image_that_cannot_be_embedded_is_named(kind: Any, service: serving.R
 def test_there_is_an_answer_without_any_embedding(kind: Any, service: serving.Running) -> None:
     with kind(service.url, max_items=ITEMS) as client:
         space = client.models()[0]["space_id"]
-        for found in (client.embed([]), client.embed(np.empty((0, 9, 9, 3), np.uint8))):
-            assert (found.vectors.shape, found.space_id) == ((0, serving.DIM), space)
-        found = client.embed([b"", b"x"], errors="return")
-        assert (found.vectors.shape, found.space_id) == ((2, serving.DIM), space)
-        assert np.isnan(found.vectors).all()
-        assert [(each.code, bool(each.reason)) for each in found.errors] == [("empty", True), ("not-an-image", True)]
+        for embeddings in (client.embed([]), client.embed(np.empty((0, 9, 9, 3), np.uint8))):
+            assert (embeddings.vectors.shape, embeddings.space_id) == ((0, serving.DIM), space)
+        embeddings = client.embed([b"", b"x"], errors="return")
+        assert (embeddings.vectors.shape, embeddings.space_id) == ((2, serving.DIM), space)
+        assert np.isnan(embeddings.vectors).all()
+        assert [error.code for error in embeddings.errors] == ["empty", "not-an-image"]
+        assert all(error.reason for error in embeddings.errors)
         assert client.classify([], head="animals").rows == ()
 
 
@@ -153,15 +155,15 @@ def test_classes_are_those_of_the_head_in_the_order_of_their_probabilities(
 ) -> None:
     pictures = [serving.photograph(name) for name in PHOTOGRAPHS]
     head = bundles.load(bundle).head("animals")
-    logits = wanted(*pictures).astype(np.float64) @ head.weight.T.astype(np.float64) + head.bias
+    logits = expected_embeddings(*pictures).astype(np.float64) @ head.weight.T.astype(np.float64) + head.bias
     chances = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     with kind(service.url, max_items=ITEMS) as client:
-        found = client.classify(pictures, head="animals", top_k=2)
+        ranked = client.classify(pictures, head="animals", top_k=2)
         assert "give ?head=; this bundle has animals, colours" in refusal(client.classify, pictures)
-    for row, expected in zip(found.rows, chances, strict=True):
+    for row, expected in zip(ranked.rows, chances, strict=True):
         best = np.argsort(-expected)[:2]
-        assert [each.label for each in row] == [head.classes[i] for i in best]
-        np.testing.assert_allclose([each.probability for each in row], expected[best], atol=1e-5)
+        assert [label.label for label in row] == [head.classes[i] for i in best]
+        np.testing.assert_allclose([label.probability for label in row], expected[best], atol=1e-5)
 
 
 @both
@@ -181,9 +183,9 @@ def test_a_client_serves_many_threads_and_many_tasks(service: serving.Running) -
             return await asyncio.gather(*(client.embed(pictures) for _ in range(8)))
 
     with Client(service.url, max_items=ITEMS) as client, ThreadPoolExecutor(8) as pool:
-        found = [*pool.map(client.embed, [pictures] * 8), *asyncio.run(tasks())]
-    for each in found:
-        np.testing.assert_allclose(each.vectors, wanted(*pictures), atol=1e-5)
+        answers = [*pool.map(client.embed, [pictures] * 8), *asyncio.run(tasks())]
+    for answer in answers:
+        np.testing.assert_allclose(answer.vectors, expected_embeddings(*pictures), atol=1e-5)
 
 
 def test_clients_that_wait_get_their_answers_from_a_service_with_room_for_one(
@@ -198,17 +200,19 @@ def test_clients_that_wait_get_their_answers_from_a_service_with_room_for_one(
     options = ["--queue", "1", "--max-items", "1", "--workers", "1"]
     with serving.running(bundle, tmp_path, *options, wrapped=slow) as running, ThreadPoolExecutor(4) as pool:
         with Client(running.url, max_items=1, retries=500) as client:
-            found = [*pool.map(client.embed, [[each] for each in pictures])]
+            answers = [*pool.map(client.embed, [[picture] for picture in pictures])]
         assert posts(running, "/v1/embed", 429) > 0
-    np.testing.assert_allclose(np.concatenate([each.vectors for each in found]), wanted(*pictures), atol=1e-5)
+    np.testing.assert_allclose(
+        np.concatenate([answer.vectors for answer in answers]), expected_embeddings(*pictures), atol=1e-5
+    )
 
 
 @both
 def test_what_the_service_refuses_is_said_in_its_words(kind: Any, service: serving.Running) -> None:
     images = [serving.jpeg()] * (ITEMS + 1)
     with kind(service.url) as client:
-        said = refusal(client.embed, images)
-        assert said == (
+        message = refusal(client.embed, images)
+        assert message == (
             f"{service.url}/v1/embed answered 422: 4 images in one request, at most 3 are taken (--max-items); "
             "send several requests; give the client that number as max_items"
         )
@@ -220,14 +224,16 @@ def test_what_the_service_refuses_is_said_in_its_words(kind: Any, service: servi
 
 
 @both
-def test_a_key_opens_the_door_and_another_is_refused_whatever_is_sent(kind: Any, locked: serving.Running) -> None:
+def test_a_key_opens_the_door_and_another_is_refused_whatever_is_sent(
+    kind: Any, keyed_service: serving.Running
+) -> None:
     large = np.random.default_rng(0).integers(0, 256, (700, 700, 3), np.uint8)
-    with kind(locked.url, api_key=KEY) as client:
+    with kind(keyed_service.url, api_key=KEY) as client:
         assert client.embed([large]).vectors.shape == (1, serving.DIM)
     for wrong in (None, KEY[::-1]):
-        with kind(locked.url, api_key=wrong) as client:
+        with kind(keyed_service.url, api_key=wrong) as client:
             assert client.ready() is True
-            said = refusal(client.embed, [large] * 4)  # refused before it is read
-            assert said.startswith(f"{locked.url}/v1/embed answered 401: send a valid key")
-            assert said.endswith("give it to the client as api_key")
-    assert KEY not in locked.said
+            message = refusal(client.embed, [large] * 4)  # refused before it is read
+            assert message.startswith(f"{keyed_service.url}/v1/embed answered 401: send a valid key")
+            assert message.endswith("give it to the client as api_key")
+    assert KEY not in keyed_service.log_text

@@ -15,7 +15,7 @@ from tests.serve.clients import both, refusal
 
 @both
 @pytest.mark.parametrize(
-    ("images", "said"),
+    ("images", "message"),
     [
         ("a.jpg", "the client takes several images; put the one into a list"),
         (b"bytes", "the client takes several images; put the one into a list"),
@@ -25,9 +25,9 @@ from tests.serve.clients import both, refusal
         ([7], "the client takes paths, bytes, PIL images and uint8 arrays, image number 0 is a int"),
     ],
 )
-def test_what_is_no_image_is_refused_before_anything_is_sent(kind: Any, images: Any, said: str) -> None:
+def test_what_is_no_image_is_refused_before_anything_is_sent(kind: Any, images: Any, message: str) -> None:
     with kind("http://127.0.0.1:9") as client:
-        assert refusal(client.embed, images, errors="return") == said
+        assert refusal(client.embed, images, errors="return") == message
 
 
 @both
@@ -37,9 +37,9 @@ def test_wrong_arguments_are_one_line(kind: Any) -> None:
     for option in ({"retries": -1}, {"max_items": 0}, {"max_bytes": 0}):
         assert "of a client must be at least" in refusal(Client, "http://x", **option)
     for key in ("", "sch\u00f6n", "a\nb"):
-        said = refusal(Client, "http://x", api_key=key)
-        assert "the API key is not printable ASCII" in said
-        assert not key or key not in said
+        message = refusal(Client, "http://x", api_key=key)
+        assert "the API key is not printable ASCII" in message
+        assert not key or key not in message
     with kind("http://user:secret@127.0.0.1:9", retries=0) as client:
         assert "unknown value of errors 'retrun'; did you mean 'return'?" in refusal(client.embed, [], errors="retrun")
         assert "secret" not in refusal(client.models)

@@ -25,11 +25,11 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds that clients would have waited, in this test."""
     seconds: list[float] = []
 
-    async def noted(wanted: float) -> None:
+    async def note(wanted: float) -> None:
         seconds.append(wanted)
 
     monkeypatch.setattr(module, "sleep", seconds.append)
-    monkeypatch.setattr(module, "async_sleep", noted)
+    monkeypatch.setattr(module, "async_sleep", note)
     return seconds
 
 
@@ -86,20 +86,22 @@ def vectors(*rows: list[float], space: str = "a" * 32) -> tuple[int, dict[str, s
     return 200, headers, np.array(rows, "<f4").tobytes()
 
 
-def told(status: int, detail: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
+def problem_answer(status: int, detail: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
     document = json.dumps({"type": "urn:mvmr:problem:busy", "detail": detail, "status": status}).encode()
     return status, {"content-type": "application/problem+json", **headers}, document
 
 
-BUSY = told(429, "no room for 1 more images now; try again in 7 s", **{"retry-after": "7"})
+BUSY = problem_answer(429, "no room for 1 more images now; try again in 7 s", **{"retry-after": "7"})
 
 
 @both
 def test_a_busy_service_is_asked_again_when_it_says(kind: Any, waits: list[float]) -> None:
-    script = Scripted(BUSY, told(503, "starting"), (503, {"retry-after": "nonsense"}, b"<html>"), vectors([1, 2]))
+    script = Scripted(
+        BUSY, problem_answer(503, "starting"), (503, {"retry-after": "nonsense"}, b"<html>"), vectors([1, 2])
+    )
     with script.running() as url, kind(url) as client:
-        found = client.embed([b"the same each time"])
-    np.testing.assert_array_equal(found.vectors, [[1, 2]])
+        embeddings = client.embed([b"the same each time"])
+    np.testing.assert_array_equal(embeddings.vectors, [[1, 2]])
     assert len(script.calls) == 4
     assert len(set(script.calls)) == 1
     assert b"the same each time" in script.calls[0][2]
@@ -115,12 +117,12 @@ def module_waits(tries: int) -> float:
 
 @both
 def test_the_random_waits_grow_up_to_a_bound_and_differ(kind: Any, waits: list[float]) -> None:
-    script = Scripted(told(429, "no room; try again"))
+    script = Scripted(problem_answer(429, "no room; try again"))
     with script.running() as url, kind(url, retries=40) as client:
-        said = refusal(client.embed, [b"x"])
-    assert said == f"{url}/v1/embed answered 429: no room; try again (tried 41 times)"
+        message = refusal(client.embed, [b"x"])
+    assert message == f"{url}/v1/embed answered 429: no room; try again (tried 41 times)"
     assert len(script.calls) == 41
-    assert all(0 <= each <= module_waits(tries) for tries, each in enumerate(waits, 1))
+    assert all(0 <= wait <= module_waits(tries) for tries, wait in enumerate(waits, 1))
     assert len(set(waits)) == 40
     assert max(waits) > 5  # of 34 drawn from [0, 10], not one above 5: once in 10^10 runs
 
@@ -136,12 +138,12 @@ def test_a_date_to_come_back_at_is_understood(kind: Any, waits: list[float]) -> 
 
 @both
 def test_nobody_waits_for_an_hour_or_when_told_not_to_try_again(kind: Any, waits: list[float]) -> None:
-    later = told(503, "closed for repairs", **{"retry-after": "3600"})
+    later = problem_answer(503, "closed for repairs", **{"retry-after": "3600"})
     for script, options in ((Scripted(later), {}), (Scripted(BUSY), {"retries": 0})):
         with script.running() as url, kind(url, **options) as client:
-            said = refusal(client.models)
-        assert said.startswith(f"{url}/v1/models answered ")
-        assert "tried" not in said
+            message = refusal(client.models)
+        assert message.startswith(f"{url}/v1/models answered ")
+        assert "tried" not in message
         assert len(script.calls) == 1
     assert waits == []
 
@@ -161,9 +163,9 @@ def test_a_service_that_is_not_there_is_one_line(kind: Any, waits: list[float]) 
         pass
     with kind(url, retries=2) as client:
         assert client.ready() is False
-        said = refusal(client.models)
-    assert said.startswith(f"{url}/v1/models can't be reached: ConnectError")
-    assert said.endswith("check the URL, and that the service is running there (tried 3 times)")
+        message = refusal(client.models)
+    assert message.startswith(f"{url}/v1/models can't be reached: ConnectError")
+    assert message.endswith("check the URL, and that the service is running there (tried 3 times)")
     assert len(waits) == 2
 
 
@@ -171,16 +173,16 @@ def test_a_service_that_is_not_there_is_one_line(kind: Any, waits: list[float]) 
 def test_a_service_that_stays_silent_is_not_asked_the_same_again(kind: Any, waits: list[float]) -> None:
     script = Scripted((200, {"content-length": "10"}, b"short"))
     with script.running() as url, kind(url, timeout=0.2) as client:
-        said = refusal(client.models)
-    assert "has not answered in time: ReadTimeout" in said
-    assert "give a longer timeout" in said
+        message = refusal(client.models)
+    assert "has not answered in time: ReadTimeout" in message
+    assert "give a longer timeout" in message
     assert len(script.calls) == 1
 
 
 @both
 @pytest.mark.parametrize("status", [400, 401, 404, 413, 415, 422, 500, 502])
 def test_what_would_fail_again_is_not_sent_again(kind: Any, status: int, waits: list[float]) -> None:
-    script = Scripted(told(status, "the detail; what to do"))
+    script = Scripted(problem_answer(status, "the detail; what to do"))
     with script.running() as url, kind(url) as client:
         assert refusal(client.embed, [b"x"]) == f"{url}/v1/embed answered {status}: the detail; what to do"
     assert len(script.calls) == 1
@@ -190,8 +192,8 @@ def test_what_would_fail_again_is_not_sent_again(kind: Any, status: int, waits: 
 def test_another_bundle_in_the_middle_of_a_call_is_noticed(kind: Any) -> None:
     script = Scripted(vectors([1, 2]), vectors([1, 2]), vectors([3, 4], space="b" * 32))
     with script.running() as url, kind(url, max_items=1) as client:
-        said = refusal(client.embed, [b"x", b"y", b"z"])
-        assert said == (
+        message = refusal(client.embed, [b"x", b"y", b"z"])
+        assert message == (
             f"{url}: its embedding space changed from aaaaaaaaaaaa to bbbbbbbbbbbb during this call: another bundle "
             "has been deployed; make the call again"
         )
@@ -217,8 +219,8 @@ def test_another_server_than_ours_is_one_line(kind: Any, answer: tuple[int, dict
 
 def test_a_page_that_sends_elsewhere_or_fails_is_one_line() -> None:
     with Scripted((301, {"location": "https://there/"}, b"")).running() as url, Client(url) as client:
-        said = "answered 301 Moved Permanently, to https://there/, not as an mvmr service does; check the URL"
-        assert refusal(client.models) == f"{url}/v1/models {said}"
+        message = "answered 301 Moved Permanently, to https://there/, not as an mvmr service does; check the URL"
+        assert refusal(client.models) == f"{url}/v1/models {message}"
     with Scripted((502, {}, b"<html>")).running() as url, Client(url) as client:
         assert "answered 502 Bad Gateway, not as an mvmr service does" in refusal(client.models)
 

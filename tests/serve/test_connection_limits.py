@@ -13,20 +13,20 @@ import pytest
 
 from tests.serve import serving
 from tests.serve.serving import jpeg, problem, running
-from tests.serve.wire import GET, HOST, answers, causes, connected, everything, is_alive
+from tests.serve.wire import GET, HOST, answers, causes, connect, everything, is_alive
 
 
 def test_who_has_many_connections_loses_those_that_are_idle_to_others(path: Path, tmp_path: Path) -> None:
     options = ["--max-connections", "40", "--max-connections-per-address", "20"]
     with running(path, tmp_path, *options) as service, ExitStack() as stack:
-        mine = [stack.enter_context(connected(service, "127.0.2.1")) for _ in range(25)]
-        theirs = [stack.enter_context(connected(service, "127.0.2.2")) for _ in range(20)]
+        mine = [stack.enter_context(connect(service, "127.0.2.1")) for _ in range(25)]
+        theirs = [stack.enter_context(connect(service, "127.0.2.2")) for _ in range(20)]
         for opened in (mine[-1], theirs[-1]):
             assert is_alive(opened)
         for opened in mine[:5]:  # above twenty, those longest idle went
             opened.settimeout(5)
             assert everything(opened) == b""
-        others = [stack.enter_context(connected(service, f"127.0.2.{number}")) for number in range(3, 13)]
+        others = [stack.enter_context(connect(service, f"127.0.2.{number}")) for number in range(3, 13)]
         assert all(map(is_alive, others))  # above forty in all, too
         serving.wait_until(lambda: causes(service).get("evicted", 0) >= 15, "the metrics", service)
 
@@ -35,24 +35,24 @@ def test_where_all_are_busy_newcomers_are_refused_and_the_log_says_so_once(path:
     begun = b"POST /v1/embed HTTP/1.1\r\n" + HOST + b"content-length: 5\r\n\r\na"
     with running(path, tmp_path, "--max-connections", "10") as service, ExitStack() as stack:
         for number in range(10):
-            stack.enter_context(connected(service, f"127.0.5.{number + 2}")).sendall(begun)
+            stack.enter_context(connect(service, f"127.0.5.{number + 2}")).sendall(begun)
         time.sleep(1.0)
         for _ in range(5):
-            (found,) = answers(service, source="127.0.5.1")
-            assert problem(found) == "busy"
-            assert found.headers["retry-after"] == "1"
+            (answer,) = answers(service, source="127.0.5.1")
+            assert problem(answer) == "busy"
+            assert answer.headers["retry-after"] == "1"
         service.wait_for("all 10 connections are in use")
-        assert service.said.count("all 10 connections are in use") == 1
+        assert service.log_text.count("all 10 connections are in use") == 1
 
 
 def test_a_low_limit_of_files_is_told_and_shuts_nobody_out(path: Path, tmp_path: Path) -> None:
     wrapped = "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))"
     options = ["--head-seconds", "1", "--decoders", "2"]
     with running(path, tmp_path, *options, wrapped=wrapped) as service, ExitStack() as stack:
-        assert "raise it by `ulimit -n`" in service.said
+        assert "raise it by `ulimit -n`" in service.log_text
         for _ in range(120):
             with suppress(OSError):
-                stack.enter_context(connected(service)).sendall(GET + b"GET /he")
+                stack.enter_context(connect(service)).sendall(GET + b"GET /he")
         with httpx2.Client(base_url=service.url) as client:
             for _ in range(20):
                 assert client.get("/healthz", headers={"connection": "close"}).status_code in (200, 429)
@@ -64,7 +64,7 @@ def test_a_low_limit_of_files_is_told_and_shuts_nobody_out(path: Path, tmp_path:
 def test_behind_a_proxy_that_is_trusted_clients_are_told_apart(path: Path, tmp_path: Path) -> None:
     options = ["--max-connections-per-address", "5", "--trust-proxy", "127.0.3.1"]
     with running(path, tmp_path, *options) as service, ExitStack() as stack:
-        proxy = [stack.enter_context(connected(service, "127.0.3.1")) for _ in range(20)]
+        proxy = [stack.enter_context(connect(service, "127.0.3.1")) for _ in range(20)]
         for opened in proxy:
             assert is_alive(opened, GET.replace(HOST, HOST + b"x-forwarded-for: 8.8.8.8\r\n"))
 
@@ -75,15 +75,15 @@ def test_tls_that_is_begun_and_not_ended(path: Path, tmp_path: Path) -> None:
     with running(path, tmp_path, *options) as service:
         for begun in (b"", b"\x16\x03\x01\x02\0", GET):
             began = time.monotonic()
-            with connected(service) as opened:
+            with connect(service) as opened:
                 opened.sendall(begun)
                 everything(opened)
             assert time.monotonic() - began < 5
         context = ssl.create_default_context(cafile=str(cert))
-        with connected(service) as plain, context.wrap_socket(plain, server_hostname="localhost") as opened:
+        with connect(service) as plain, context.wrap_socket(plain, server_hostname="localhost") as opened:
             assert is_alive(opened)
         assert service.stop() == 0
-        assert "Traceback" not in service.said
+        assert "Traceback" not in service.log_text
 
 
 def test_a_thousand_connections_at_once_are_all_taken(path: Path, tmp_path: Path) -> None:
@@ -92,5 +92,5 @@ def test_a_thousand_connections_at_once_are_all_taken(path: Path, tmp_path: Path
         pytest.skip(f"this machine allows {most} open files")
     psutil.Process().rlimit(psutil.RLIMIT_NOFILE, (most, most))
     with running(path, tmp_path) as service, ExitStack() as stack:
-        there = [stack.enter_context(connected(service, f"127.0.6.{number % 4}")) for number in range(1000)]
-        assert all(map(is_alive, there))
+        sockets = [stack.enter_context(connect(service, f"127.0.6.{number % 4}")) for number in range(1000)]
+        assert all(map(is_alive, sockets))

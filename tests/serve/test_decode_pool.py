@@ -38,30 +38,30 @@ def pool() -> Iterator[DecodePool]:
 def decoders() -> list[psutil.Process]:
     """The processes of pools of this one, without what they are forks of."""
     return [
-        each
+        process
         for server in psutil.Process().children()
-        for each in server.children()
-        if "mvmr.serve.decoding.process" in _of(each)
+        for process in server.children()
+        if "mvmr.serve.decoding.process" in _command_line(process)
     ]
 
 
-def _of(process: psutil.Process) -> str:
+def _command_line(process: psutil.Process) -> str:
     try:
         return " ".join(process.cmdline())
     except psutil.Error:
         return ""
 
 
-def prepared(pool: DecodePool, data: bytes, client: str = "") -> Prepared:
-    found = pool.submit(data, client).result(_SECONDS)
-    assert isinstance(found, Prepared), found
-    return found
+def decode(pool: DecodePool, data: bytes, client: str = "") -> Prepared:
+    outcome = pool.submit(data, client).result(_SECONDS)
+    assert isinstance(outcome, Prepared), outcome
+    return outcome
 
 
-def rejected(pool: DecodePool, data: bytes) -> str:
-    found = pool.submit(data).result(_SECONDS)
-    assert isinstance(found, Rejected)
-    return found.code
+def rejection(pool: DecodePool, data: bytes) -> str:
+    outcome = pool.submit(data).result(_SECONDS)
+    assert isinstance(outcome, Rejected)
+    return outcome.code
 
 
 @pytest.mark.parametrize("kind", decoding.known(decoding.COMMON))
@@ -73,16 +73,16 @@ def test_the_pixels_are_those_of_decoding_here(pool: DecodePool, kind: str, mode
     data = encoded(picture, kind)
     expected = prepare(data, PREPROCESS, LIMITS)
     assert isinstance(expected, Prepared)
-    found = prepared(pool, data)
-    np.testing.assert_array_equal(found.pixels, expected.pixels)
-    assert (found.width, found.height) == picture.size
+    image = decode(pool, data)
+    np.testing.assert_array_equal(image.pixels, expected.pixels)
+    assert (image.width, image.height) == picture.size
 
 
 def test_formats_that_few_use_are_read_where_they_are_asked_for(pool: DecodePool) -> None:
     data = encoded(Image.new("RGB", (9, 9), "red"), "PPM")
-    assert rejected(pool, data) == "not-an-image"
+    assert rejection(pool, data) == "not-an-image"
     with DecodePool(PREPROCESS, Limits(formats=(*decoding.COMMON, "PPM")), processes=1) as wider:
-        assert prepared(wider, data).width == 9
+        assert decode(wider, data).width == 9
     with pytest.raises(MvmrError, match="unknown format 'JPG'; did you mean 'JPEG'"):
         Limits(formats=("JPG",))
 
@@ -92,30 +92,30 @@ def test_many_images_keep_apart(pool: DecodePool) -> None:
     files = [encoded(Image.new("RGB", size, (size[0], 0, 0)), "PNG") for size in sizes]
     answers = [pool.submit(data, str(number % 3)) for number, data in enumerate(files)]
     for size, answer in zip(sizes, answers, strict=True):
-        found = answer.result(_SECONDS)
-        assert isinstance(found, Prepared)
-        assert (found.width, found.height) == size
-        assert np.unique(found.pixels[..., 0]).tolist() == [size[0]]
+        image = answer.result(_SECONDS)
+        assert isinstance(image, Prepared)
+        assert (image.width, image.height) == size
+        assert np.unique(image.pixels[..., 0]).tolist() == [size[0]]
 
 
 def test_an_image_that_takes_too_long_costs_its_time_and_no_more(pool: DecodePool) -> None:
-    assert rejected(pool, SLOW) == "too-slow"
-    assert prepared(pool, jpeg()).width
+    assert rejection(pool, SLOW) == "too-slow"
+    assert decode(pool, jpeg()).width
 
 
 def test_one_client_s_slow_images_leave_decoders_to_the_others() -> None:
     with DecodePool(PREPROCESS, Limits(seconds=_SECONDS), processes=2, spare=1) as pool:
         slow = [pool.submit(SLOW, "a") for _ in range(9)]
-        assert prepared(pool, jpeg(), "b").width
-        assert not any(each.done() for each in slow)
+        assert decode(pool, jpeg(), "b").width
+        assert not any(answer.done() for answer in slow)
 
 
 def test_slow_images_of_many_clients_make_way_for_another() -> None:
     with DecodePool(PREPROCESS, Limits(seconds=60), processes=2, spare=2) as pool:
         slow = [pool.submit(SLOW, f"client {number}") for number in range(8)]
         for number in range(3):
-            assert prepared(pool, jpeg(), f"another {number}").width
-        assert not any(each.done() for each in slow)
+            assert decode(pool, jpeg(), f"another {number}").width
+        assert not any(answer.done() for answer in slow)
 
 
 def test_whose_images_have_taken_least_is_next() -> None:
@@ -125,17 +125,17 @@ def test_whose_images_have_taken_least_is_next() -> None:
         for client in ("much", "much", "none"):
             answers.append(pool.submit(jpeg(), client))
             answers[-1].add_done_callback(lambda _, client=client: order.append(client))
-        assert [type(each.result(_SECONDS)) for each in answers] == [Rejected, Prepared, Prepared, Prepared]
+        assert [type(answer.result(_SECONDS)) for answer in answers] == [Rejected, Prepared, Prepared, Prepared]
     assert order == ["none", "much", "much"]
 
 
 def test_what_takes_long_and_makes_way_has_its_time_in_all() -> None:
     with DecodePool(PREPROCESS, Limits(seconds=2), processes=1, spare=1) as pool:
         slow = [pool.submit(SLOW, f"client {number}") for number in range(3)]
-        while not all(each.done() for each in slow):
-            assert prepared(pool, jpeg(), "another").width
-        found = [each.result() for each in slow]
-    assert all(isinstance(each, Rejected) and each.code == "too-slow" for each in found)
+        while not all(answer.done() for answer in slow):
+            assert decode(pool, jpeg(), "another").width
+        outcomes = [answer.result() for answer in slow]
+    assert all(isinstance(outcome, Rejected) and outcome.code == "too-slow" for outcome in outcomes)
 
 
 def test_small_images_are_decoded_while_large_ones_wait_for_memory() -> None:
@@ -145,7 +145,7 @@ def test_small_images_are_decoded_while_large_ones_wait_for_memory() -> None:
         answers = [pool.submit(large if number < 12 else jpeg()) for number in range(14)]
         for number, answer in enumerate(answers):
             answer.add_done_callback(lambda _, number=number: order.append(number))
-        sizes = [each.result(_SECONDS).width for each in answers]  # type: ignore[union-attr]
+        sizes = [answer.result(_SECONDS).width for answer in answers]  # type: ignore[union-attr]
     assert sizes == [6000] * 12 + [240] * 2
     assert order.index(13) < 6
 
@@ -154,8 +154,8 @@ def test_images_of_who_has_gone_are_kept_no_longer() -> None:
     with DecodePool(PREPROCESS, Limits(seconds=60), processes=1, spare=1) as pool:
         pool.submit(SLOW, "one")
         waiting = [pool.submit(jpeg(), "one") for _ in range(100)]
-        for each in waiting:
-            each.cancel()
+        for answer in waiting:
+            answer.cancel()
         wait_until(lambda: not pool._queue._jobs, "their end")
 
 
@@ -163,7 +163,7 @@ def test_what_takes_long_gets_less_of_the_processors() -> None:
     with DecodePool(PREPROCESS, Limits(seconds=_SECONDS), processes=1) as pool:
         answer = pool.submit(SLOW)
         (process,) = decoders()
-        until(lambda: any(os.getpriority(os.PRIO_PROCESS, each.id) > 0 for each in process.threads()))
+        until(lambda: any(os.getpriority(os.PRIO_PROCESS, thread.id) > 0 for thread in process.threads()))
         answer.cancel()
 
 
@@ -171,8 +171,8 @@ def test_a_large_image_leaves_no_less_memory_to_those_after_it() -> None:
     large = encoded(Image.new("L", (7000, 7000)), "PNG")
     with DecodePool(PREPROCESS, Limits(seconds=_SECONDS, memory=450 * 2**20), processes=1) as pool:
         for _ in range(4):
-            assert prepared(pool, large).width == 7000
-            assert prepared(pool, jpeg()).width
+            assert decode(pool, large).width == 7000
+            assert decode(pool, jpeg()).width
 
 
 def test_a_cancelled_image_is_not_decoded_on() -> None:
@@ -182,7 +182,7 @@ def test_a_cancelled_image_is_not_decoded_on() -> None:
         until(lambda: process.cpu_times().user > 0.2)
         waiting.cancel()
         slow.cancel()
-        assert prepared(pool, jpeg()).width
+        assert decode(pool, jpeg()).width
         assert process not in decoders()
 
 
@@ -191,14 +191,14 @@ def test_an_image_that_takes_too_much_memory_is_told_so(pool: DecodePool) -> Non
     grey = encoded(Image.new("LA", (3150, 3150)), "PNG", compress_level=1)
     large = encoded(Image.new("LA", (3170, 3170)), "PNG", compress_level=1)
     with DecodePool(PREPROCESS, Limits(pixels=40e6, memory=360 * 2**20), processes=2) as small:
-        assert rejected(small, grey) == "too-much-memory"
+        assert rejection(small, grey) == "too-much-memory"
         answers = [small.submit(large) for _ in range(4)]  # one at a time
-        assert all(isinstance(each.result(_SECONDS), Prepared) for each in answers)
-        for each in [small.submit(large) for _ in range(4)]:  # waiting for memory, or at work
-            each.cancel()
-        assert prepared(small, jpeg()).width
-        assert prepared(small, large).width == 3170
-    assert prepared(pool, grey).width == 3150
+        assert all(isinstance(answer.result(_SECONDS), Prepared) for answer in answers)
+        for answer in [small.submit(large) for _ in range(4)]:  # waiting for memory, or at work
+            answer.cancel()
+        assert decode(small, jpeg()).width
+        assert decode(small, large).width == 3170
+    assert decode(pool, grey).width == 3150
 
 
 def test_files_are_read_where_they_are_decoded(pool: DecodePool, tmp_path: Path) -> None:
@@ -206,10 +206,10 @@ def test_files_are_read_where_they_are_decoded(pool: DecodePool, tmp_path: Path)
     Path(os.fsdecode(path)).write_bytes(jpeg())
     answers = [pool.submit(LocalFile(path, most)) for most in (1e9, len(jpeg()) - 1)]
     answers += [pool.submit(LocalFile(path + b"x", 1e9)), pool.submit(LocalFile(b"/dev/zero", 1e9))]
-    read, large, missing, device = (each.result(_SECONDS) for each in answers)
+    read, large, missing, device = (answer.result(_SECONDS) for answer in answers)
     assert isinstance(read, Prepared)
-    np.testing.assert_array_equal(read.pixels, prepared(pool, jpeg()).pixels)
-    assert [getattr(each, "code", "") for each in (large, missing, device)] == [
+    np.testing.assert_array_equal(read.pixels, decode(pool, jpeg()).pixels)
+    assert [getattr(outcome, "code", "") for outcome in (large, missing, device)] == [
         "too-many-bytes", "unreadable", "unreadable"
     ]  # fmt: skip
 
@@ -217,9 +217,9 @@ def test_files_are_read_where_they_are_decoded(pool: DecodePool, tmp_path: Path)
 def test_a_file_that_memory_does_not_hold_costs_itself_alone(pool: DecodePool, tmp_path: Path) -> None:
     with (tmp_path / "a.png").open("wb") as file:
         file.truncate(2**30)
-    found = pool.submit(LocalFile(os.fsencode(file.name), 2**31)).result(_SECONDS)
-    assert found == Rejected("too-much-memory", "its bytes take more memory than is allowed (--decode-memory-mb)")
-    assert prepared(pool, jpeg()).width
+    outcome = pool.submit(LocalFile(os.fsencode(file.name), 2**31)).result(_SECONDS)
+    assert outcome == Rejected("too-much-memory", "its bytes take more memory than is allowed (--decode-memory-mb)")
+    assert decode(pool, jpeg()).width
 
 
 _WITH_A_SLOW_DISK = """
@@ -243,7 +243,7 @@ def test_waiting_for_a_disk_takes_none_of_an_image_s_time(monkeypatch: pytest.Mo
             for process in server.children():
                 process.suspend()
                 until(lambda process=process: process.status() == psutil.STATUS_STOPPED)
-        assert rejected(pool, jpeg()) == "too-slow"
+        assert rejection(pool, jpeg()) == "too-slow"
 
 
 @pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": b"Exif\0\0II*\0\x08\0\0\0\0\0"}])
@@ -252,9 +252,9 @@ def test_a_webp_with_too_many_pixels_is_refused_before_its_reader_takes_memory(
     options: dict[str, object], mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = encoded(Image.new(mode, (301, 207)), "WEBP", **options)
-    found = prepare(data, PREPROCESS, Limits(pixels=301 * 207))
-    assert isinstance(found, Prepared)
-    assert (found.width, found.height) == (301, 207)
+    outcome = prepare(data, PREPROCESS, Limits(pixels=301 * 207))
+    assert isinstance(outcome, Prepared)
+    assert (outcome.width, outcome.height) == (301, 207)
     monkeypatch.setattr(Image, "open", None)
     refused = prepare(data, PREPROCESS, Limits(pixels=301 * 207 - 1))
     assert isinstance(refused, Rejected)
@@ -281,23 +281,23 @@ def test_an_image_that_ends_its_decoder_is_rejected_in_the_end(
                 process.kill()
     assert answer.result() == Rejected("undecodable", "its decoder ended before it was done")
     assert f"{len(SLOW)} bytes: its decoder ended" in caplog.text
-    assert prepared(pool, jpeg()).width
+    assert decode(pool, jpeg()).width
 
 
 def test_the_server_whose_forks_they_are_is_replaced_when_it_is_killed(pool: DecodePool) -> None:
-    assert prepared(pool, jpeg()).width
+    assert decode(pool, jpeg()).width
     before = decoders()
     for server in psutil.Process().children():
-        if "mvmr.serve.decoding.process" in _of(server):
+        if "mvmr.serve.decoding.process" in _command_line(server):
             server.kill()
-    until(lambda: all(not each.is_running() for each in before))
-    assert prepared(pool, jpeg()).width
+    until(lambda: all(not process.is_running() for process in before))
+    assert decode(pool, jpeg()).width
 
 
 def test_all_end_with_the_pool_and_what_waits_is_cancelled() -> None:
     with DecodePool(PREPROCESS, LIMITS, processes=1) as pool:
         answers = [pool.submit(SLOW) for _ in range(3)]
-    assert all(each.cancelled() for each in answers)
+    assert all(answer.cancelled() for answer in answers)
     assert pool.submit(jpeg()).cancelled()
     until(lambda: not decoders())
 
@@ -329,7 +329,7 @@ def test_they_end_with_their_parent_whatever_they_are_at() -> None:
         children = psutil.Process(parent.pid).children(recursive=True)
         assert len(children) == 3
         parent.kill()
-    until(lambda: not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in children))
+    until(lambda: not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in children))
 
 
 def until(condition: object) -> None:

@@ -21,7 +21,7 @@ from PIL import Image
 from mvmr.serve.batch import parts as parts_module
 from mvmr.serve.batch.job import embed
 from mvmr.serve.engine import Engine
-from tests.serve.jobs import COUNT, PART, contents, picture, refused, rows, run
+from tests.serve.jobs import COUNT, PART, contents, picture, refusal, rows, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -68,29 +68,29 @@ def test_stopped_before_any_renaming_it_goes_on_and_ends_alike(
 
 
 def test_a_part_that_was_lost_damaged_or_never_listed_is_made_again(
-    bundle: Path, photos: Path, undisturbed: Path, tmp_path: Path
+    bundle: Path, photos: Path, finished_run: Path, tmp_path: Path
 ) -> None:
-    wanted = contents(undisturbed)
-    (undisturbed / "part-00002.parquet").unlink()
-    (undisturbed / "part-00003.parquet").write_bytes(b"cut")
-    (undisturbed / ".part-00009.0123abcd.partial.parquet").write_bytes(b"left over")
-    assert run(bundle, photos, undisturbed, resume=True).rows == COUNT - 3
-    assert contents(undisturbed) == wanted
-    assert not list(undisturbed.glob(".part*"))
-    (undisturbed / "errors.parquet").unlink()
-    run(bundle, photos, undisturbed, resume=True)
-    assert contents(undisturbed) == wanted
+    wanted = contents(finished_run)
+    (finished_run / "part-00002.parquet").unlink()
+    (finished_run / "part-00003.parquet").write_bytes(b"cut")
+    (finished_run / ".part-00009.0123abcd.partial.parquet").write_bytes(b"left over")
+    assert run(bundle, photos, finished_run, resume=True).rows == COUNT - 3
+    assert contents(finished_run) == wanted
+    assert not list(finished_run.glob(".part*"))
+    (finished_run / "errors.parquet").unlink()
+    run(bundle, photos, finished_run, resume=True)
+    assert contents(finished_run) == wanted
 
 
-def test_a_finished_run_is_resumed_without_any_work(bundle: Path, photos: Path, undisturbed: Path) -> None:
-    before = contents(undisturbed)
-    made = run(bundle, photos, undisturbed, resume=True)
-    assert (made.added, made.rows, made.errors) == (0, COUNT - 3, 3)
-    assert contents(undisturbed) == before
+def test_a_finished_run_is_resumed_without_any_work(bundle: Path, photos: Path, finished_run: Path) -> None:
+    before = contents(finished_run)
+    summary = run(bundle, photos, finished_run, resume=True)
+    assert (summary.added, summary.rows, summary.errors) == (0, COUNT - 3, 3)
+    assert contents(finished_run) == before
 
 
 def test_a_full_disk_names_the_part_and_the_job_goes_on_later(
-    bundle: Path, photos: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, photos: Path, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         real = parts_module.columns.writer
@@ -101,12 +101,12 @@ def test_a_full_disk_names_the_part_and_the_job_goes_on_later(
             return real(path, columns)
 
         patch.setattr(parts_module.columns, "writer", full)
-        message = refused(bundle, photos, tmp_path / "out")
+        message = refusal(bundle, photos, tmp_path / "out")
     where = tmp_path / "out" / "part-00002.parquet"
     assert f"cannot write {where}: the disk is full; the 2 parts before it are whole: mend this and go on" in message
-    assert "holds an unfinished run; go on with it by --resume" in refused(bundle, photos, tmp_path / "out")
+    assert "holds an unfinished run; go on with it by --resume" in refusal(bundle, photos, tmp_path / "out")
     assert run(bundle, photos, tmp_path / "out", resume=True).added == COUNT - 2 * PART
-    assert contents(tmp_path / "out") == contents(undisturbed)
+    assert contents(tmp_path / "out") == contents(finished_run)
 
 
 def test_a_real_full_disk_is_one_line_too(bundle: Path, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_real_full_disk_is_one_line_too(bundle: Path, tmp_path: Path) -> None:
         images.mkdir()
         for number in range(150):
             picture(number).save(images / f"{number:03}.png")
-        message = refused(bundle, images, disk / "out", part_rows=20)
+        message = refusal(bundle, images, disk / "out", part_rows=20)
         assert "the disk is full" in message
         assert "parts before it are whole" in message
         subprocess.run(["mount", "-o", "remount,size=5m", str(disk)], check=True)
@@ -134,7 +134,7 @@ def test_a_real_full_disk_is_one_line_too(bundle: Path, tmp_path: Path) -> None:
 def test_a_signal_stops_it_and_says_how_to_go_on(
     bundle: Path,
     photos: Path,
-    undisturbed: Path,
+    finished_run: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     number: signal.Signals,
@@ -142,18 +142,18 @@ def test_a_signal_stops_it_and_says_how_to_go_on(
     calls = iter(range(1000))
     real = Engine.__call__
 
-    def signalled(self: Engine, pixels: np.ndarray) -> Any:
+    def signal_then_embed(self: Engine, pixels: np.ndarray) -> Any:
         if next(calls) == 6:
             os.kill(os.getpid(), number)
         return real(self, pixels)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "__call__", signalled)
+        patch.setattr(Engine, "__call__", signal_then_embed)
         with pytest.raises(KeyboardInterrupt, match=r"\d+ images are saved in .*/out; go on with --resume"):
             run(bundle, photos, tmp_path / "out")
     assert threading.active_count() == 1 or not [t for t in threading.enumerate() if t.name.startswith(("dec", "emb"))]
     run(bundle, photos, tmp_path / "out", resume=True)
-    assert contents(tmp_path / "out") == contents(undisturbed)
+    assert contents(tmp_path / "out") == contents(finished_run)
 
 
 @pytest.mark.slow
@@ -167,8 +167,8 @@ def test_killed_at_twenty_random_moments_rows_are_those_of_an_undisturbed_run(bu
         content = b"broken" if number % 97 == 0 else buffer.getvalue()
         (images / f"{number:04}.bmp").write_bytes(content)
     options = {"heads": ["photos"], "part_rows": 50, "resume": True, "threads": 2}
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    run(bundle, images, whole, part_rows=50)
+    finished_run, out = tmp_path / "whole", tmp_path / "out"
+    run(bundle, images, finished_run, part_rows=50)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mvmr.serve.batch.job"])
     chance = random.Random(0)
@@ -195,4 +195,4 @@ def test_killed_at_twenty_random_moments_rows_are_those_of_an_undisturbed_run(bu
     errors = pq.read_table(out / "errors.parquet")["path"].to_pylist()
     assert sorted(paths + errors) == [str(path) for path in sorted(images.iterdir())]
     assert len(errors) == 52
-    assert contents(out) == contents(whole)
+    assert contents(out) == contents(finished_run)

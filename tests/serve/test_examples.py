@@ -45,12 +45,12 @@ SIZE, DIM, CLASSES = 32, 512, ("cat", "dog", "eel")
 
 def rows(heading: str) -> list[list[str]]:
     """The cells of the tables below a heading, without their heads."""
-    _, _, rest = f"\n{PAGE}".partition(f"\n{heading}\n")
-    assert rest, f"no heading {heading!r}"
-    section = re.split(r"^#", rest, maxsplit=1, flags=re.M)[0]
+    _, _, below = f"\n{PAGE}".partition(f"\n{heading}\n")
+    assert below, f"no heading {heading!r}"
+    section = re.split(r"^#", below, maxsplit=1, flags=re.M)[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return [each for number, each in enumerate(cells) if set("".join(each)) != {"-"} and (number or any(each))]
+    return [row for number, row in enumerate(cells) if set("".join(row)) != {"-"} and (number or any(row))]
 
 
 # Tables
@@ -59,7 +59,7 @@ def rows(heading: str) -> list[list[str]]:
 def test_all_endpoints_are_listed() -> None:
     listed = re.findall(r"`(GET|POST) ([^`?]+)[^`]*`", "".join(row[0] for row in rows(PAGE.splitlines()[0])))
     routers: tuple[APIRouter, ...] = (status.probes, status.router, embeddings.router, inference.router)
-    routes = [route for each in routers for route in each.routes if isinstance(route, APIRoute)]
+    routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
     expected = [(method, route.path) for route in routes for method in route.methods]
     assert sorted(listed) == sorted([*expected, ("GET", "/openapi.json")])
 
@@ -76,12 +76,14 @@ def test_all_reasons_why_an_image_has_no_embedding_are_listed() -> None:
 
 def test_all_settings_are_listed_with_their_variables_and_defaults() -> None:
     expected = []
-    for each in cli.serve.params:
-        assert isinstance(each, click.Option | click.Argument)
-        assert each.name
-        flag = each.opts[0] if isinstance(each, click.Option) else each.human_readable_name.strip("[]")
-        default = "" if each.multiple or not isinstance(each.default, str | int | float) else str(each.default)
-        expected.append([f"`{flag}`", f"`MVMR_{each.name.upper()}`", default])
+    for parameter in cli.serve.params:
+        assert isinstance(parameter, click.Option | click.Argument)
+        assert parameter.name
+        flag = parameter.opts[0] if isinstance(parameter, click.Option) else parameter.human_readable_name.strip("[]")
+        default = (
+            "" if parameter.multiple or not isinstance(parameter.default, str | int | float) else str(parameter.default)
+        )
+        expected.append([f"`{flag}`", f"`MVMR_{parameter.name.upper()}`", default])
     assert [row[:3] for row in rows("## Settings")[1:]] == expected
 
 
@@ -109,7 +111,7 @@ def test_each_variable_sets_what_its_flag_sets(monkeypatch: pytest.MonkeyPatch, 
         ),
         max_json=2**19, probe_port=21,
         api_keys=("0123456789abcdef",), cors=("https://a", "https://b"), url_hosts=("c", "d"),
-        drain=7, grace=8,
+        tls_cert="t", tls_key="k", drain=7, grace=8,
     )  # fmt: skip
     assert [f"`MVMR_{name}`" for name in variables] == [row[1] for row in rows("## Settings")[1:]]
     called: list[tuple[Any, dict[str, Any]]] = []
@@ -118,13 +120,10 @@ def test_each_variable_sets_what_its_flag_sets(monkeypatch: pytest.MonkeyPatch, 
     for arguments in ([], ["other", "--port", "10"]):
         result = CliRunner().invoke(main, ["serve", *arguments], env=environment)
         assert result.exit_code == 0, result.output
-    (bundle, options), (other, others) = called
+    (bundle, options), (typed, others) = called
     assert options.pop("settings") == expected
-    assert (bundle, other, others["settings"].port) == ("b", "other", 10)  # what is typed wins
-    assert options == {
-        "name": "n", "precision": "fp32", "provider": "cuda", "threads": 3, "index": "i",
-        "tls_cert": "t", "tls_key": "k",
-    }  # fmt: skip
+    assert (bundle, typed, others["settings"].port) == ("b", "other", 10)  # what is typed wins
+    assert options == {"name": "n", "precision": "fp32", "provider": "cuda", "threads": 3, "index": "i"}
 
 
 def test_all_metrics_are_listed_with_their_labels() -> None:
@@ -139,10 +138,10 @@ def test_all_metrics_are_listed_with_their_labels() -> None:
 
 
 def test_how_far_the_canary_may_be_off_is_said() -> None:
-    said = re.search(r"within (.+) % of its length for fp32, (.+) % for fp16, (.+) % for int8", " ".join(PAGE.split()))
-    assert said
-    assert [float(each) / 100 for each in said.groups()] == pytest.approx(
-        [engine.TOLERANCE[each] for each in ("fp32", "fp16", "int8")]
+    match = re.search(r"within (.+) % of its length for fp32, (.+) % for fp16, (.+) % for int8", " ".join(PAGE.split()))
+    assert match
+    assert [float(percent) / 100 for percent in match.groups()] == pytest.approx(
+        [engine.TOLERANCE[precision] for precision in ("fp32", "fp16", "int8")]
     )
 
 
@@ -199,7 +198,7 @@ def test_the_kubernetes_manifest_fits_the_service() -> None:
     (text,) = (text for tag, text, _ in blocks() if tag == "yaml")
     pod = yaml.safe_load(text)["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    variables = {each["name"]: each["value"] for each in container["env"]}
+    variables = {variable["name"]: variable["value"] for variable in container["env"]}
     assert {f"`{name}`" for name in variables} < {row[1] for row in rows("## Settings")}
     paths = {route.path for route in status.probes.routes if isinstance(route, APIRoute)}
     assert {container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")} <= paths
@@ -209,7 +208,7 @@ def test_the_kubernetes_manifest_fits_the_service() -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder where the examples run: runs/photos is a small ResNet with a head, exported by torch."""
     import torch
 
@@ -218,7 +217,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from mvmr.export.export import export
     from mvmr.models.torchvision_resnet import Resnet
 
-    folder = tmp_path_factory.mktemp("place")
+    folder = tmp_path_factory.mktemp("examples")
     for path, name in zip(IMAGES, ("chelsea", "astronaut"), strict=True):
         (folder / path).parent.mkdir(exist_ok=True)
         Image.fromarray(getattr(skimage.data, name)()).save(folder / path, quality=90)
@@ -238,30 +237,30 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def student(place: Path) -> np.ndarray:
+def student(folder: Path) -> np.ndarray:
     """What torch makes of the images, float32 [2, D]."""
     from mvmr.bundles import bundle as bundles
 
-    vectors = bundles.load(place / "runs" / "photos").student().embed([place / image for image in IMAGES])
+    vectors = bundles.load(folder / "runs" / "photos").student().embed([folder / image for image in IMAGES])
     return np.asarray(vectors, np.float32)
 
 
 @pytest.fixture(scope="module")
-def port(place: Path, request: pytest.FixtureRequest) -> Iterator[int]:
+def port(folder: Path, request: pytest.FixtureRequest) -> Iterator[int]:
     """Where the service listens that the page has started last, by the page's own command, but for the port."""
     script = re.sub(r"^mvmr serve (.*)$", r"exec mvmr serve \1 --port 0", request.param, flags=re.M)
-    log = place / "log"
+    log = folder / "log"
     command = ["bash", "-euo", "pipefail", "-c", script]
     with (
         log.open("wb") as out,
-        subprocess.Popen(command, stdout=out, stderr=out, cwd=place, env=ENVIRONMENT) as process,
+        subprocess.Popen(command, stdout=out, stderr=out, cwd=folder, env=ENVIRONMENT) as process,
     ):
         started = serving.Running(process, "", log)
         try:
             started.wait_for("startup complete")
-            found = re.search(r" at https?://127\.0\.0\.1:(\d+)$", started.said, re.M)
-            assert found
-            yield int(found[1])
+            match = re.search(r" at https?://127\.0\.0\.1:(\d+)$", started.log_text, re.M)
+            assert match
+            yield int(match[1])
             assert started.stop() == 0
         finally:
             if process.poll() is None:
@@ -273,74 +272,74 @@ def port(place: Path, request: pytest.FixtureRequest) -> Iterator[int]:
 Check = Callable[[str, Path, np.ndarray], None]
 
 
-def printed_embedding(said: str, place: Path, student: np.ndarray) -> None:
-    answer = json.loads(said)
+def printed_embedding(output: str, folder: Path, student: np.ndarray) -> None:
+    answer = json.loads(output)
     assert (answer["model"], answer["dim"]) == ("photos", DIM)
     (result,) = answer["results"]
     np.testing.assert_allclose(result["embedding"], student[0], atol=1e-4)
     assert f'"width": {result["width"]}, "height": {result["height"]}' in PAGE
 
 
-def saved_embeddings(said: str, place: Path, student: np.ndarray) -> None:
-    found = np.fromfile(place / "embeddings.f32", "<f4").reshape(2, DIM)
-    np.testing.assert_allclose(found, student, atol=1e-4)
+def saved_embeddings(output: str, folder: Path, student: np.ndarray) -> None:
+    embeddings = np.fromfile(folder / "embeddings.f32", "<f4").reshape(2, DIM)
+    np.testing.assert_allclose(embeddings, student, atol=1e-4)
 
 
-def kept_embeddings(said: str, place: Path, student: np.ndarray) -> None:
-    np.testing.assert_allclose(np.load(place / "embeddings.npy"), student, atol=1e-4)
+def kept_embeddings(output: str, folder: Path, student: np.ndarray) -> None:
+    np.testing.assert_allclose(np.load(folder / "embeddings.npy"), student, atol=1e-4)
 
 
-def described_embeddings(said: str, place: Path, student: np.ndarray) -> None:
-    kept_embeddings(said, place, student)
-    first, *labels = said.splitlines()
+def described_embeddings(output: str, folder: Path, student: np.ndarray) -> None:
+    kept_embeddings(output, folder, student)
+    first, *labels = output.splitlines()
     assert re.fullmatch(rf"\(2, {DIM}\) float32 [0-9a-f]{{32}}", first)
-    assert [line.split()[0] for line in labels] == best(place, student[0])
+    assert [line.split()[0] for line in labels] == best(folder, student[0])
 
 
-def two_classes(said: str, place: Path, student: np.ndarray) -> None:
-    (result,) = json.loads(said)["results"]
-    assert [each["label"] for each in result["labels"]] == best(place, student[0])
+def two_classes(output: str, folder: Path, student: np.ndarray) -> None:
+    (result,) = json.loads(output)["results"]
+    assert [label["label"] for label in result["labels"]] == best(folder, student[0])
 
 
-def best(place: Path, embedding: np.ndarray) -> list[str]:
+def best(folder: Path, embedding: np.ndarray) -> list[str]:
     from mvmr.bundles import bundle as bundles
 
-    head = bundles.load(place / "runs" / "photos").head("animals")
+    head = bundles.load(folder / "runs" / "photos").head("animals")
     return [CLASSES[number] for number in np.argsort(-(head.weight @ embedding + head.bias))[:2]]
 
 
-def itself_nearest(said: str, place: Path, student: np.ndarray) -> None:
-    (result,) = json.loads(said)["results"]
+def itself_nearest(output: str, folder: Path, student: np.ndarray) -> None:
+    (result,) = json.loads(output)["results"]
     assert result["hits"][0]["path"].endswith(IMAGES[0])
     assert result["hits"][0]["score"] == pytest.approx(1, abs=1e-4)
 
 
-def neighbours_of(asked: str) -> Check:
+def neighbours_of(image: str) -> Check:
     """Its last two lines are neighbours, the image itself first."""
 
-    def check(said: str, place: Path, student: np.ndarray) -> None:
-        first, second = said.splitlines()[-2:]
-        assert re.match(rf"1\.0000  \S*{asked}", first)
-        assert asked not in second
+    def check(output: str, folder: Path, student: np.ndarray) -> None:
+        first, second = output.splitlines()[-2:]
+        assert re.match(rf"1\.0000  \S*{image}", first)
+        assert image not in second
 
     return check
 
 
-def stored_embeddings(said: str, place: Path, student: np.ndarray) -> None:
-    assert said == f"features.parquet 2 0\n2 (2, {DIM})\n"
-    kept_embeddings(said, place, student)
+def stored_embeddings(output: str, folder: Path, student: np.ndarray) -> None:
+    assert output == f"features.parquet 2 0\n2 (2, {DIM})\n"
+    kept_embeddings(output, folder, student)
 
 
-def named_model(said: str, place: Path, student: np.ndarray) -> None:
-    assert [each["id"] for each in json.loads(said)["data"]] == ["photos"]
+def named_model(output: str, folder: Path, student: np.ndarray) -> None:
+    assert [model["id"] for model in json.loads(output)["data"]] == ["photos"]
 
 
-def said_ready(said: str, place: Path, student: np.ndarray) -> None:
-    assert json.loads(said) == {"status": "ready"}
+def said_ready(output: str, folder: Path, student: np.ndarray) -> None:
+    assert json.loads(output) == {"status": "ready"}
 
 
-def said_true(said: str, place: Path, student: np.ndarray) -> None:
-    assert said == "True\n"
+def said_true(output: str, folder: Path, student: np.ndarray) -> None:
+    assert output == "True\n"
 
 
 CHECKS: Mapping[str, Check] = {
@@ -372,24 +371,24 @@ if "embeddings" in found:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("port", "example"),
-    [pytest.param(each.start, each, id=f"{each.language}-{each.line}") for each in EXAMPLES],
+    [pytest.param(example.start, example, id=f"{example.language}-{example.line}") for example in EXAMPLES],
     indirect=["port"],
     scope="module",
 )
-def test_an_example_gives_what_it_promises(port: int, example: Example, place: Path, student: np.ndarray) -> None:
+def test_an_example_gives_what_it_promises(port: int, example: Example, folder: Path, student: np.ndarray) -> None:
     """In the order of the page, for some use what others have written."""
     if re.search(r"\bcurl\b", example.text) and not shutil.which("curl"):
         pytest.skip("this machine has no curl")
     (check,) = (check for words, check in CHECKS.items() if words in example.text)
-    script = place / "example"
+    script = folder / "example"
     script.write_text(example.text.replace("localhost:8000", f"localhost:{port}"))
     command = {
         "bash": ["bash", "-euo", "pipefail", str(script)],
         "python": [sys.executable, "-c", KEEP, str(script), "embeddings.npy"],
     }[example.language]
-    (place / "embeddings.npy").unlink(missing_ok=True)
-    done = subprocess.run(command, capture_output=True, text=True, cwd=place, env=ENVIRONMENT, timeout=120)
+    (folder / "embeddings.npy").unlink(missing_ok=True)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=ENVIRONMENT, timeout=120)
     assert done.returncode == 0, done.stdout[:2000] + done.stderr
     assert "Traceback" not in done.stderr
     assert "Warning" not in done.stderr
-    check(done.stdout, place, student)
+    check(done.stdout, folder, student)

@@ -23,7 +23,7 @@ from mvmr.serve.http.app import create_app
 from mvmr.serve.http.fetch import Remote
 from mvmr.serve.http.settings import Settings
 from tests.serve import serving
-from tests.serve.serving import jpeg, problem, said_in
+from tests.serve.serving import jpeg, problem, read_json
 
 HOST, PUBLIC = "images.example", "93.184.216.34"
 MOST = 100_000
@@ -56,12 +56,12 @@ class Network:
 
     def _look_up(self, host: str, port: int, *more: Any, **options: Any) -> list[Any]:
         self.asked.append(host)
-        found = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-        if not found:
+        addresses = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if not addresses:
             raise socket.gaierror(-2, "Name or service not known")
         return [
-            (socket.AF_INET6 if ":" in each else socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, port))
-            for each in found
+            (socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))
+            for address in addresses
         ]
 
     @asynccontextmanager
@@ -98,7 +98,7 @@ class Network:
             await asyncio.gather(*open_ones, return_exceptions=True)
 
 
-def taken(count: int) -> None:
+def take(count: int) -> None:
     """What hears of the bytes that are fetched: there is memory for all of them."""
 
 
@@ -115,56 +115,56 @@ def replying(*pieces: bytes) -> Reply:
     return reply
 
 
-def whole(body: bytes, status: str = "200 OK", headers: str = "") -> Reply:
+def reply_with(body: bytes, status: str = "200 OK", headers: str = "") -> Reply:
     return replying(f"HTTP/1.1 {status}\r\n{headers}content-length: {len(body)}\r\n\r\n".encode(), body)
 
 
-def fetched(
+def fetch_from(
     network: Network, address: str, reply: Reply | None = None, *, tls: ssl.SSLContext | None = None
 ) -> bytes | Rejected:
     """What comes of fetching an address while the world answers by `reply`."""
 
     async def test() -> bytes | Rejected:
-        world = network.serving(reply or whole(jpeg()), tls)
+        world = network.serving(reply or reply_with(jpeg()), tls)
         async with asyncio.timeout(SECONDS), world, Remote((HOST,), most=MOST) as remote:
-            return await remote.fetch(address, taken)
+            return await remote.fetch(address, take)
 
     return asyncio.run(test())
 
 
-def rejected(found: bytes | Rejected, code: str) -> str:
+def rejection(outcome: bytes | Rejected, code: str) -> str:
     """The reason why nothing was fetched."""
-    assert isinstance(found, Rejected)
-    assert found.code == code
-    assert "\n" not in found.reason
-    return found.reason
+    assert isinstance(outcome, Rejected)
+    assert outcome.code == code
+    assert "\n" not in outcome.reason
+    return outcome.reason
 
 
 @pytest.mark.parametrize("address", [f"http://{HOST}/a.jpg", f"HTTP://{HOST.upper()}:8080/a.jpg?b=c#d"])
 def test_an_image_of_a_host_on_the_list(network: Network, address: str) -> None:
-    assert fetched(network, address) == jpeg()
+    assert fetch_from(network, address) == jpeg()
     assert network.connected == [PUBLIC]
     assert network.requests[0].startswith("GET /a.jpg")
 
 
 def test_an_image_by_address_is_embedded_as_if_it_were_sent(network: Network, tmp_path: Path) -> None:
     engine = Engine.load(serving.bundle(tmp_path), threads=1)
-    asked = {"input": [f"http://{HOST}/a.jpg", "http://other.example/a.jpg"]}
+    document = {"input": [f"http://{HOST}/a.jpg", "http://other.example/a.jpg"]}
     app = create_app(engine, Settings(url_hosts=(HOST,)))
 
     async def test() -> list[Any]:
-        async with network.serving(whole(jpeg())):
+        async with network.serving(reply_with(jpeg())):
             return await asyncio.to_thread(post)
 
     def post() -> list[Any]:
         with TestClient(app) as client:
-            answer = client.post("/v1/embed", json=asked)
-            results: list[Any] = said_in(answer)["results"]
+            answer = client.post("/v1/embed", json=document)
+            results: list[Any] = read_json(answer)["results"]
             return results
 
-    by_address, other = asyncio.run(test())
+    by_address, refused = asyncio.run(test())
     np.testing.assert_array_equal(np.float32(by_address["embedding"]), engine.embed([jpeg()])[0])
-    assert other["error"]["code"] == "no-fetching"
+    assert refused["error"]["code"] == "no-fetching"
 
 
 # Whom it does not ask
@@ -181,22 +181,22 @@ def test_an_image_by_address_is_embedded_as_if_it_were_sent(network: Network, tm
     ],
 )  # fmt: skip
 def test_a_host_that_is_not_on_the_list_is_not_even_looked_up(network: Network, address: str) -> None:
-    rejected(fetched(network, address), "no-fetching")
+    rejection(fetch_from(network, address), "no-fetching")
     assert (network.asked, network.connected) == ([], [])
 
 
 def test_without_a_list_nobody_is_asked(network: Network) -> None:
     async def test() -> bytes | Rejected:
         async with Remote((), most=MOST) as remote:
-            return await remote.fetch(f"http://{HOST}/a.jpg", taken)
+            return await remote.fetch(f"http://{HOST}/a.jpg", take)
 
-    assert "this service fetches no addresses" in rejected(asyncio.run(test()), "no-fetching")
+    assert "this service fetches no addresses" in rejection(asyncio.run(test()), "no-fetching")
     assert network.asked == []
 
 
 @pytest.mark.parametrize("scheme", ["ftp", "file", "gopher"])
 def test_only_http_and_https(network: Network, scheme: str) -> None:
-    rejected(fetched(network, f"{scheme}://{HOST}/etc/passwd"), "not-fetched")
+    rejection(fetch_from(network, f"{scheme}://{HOST}/etc/passwd"), "not-fetched")
     assert network.requests == []
 
 
@@ -211,21 +211,21 @@ def test_only_http_and_https(network: Network, scheme: str) -> None:
 )  # fmt: skip
 def test_a_name_that_leads_into_this_network_is_refused(network: Network, private: str) -> None:
     network.answers = [[private]]
-    assert f"{HOST} leads to {private}" in rejected(fetched(network, f"http://{HOST}/a.jpg"), "no-fetching")
+    assert f"{HOST} leads to {private}" in rejection(fetch_from(network, f"http://{HOST}/a.jpg"), "no-fetching")
     assert network.connected == []
 
 
 def test_a_name_that_changes_its_mind_leads_nowhere_else(network: Network) -> None:
     network.answers = [[PUBLIC], ["127.0.0.1"]]
-    assert fetched(network, f"http://{HOST}/a.jpg") == jpeg()
+    assert fetch_from(network, f"http://{HOST}/a.jpg") == jpeg()
     assert (network.asked, network.connected) == ([HOST], [PUBLIC])  # looked up once: what was checked is what is used
 
 
 @pytest.mark.parametrize("target", ["http://127.0.0.1/", f"http://{HOST}/b.jpg", "file:///etc/passwd"])
 @pytest.mark.parametrize("status", ["301 Moved", "302 Found", "307 Temporary", "308 Permanent"])
 def test_redirects_are_not_followed(network: Network, status: str, target: str) -> None:
-    found = fetched(network, f"http://{HOST}/a.jpg", whole(b"", status, f"location: {target}\r\n"))
-    assert rejected(found, "not-fetched") == f"the answer was {status[:3]}"
+    outcome = fetch_from(network, f"http://{HOST}/a.jpg", reply_with(b"", status, f"location: {target}\r\n"))
+    assert rejection(outcome, "not-fetched") == f"the answer was {status[:3]}"
     assert (len(network.requests), len(network.connected)) == (1, 1)
 
 
@@ -234,13 +234,13 @@ def test_redirects_are_not_followed(network: Network, status: str, target: str) 
 
 @pytest.mark.parametrize("status", ["404 Not Found", "500 Internal", "204 No Content", "206 Partial Content"])
 def test_another_answer_than_200_is_no_image(network: Network, status: str) -> None:
-    assert status[:3] in rejected(fetched(network, f"http://{HOST}/a.jpg", whole(b"", status)), "not-fetched")
+    assert status[:3] in rejection(fetch_from(network, f"http://{HOST}/a.jpg", reply_with(b"", status)), "not-fetched")
 
 
 def test_as_many_bytes_as_allowed_and_no_more(network: Network) -> None:
-    assert fetched(network, f"http://{HOST}/a.jpg", whole(bytes(MOST))) == bytes(MOST)
-    told = rejected(fetched(network, f"http://{HOST}/a.jpg", whole(bytes(MOST + 1))), "not-fetched")
-    assert told == "more than 100,000 bytes"
+    assert fetch_from(network, f"http://{HOST}/a.jpg", reply_with(bytes(MOST))) == bytes(MOST)
+    reason = rejection(fetch_from(network, f"http://{HOST}/a.jpg", reply_with(bytes(MOST + 1))), "not-fetched")
+    assert reason == "more than 100,000 bytes"
 
 
 async def endless(write: Write) -> None:
@@ -253,10 +253,12 @@ def test_answers_without_end_are_cut_off_and_take_no_place_from_others(network: 
     async def test() -> None:
         async with asyncio.timeout(SECONDS), Remote((HOST,), most=MOST) as remote:
             async with network.serving(endless):
-                found = await asyncio.gather(*(remote.fetch(f"http://{HOST}/{number}", taken) for number in range(30)))
-                assert {rejected(each, "not-fetched") for each in found} == {"more than 100,000 bytes"}
-            async with network.serving(whole(jpeg())):
-                assert await remote.fetch(f"http://{HOST}/a.jpg", taken) == jpeg()
+                outcomes = await asyncio.gather(
+                    *(remote.fetch(f"http://{HOST}/{number}", take) for number in range(30))
+                )
+                assert {rejection(outcome, "not-fetched") for outcome in outcomes} == {"more than 100,000 bytes"}
+            async with network.serving(reply_with(jpeg())):
+                assert await remote.fetch(f"http://{HOST}/a.jpg", take) == jpeg()
 
     asyncio.run(test())
 
@@ -270,8 +272,8 @@ def test_who_sends_a_byte_now_and_then_is_not_waited_for(network: Network, monke
             await write(b"a")
             await asyncio.sleep(0.01)
 
-    told = rejected(fetched(network, f"http://{HOST}/a.jpg", dripping), "not-fetched")
-    assert told == f"{HOST} took more than 0.2 s"
+    reason = rejection(fetch_from(network, f"http://{HOST}/a.jpg", dripping), "not-fetched")
+    assert reason == f"{HOST} took more than 0.2 s"
 
 
 @pytest.mark.parametrize(
@@ -284,34 +286,34 @@ def test_who_sends_a_byte_now_and_then_is_not_waited_for(network: Network, monke
     ],
 )  # fmt: skip
 def test_an_answer_that_is_broken_is_no_image(network: Network, pieces: tuple[bytes, ...]) -> None:
-    assert rejected(fetched(network, f"http://{HOST}/a.jpg", replying(*pieces)), "not-fetched").startswith(HOST)
+    assert rejection(fetch_from(network, f"http://{HOST}/a.jpg", replying(*pieces)), "not-fetched").startswith(HOST)
 
 
 def test_a_name_that_nobody_knows(network: Network) -> None:
     network.answers = [[]]
-    assert "Name or service not known" in rejected(fetched(network, f"http://{HOST}/a.jpg"), "not-fetched")
+    assert "Name or service not known" in rejection(fetch_from(network, f"http://{HOST}/a.jpg"), "not-fetched")
 
 
 def test_a_certificate_that_nobody_vouches_for(network: Network, tmp_path: Path) -> None:
     own = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     own.load_cert_chain(*serving.certificate(tmp_path, HOST))
-    told = rejected(fetched(network, f"https://{HOST}/a.jpg", tls=own), "not-fetched")
-    assert "certificate verify failed" in told
+    reason = rejection(fetch_from(network, f"https://{HOST}/a.jpg", tls=own), "not-fetched")
+    assert "certificate verify failed" in reason
     assert network.requests == []
 
 
 def test_fetched_images_count_as_the_bodys_bytes_do(network: Network, tmp_path: Path) -> None:
     engine = Engine.load(serving.bundle(tmp_path), threads=1)
     app = create_app(engine, Settings(url_hosts=(HOST,), max_body=MOST))
-    asked = {"input": [f"http://{HOST}/{number}" for number in range(64)]}
+    document = {"input": [f"http://{HOST}/{number}" for number in range(64)]}
 
     async def test() -> Any:
-        async with network.serving(whole(bytes(MOST))):
+        async with network.serving(reply_with(bytes(MOST))):
             return await asyncio.to_thread(post)
 
     def post() -> Any:
         with TestClient(app) as client:
-            return client.post("/v1/embed", content=json.dumps(asked), headers={"content-type": "application/json"})
+            return client.post("/v1/embed", content=json.dumps(document), headers={"content-type": "application/json"})
 
     # bodies under way take at most 4 x max_body; 64 images of max_body each must not come on top
     assert problem(asyncio.run(test())) in ("busy", "too-large")

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from tests.serve.serving import counted, jpeg, running
+from tests.serve.serving import jpeg, read_metric, running
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -25,18 +25,18 @@ def test_damaged_images_are_answered_and_leave_nothing_behind(path: Path, tmp_pa
     done = subprocess.run(argv, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (file,) = out.iterdir()
-    found = json.loads(file.read_text())
-    assert found["failures"] == []
-    assert found["log"] == []
-    assert found["statuses"].keys() <= {"200", "413", "422"}
-    assert sum(found["statuses"].values()) == found["files"] == 1500
-    assert min(found["statuses"]["200"], found["statuses"]["422"]) > 300  # it is about both
-    assert found["codes"].keys() >= {"not-an-image", "undecodable", "empty", "too-many-pixels"}
-    assert found["readiness"].keys() == {"200"}
-    assert found["threads"][0] == found["threads"][1]
-    assert found["rss_mib"][-1] - found["rss_mib"][1] < 100, found["rss_mib"]  # the first quarter warms it up
-    assert found["same_after"]
-    assert found["exit_status"] == 0
+    report = json.loads(file.read_text())
+    assert report["failures"] == []
+    assert report["log"] == []
+    assert report["statuses"].keys() <= {"200", "413", "422"}
+    assert sum(report["statuses"].values()) == report["files"] == 1500
+    assert min(report["statuses"]["200"], report["statuses"]["422"]) > 300  # it is about both
+    assert report["codes"].keys() >= {"not-an-image", "undecodable", "empty", "too-many-pixels"}
+    assert report["readiness"].keys() == {"200"}
+    assert report["threads"][0] == report["threads"][1]
+    assert report["rss_mib"][-1] - report["rss_mib"][1] < 100, report["rss_mib"]  # the first quarter warms it up
+    assert report["same_after"]
+    assert report["exit_status"] == 0
 
 
 @pytest.mark.slow
@@ -68,8 +68,8 @@ def test_schemathesis_finds_nothing(path: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
         with httpx2.Client(base_url=own.url, verify=False) as client:
             assert client.get("/readyz").status_code == 200
-            requests = counted(client.get("/metrics").text, "mvmr_http_requests_total")
-        assert "Traceback" not in own.said
+            requests = read_metric(client.get("/metrics").text, "mvmr_http_requests_total")
+        assert "Traceback" not in own.log_text
     cases = re.search(r"(\d+) generated, (\d+) passed", done.stdout)
     assert cases
     assert int(cases[1]) == int(cases[2]) > 1000

@@ -23,7 +23,7 @@ from mvmr.data.image_bytes import Limits, Prepared, prepare
 from mvmr.export.artifacts import EMBEDDING, report_of
 from mvmr.serve import Engine
 from mvmr.serve.batch.job import embed
-from tests.serve.serving import FLOAT32, PREPROCESS, Running, encoded, rows, running, said_in
+from tests.serve.serving import FLOAT32, PREPROCESS, Running, encoded, read_json, rows, running
 
 pytestmark = pytest.mark.slow
 
@@ -51,16 +51,16 @@ def photograph(number: int) -> Image.Image:
     return picture.resize((300, 200), box=(left, top, left + side, top + side))
 
 
-def golden() -> dict[str, bytes]:
+def golden_files() -> dict[str, bytes]:
     """Files of every kind that a service meets, by name."""
-    made: dict[str, bytes] = {}
+    contents: dict[str, bytes] = {}
 
     def add(name: str, kind: str, image: Image.Image | None = None, **options: Any) -> None:
-        picture = photograph(len(made)) if image is None else image
-        made[name] = encoded(picture, kind, **options)
+        picture = photograph(len(contents)) if image is None else image
+        contents[name] = encoded(picture, kind, **options)
 
     def another() -> Image.Image:
-        return photograph(len(made))
+        return photograph(len(contents))
 
     for orientation, rotation in ROTATIONS.items():
         exif = Image.Exif()
@@ -115,20 +115,20 @@ def golden() -> dict[str, bytes]:
     add("one-pixel.gif", "GIF", Image.new("RGB", (1, 1), (10, 130, 90)))
     add("line.png", "PNG", another().resize((1, 500)))
     add("row.jpg", "JPEG", another().resize((500, 1)))
-    return made
+    return contents
 
 
 @pytest.fixture(scope="module")
 def files() -> dict[str, bytes]:
-    return dict(sorted(golden().items()))
+    return dict(sorted(golden_files().items()))
 
 
 @pytest.fixture(scope="module")
 def folder(files: Mapping[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = tmp_path_factory.mktemp("golden")
+    out = tmp_path_factory.mktemp("golden")
     for name, content in files.items():
-        (found / name).write_bytes(content)
-    return found
+        (out / name).write_bytes(content)
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -176,37 +176,37 @@ def engine(path: Path, precision: str) -> Engine:
 
 @pytest.fixture(scope="module")
 def service(path: Path, precision: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with running(path, tmp_path_factory.mktemp("service"), "--precision", precision, *FORMATS) as found:
-        yield found
-        assert "Traceback" not in found.said
+    with running(path, tmp_path_factory.mktemp("service"), "--precision", precision, *FORMATS) as service:
+        yield service
+        assert "Traceback" not in service.log_text
 
 
 @pytest.fixture(scope="module")
-def embedded(engine: Engine, files: Mapping[str, bytes]) -> Floats:
+def embeddings(engine: Engine, files: Mapping[str, bytes]) -> Floats:
     """What the engine makes of the files, one by one: what all others are compared with."""
     return np.concatenate([engine.embed([content], EVERY_FORMAT) for content in files.values()])
 
 
 @pytest.fixture
 def client(service: Running) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=service.url, verify=False, timeout=60) as found:
-        yield found
+    with httpx2.Client(base_url=service.url, verify=False, timeout=60) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
 def pixels(files: Mapping[str, bytes]) -> npt.NDArray[np.uint8]:
     """What the service hands to its engine for each file, uint8 [N, 32, 32, 3]."""
-    found = [prepare(content, PREPROCESS, EVERY_FORMAT) for content in files.values()]
-    assert [each for each in found if not isinstance(each, Prepared)] == []
-    return np.stack([each.pixels for each in found if isinstance(each, Prepared)])
+    outcomes = [prepare(content, PREPROCESS, EVERY_FORMAT) for content in files.values()]
+    assert [outcome for outcome in outcomes if not isinstance(outcome, Prepared)] == []
+    return np.stack([outcome.pixels for outcome in outcomes if isinstance(outcome, Prepared)])
 
 
-def same(found: Any, wanted: Floats, engine: Engine) -> None:
+def same(actual: Any, wanted: Floats, engine: Engine) -> None:
     """Equal within what the report says an embedding may change by with the batch it is in."""
     report = json.loads((engine.path / report_of(engine.file)).read_text())
-    found = np.asarray(found, np.float32)
-    assert found.shape == wanted.shape
-    assert np.abs(found - wanted).max() <= report["gates"]["batch_difference"] * np.abs(wanted).max()
+    actual = np.asarray(actual, np.float32)
+    assert actual.shape == wanted.shape
+    assert np.abs(actual - wanted).max() <= report["gates"]["batch_difference"] * np.abs(wanted).max()
 
 
 # One preprocessing
@@ -247,7 +247,7 @@ def test_the_preprocessing_is_the_bundles_own(path: Path, engine: Engine) -> Non
 
 
 def test_the_engine_does_as_torch_does_on_each_kind_of_file(
-    path: Path, engine: Engine, folder: Path, embedded: Floats, pixels: npt.NDArray[np.uint8]
+    path: Path, engine: Engine, folder: Path, embeddings: Floats, pixels: npt.NDArray[np.uint8]
 ) -> None:
     """By the export's own measure, with the gates that the file's report was judged by."""
     from mvmr.export.verification import Gates, Reference, verify
@@ -258,9 +258,9 @@ def test_the_engine_does_as_torch_does_on_each_kind_of_file(
     reference = Reference.of(student, pixels)
     by_torch = student.embed(sorted(folder.iterdir())).numpy()
     np.testing.assert_allclose(reference.outputs[EMBEDDING], by_torch, rtol=1e-4, atol=1e-4)
-    found = verify(lambda images: {EMBEDDING: engine(images)}, reference, gates=Gates(**report["gates"]))
-    assert found["failures"] == []
-    same(engine(pixels), embedded, engine)
+    verdict = verify(lambda images: {EMBEDDING: engine(images)}, reference, gates=Gates(**report["gates"]))
+    assert verdict["failures"] == []
+    same(engine(pixels), embeddings, engine)
 
 
 def test_so_does_what_evaluate_computes(path: Path, folder: Path, files: Mapping[str, bytes]) -> None:
@@ -271,50 +271,54 @@ def test_so_does_what_evaluate_computes(path: Path, folder: Path, files: Mapping
     np.testing.assert_allclose(evaluated, student.embed([folder / name for name in files]), rtol=1e-4, atol=1e-4)
 
 
-def test_a_picture_in_memory_is_embedded_as_its_file_is(engine: Engine, folder: Path, embedded: Floats) -> None:
+def test_a_picture_in_memory_is_embedded_as_its_file_is(engine: Engine, folder: Path, embeddings: Floats) -> None:
     opened = [Image.open(file) for file in sorted(folder.iterdir())]
-    same(engine.embed(opened), embedded, engine)
-    for each in opened:
-        each.close()
-    same(engine.embed(sorted(folder.iterdir()), EVERY_FORMAT), embedded, engine)
+    same(engine.embed(opened), embeddings, engine)
+    for picture in opened:
+        picture.close()
+    same(engine.embed(sorted(folder.iterdir()), EVERY_FORMAT), embeddings, engine)
 
 
 # The doors of the service
 
 
-def test_raw_bytes(client: httpx2.Client, engine: Engine, files: Mapping[str, bytes], embedded: Floats) -> None:
-    answers = [client.post("/v1/embed", content=each, headers={"accept": FLOAT32}) for each in files.values()]
-    same(np.concatenate([rows(answer) for answer in answers]), embedded, engine)
+def test_raw_bytes(client: httpx2.Client, engine: Engine, files: Mapping[str, bytes], embeddings: Floats) -> None:
+    answers = [client.post("/v1/embed", content=content, headers={"accept": FLOAT32}) for content in files.values()]
+    same(np.concatenate([rows(answer) for answer in answers]), embeddings, engine)
 
 
 def test_many_files_at_a_time(
-    client: httpx2.Client, engine: Engine, files: Mapping[str, bytes], embedded: Floats
+    client: httpx2.Client, engine: Engine, files: Mapping[str, bytes], embeddings: Floats
 ) -> None:
-    sent = [("file", (name, content)) for name, content in files.items()]
-    same(rows(client.post("/v1/embed", files=sent, headers={"accept": FLOAT32})), embedded, engine)
+    parts = [("file", (name, content)) for name, content in files.items()]
+    same(rows(client.post("/v1/embed", files=parts, headers={"accept": FLOAT32})), embeddings, engine)
 
 
-def test_base64(client: httpx2.Client, engine: Engine, files: Mapping[str, bytes], embedded: Floats) -> None:
-    answer = client.post("/v1/embed", json={"input": [base64.b64encode(each).decode() for each in files.values()]})
-    results = said_in(answer)["results"]
-    same([each["embedding"] for each in results], embedded, engine)
-    sizes = {name: (each["width"], each["height"]) for name, each in zip(files, results, strict=True)}
+def test_base64(client: httpx2.Client, engine: Engine, files: Mapping[str, bytes], embeddings: Floats) -> None:
+    answer = client.post(
+        "/v1/embed", json={"input": [base64.b64encode(content).decode() for content in files.values()]}
+    )
+    results = read_json(answer)["results"]
+    same([result["embedding"] for result in results], embeddings, engine)
+    sizes = {name: (result["width"], result["height"]) for name, result in zip(files, results, strict=True)}
     assert (sizes["huge.jpg"], sizes["one-pixel.png"], sizes["line.png"]) == ((6000, 4000), (1, 1), (1, 500))
 
 
-def test_openais_own_client(service: Running, engine: Engine, files: Mapping[str, bytes], embedded: Floats) -> None:
+def test_openais_own_client(service: Running, engine: Engine, files: Mapping[str, bytes], embeddings: Floats) -> None:
     import openai
 
     texts = [f"data:image/png;base64,{base64.b64encode(content).decode()}" for content in files.values()]
     with openai.OpenAI(base_url=f"{service.url}/v1", api_key="none") as client:
-        found = client.embeddings.create(model="student", input=texts)
-        same([each.embedding for each in found.data], embedded, engine)
-        found = client.embeddings.create(model="student", input=texts[:3], encoding_format="float")
-        same([each.embedding for each in found.data], embedded[:3], engine)
+        answer = client.embeddings.create(model="student", input=texts)
+        same([row.embedding for row in answer.data], embeddings, engine)
+        answer = client.embeddings.create(model="student", input=texts[:3], encoding_format="float")
+        same([row.embedding for row in answer.data], embeddings[:3], engine)
         assert [model.id for model in client.models.list()] == ["student"]
 
 
-def test_tritons_own_client(service: Running, engine: Engine, pixels: npt.NDArray[np.uint8], embedded: Floats) -> None:
+def test_tritons_own_client(
+    service: Running, engine: Engine, pixels: npt.NDArray[np.uint8], embeddings: Floats
+) -> None:
     from tritonclient import http as triton
 
     client = triton.InferenceServerClient(service.url.removeprefix("http://"))
@@ -324,18 +328,18 @@ def test_tritons_own_client(service: Running, engine: Engine, pixels: npt.NDArra
         assert client.is_model_ready("student")
         assert client.get_model_metadata("student")["outputs"][0]["shape"] == [-1, 512]
         for binary in (True, False):
-            given = triton.InferInput("image", list(pixels.shape), "UINT8")
-            given.set_data_from_numpy(pixels, binary_data=binary)
+            tensor = triton.InferInput("image", list(pixels.shape), "UINT8")
+            tensor.set_data_from_numpy(pixels, binary_data=binary)
             wanted = triton.InferRequestedOutput("embedding", binary_data=binary)
-            same(client.infer("student", [given], outputs=[wanted]).as_numpy("embedding"), embedded, engine)
+            same(client.infer("student", [tensor], outputs=[wanted]).as_numpy("embedding"), embeddings, engine)
     finally:
         client.close()
 
 
-def test_the_batch_job(path: Path, engine: Engine, folder: Path, embedded: Floats, tmp_path: Path) -> None:
+def test_the_batch_job(path: Path, engine: Engine, folder: Path, embeddings: Floats, tmp_path: Path) -> None:
     out = tmp_path / "golden.npy"
     summary = embed(path, folder, out=out, precision=engine.precision, limits=EVERY_FORMAT)
-    assert (summary.rows, summary.errors) == (len(embedded), 0)
+    assert (summary.rows, summary.errors) == (len(embeddings), 0)
     names = [Path(line).name for line in (tmp_path / "golden.paths.txt").read_text().splitlines()]
     assert names == sorted(file.name for file in folder.iterdir())
-    same(np.load(out), embedded, engine)
+    same(np.load(out), embeddings, engine)

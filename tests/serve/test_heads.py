@@ -15,59 +15,59 @@ from mvmr.bundles import bundle as bundles
 from mvmr.serve import Engine
 from mvmr.serve.http.service import Service
 from tests.serve import serving
-from tests.serve.inprocess import BROKEN, close, errors, expected, files, serve, softmax
-from tests.serve.serving import HEADS, jpeg, problem, said_in
+from tests.serve.inprocess import BROKEN, close, embeddings_of, errors, files, serve, softmax
+from tests.serve.serving import HEADS, jpeg, problem, read_json
 
 
 @pytest.mark.parametrize("name", sorted(HEADS))
 def test_classes_with_their_probabilities_best_first(client: TestClient, path: Path, name: str) -> None:
     answer = client.post("/v1/classify", params={"head": name}, files=files(jpeg(), BROKEN, jpeg("coffee")))
-    assert said_in(answer)["head"] == name
-    results = said_in(answer)["results"]
+    assert read_json(answer)["head"] == name
+    results = read_json(answer)["results"]
     assert errors(results) == {1: "undecodable"}
-    for result, chances in zip(results[::2], softmax(expected("astronaut", "coffee"), path, name), strict=True):
-        found = {each["label"]: each["probability"] for each in result["labels"]}
-        assert list(found) == [HEADS[name][number] for number in np.argsort(-chances)]
-        close([found[label] for label in HEADS[name]], chances)
+    for result, chances in zip(results[::2], softmax(embeddings_of("astronaut", "coffee"), path, name), strict=True):
+        probabilities = {label["label"]: label["probability"] for label in result["labels"]}
+        assert list(probabilities) == [HEADS[name][number] for number in np.argsort(-chances)]
+        close([probabilities[label] for label in HEADS[name]], chances)
 
 
 def test_only_as_many_classes_as_asked_for(client: TestClient) -> None:
     answer = client.post("/v1/classify", params={"head": "animals", "top_k": "1"}, content=jpeg())
-    assert len(said_in(answer)["results"][0]["labels"]) == 1
+    assert len(read_json(answer)["results"][0]["labels"]) == 1
 
 
 def test_where_there_is_one_head_it_need_not_be_named(engine: Engine) -> None:
     alone = dataclasses.replace(engine, heads={"animals": engine.heads["animals"]})
     with serve(alone) as client:
-        assert said_in(client.post("/v1/classify", content=jpeg()))["head"] == "animals"
+        assert read_json(client.post("/v1/classify", content=jpeg()))["head"] == "animals"
 
 
 @pytest.mark.parametrize(
-    ("kept", "params", "told"),
+    ("count", "params", "detail"),
     [
         (2, {}, "give ?head=; this bundle has animals, colours"),
         (2, {"head": "animal"}, "there is no head 'animal'; this bundle has animals, colours"),
         (0, {}, "give ?head=; this bundle has none; fit one by `mvmr probe`"),
     ],
 )
-def test_a_head_that_is_not_there(engine: Engine, kept: int, params: dict[str, str], told: str) -> None:
-    heads = dict(list(engine.heads.items())[:kept])
+def test_a_head_that_is_not_there(engine: Engine, count: int, params: dict[str, str], detail: str) -> None:
+    heads = dict(list(engine.heads.items())[:count])
     with serve(dataclasses.replace(engine, heads=heads)) as client:
         answer = client.post("/v1/classify", params=params, content=jpeg())
-    assert (problem(answer), answer.status_code, answer.json()["detail"]) == ("unknown-head", 404, told)
+    assert (problem(answer), answer.status_code, answer.json()["detail"]) == ("unknown-head", 404, detail)
 
 
 def test_heads_are_read_again_and_a_damaged_one_changes_nothing(
     path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    mine = serving.copied(path, tmp_path)
+    mine = serving.copy_bundle(path, tmp_path)
     with serve(Engine.load(mine, threads=1)) as client:
         running: Service = client.app.state.service  # type: ignore[attr-defined]
         serving.add_head(mine, "shapes", ("round", "square"))
         assert client.post("/v1/classify?head=shapes", content=jpeg()).status_code == 404
         running.reload_heads()
         assert client.post("/v1/classify?head=shapes", content=jpeg()).status_code == 200
-        assert "shapes" in said_in(client.get("/v1/models/student"))["heads"]
+        assert "shapes" in read_json(client.get("/v1/models/student"))["heads"]
         (mine / "heads" / "shapes" / "head.json").write_text("{}")
         with caplog.at_level(logging.ERROR):
             running.reload_heads()
@@ -79,14 +79,14 @@ def test_heads_are_read_again_and_a_damaged_one_changes_nothing(
 def test_heads_of_another_bundle_in_its_place_are_not_served(
     path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    mine = serving.copied(path, tmp_path)
+    mine = serving.copy_bundle(path, tmp_path)
     engine = Engine.load(mine, threads=1)
     with serve(engine) as client:
         running: Service = client.app.state.service  # type: ignore[attr-defined]
-        wanted = said_in(client.post("/v1/classify?head=animals", content=jpeg()))
-        says = json.loads((mine / "bundle.json").read_text())
-        other = says | {"files": says["files"] | {"encoder.safetensors": "0" * 64}}
-        (mine / "bundle.json").write_text(json.dumps(other))
+        wanted = read_json(client.post("/v1/classify?head=animals", content=jpeg()))
+        manifest = json.loads((mine / "bundle.json").read_text())
+        changed = manifest | {"files": manifest["files"] | {"encoder.safetensors": "0" * 64}}
+        (mine / "bundle.json").write_text(json.dumps(changed))
         serving.add_head(mine, "animals", ("cat", "dog", "eel"), seed=1)
         running.reload_heads()
         space = bundles.load(mine, verify=False).space_id
@@ -94,11 +94,11 @@ def test_heads_of_another_bundle_in_its_place_are_not_served(
             f"of another embedding space ({space[:12]}) than the one in service ({engine.space_id[:12]})" in caplog.text
         )
         assert "restart to serve it" in caplog.text
-        assert said_in(client.post("/v1/classify?head=animals", content=jpeg())) == wanted
+        assert read_json(client.post("/v1/classify?head=animals", content=jpeg())) == wanted
         # The same weights, announced as wider: the space has the same id, and the heads don't fit the engine.
-        (mine / "bundle.json").write_text(json.dumps(says | {"embedding_dim": 2 * serving.DIM}))
+        (mine / "bundle.json").write_text(json.dumps(manifest | {"embedding_dim": 2 * serving.DIM}))
         for name in serving.HEADS:
             serving.add_head(mine, name, ("round", "square"), dim=2 * serving.DIM)
         running.reload_heads()
         assert f"head animals of {mine} does not take the {serving.DIM} features served" in caplog.text
-        assert said_in(client.post("/v1/classify?head=animals", content=jpeg())) == wanted
+        assert read_json(client.post("/v1/classify?head=animals", content=jpeg())) == wanted

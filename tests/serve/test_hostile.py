@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from tests.serve import serving
-from tests.serve.serving import Running, counted, embed, encoded, jpeg, photograph, problem, reasons, running
+from tests.serve.serving import Running, embed, encoded, jpeg, photograph, problem, read_metric, reasons, running
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 MIB = 2**20
@@ -32,17 +32,17 @@ MOST = 200 * MIB
 @pytest.fixture(scope="module")
 def service(path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """One process for all the attacks: what one of them leaves behind, the next ones meet."""
-    with running(path, tmp_path_factory.mktemp("service"), *OPTIONS) as found:
-        warm_up(found)
-        yield found
-        assert found.stop() == 0
-        assert "Traceback" not in found.said
+    with running(path, tmp_path_factory.mktemp("service"), *OPTIONS) as service:
+        warm_up(service)
+        yield service
+        assert service.stop() == 0
+        assert "Traceback" not in service.log_text
 
 
 @pytest.fixture
 def client(service: Running) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=service.url, verify=False, timeout=60) as found:
-        yield found
+    with httpx2.Client(base_url=service.url, verify=False, timeout=60) as client:
+        yield client
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def unharmed(service: Running, client: httpx2.Client) -> Iterator[None]:
     np.testing.assert_array_equal(embed(client), wanted)
     assert psutil.Process(service.pid).num_threads() == threads
     assert service.memory() - memory < MOST
-    assert counted(client.get("/metrics").text, "mvmr_queue_images") == {"": 0}
+    assert read_metric(client.get("/metrics").text, "mvmr_queue_images") == {"": 0}
 
 
 def warm_up(service: Running) -> None:
@@ -69,9 +69,9 @@ def peak(service: Running, act: Callable[[], object]) -> int:
     Path(f"/proc/{service.pid}/clear_refs").write_text("5")
     before = service.memory()
     act()
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{service.pid}/status").read_text())
-    assert found
-    return int(found[1]) * 1024 - before
+    match = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{service.pid}/status").read_text())
+    assert match
+    return int(match[1]) * 1024 - before
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ TENSOR = '{"name":"image","datatype":"UINT8","shape":['
 @pytest.mark.slow
 @pytest.mark.usefixtures("unharmed")
 @pytest.mark.parametrize(
-    ("place", "start", "item", "end"),
+    ("endpoint", "start", "item", "end"),
     [
         ("/v1/embed", '{"input":[', "1,", "1]}"),
         ("/v1/embed", '{"input":[', "[],", "[]]}"),
@@ -173,13 +173,13 @@ TENSOR = '{"name":"image","datatype":"UINT8","shape":['
     ],
 )  # fmt: skip
 def test_json_with_many_wrong_values_takes_little_memory(
-    service: Running, client: httpx2.Client, place: str, start: str, item: str, end: str
+    service: Running, client: httpx2.Client, endpoint: str, start: str, item: str, end: str
 ) -> None:
     content = start + item * (2 * MIB // len(item)) + end
     answers: list[httpx2.Response] = []
 
     def ask() -> None:
-        answers.append(client.post(place, content=content, headers={"content-type": "application/json"}))
+        answers.append(client.post(endpoint, content=content, headers={"content-type": "application/json"}))
 
     assert peak(service, ask) < MOST
     assert problem(answers[0]) in ("invalid", "malformed")

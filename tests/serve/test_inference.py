@@ -12,18 +12,18 @@ from starlette.testclient import TestClient
 
 from tests.serve import serving
 from tests.serve.inprocess import DATA, INFER, LENGTH, ONE, SIZE, as_json, close, pixels, softmax, tensor
-from tests.serve.serving import DIM, problem, said_in
+from tests.serve.serving import DIM, problem, read_json
 
 
 @pytest.mark.parametrize("data", [pixels(2).ravel().tolist(), pixels(2).tolist()], ids=["flat", "nested"])
 def test_infer_in_json(client: TestClient, path: Path, data: list[Any]) -> None:
-    asked = {"id": "7", "inputs": [tensor(pixels(2), data=data)]}
-    found = said_in(client.post(INFER, **as_json(asked)))
-    assert (found["id"], found["model_name"], found["model_version"]) == ("7", "student", "1")
-    outputs = {each["name"]: np.reshape(each["data"], each["shape"]) for each in found["outputs"]}
-    close(outputs["embedding"], serving.embedded(pixels(2)))
+    request = {"id": "7", "inputs": [tensor(pixels(2), data=data)]}
+    answer = read_json(client.post(INFER, **as_json(request)))
+    assert (answer["id"], answer["model_name"], answer["model_version"]) == ("7", "student", "1")
+    outputs = {output["name"]: np.reshape(output["data"], output["shape"]) for output in answer["outputs"]}
+    close(outputs["embedding"], serving.embed_by_hand(pixels(2)))
     powers = np.exp(outputs["logits_animals"])
-    close(powers / powers.sum(1, keepdims=True), softmax(serving.embedded(pixels(2)), path, "animals"))
+    close(powers / powers.sum(1, keepdims=True), softmax(serving.embed_by_hand(pixels(2)), path, "animals"))
 
 
 def test_infer_in_binary(client: TestClient) -> None:
@@ -39,12 +39,12 @@ def test_infer_in_binary(client: TestClient) -> None:
     length = int(answer.headers[LENGTH])
     embedding, logits = json.loads(answer.content[:length])["outputs"]
     assert embedding["parameters"] == {"binary_data_size": 4 * 3 * DIM}
-    close(np.frombuffer(answer.content[length:], "<f4").reshape(3, DIM), serving.embedded(images))
+    close(np.frombuffer(answer.content[length:], "<f4").reshape(3, DIM), serving.embed_by_hand(images))
     assert np.shape(logits["data"]) == (6,)
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("wrong", "detail"),
     [
         (tensor(ONE, name="x", data=DATA), "the input is x UINT8"),
         (tensor(ONE, datatype="FP32", data=DATA), "the input is image FP32"),
@@ -66,10 +66,10 @@ def test_infer_in_binary(client: TestClient) -> None:
         (tensor(ONE, data=[[1], *DATA[1:]]), "whole numbers from 0 to 255"),
     ],
 )
-def test_tensors_that_are_refused(client: TestClient, given: dict[str, Any], told: str) -> None:
-    answer = client.post(INFER, **as_json({"inputs": [given]}))
+def test_tensors_that_are_refused(client: TestClient, wrong: dict[str, Any], detail: str) -> None:
+    answer = client.post(INFER, **as_json({"inputs": [wrong]}))
     assert problem(answer) == "invalid"
-    assert told in answer.json()["detail"]
+    assert detail in answer.json()["detail"]
     assert answer.json()["error"] == answer.json()["detail"]
 
 
@@ -87,7 +87,7 @@ def test_binary_tensors_that_are_refused(client: TestClient, length: str | None,
 
 
 def test_an_output_that_is_not_there(client: TestClient) -> None:
-    asked = {"inputs": [tensor(ONE, data=DATA)], "outputs": [{"name": "logits_animal"}]}
-    answer = client.post(INFER, **as_json(asked))
+    request = {"inputs": [tensor(ONE, data=DATA)], "outputs": [{"name": "logits_animal"}]}
+    answer = client.post(INFER, **as_json(request))
     assert problem(answer) == "invalid"
     assert "this model has embedding, logits_animals, logits_colours" in answer.json()["detail"]

@@ -38,15 +38,15 @@ LINES = 60  # of the service's log, before it must have said where it listens
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the commands of an environment that holds the wheel, built outside the checkout, and what it brings."""
-    place = tmp_path_factory.mktemp("clean")
-    source, environment = place / "source", place / "environment"
+    folder = tmp_path_factory.mktemp("clean")
+    source, environment = folder / "source", folder / "environment"
     for name in ("mvmr", "distill", "export", "serve", "app"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", build, str(place)], cwd=source, check=True, capture_output=True)
-    (wheel,) = place.glob("*.whl")
+    subprocess.run([sys.executable, "-c", build, str(folder)], cwd=source, check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
     uv = [sys.executable, "-m", "uv"]
     subprocess.run([*uv, "venv", "--quiet", "--python", sys.executable, str(environment)], check=True)
     commands = environment / "bin"
@@ -95,10 +95,12 @@ def bare() -> dict[str, str]:
 
 def test_nothing_of_the_training_stack_is_installed(clean: Path, tmp_path: Path) -> None:
     program = "import importlib.metadata as m, json; print(json.dumps([d.name for d in m.distributions()]))"
-    found = {name.lower().replace("_", "-") for name in json.loads(run(clean / "python", "-c", program, cwd=tmp_path))}
-    assert {"mvmr", "onnxruntime", "fastapi", "pillow", "prometheus-client"} <= found
-    assert not found & NOT_IN_PRODUCTION
-    assert not {name for name in found if name.startswith("nvidia-")}
+    packages = {
+        name.lower().replace("_", "-") for name in json.loads(run(clean / "python", "-c", program, cwd=tmp_path))
+    }
+    assert {"mvmr", "onnxruntime", "fastapi", "pillow", "prometheus-client"} <= packages
+    assert not packages & NOT_IN_PRODUCTION
+    assert not {name for name in packages if name.startswith("nvidia-")}
     program = "import importlib.util as u, sys; sys.exit(any(map(u.find_spec, sys.argv[1:])))"
     run(clean / "python", "-c", program, "torch", "torchvision", "scipy", "sklearn", "open_clip", "onnx", cwd=tmp_path)
 
@@ -106,11 +108,11 @@ def test_nothing_of_the_training_stack_is_installed(clean: Path, tmp_path: Path)
 def test_the_commands_that_need_no_training_work(clean: Path, bundle: Path, tmp_path: Path) -> None:
     assert "serve" in run(clean / "mvmr", "--help", cwd=tmp_path)
     assert run(clean / "mvmr", "--version", cwd=tmp_path) == f"mvmr {mvmr.__version__}\n"
-    found = json.loads(run(clean / "mvmr", "doctor", "--json", cwd=tmp_path))
-    assert found["commands"]["serve"] is None
-    assert found["commands"]["distill"].endswith("pip install 'mvmr[train]'")
-    assert "CPUExecutionProvider" in found["onnxruntime"]
-    assert found["problems"] == []
+    report = json.loads(run(clean / "mvmr", "doctor", "--json", cwd=tmp_path))
+    assert report["commands"]["serve"] is None
+    assert report["commands"]["distill"].endswith("pip install 'mvmr[train]'")
+    assert "CPUExecutionProvider" in report["onnxruntime"]
+    assert report["problems"] == []
     assert "resnet18" in run(clean / "mvmr", "info", bundle, cwd=tmp_path)
 
 
@@ -143,10 +145,10 @@ def test_the_service_gives_the_embedding_of_torch(
     with service(clean / "mvmr", bundle, cwd=tmp_path) as at:
         posted = urllib.request.Request(f"{at}/v1/embed", photo.read_bytes(), {"content-type": "image/png"})
         with urllib.request.urlopen(posted, timeout=30) as answer:
-            (found,) = json.load(answer)["results"]
+            (result,) = json.load(answer)["results"]
         with urllib.request.urlopen(f"{at}/metrics", timeout=30) as answer:
             text = answer.read().decode()
-    np.testing.assert_allclose(found["embedding"], expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(result["embedding"], expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
     assert 'mvmr_images_total{outcome="embedded"} 1.0' in text
     assert "mvmr_ready 1.0" in text
 
@@ -158,17 +160,17 @@ def service(command: Path, bundle: Path, *, cwd: Path) -> Iterator[str]:
     process = subprocess.Popen([command, "serve"], cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:
-        said: list[str] = []
+        lines: list[str] = []
         for line in process.stderr:
-            said.append(line)
-            if (found := re.search(r"http://127\.0\.0\.1:\d+", line)) or len(said) == LINES:
+            lines.append(line)
+            if (url := re.search(r"http://127\.0\.0\.1:\d+", line)) or len(lines) == LINES:
                 break
-        assert found, "".join(said)
-        wait_until_ready(found[0])
-        yield found[0]
+        assert url, "".join(lines)
+        wait_until_ready(url[0])
+        yield url[0]
         process.send_signal(signal.SIGTERM)
-        _, rest = process.communicate(timeout=30)
-        assert process.returncode == 0, rest
+        _, tail = process.communicate(timeout=30)
+        assert process.returncode == 0, tail
     finally:
         process.kill()
         process.wait()

@@ -24,26 +24,26 @@ def test_with_a_valid_key_all_is_as_without(engine: Engine, headers: dict[str, s
 PROBES = ["/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready", "/v2/models/student/ready"]
 
 
-@pytest.mark.parametrize("place", PROBES)
-def test_probes_need_no_key(engine: Engine, place: str) -> None:
+@pytest.mark.parametrize("endpoint", PROBES)
+def test_probes_need_no_key(engine: Engine, endpoint: str) -> None:
     with serve(engine, api_keys=(KEY,)) as client:
-        assert client.get(place).status_code == 200
+        assert client.get(endpoint).status_code == 200
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "fault"),
     [
         (f"{KEY}\n\n# mine\n another-key-of-16 \r\n", None), ("", "holds no API key"), ("# none\n", "holds no API key"),
         ("short\n", "key number 1"), (f"{KEY}\nwith a space inside\n", "key number 2"),
         ("clé-secrète-secrète\n", "number 1"),
     ],
 )  # fmt: skip
-def test_the_file_of_keys(tmp_path: Path, content: str, told: str | None) -> None:
+def test_the_file_of_keys(tmp_path: Path, content: str, fault: str | None) -> None:
     (tmp_path / "keys").write_text(content)
-    if told is None:
+    if fault is None:
         assert read_keys(tmp_path / "keys") == (KEY, "another-key-of-16")
         return
-    with pytest.raises(MvmrError, match=told) as caught:
+    with pytest.raises(MvmrError, match=fault) as caught:
         read_keys(tmp_path / "keys")
     assert all(key not in str(caught.value) for key in content.split() if key != "#" and len(key) > 6)
 

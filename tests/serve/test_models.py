@@ -10,12 +10,12 @@ from starlette.testclient import TestClient
 from mvmr.serve import Engine
 from tests.serve import serving
 from tests.serve.inprocess import BROKEN, SIZE, files, serve
-from tests.serve.serving import DIM, HEADS, PREPROCESS, jpeg, said_in
+from tests.serve.serving import DIM, HEADS, PREPROCESS, jpeg, read_json
 
 
 def test_models_says_what_is_served(client: TestClient, engine: Engine) -> None:
-    (model,) = said_in(client.get("/v1/models"))["data"]
-    assert model == said_in(client.get("/v1/models/student"))
+    (model,) = read_json(client.get("/v1/models"))["data"]
+    assert model == read_json(client.get("/v1/models/student"))
     assert (model["id"], model["dim"], model["precision"]) == ("student", DIM, "fp32")
     assert model["space_id"] == engine.space_id
     assert model["preprocessing"] == PREPROCESS.to_dict()
@@ -24,24 +24,24 @@ def test_models_says_what_is_served(client: TestClient, engine: Engine) -> None:
 
 
 def test_the_inference_protocol_says_what_is_served(client: TestClient) -> None:
-    assert said_in(client.get("/v2"))["extensions"] == ["binary_tensor_data"]
-    model = said_in(client.get("/v2/models/student"))
-    assert model == said_in(client.get("/v2/models/student/versions/1"))
+    assert read_json(client.get("/v2"))["extensions"] == ["binary_tensor_data"]
+    model = read_json(client.get("/v2/models/student"))
+    assert model == read_json(client.get("/v2/models/student/versions/1"))
     assert model["inputs"] == [{"name": "image", "datatype": "UINT8", "shape": [-1, SIZE, SIZE, 3]}]
-    assert {each["name"]: each["shape"] for each in model["outputs"]} == {
+    assert {output["name"]: output["shape"] for output in model["outputs"]} == {
         "embedding": [-1, DIM], "logits_animals": [-1, 3], "logits_colours": [-1, 2],
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "place",
+    "endpoint",
     [
         "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready", "/v2/models/student/ready",
         "/v2/models/student/versions/1/ready",
     ],
 )  # fmt: skip
-def test_a_service_that_is_well_says_so(client: TestClient, place: str) -> None:
-    assert client.get(place).status_code == 200
+def test_a_service_that_is_well_says_so(client: TestClient, endpoint: str) -> None:
+    assert client.get(endpoint).status_code == 200
 
 
 def test_every_answer_names_the_embedding_space(client: TestClient, engine: Engine) -> None:
@@ -61,8 +61,8 @@ def test_nothing_in_the_document_leads_elsewhere(client: TestClient) -> None:
 
 
 def test_a_head_alone_is_answered_like_the_whole(client: TestClient) -> None:
-    for place in ("/healthz", "/readyz", "/metrics", "/v1/models", "/openapi.json", "/v2/models/student"):
-        assert client.head(place).status_code == 200
+    for endpoint in ("/healthz", "/readyz", "/metrics", "/v1/models", "/openapi.json", "/v2/models/student"):
+        assert client.head(endpoint).status_code == 200
     assert client.head("/v1/embed").status_code == 405
 
 
@@ -73,15 +73,15 @@ def test_what_is_counted(engine: Engine) -> None:
         client.get("/v2/models/student")
         client.get("/secret/of-a-stranger")
         text = client.get("/metrics").text
-    requests = serving.counted(text, "mvmr_http_requests_total")
+    requests = serving.read_metric(text, "mvmr_http_requests_total")
     assert requests == {
         'endpoint="/v1/embed",status="200"': 1, 'endpoint="/v1/embed",status="422"': 1,
         'endpoint="/v2/models/{name}",status="200"': 1, 'endpoint="other",status="404"': 1,
     }  # fmt: skip
-    assert serving.counted(text, "mvmr_images_total") == {
+    assert serving.read_metric(text, "mvmr_images_total") == {
         'outcome="embedded"': 1, 'outcome="rejected"': 2, 'outcome="dropped"': 0,
     }  # fmt: skip
-    causes = serving.counted(text, "mvmr_errors_total")
+    causes = serving.read_metric(text, "mvmr_errors_total")
     assert {name.split('"')[1] for name in causes} == {"undecodable", "empty", "bad-image", "unknown-path"}
-    assert serving.counted(text, "mvmr_queue_images") == {"": 0}
-    assert serving.counted(text, "mvmr_ready") == {"": 1}
+    assert serving.read_metric(text, "mvmr_queue_images") == {"": 0}
+    assert serving.read_metric(text, "mvmr_ready") == {"": 1}

@@ -16,7 +16,7 @@ from tests.serve.serving import Running, jpeg, problem, running
 
 
 def probe_url(service: Running) -> str:
-    return next(line for line in service.said.splitlines() if "probes at " in line).rpartition(" ")[2]
+    return next(line for line in service.log_text.splitlines() if "probes at " in line).rpartition(" ")[2]
 
 
 def test_probes_at_a_port_of_their_own_wait_for_nobody(path: Path, tmp_path: Path) -> None:
@@ -34,20 +34,20 @@ async def blocking(self, scope, receive, send):
 Edge.__call__ = blocking
 """
     with running(path, tmp_path, "--probe-port", "0", wrapped=wrapped) as service:
-        place = probe_url(service)
+        url = probe_url(service)
         with httpx2.Client(timeout=20) as client:
             for probe in ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready", "/metrics"):
-                assert client.get(place + probe).status_code == 200
-            assert problem(client.get(f"{place}/v1/models")) == "unknown-path"
-            assert problem(client.post(f"{place}/v1/embed", content=jpeg())) == "unknown-path"
+                assert client.get(url + probe).status_code == 200
+            assert problem(client.get(f"{url}/v1/models")) == "unknown-path"
+            assert problem(client.post(f"{url}/v1/embed", content=jpeg())) == "unknown-path"
             block.touch()
             asking = threading.Thread(target=lambda: httpx2.get(f"{service.url}/block", timeout=60))
             asking.start()
             time.sleep(0.5)
             for _ in range(3):
-                assert client.get(f"{place}/healthz").status_code == 200
+                assert client.get(f"{url}/healthz").status_code == 200
                 time.sleep(1.1)  # longer than a verdict stands
-                assert client.get(f"{place}/readyz").status_code == 200
+                assert client.get(f"{url}/readyz").status_code == 200
             block.unlink()
             asking.join()
         assert service.stop() == 0
@@ -77,10 +77,10 @@ def test_a_log_that_nobody_reads_keeps_nobody_waiting(path: Path, tmp_path: Path
     )
     with subprocess.Popen([sys.executable, str(script), *argv[3:]], stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
-        said = b""
-        while b"startup complete" not in said:
-            said += os.read(process.stderr.fileno(), 2**16)
-        url = next(line for line in said.decode().splitlines() if " at http" in line).rpartition(" ")[2]
+        log = b""
+        while b"startup complete" not in log:
+            log += os.read(process.stderr.fileno(), 2**16)
+        url = next(line for line in log.decode().splitlines() if " at http" in line).rpartition(" ")[2]
         with httpx2.Client(base_url=url, timeout=10) as client:
             for _ in range(50):
                 assert client.get("/healthz").status_code == 200

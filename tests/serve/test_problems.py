@@ -35,16 +35,16 @@ from tests.serve.serving import jpeg, problem
 Ask = Callable[[Engine], httpx2.Response]
 
 
-def asking(method: str, place: str, settings: Mapping[str, Any] | None = None, **sent: Any) -> Ask:
+def asking(method: str, endpoint: str, settings: Mapping[str, Any] | None = None, **options: Any) -> Ask:
     def ask(engine: Engine) -> httpx2.Response:
         with serve(engine, **settings or {}) as client:
-            return client.request(method, place, **sent)
+            return client.request(method, endpoint, **options)
 
     return ask
 
 
-def post_to(session: Session, place: str = "/v1/embed") -> Ask:
-    return lambda engine: asking("POST", place, content=jpeg())(session.within(engine))
+def post_to(session: Session, endpoint: str = "/v1/embed") -> Ask:
+    return lambda engine: asking("POST", endpoint, content=jpeg())(session.within(engine))
 
 
 def raising(error: Exception) -> Session:
@@ -63,9 +63,9 @@ def busy(engine: Engine) -> httpx2.Response:
     with serve(session.within(engine), queue=1, max_items=1) as client:
         answers: list[httpx2.Response] = []
         first = threading.Thread(target=lambda: answers.append(client.post("/v1/embed", content=jpeg())))
-        with session.held():
+        with session.hold():
             first.start()
-            session.begun()
+            session.wait_for_batch()
             refused = client.post("/v1/embed", content=jpeg())
         first.join()
     assert answers[0].status_code == 200
@@ -74,7 +74,7 @@ def busy(engine: Engine) -> httpx2.Response:
 
 def internal(engine: Engine) -> httpx2.Response:
     class Broken(Index):
-        def search(self, found: Floats, k: int) -> list[list[Any]]:
+        def search(self, vectors: Floats, k: int) -> list[list[Any]]:
             raise ZeroDivisionError
 
     index = Broken(engine.space_id)
@@ -84,7 +84,7 @@ def internal(engine: Engine) -> httpx2.Response:
 
 def no_memory(engine: Engine) -> httpx2.Response:
     class Full(Index):
-        def search(self, found: Floats, k: int) -> list[list[Any]]:
+        def search(self, vectors: Floats, k: int) -> list[list[Any]]:
             raise MemoryError
 
     with serve(engine, Full(engine.space_id)) as client:
@@ -147,13 +147,15 @@ PRODUCED: dict[str, list[Ask]] = {
     "out-of-memory": [no_memory],
     "engine-failed": [
         post_to(raising(RuntimeError("out of memory"))), post_to(raising(MemoryError()), "/v1/classify?head=animals"),
-        post_to(Session(lambda pixels: serving.embedded(pixels) * np.float32(np.nan))),
+        post_to(Session(lambda pixels: serving.embed_by_hand(pixels) * np.float32(np.nan))),
     ],
     "not-ready": [
         lambda engine: asking("GET", "/readyz")(raising(RuntimeError("the GPU\nis gone")).within(engine)),
-        lambda engine: asking("GET", "/v2/health/ready")(Session(lambda p: serving.embedded(p) * 1.01).within(engine)),
+        lambda engine: asking("GET", "/v2/health/ready")(
+            Session(lambda p: serving.embed_by_hand(p) * 1.01).within(engine)
+        ),
         lambda engine: asking("GET", "/v2/models/student/ready")(
-            Session(lambda p: serving.embedded(p) * np.float32(np.nan)).within(engine)
+            Session(lambda p: serving.embed_by_hand(p) * np.float32(np.nan)).within(engine)
         ),
     ],
 }  # fmt: skip

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from tests.serve import serving
-from tests.serve.serving import FLOAT32, Running, counted, damage, jpeg, problem, rows, running
+from tests.serve.serving import FLOAT32, Running, damage, jpeg, problem, read_metric, rows, running
 
 # Leaves in the file `counted` what the service has counted, when it ends.
 COUNTING = """
@@ -63,7 +63,7 @@ def asking(service: Running) -> httpx2.Client:
 
 def metrics(service: Running, name: str) -> dict[str, float]:
     with asking(service) as client:
-        return counted(client.get("/metrics").text, name)
+        return read_metric(client.get("/metrics").text, name)
 
 
 # Signals
@@ -133,16 +133,16 @@ def test_no_request_that_was_accepted_is_lost_when_it_is_stopped_under_load(path
         callers = [Caller(service.port, keep=number % 2 == 0) for number in range(12)]
         for caller in callers:
             caller.start()
-        serving.wait_until(lambda: sum(sum(each.answered.values()) for each in callers) > 300, "the load", service)
-        before = sum(sum(each.answered.values()) for each in callers)
-        closing = sum(each.closing for each in callers if each._keep)
+        serving.wait_until(lambda: sum(sum(caller.answered.values()) for caller in callers) > 300, "the load", service)
+        before = sum(sum(caller.answered.values()) for caller in callers)
+        closing = sum(caller.closing for caller in callers if caller._keep)
         assert service.stop() == 0
         for caller in callers:
             caller.join(ANSWER)
     answered = sum((caller.answered for caller in callers), Counter[str]())
-    said = counted((tmp_path / "counted").read_text(), "mvmr_http_requests_total")
+    totals = read_metric((tmp_path / "counted").read_text(), "mvmr_http_requests_total")
     assert sum(caller.torn for caller in callers) == 0
-    assert said == {'endpoint="/v1/embed",status="200"': answered["200"]}
+    assert totals == {'endpoint="/v1/embed",status="200"': answered["200"]}
     assert answered.total() > before + 12  # what came during the drain was accepted, too
     assert sum(caller.closing for caller in callers if caller._keep) >= closing + 6  # each was told to go elsewhere
 
@@ -160,7 +160,7 @@ def test_an_engine_that_is_stuck_does_not_keep_it_from_ending(path: Path, tmp_pa
 
 @pytest.mark.slow
 def test_heads_are_read_again_at_sighup(path: Path, tmp_path: Path) -> None:
-    mine = serving.copied(path, tmp_path)
+    mine = serving.copy_bundle(path, tmp_path)
     with running(mine, tmp_path) as service, asking(service) as client:
         serving.add_head(mine, "shapes", ("round", "square"))
         assert problem(client.post("/v1/classify?head=shapes", content=jpeg())) == "unknown-head"
@@ -170,7 +170,7 @@ def test_heads_are_read_again_at_sighup(path: Path, tmp_path: Path) -> None:
         damage(mine, "heads/shapes/head.json", b"{}")
         service.process.send_signal(signal.SIGHUP)
         service.wait_for("heads not reloaded")
-        assert "heads/shapes/head.json has changed" in service.said
+        assert "heads/shapes/head.json has changed" in service.log_text
         assert client.post("/v1/classify?head=shapes", content=jpeg()).status_code == 200
         damage(mine, "bundle.json", b"{")
         service.process.send_signal(signal.SIGHUP)
@@ -210,8 +210,8 @@ def test_at_twice_its_capacity_it_answers_what_it_accepts_and_sends_the_rest_awa
                     time.sleep(0.02)
 
         clients = [threading.Thread(target=load) for _ in range(16)]
-        for each in clients:
-            each.start()
+        for thread in clients:
+            thread.start()
         memory = []
         for wait in (150, 300):  # answers; the first to warm up
             serving.wait_until(lambda wait=wait: len(accepted) >= wait, f"{wait} answers", service)
@@ -219,8 +219,8 @@ def test_at_twice_its_capacity_it_answers_what_it_accepts_and_sends_the_rest_awa
             memory.append(service.memory())
             assert sum(metrics(service, "mvmr_queue_images").values()) <= 8
         end.set()
-        for each in clients:
-            each.join()
+        for thread in clients:
+            thread.join()
         assert failures == []
         assert ready == [200, 200]
         for answer in accepted:
@@ -242,14 +242,14 @@ def test_clients_that_have_gone_cost_no_inference(path: Path, tmp_path: Path) ->
             patient.sendall(request())
             serving.wait_until((tmp_path / "held").exists, "the engine", service)
             gone = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(6)]
-            for each in gone:
-                each.sendall(request())
+            for connection in gone:
+                connection.sendall(request())
             early = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(3)]
-            for each in early:  # a body that ends early
-                each.sendall(request(jpeg()[:100], length=len(jpeg())))
+            for connection in early:  # a body that ends early
+                connection.sendall(request(jpeg()[:100], length=len(jpeg())))
             serving.wait_until(lambda: metrics(service, "mvmr_queue_images")[""] == 7, "the requests", service)
-            for each in gone + early:
-                each.close()
+            for connection in gone + early:
+                connection.close()
             cause = 'cause="client-gone"'
             serving.wait_until(
                 lambda: metrics(service, "mvmr_errors_total").get(cause) == 9, "their going to be seen", service
@@ -257,15 +257,15 @@ def test_clients_that_have_gone_cost_no_inference(path: Path, tmp_path: Path) ->
             assert metrics(service, "mvmr_queue_images") == {"": 1}
             hold.unlink()
             assert patient.recv(12) == b"HTTP/1.1 200"
-        found = metrics(service, "mvmr_images_total")
-        assert found['outcome="embedded"'] - before == 1
+        images = metrics(service, "mvmr_images_total")
+        assert images['outcome="embedded"'] - before == 1
         assert (
             metrics(service, "mvmr_batch_images_count")[""] <= 5
         )  # two to warm up, the canary, the patient one, the canary
         with asking(service) as client:
             assert client.get("/readyz").status_code == 200
         assert service.stop() == 0
-        assert "Traceback" not in service.said
+        assert "Traceback" not in service.log_text
 
 
 # The rest of its flags
@@ -283,10 +283,10 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (64, {psutil.Process().rlimit(psutil.
         port = httpx2.URL(service.url).port
         silent = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(80)]
         silent[0].sendall(b"POST /v1/embed HTTP/1.1\r\nhost: here\r\n")  # and no more of its head
-        for each in silent:
-            each.settimeout(30)
+        for connection in silent:
+            connection.settimeout(30)
             with suppress(ConnectionResetError):
-                assert each.recv(12) in (b"", b"HTTP/1.1 408")
+                assert connection.recv(12) in (b"", b"HTTP/1.1 408")
         answer = httpx2.post(f"{service.url}/v1/embed", content=jpeg(), headers={"content-type": "image/jpeg"})
         assert answer.status_code == 200
 
@@ -302,8 +302,8 @@ def test_https(path: Path, tmp_path: Path) -> None:
                 plain.get(f"http://127.0.0.1:{service.port}/healthz")
             service.process.send_signal(signal.SIGINT)
             assert service.process.wait(15) == 0  # it does not wait for a connection that says nothing
-        assert "Traceback" not in service.said
-        assert str(key) not in service.said
+        assert "Traceback" not in service.log_text
+        assert str(key) not in service.log_text
 
 
 @pytest.mark.slow
@@ -320,4 +320,4 @@ def test_every_flag_is_also_a_variable(path: Path, tmp_path: Path) -> None:
         answer = client.post("/v1/embed", json={"input": ["a"] * 3}, headers=key)
         assert problem(answer) == "too-many-items"
         assert answer.headers["access-control-allow-origin"] == "https://two.example"
-        assert "0123456789abcdef" not in service.said
+        assert "0123456789abcdef" not in service.log_text

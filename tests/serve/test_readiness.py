@@ -21,8 +21,8 @@ def asked_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readiness, "_FRESH", -1.0)
 
 
-def drifted(factor: float, pixels: Pixels) -> Floats:
-    return serving.embedded(pixels) * np.float32(factor)
+def drift(factor: float, pixels: Pixels) -> Floats:
+    return serving.embed_by_hand(pixels) * np.float32(factor)
 
 
 @pytest.mark.usefixtures("asked_every_time")
@@ -30,10 +30,10 @@ def test_it_is_not_ready_while_its_engine_drifts(engine: Engine) -> None:
     session = Session()
     with serve(session.within(engine)) as client:
         for factor, status in ((1.0, 200), (1.0 + 1e-2, 503), (1.0, 200)):
-            session.result = partial(drifted, factor)
+            session.result = partial(drift, factor)
             answer = client.get("/readyz")
             assert answer.status_code == status
-            assert serving.counted(client.get("/metrics").text, "mvmr_ready")[""] == (status == 200)
+            assert serving.read_metric(client.get("/metrics").text, "mvmr_ready")[""] == (status == 200)
             if status == 503:
                 assert "off by 0.01 of its length: it has drifted" in answer.json()["detail"]
                 assert client.get("/healthz").status_code == 200
@@ -43,9 +43,9 @@ def test_it_is_not_ready_while_its_engine_drifts(engine: Engine) -> None:
 def test_it_is_not_ready_while_its_engine_is_stuck(engine: Engine) -> None:
     session = Session()
     with serve(session.within(engine), stuck_seconds=0.05) as client:
-        with session.held():
+        with session.hold():
             assert "has not answered for 0.05 s" in client.get("/readyz").json()["detail"]
-            session.begun()
+            session.wait_for_batch()
             assert "has been at one batch for" in client.get("/readyz").json()["detail"]
         serving.wait_until(lambda: client.get("/readyz").status_code == 200, "the engine")
 
@@ -58,10 +58,10 @@ def test_it_is_ready_while_all_its_room_is_taken_and_a_probe_waits_for_no_reques
         probes: list[int] = []
         asking = [threading.Thread(target=lambda: client.post("/v1/embed", content=jpeg())) for _ in range(4)]
         probing = threading.Thread(target=lambda: probes.append(client.get("/readyz").status_code))
-        with session.held():
+        with session.hold():
             for thread in asking:
                 thread.start()
-            session.begun()
+            session.wait_for_batch()
             serving.wait_until(lambda: batcher._count == 3, "the requests")
             probing.start()
             serving.wait_until(lambda: batcher._count == 4, "the probe")
@@ -94,10 +94,10 @@ def test_full_batches_that_fail_are_told_of_at_the_start(engine: Engine, caplog:
     def result(pixels: Pixels) -> Floats:
         if len(pixels) > 1:
             raise RuntimeError("no memory for so many")
-        return serving.embedded(pixels)
+        return serving.embed_by_hand(pixels)
 
     with serve(Session(result).within(engine)) as client:
         assert client.get("/readyz").status_code == 200  # one at a time, it does
-    assert [each.getMessage() for each in caplog.records if each.levelno >= 40] == [
+    assert [record.getMessage() for record in caplog.records if record.levelno >= 40] == [
         "the engine failed on a batch of 4"
     ] * 2

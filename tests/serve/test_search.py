@@ -10,20 +10,20 @@ from mvmr.errors import MvmrError
 from mvmr.serve import Engine
 from mvmr.serve.http.app import create_app
 from mvmr.serve.http.settings import Settings
-from tests.serve.inprocess import BROKEN, Index, close, errors, expected, files, serve
-from tests.serve.serving import jpeg, said_in
+from tests.serve.inprocess import BROKEN, Index, close, embeddings_of, errors, files, serve
+from tests.serve.serving import jpeg, read_json
 
 
 def test_the_neighbours_of_each_image_that_could_be_embedded(engine: Engine) -> None:
     index = Index(engine.space_id)
     with serve(engine, index) as client:
         answer = client.post("/v1/search?k=7", files=files(jpeg(), BROKEN, jpeg("coffee")))
-        assert said_in(client.get("/v1/models/student"))["index"]["vectors"] == 2
-    results = said_in(answer)["results"]
+        assert read_json(client.get("/v1/models/student"))["index"]["vectors"] == 2
+    results = read_json(answer)["results"]
     assert index.asked == [(2, 7)]
     assert errors(results) == {1: "undecodable"}
     values = [float(results[number]["hits"][0]["path"]) for number in (0, 2)]
-    close(values, expected("astronaut", "coffee")[:, 0], 1e-3)
+    close(values, embeddings_of("astronaut", "coffee")[:, 0], 1e-3)
 
 
 def test_an_index_of_another_space_is_refused(engine: Engine) -> None:

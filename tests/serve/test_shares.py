@@ -18,7 +18,7 @@ def test_who_asks_much_at_once_is_begun_a_few_at_a_turn_and_others_at_once() -> 
         begun.append(owner)
         return True
 
-    async def whole() -> list[list[str]]:
+    async def scenario() -> list[list[str]]:
         turns, seen = Turns(), []
         for _ in range(5):
             turns.take("many", partial(begin, "many"))
@@ -30,16 +30,16 @@ def test_who_asks_much_at_once_is_begun_a_few_at_a_turn_and_others_at_once() -> 
             await asyncio.sleep(0)
         return seen
 
-    assert asyncio.run(whole()) == [["many", "one"]] * 4
+    assert asyncio.run(scenario()) == [["many", "one"]] * 4
 
 
 def test_no_client_takes_all_and_many_hardly_do() -> None:
     shares = Shares(256)
-    taken: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for client in ("first", "second", "third"):
         while shares.take(client, 1):
-            taken[client] = taken.get(client, 0) + 1
-    assert taken == {"first": 170, "second": 57, "third": 19}
+            counts[client] = counts.get(client, 0) + 1
+    assert counts == {"first": 170, "second": 57, "third": 19}
     assert shares.total == 246
     shares.give("first", 170)
     assert shares.fits("second", 101)
@@ -50,15 +50,15 @@ def test_no_client_takes_all_and_many_hardly_do() -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "same"),
+    ("address", "another", "same"),
     [
         ("10.0.0.1", "10.0.0.2", False), ("2001:db8::1", "2001:db8::2:3", True),
         ("2001:db8::1", "2001:db8:0:1::1", False),
         ("::ffff:10.0.0.1", "10.0.0.1", True), ("fe80::1%eth0", "fe80::2%eth0", True), ("somewhere", "somewhere", True),
     ],
 )  # fmt: skip
-def test_whose_an_address_is(one: str, other: str, same: bool) -> None:
-    assert (owner_of(one) == owner_of(other)) is same
+def test_whose_an_address_is(address: str, another: str, same: bool) -> None:
+    assert (owner_of(address) == owner_of(another)) is same
 
 
 def test_half_of_what_a_client_has_had_is_forgotten_every_five_seconds(monkeypatch: pytest.MonkeyPatch) -> None:

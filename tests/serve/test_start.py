@@ -25,10 +25,10 @@ class Started(Exception):
 
 @pytest.fixture
 def no_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def started(*arguments: object) -> None:
+    async def raise_started(*arguments: object) -> None:
         raise Started
 
-    monkeypatch.setattr(run, "_run", started)
+    monkeypatch.setattr(run, "_run", raise_started)
 
 
 def refusal(*argv: str | Path) -> str:
@@ -46,7 +46,7 @@ def refusal(*argv: str | Path) -> str:
 
 @pytest.mark.usefixtures("no_start")
 @pytest.mark.parametrize(
-    ("name", "content", "listed", "told"),
+    ("name", "content", "listed", "fault"),
     [
         ("bundle.json", b"{", False, "bundle.json is not valid JSON"),
         ("bundle.json", None, False, "it holds no bundle.json"),
@@ -63,13 +63,13 @@ def refusal(*argv: str | Path) -> str:
     ],
 )  # fmt: skip
 def test_a_bundle_that_cannot_be_read(
-    path: Path, tmp_path: Path, name: str, content: bytes | None, listed: bool, told: str
+    path: Path, tmp_path: Path, name: str, content: bytes | None, listed: bool, fault: str
 ) -> None:
-    mine = serving.copied(path, tmp_path)
+    mine = serving.copy_bundle(path, tmp_path)
     damage(mine, name, content, listed=listed)
-    said = refusal(mine)
-    assert told in said
-    assert str(mine) in said
+    message = refusal(mine)
+    assert fault in message
+    assert str(mine) in message
 
 
 @pytest.mark.usefixtures("no_start")
@@ -79,7 +79,7 @@ def test_no_bundle_or_nothing_exported(path: Path, tmp_path: Path, monkeypatch: 
     assert "no bundle below runs" in refusal()
     assert "has no int8 file; make it by `mvmr export" in refusal(path, "--precision", "int8")
     manifest = json.loads((path / "bundle.json").read_text())
-    mine = serving.copied(path, tmp_path)
+    mine = serving.copy_bundle(path, tmp_path)
     manifest["files"] = {name: digest for name, digest in manifest["files"].items() if not name.startswith("onnx")}
     (mine / "bundle.json").write_text(json.dumps(manifest))
     assert f"bundle {mine} has nothing exported" in refusal(mine)
@@ -87,7 +87,7 @@ def test_no_bundle_or_nothing_exported(path: Path, tmp_path: Path, monkeypatch: 
 
 @pytest.mark.usefixtures("no_start")
 def test_an_export_of_another_student(path: Path, tmp_path: Path) -> None:
-    mine = serving.copied(path, tmp_path)
+    mine = serving.copy_bundle(path, tmp_path)
     manifest = json.loads((mine / "bundle.json").read_text())
     manifest["files"][bundles.ENCODER] = "0" * 64
     (mine / "bundle.json").write_text(json.dumps(manifest))
@@ -96,15 +96,15 @@ def test_an_export_of_another_student(path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_start")
 def test_a_port_in_use(path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        said = refusal(path, "--port", str(port))
-    assert said == f"cannot listen at 127.0.0.1:{port}: Address already in use; give another --port"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        message = refusal(path, "--port", str(port))
+    assert message == f"cannot listen at 127.0.0.1:{port}: Address already in use; give another --port"
 
 
 @pytest.mark.usefixtures("no_start")
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "fault"),
     [
         (["--port", "70000"], "70000"),
         (["--port", "-1"], "-1"),
@@ -128,8 +128,8 @@ def test_a_port_in_use(path: Path) -> None:
         (["--index", "gone"], "no index at gone"),
     ],
 )
-def test_settings_that_cannot_be(path: Path, options: list[str], told: str) -> None:
-    assert told in refusal(path, *options)
+def test_settings_that_cannot_be(path: Path, options: list[str], fault: str) -> None:
+    assert fault in refusal(path, *options)
 
 
 @pytest.mark.usefixtures("no_start")
@@ -140,7 +140,7 @@ def test_what_is_refused_here_would_start_without_the_fault(path: Path) -> None:
 
 @pytest.mark.slow
 def test_as_a_process_it_says_one_line_and_ends(path: Path, tmp_path: Path) -> None:
-    mine = serving.copied(path, tmp_path)
+    mine = serving.copy_bundle(path, tmp_path)
     damage(mine, FP32, b"")
-    said = serving.refused(mine)
-    assert said.startswith(f"bundle {mine} is damaged: {FP32} has changed since it was written")
+    message = serving.refusal(mine)
+    assert message.startswith(f"bundle {mine} is damaged: {FP32} has changed since it was written")

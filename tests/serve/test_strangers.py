@@ -24,7 +24,7 @@ from mvmr.serve.engine import read_heads
 from mvmr.serve.index.index import Index, build
 from mvmr.training.recipe import load_recipe
 from tests.serve import serving
-from tests.serve.indexes import clustered, folder, manifest
+from tests.serve.indexes import folder, make_clusters, manifest
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "mvmr" / "recipes"
@@ -37,7 +37,7 @@ _STRANGE: list[Any] = [
 Read = Callable[[], object]
 
 
-def changed(content: bytes, random: Random) -> bytes:
+def change(content: bytes, random: Random) -> bytes:
     """Bytes near to `content`: JSON with another value somewhere, or any bytes with some of them changed."""
     if content[:1] == b"{" and random.random() < 0.7:
         return json.dumps(other_json(json.loads(content), random)).encode()
@@ -79,7 +79,7 @@ def places_of(value: Any) -> Iterator[tuple[Any, Any]]:
         yield from places_of(inner)
 
 
-def relisted(path: Path, name: str) -> Read:
+def read_relisted_heads(path: Path, name: str) -> Read:
     """Read the heads of a bundle that vouches for whatever `name` holds."""
 
     def act() -> object:
@@ -89,29 +89,29 @@ def relisted(path: Path, name: str) -> Read:
     return act
 
 
-def vouched(index: Path, name: str) -> Read:
+def search_vouched_index(index: Path, name: str) -> Read:
     """Open and search an index that vouches for whatever `name` holds."""
 
     def act() -> object:
-        says = json.loads((index / "index.json").read_text())
-        says["files"][name] = (index / name).stat().st_size
-        says.pop("sha256", None)
-        (index / "index.json").write_text(json.dumps(says))
-        return searched(index)()
+        description = json.loads((index / "index.json").read_text())
+        description["files"][name] = (index / name).stat().st_size
+        description.pop("sha256", None)
+        (index / "index.json").write_text(json.dumps(description))
+        return search_index(index)()
 
     return act
 
 
-def searched(index: Path) -> Read:
+def search_index(index: Path) -> Read:
     def act() -> object:
-        found = Index.load(index)
-        asked = clustered(3, found.dim, seed=1)
-        return [found.search(asked, k) for k in (1, 10, 500)]
+        opened = Index.load(index)
+        queries = make_clusters(3, opened.dim, seed=1)
+        return [opened.search(queries, k) for k in (1, 10, 500)]
 
     return act
 
 
-def indexed(embeddings: Path) -> Read:
+def build_index(embeddings: Path) -> Read:
     return lambda: build(embeddings, embeddings.parent / "new-index", overwrite=True)
 
 
@@ -123,31 +123,31 @@ def whole_bundle(path: Path) -> Read:
     return act
 
 
-def targets(place: Path) -> dict[str, tuple[Path, Read]]:
+def targets(root: Path) -> dict[str, tuple[Path, Read]]:
     """What is attacked, by name: a file, and what reads it."""
-    vectors = clustered(500)
-    bundle = serving.bundle(place)
-    parts = folder(place / "parts", vectors, parts=1)
-    np.save(place / "one.npy", vectors)
-    (place / "one.manifest.json").write_text(manifest(500, ["one.npy"]))
-    (place / "one.paths.txt").write_text("".join(f"{number}.jpg\n" for number in range(500)))
-    recipe = place / "recipe.toml"
+    vectors = make_clusters(500)
+    bundle = serving.bundle(root)
+    parts = folder(root / "parts", vectors, parts=1)
+    np.save(root / "one.npy", vectors)
+    (root / "one.manifest.json").write_text(manifest(500, ["one.npy"]))
+    (root / "one.paths.txt").write_text("".join(f"{number}.jpg\n" for number in range(500)))
+    recipe = root / "recipe.toml"
     recipe.write_bytes((RECIPES / "default.toml").read_bytes())
     heads = [f"heads/animals/head.{kind}" for kind in ("json", "safetensors")]
-    found: dict[str, tuple[Path, Read]] = {
+    files: dict[str, tuple[Path, Read]] = {
         "bundle.json": (bundle / "bundle.json", whole_bundle(bundle)),
-        **{name: (bundle / name, relisted(bundle, name)) for name in heads},
-        "manifest.json": (parts / "manifest.json", indexed(parts)),
-        "part.parquet": (parts / "part-00000.parquet", indexed(parts)),
-        "one.npy": (place / "one.npy", indexed(place / "one.npy")),
-        "one.paths.txt": (place / "one.paths.txt", indexed(place / "one.npy")),
+        **{name: (bundle / name, read_relisted_heads(bundle, name)) for name in heads},
+        "manifest.json": (parts / "manifest.json", build_index(parts)),
+        "part.parquet": (parts / "part-00000.parquet", build_index(parts)),
+        "one.npy": (root / "one.npy", build_index(root / "one.npy")),
+        "one.paths.txt": (root / "one.paths.txt", build_index(root / "one.npy")),
         "recipe.toml": (recipe, lambda: load_recipe(recipe, "mvmr")),
     }
     for kind, file in (("exact", "vectors.npy"), ("ivf", "ivf.faiss"), ("hnsw", "hnsw.faiss")):
-        index = build(parts, place / kind, kind=kind, lists=10).path
-        found |= {f"{kind}/index.json": (index / "index.json", searched(index))}
-        found |= {f"{kind}/{name}": (index / name, vouched(index, name)) for name in (file, "paths.arrow")}
-    return found
+        index = build(parts, root / kind, kind=kind, lists=10).path
+        files |= {f"{kind}/index.json": (index / "index.json", search_index(index))}
+        files |= {f"{kind}/{name}": (index / name, search_vouched_index(index, name)) for name in (file, "paths.arrow")}
+    return files
 
 
 def end(read: Read) -> str:
@@ -163,23 +163,23 @@ def end(read: Read) -> str:
     return "read"
 
 
-def attack(place: Path, rounds: int, seed: int = 0) -> None:
+def attack(root: Path, rounds: int, seed: int = 0) -> None:
     """Change each file `rounds` times; place/report says how each ended, and where the process did, if it did."""
-    attacked = targets(place)
-    kept = {each: each.read_bytes() for each in place.rglob("*") if each.is_file()}
-    times = {each: each.stat().st_mtime_ns for each in kept}
-    with (place / "report").open("w") as report:
+    attacked = targets(root)
+    contents = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    times = {path: path.stat().st_mtime_ns for path in contents}
+    with (root / "report").open("w") as report:
         for name, (file, read) in attacked.items():
             random = Random(f"{seed} {name}")
             for number in range(rounds):
-                file.write_bytes(changed(kept[file], random))
+                file.write_bytes(change(contents[file], random))
                 report.write(json.dumps(f"{name} {number}") + "\n")
                 report.flush()
                 report.write(json.dumps([name, number, end(read)]) + "\n")
-                for each, time in times.items():
-                    if not each.exists() or each.stat().st_mtime_ns != time:
-                        each.write_bytes(kept[each])
-                        os.utime(each, ns=(time, time))
+                for path, time in times.items():
+                    if not path.exists() or path.stat().st_mtime_ns != time:
+                        path.write_bytes(contents[path])
+                        os.utime(path, ns=(time, time))
 
 
 @pytest.mark.slow
@@ -194,7 +194,7 @@ def test_changed_files_are_refused_or_read_and_the_process_lives(tmp_path: Path)
     lines = [json.loads(line) for line in (tmp_path / "report").read_text().splitlines()]
     assert done.returncode == 0, (lines[-1:], done.stderr[-2000:])
     ends = [line for line in lines if isinstance(line, list)]
-    assert [each for each in ends if each[2] not in ("read", "refused")] == []
+    assert [ending for ending in ends if ending[2] not in ("read", "refused")] == []
     names = {name for name, _, _ in ends}
     assert len(ends) == 17 * ROUNDS
     assert {name for name, _, how in ends if how == "refused"} == names

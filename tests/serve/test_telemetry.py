@@ -27,9 +27,11 @@ class Watch(threading.Thread):
         while not self._end.is_set():
             for process in psutil.Process().children(recursive=True):
                 try:
-                    for each in process.net_connections("inet"):
-                        ours, theirs = ("".join(str(side.ip) if side else "") for side in (each.laddr, each.raddr))
-                        self.seen.add((each.type.name, ours, theirs))
+                    for connection in process.net_connections("inet"):
+                        ours, theirs = (
+                            "".join(str(side.ip) if side else "") for side in (connection.laddr, connection.raddr)
+                        )
+                        self.seen.add((connection.type.name, ours, theirs))
                     self.looks += 1
                 except psutil.Error:
                     continue
@@ -76,8 +78,8 @@ def test_nothing_is_sent_anywhere(path: Path, tmp_path: Path) -> None:
     assert {theirs for _, _, theirs in watch.seen} <= {"", "127.0.0.1"}
     assert {kind for kind, _, _ in watch.seen} == {"SOCK_STREAM"}
     # the name of the host that it listens at is looked up, and images are decoded in processes, nothing else
-    asked = set((tmp_path / "asked").read_text().splitlines())
+    events = set((tmp_path / "asked").read_text().splitlines())
     decoders = "subprocess.Popen ['-P', '-m', 'mvmr.serve.decoding.process']"
-    assert asked == {"socket.getaddrinfo ('127.0.0.1', 0)", decoders}
+    assert events == {"socket.getaddrinfo ('127.0.0.1', 0)", decoders}
     assert [str(file) for file in home.rglob("*") if "microsoft" in file.name.lower()] == []
     assert list(home.iterdir()) == []

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 
 import httpx2
 
-from tests.serve.serving import Running, counted, jpeg
+from tests.serve.serving import Running, jpeg, read_metric
 
 HOST = b"host: here\r\n"
 GET = b"GET /healthz HTTP/1.1\r\n" + HOST + b"\r\n"
@@ -17,7 +17,7 @@ MIB = 2**20
 
 
 @contextmanager
-def connected(service: Running, source: str = "127.0.0.1") -> Iterator[socket.socket]:
+def connect(service: Running, source: str = "127.0.0.1") -> Iterator[socket.socket]:
     with socket.create_connection(("127.0.0.1", service.port), 10, (source, 0)) as opened:
         opened.settimeout(20)
         yield opened
@@ -25,44 +25,44 @@ def connected(service: Running, source: str = "127.0.0.1") -> Iterator[socket.so
 
 def everything(opened: socket.socket) -> bytes:
     """All that is said until the other side ends the connection."""
-    said = b""
+    data = b""
     with suppress(ConnectionResetError):
         while got := opened.recv(2**16):
-            said += got
-    return said
+            data += got
+    return data
 
 
-def answers(service: Running, *sent: bytes, half: bool = False, source: str = "127.0.0.1") -> list[httpx2.Response]:
+def answers(service: Running, *pieces: bytes, half: bool = False, source: str = "127.0.0.1") -> list[httpx2.Response]:
     """The answers at a connection that is sent this and waits for its end."""
-    with connected(service, source) as opened:
-        for piece in sent:
+    with connect(service, source) as opened:
+        for piece in pieces:
             opened.sendall(piece)
         if half:
             opened.shutdown(socket.SHUT_WR)
-        return parsed(everything(opened))
+        return parse_answers(everything(opened))
 
 
-def parsed(said: bytes) -> list[httpx2.Response]:
-    found = []
-    while said:
-        head, _, said = said.partition(b"\r\n\r\n")
+def parse_answers(data: bytes) -> list[httpx2.Response]:
+    replies = []
+    while data:
+        head, _, data = data.partition(b"\r\n\r\n")
         status, *lines = head.decode().split("\r\n")
         headers = dict(line.split(": ", 1) for line in lines)
         length = int(headers.get("content-length", 0))
         if not status.startswith("HTTP/1.1 100"):
-            found.append(httpx2.Response(int(status.split()[1]), headers=headers, content=said[:length]))
-        said = said[length:]
-    return found
+            replies.append(httpx2.Response(int(status.split()[1]), headers=headers, content=data[:length]))
+        data = data[length:]
+    return replies
 
 
 def is_alive(opened: socket.socket, request: bytes = GET) -> bool:
     """Whether the service answers at a connection."""
     opened.sendall(request)
-    said = b""
-    while not said.endswith(ALIVE):
+    data = b""
+    while not data.endswith(ALIVE):
         if not (got := opened.recv(2**16)):
             return False
-        said += got
+        data += got
     return True
 
 
@@ -74,10 +74,10 @@ def post(more: bytes = b"", *, body: bytes | None = None) -> bytes:
 
 def connections(service: Running) -> float:
     with httpx2.Client(base_url=service.url, headers={"connection": "close"}) as client:
-        return counted(client.get("/metrics").text, "mvmr_connections")[""]
+        return read_metric(client.get("/metrics").text, "mvmr_connections")[""]
 
 
 def causes(service: Running) -> dict[str, float]:
     with httpx2.Client(base_url=service.url, headers={"connection": "close"}) as client:
-        found = counted(client.get("/metrics").text, "mvmr_errors_total")
-    return {name.split('"')[1]: value for name, value in found.items()}
+        values = read_metric(client.get("/metrics").text, "mvmr_errors_total")
+    return {name.split('"')[1]: value for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""Taking connections at the door: all that wait, at every turn of the event loop."""
+"""Accepting connections: all that wait, at every turn of the event loop."""
 
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ class Acceptor:
 
     def __init__(
         self,
-        door: socket.socket,
+        listener: socket.socket,
         connections: Connections,
         make: Callable[[str], Connection],
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        self._door, self._connections, self._make, self._tls = door, connections, make, tls
+        self._listener, self._connections, self._make, self._tls = listener, connections, make, tls
         self._connecting: dict[Connection, asyncio.Task[None]] = {}
 
     def start(self) -> None:
         """Begin; to be called in the running event loop."""
         self._loop = asyncio.get_running_loop()
-        self._door.setblocking(False)
-        self._loop.add_reader(self._door.fileno(), self._accept)
+        self._listener.setblocking(False)
+        self._loop.add_reader(self._listener.fileno(), self._accept)
 
     def stop(self) -> None:
-        """Take no more, and close the door."""
-        if self._door.fileno() >= 0:
-            self._loop.remove_reader(self._door.fileno())
-            self._door.close()
+        """Take no more, and close the listener."""
+        if self._listener.fileno() >= 0:
+            self._loop.remove_reader(self._listener.fileno())
+            self._listener.close()
         if self._tls:  # without it a request may have come by now
             for connection in self._connecting:
                 connection.end_handshake()
@@ -63,14 +63,14 @@ class Acceptor:
     def _accept(self) -> None:
         for _ in range(_AT_ONCE):
             try:
-                peer, address = self._door.accept()
+                peer, address = self._listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
                 if error.errno not in _NO_FILES:  # of the network, and of that connection alone: see accept(2)
                     continue
                 if not self._connections.make_room():
-                    self._loop.remove_reader(self._door.fileno())
+                    self._loop.remove_reader(self._listener.fileno())
                     self._loop.call_later(_PAUSE, self._resume)
                 return
             connection = self._make(self._connections.owner_of(str(address[0])))
@@ -79,11 +79,11 @@ class Acceptor:
                 continue
             connection.peer = peer
             task = self._connecting[connection] = self._loop.create_task(self._connect(peer, connection))
-            task.add_done_callback(partial(self._connected, peer, connection))
+            task.add_done_callback(partial(self._on_connected, peer, connection))
 
     def _resume(self) -> None:
-        if self._door.fileno() >= 0:
-            self._loop.add_reader(self._door.fileno(), self._accept)
+        if self._listener.fileno() >= 0:
+            self._loop.add_reader(self._listener.fileno(), self._accept)
 
     def _send_away(self, peer: socket.socket) -> None:
         with peer, contextlib.suppress(OSError):
@@ -97,7 +97,7 @@ class Acceptor:
         timeout = self._connections.limits.head_seconds if self._tls else None
         await self._loop.connect_accepted_socket(lambda: connection, peer, ssl=self._tls, ssl_handshake_timeout=timeout)
 
-    def _connected(self, peer: socket.socket, connection: Connection, task: asyncio.Task[None]) -> None:
+    def _on_connected(self, peer: socket.socket, connection: Connection, task: asyncio.Task[None]) -> None:
         del self._connecting[connection]
         connection.peer = None
         error = None if task.cancelled() else task.exception()

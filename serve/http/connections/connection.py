@@ -79,7 +79,7 @@ class Connection(HttpToolsProtocol):
             if not data.strip(b"\r\n"):  # RFC 9112, 2.2: an empty line before a request means nothing
                 return
             self._begin_head()
-        begun, before = self._heads_begun, self._head_bytes
+        heads_before, bytes_before = self._heads_begun, self._head_bytes
         while data:
             try:
                 self.parser.feed_data(data)
@@ -91,8 +91,8 @@ class Connection(HttpToolsProtocol):
                 self._refuse(self._refusal or Problem("malformed", f"the request can't be read: {reason}"))
                 return
         # a head that has begun in these bytes is short so far
-        if self._stage is _Stage.HEAD and self._heads_begun == begun:
-            self._head_bytes = before + len(data)
+        if self._stage is _Stage.HEAD and self._heads_begun == heads_before:
+            self._head_bytes = bytes_before + len(data)
             if self._head_bytes > self._limits.head:
                 self._refuse(self._large_head())
 
@@ -149,8 +149,10 @@ class Connection(HttpToolsProtocol):
             return
         self._waiting_bytes = head_bytes + (self._waiting_bytes if self.pipeline else 0)
         if len(self.pipeline) >= self._limits.pipelined or (self.pipeline and self._waiting_bytes > self._limits.head):
-            told = f"more than {self._limits.pipelined} requests (--max-pipelined), or more bytes than a head may have"
-            self._stop(Problem("malformed", f"{told}, were sent before their answers; wait for some"))
+            excess = (
+                f"more than {self._limits.pipelined} requests (--max-pipelined), or more bytes than a head may have"
+            )
+            self._stop(Problem("malformed", f"{excess}, were sent before their answers; wait for some"))
         super().on_headers_complete()
         self._stage, self._since, self._pieces, self._body_bytes = _Stage.BODY, self.loop.time(), 0, 0
         self._all.set_busy(self)
@@ -234,8 +236,8 @@ class Connection(HttpToolsProtocol):
         elif self._stage is _Stage.FRESH and since > limits.head_seconds:
             self.abort()
         elif self._stage is _Stage.HEAD and since > limits.head_seconds and not self._is_answering:
-            told = f"the head did not arrive within {limits.head_seconds:g} s (--head-seconds)"
-            self._refuse(Problem("slow-head", f"{told}; send it at once"))
+            reason = f"the head did not arrive within {limits.head_seconds:g} s (--head-seconds)"
+            self._refuse(Problem("slow-head", f"{reason}; send it at once"))
         elif self._stage is _Stage.BODY and since > limits.body_seconds and not self._is_answering:
             self.abort()  # it has its answer, and its body still comes
 
@@ -271,12 +273,12 @@ class Connection(HttpToolsProtocol):
         self._refusal = problem
         raise ValueError(problem.detail)
 
-    def _without_upgrade(self, rest: bytes) -> bytes:
+    def _without_upgrade(self, tail: bytes) -> bytes:
         """The request once more, without its wish for another protocol, and what came behind its head."""
         version, close = self.parser.get_http_version(), not self.parser.should_keep_alive()
         head = heads.drop_upgrade(self.parser.get_method(), self.url, version, self.headers, close=close)
         self.parser = httptools.HttpRequestParser(self)
-        return head + rest
+        return head + tail
 
     def _refuse(self, problem: Problem) -> None:
         """Answer with a problem document and end, after the requests before this one have been answered."""

@@ -32,7 +32,7 @@ def find_fault(method: bytes, version: str, headers: Headers) -> Problem | None:
 def drop_upgrade(method: bytes, url: bytes, version: str, headers: Headers, *, close: bool) -> bytes:
     """A head once more, without its wish for another protocol; close: its connection is to end with the answer."""
     lines = [b"%s %s HTTP/%s" % (method, url, version.encode())]
-    lines += _lines(each for each in headers if each[0] not in _UPGRADE)
+    lines += _lines(header for header in headers if header[0] not in _UPGRADE)
     if close:
         lines.append(b"connection: close")
     return b"\r\n".join(lines) + b"\r\n\r\n"
@@ -44,4 +44,4 @@ def write_answer(status_line: bytes, headers: Headers, body: bytes) -> bytes:
 
 
 def _lines(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
-    return [b"%s: %s" % each for each in headers]
+    return [b"%s: %s" % header for header in headers]

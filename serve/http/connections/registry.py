@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 _TICK = 0.5  # seconds between looks at what takes long
 _QUIET = 60.0  # seconds between two lines in the log about the same thing: strangers must not fill it
-_KEPT = 48  # files that the service itself may open on top of those it has: decoders come and go
+_SPARE_FILES = 48  # files that the service itself may open on top of those it has: decoders come and go
 
 
 class Connections:
@@ -43,7 +43,7 @@ class Connections:
         self._idle: dict[str, OrderedDict[Connection, None]] = {}
         self._all: set[Connection] = set()
         self._unread: set[Connection] = set()
-        self._said: dict[str, float] = {}
+        self._note_times: dict[str, float] = {}
         self.closing = False
         if self._most < limits.total:
             logger.warning(
@@ -93,7 +93,7 @@ class Connections:
             self._unread.discard(connection)
             return
         self._unread.add(connection)
-        sizes = {each: each.unsent for each in self._unread}
+        sizes = {reader: reader.unsent for reader in self._unread}
         while sum(sizes.values()) > self.limits.unsent:
             most = max(sizes, key=sizes.__getitem__)
             del sizes[most]
@@ -138,8 +138,8 @@ class Connections:
         """Count a problem, and tell the log of it now and then."""
         self.count(cause)
         now = time.monotonic()
-        if now - self._said.get(words, -_QUIET) >= _QUIET:
-            self._said[words] = now
+        if now - self._note_times.get(words, -_QUIET) >= _QUIET:
+            self._note_times[words] = now
             logger.warning(f"{words} (said once a minute; mvmr_errors_total counts {cause})", *values)
 
     def _has_share(self, owner: str) -> bool:
@@ -174,7 +174,7 @@ def _room_for_files() -> int:
     """How many connections fit beside the files this process has open and may have to open."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
-        there = len(os.listdir("/proc/self/fd"))
+        open_files = len(os.listdir("/proc/self/fd"))
     except OSError:  # another system
-        there = _KEPT
-    return max(1, limit - there - _KEPT)
+        open_files = _SPARE_FILES
+    return max(1, limit - open_files - _SPARE_FILES)

@@ -1,4 +1,4 @@
-"""uvicorn's server, with doors and connections of ours."""
+"""uvicorn's server, with sockets and connections of ours."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from mvmr.serve.http.connections.acceptor import Acceptor
 from mvmr.serve.http.connections.connection import Connection
 from mvmr.serve.http.connections.registry import Connections
 from mvmr.serve.http.metrics import Metrics
-from mvmr.serve.http.settings import ConnectionLimits
+from mvmr.serve.http.settings import Settings
 
 
 class Server(uvicorn.Server):
-    """Serves an application at a door that is open already.
+    """Serves an application at a socket that listens already.
 
     Signals are for the caller: uvicorn would raise them again at the end, and the exit code would be 143.
     """
@@ -26,24 +26,23 @@ class Server(uvicorn.Server):
     def __init__(
         self,
         app: object,
-        door: socket.socket,
-        limits: ConnectionLimits,
+        listener: socket.socket,
+        settings: Settings,
         metrics: Metrics,
         *,
-        grace: float,
         lifespan: Literal["on", "off"] = "on",
-        tls_cert: str | None = None,
-        tls_key: str | None = None,
     ) -> None:
-        mapped = [f"::ffff:{each}" for each in limits.proxies if "." in each]  # as they come to an address of IPv6
+        limits = settings.connections
+        mapped = [f"::ffff:{proxy}" for proxy in limits.proxies if "." in proxy]  # as they come to an address of IPv6
         config = uvicorn.Config(
             app,  # type: ignore[arg-type]
             http="httptools", ws="none", lifespan=lifespan, log_config=None, access_log=False, server_header=False,
             proxy_headers=bool(limits.proxies), forwarded_allow_ips=[*limits.proxies, *mapped],
-            timeout_graceful_shutdown=max(1, round(grace)), ssl_certfile=tls_cert, ssl_keyfile=tls_key,
+            timeout_graceful_shutdown=max(1, round(settings.grace)),
+            ssl_certfile=settings.tls_cert, ssl_keyfile=settings.tls_key,
         )  # fmt: skip
         super().__init__(config)
-        self._door, self._limits, self._metrics = door, limits, metrics
+        self._listener, self._limits, self._metrics = listener, limits, metrics
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -52,7 +51,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=[])
         self._connections = Connections(self._limits, self._metrics)  # now that the files of everything else are open
-        self._acceptor = Acceptor(self._door, self._connections, self._make_connection, self.config.ssl)
+        self._acceptor = Acceptor(self._listener, self._connections, self._make_connection, self.config.ssl)
         self._acceptor.start()
         self._watch = asyncio.ensure_future(self._connections.watch())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -15,17 +15,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mvmr.data.image_bytes import Rejected
+from mvmr.serve import wire
 from mvmr.serve.engine import Engine
 from mvmr.serve.http import request_body
 from mvmr.serve.http.problems import Problem
 from mvmr.serve.http.routes import openapi
-from mvmr.serve.http.routes.exchange import check_model, client_of, json_answer, posted, service_of
-from mvmr.serve.http.service import Embedded, Outcome, Service
+from mvmr.serve.http.routes.exchange import check_model, client_of, json_answer, receive, service_of
+from mvmr.serve.http.service import EmbeddedImage, Outcome, Service
 
 if TYPE_CHECKING:
     from mvmr.serve.index import Index
 
-FLOAT32, FLOAT16 = "application/x-mvmr-float32", "application/x-mvmr-float16"
 router = APIRouter()
 
 
@@ -41,44 +41,35 @@ class EmbeddingsRequest(request_body.Input):
 @router.post("/v1/embeddings", responses=openapi.OBJECT | openapi.POSTED, openapi_extra=openapi.body(EmbeddingsRequest))
 async def embeddings(request: Request) -> Response:
     """OpenAI's endpoint: images in base64 or as data URLs for `input`."""
-    service = service_of(request)
-
-    async def work(body: bytes, take: request_body.Take) -> Response:
-        asked = await request_body.apart(
-            request_body.parse, EmbeddingsRequest, body, size=len(body), client=client_of(request)
-        )
-        check_model(service, asked.model)
-        if asked.dimensions not in (None, service.engine.dim):
-            told = f"dimensions {asked.dimensions} can't be given, this model has {service.engine.dim}"
-            raise Problem("invalid", f"{told}; leave dimensions out")
-        given = await request_body.from_texts(
-            asked.texts,
-            most=service.settings.max_items,
-            remote=request.app.state.remote,
-            take=take,
-            client=client_of(request),
-        )
-        outcomes = await _embed(request, given)
+    service, client = service_of(request), client_of(request)
+    async with receive(request) as (body, take):
+        parsed = await request_body.offload(request_body.parse, EmbeddingsRequest, body, size=len(body), client=client)
+        check_model(service, parsed.model)
+        if parsed.dimensions not in (None, service.engine.dim):
+            reason = f"dimensions {parsed.dimensions} can't be given, this model has {service.engine.dim}"
+            raise Problem("invalid", f"{reason}; leave dimensions out")
+        most, remote = service.settings.max_items, request.app.state.remote
+        payloads = await request_body.from_texts(parsed.texts, most=most, remote=remote, take=take, client=client)
+        outcomes = await _embed(request, payloads)
         usage = {"prompt_tokens": len(outcomes), "total_tokens": len(outcomes)}
-        data = [_openai(number, each, asked.encoding_format) for number, each in enumerate(outcomes)]
+        data = [_openai(number, outcome, parsed.encoding_format) for number, outcome in enumerate(outcomes)]
         return json_answer({"object": "list", "model": service.engine.name, "data": data, "usage": usage})
-
-    return await posted(request, work)
 
 
 @router.post("/v1/embed", responses=openapi.VECTORS | openapi.POSTED, openapi_extra=openapi.images(request_body.Input))
 async def embed(request: Request) -> Response:
     """Embed the raw bytes of one image, multipart files, or JSON; binary float32 or float16 by `Accept`."""
     service = service_of(request)
-
-    async def work(body: bytes, take: request_body.Take) -> Response:
-        kind = _accepted(request.headers.get("accept", "*/*"))
+    async with receive(request) as (body, take):
+        kind = _choose_kind(request.headers.get("accept", "*/*"))
         outcomes = await _embed(request, await _images(request, body, take))
-        if kind != request_body.JSON:
+        if kind != wire.JSON:
             return _binary(outcomes, service.engine, kind)
-        return json_answer({**_origin(service), "dim": service.engine.dim, "results": _results(outcomes, _vector)})
-
-    return await posted(request, work)
+        vectors = [
+            {"embedding": image.embedding, "width": image.width, "height": image.height}
+            for image in _embedded_images(outcomes)
+        ]
+        return json_answer({**_origin(service), "dim": service.engine.dim, "results": _results(outcomes, vectors)})
 
 
 @router.post(
@@ -87,42 +78,27 @@ async def embed(request: Request) -> Response:
 async def classify(request: Request, head: str | None = Query(None), top_k: int = Query(5, ge=1, le=1000)) -> Response:
     """The most probable classes of a linear head; `head` may be left out where the bundle has one."""
     service = service_of(request)
-
-    async def work(body: bytes, take: request_body.Take) -> Response:
+    async with receive(request) as (body, take):
         engine = service.engine  # one for the whole request: its heads may be replaced meanwhile
-        name = _head(engine, head)
-        classes = engine.heads[name].classes
+        name = _choose_head(engine, head)
         outcomes = await _embed(request, await _images(request, body, take))
-
-        def labels(found: Embedded) -> dict[str, Any]:
-            chances = engine.classify(found.embedding[None], name)[0]
-            best = np.argsort(-chances, kind="stable")[:top_k]
-            return {"labels": [{"label": classes[i], "probability": float(chances[i])} for i in best]}
-
+        labels = [{"labels": _labels(image, engine, name, top_k)} for image in _embedded_images(outcomes)]
         return json_answer({**_origin(service), "head": name, "results": _results(outcomes, labels)})
-
-    return await posted(request, work)
 
 
 @router.post("/v1/search", responses=openapi.OBJECT | openapi.POSTED, openapi_extra=openapi.images(request_body.Input))
 async def search(request: Request, k: int = Query(10, ge=1, le=1000)) -> Response:
     """The nearest images of the index this service was started with, by cosine."""
     service = service_of(request)
-
-    async def work(body: bytes, take: request_body.Take) -> Response:
+    async with receive(request) as (body, take):
         index: Index | None = request.app.state.index
         if index is None:
             raise Problem("no-index", "this service was started without one; start it with --index")
         outcomes = await _embed(request, await _images(request, body, take))
-        rows = np.stack([each.embedding for each in outcomes if isinstance(each, Embedded)])
-        found = iter(await asyncio.to_thread(index.search, rows, k))
-
-        def hits(_: Embedded) -> dict[str, Any]:
-            return {"hits": [{"path": hit.path, "score": hit.score} for hit in next(found)]}
-
+        rows = np.stack([image.embedding for image in _embedded_images(outcomes)])
+        neighbours = await asyncio.to_thread(index.search, rows, k)
+        hits = [{"hits": [{"path": hit.path, "score": hit.score} for hit in nearest]} for nearest in neighbours]
         return json_answer({**_origin(service), "results": _results(outcomes, hits)})
-
-    return await posted(request, work)
 
 
 async def _images(request: Request, body: bytes, take: request_body.Take) -> list[request_body.Payload]:
@@ -131,22 +107,30 @@ async def _images(request: Request, body: bytes, take: request_body.Take) -> lis
     return await request_body.images(request, body, most=most, remote=remote, take=take, client=client)
 
 
-async def _embed(request: Request, given: Sequence[request_body.Payload]) -> list[Outcome]:
+async def _embed(request: Request, payloads: Sequence[request_body.Payload]) -> list[Outcome]:
     """Raises Problem when not one of the images can be embedded."""
     service = service_of(request)
-    outcomes = await service.embed(given, client_of(request))
-    failed = [_failure(number, each) for number, each in enumerate(outcomes) if not isinstance(each, Embedded)]
-    for each in failed:
-        service.metrics.errors.labels(each["error"]["code"]).inc()
-    if len(failed) == len(outcomes):
-        raise Problem("bad-image", f"image 0: {failed[0]['error']['reason']}", errors=failed)
+    outcomes = await service.embed(payloads, client_of(request))
+    failures = [
+        _failure(number, outcome) for number, outcome in enumerate(outcomes) if not isinstance(outcome, EmbeddedImage)
+    ]
+    for failure in failures:
+        service.metrics.errors.labels(failure["error"]["code"]).inc()
+    if len(failures) == len(outcomes):
+        raise Problem("bad-image", f"image 0: {failures[0]['error']['reason']}", errors=failures)
     return outcomes
 
 
-def _results(outcomes: Sequence[Outcome], show: Callable[[Embedded], dict[str, Any]]) -> list[dict[str, Any]]:
+def _embedded_images(outcomes: Sequence[Outcome]) -> list[EmbeddedImage]:
+    return [outcome for outcome in outcomes if isinstance(outcome, EmbeddedImage)]
+
+
+def _results(outcomes: Sequence[Outcome], contents: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """An entry for each image: the next of `contents` where it is embedded, else why it is not."""
+    remaining = iter(contents)
     return [
-        {"index": number, **show(each)} if isinstance(each, Embedded) else _failure(number, each)
-        for number, each in enumerate(outcomes)
+        {"index": number, **next(remaining)} if isinstance(outcome, EmbeddedImage) else _failure(number, outcome)
+        for number, outcome in enumerate(outcomes)
     ]
 
 
@@ -154,12 +138,14 @@ def _failure(number: int, outcome: Rejected) -> dict[str, Any]:
     return {"index": number, "error": {"code": outcome.code, "reason": outcome.reason}}
 
 
-def _vector(found: Embedded) -> dict[str, Any]:
-    return {"embedding": found.embedding, "width": found.width, "height": found.height}
+def _labels(image: EmbeddedImage, engine: Engine, head: str, top_k: int) -> list[dict[str, Any]]:
+    classes, chances = engine.heads[head].classes, engine.classify(image.embedding[None], head)[0]
+    best = np.argsort(-chances, kind="stable")[:top_k]
+    return [{"label": classes[i], "probability": float(chances[i])} for i in best]
 
 
 def _openai(number: int, outcome: Outcome, encoding: str) -> dict[str, Any]:
-    if not isinstance(outcome, Embedded):
+    if not isinstance(outcome, EmbeddedImage):
         return {"object": "embedding", "embedding": None, **_failure(number, outcome)}
     values: object = outcome.embedding
     if encoding == "base64":
@@ -169,38 +155,40 @@ def _openai(number: int, outcome: Outcome, encoding: str) -> dict[str, Any]:
 
 def _binary(outcomes: Sequence[Outcome], engine: Engine, kind: str) -> Response:
     """Rows of little-endian numbers; an image without embedding is a row of NaN, and named in a header."""
-    rows = np.full((len(outcomes), engine.dim), np.nan, "<f2" if kind == FLOAT16 else "<f4")
-    failed = []
-    for number, each in enumerate(outcomes):
-        if isinstance(each, Embedded):
-            rows[number] = each.embedding
+    rows = np.full((len(outcomes), engine.dim), np.nan, "<f2" if kind == wire.FLOAT16 else "<f4")
+    failures = []
+    for number, outcome in enumerate(outcomes):
+        if isinstance(outcome, EmbeddedImage):
+            rows[number] = outcome.embedding
         else:
-            failed.append({"index": number, "code": each.code})
-    headers = {"x-shape": f"{rows.shape[0]},{rows.shape[1]}"}
-    if failed:
-        headers["x-errors"] = orjson.dumps(failed).decode()
+            failures.append({"index": number, "code": outcome.code})
+    headers = {wire.SHAPE: f"{rows.shape[0]},{rows.shape[1]}"}
+    if failures:
+        headers[wire.ERRORS] = orjson.dumps(failures).decode()
     return Response(rows.tobytes(), media_type=kind, headers=headers)
 
 
-def _accepted(accept: str) -> str:
+def _choose_kind(accept: str) -> str:
     """The first type in `Accept` that can be given."""
-    wanted = [part.partition(";")[0].strip().lower() for part in accept.split(",")]
-    for kind in wanted:
-        if kind in (FLOAT32, FLOAT16, request_body.JSON):
+    kinds = [part.partition(";")[0].strip().lower() for part in accept.split(",")]
+    for kind in kinds:
+        if kind in (wire.FLOAT32, wire.FLOAT16, wire.JSON):
             return kind
         if kind in ("*/*", "application/*", ""):
-            return request_body.JSON
-    ours = f"{request_body.JSON}, {FLOAT32} or {FLOAT16}"
+            return wire.JSON
+    ours = f"{wire.JSON}, {wire.FLOAT32} or {wire.FLOAT16}"
     raise Problem("not-acceptable", f"accept {accept[:100]!r} can't be given; ask for {ours}")
 
 
-def _head(engine: Engine, name: str | None) -> str:
+def _choose_head(engine: Engine, name: str | None) -> str:
     heads = engine.heads
     if name is None and len(heads) == 1:
         return next(iter(heads))
     if name is None or name not in heads:
-        known = f"this bundle has {', '.join(heads)}" if heads else "this bundle has none; fit one by `mvmr probe`"
-        raise Problem("unknown-head", f"there is no head {name!r}; {known}" if name else f"give ?head=; {known}")
+        available = f"this bundle has {', '.join(heads)}" if heads else "this bundle has none; fit one by `mvmr probe`"
+        raise Problem(
+            "unknown-head", f"there is no head {name!r}; {available}" if name else f"give ?head=; {available}"
+        )
     return name
 
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 import orjson
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from mvmr.serve import wire
 from mvmr.serve.http import request_body
 from mvmr.serve.http.admission import CLIENT
 from mvmr.serve.http.problems import Problem
 from mvmr.serve.http.service import Service
 
 _LEFT = "the client has gone"
-_GONE = Response(status_code=499)  # nobody reads it; the number shows in the metrics
 
 
 def service_of(request: Request) -> Service:
@@ -33,13 +34,13 @@ def client_of(request: Request) -> str:
 
 def json_answer(value: Mapping[str, Any]) -> Response:
     """JSON; numpy's arrays become lists."""
-    return Response(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY), media_type=request_body.JSON)
+    return Response(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY), media_type=wire.JSON)
 
 
 def is_json(request: Request) -> bool:
     """Whether the whole body is JSON, by its headers."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    return kind == request_body.JSON and "inference-header-content-length" not in request.headers
+    return kind == wire.JSON and wire.JSON_LENGTH not in request.headers
 
 
 def check_model(service: Service, name: str) -> None:
@@ -48,35 +49,33 @@ def check_model(service: Service, name: str) -> None:
         raise Problem("unknown-model", f"there is no model {name[:100]!r}; this service has {service.engine.name!r}")
 
 
-async def posted(request: Request, work: Callable[[bytes, request_body.Take], Awaitable[Response]]) -> Response:
-    """Read the body and do the work, unless the client goes away before it is done.
+@asynccontextmanager
+async def receive(request: Request) -> AsyncIterator[tuple[bytes, request_body.Take]]:
+    """Read the body, and hold the memory it takes until the block ends.
 
-    work: is given the body, and what is to hear of more bytes that it takes in.
+    Yields the body, and what is to hear of more bytes that the block takes in.
+
+    Raises: ClientDisconnect when the client goes away before the block has ended; Problem for a body that is refused.
     """
     service = service_of(request)
-    says = service.settings
+    settings = service.settings
+    most, flag = (settings.max_json, "--max-json-mb") if is_json(request) else (settings.max_body, "--max-body-mb")
+    seconds = settings.connections.body_seconds
     with service.memory(client_of(request)) as take:
+        body = await request_body.read_body(request, most=most, flag=flag, seconds=seconds, take=take)
+        task = asyncio.current_task()
+        watch = asyncio.ensure_future(_disconnection(request))
+        watch.add_done_callback(lambda watch: None if watch.cancelled() or task is None else task.cancel(_LEFT))
         try:
-            most, flag = (says.max_json, "--max-json-mb") if is_json(request) else (says.max_body, "--max-body-mb")
-            seconds = says.connections.body_seconds
-            body = await request_body.read_body(request, most=most, flag=flag, seconds=seconds, take=take)
-        except ClientDisconnect:
-            service.metrics.errors.labels("client-gone").inc()
-            return _GONE
-        here = asyncio.current_task()
-        gone = asyncio.ensure_future(_gone(request))
-        gone.add_done_callback(lambda watch: None if watch.cancelled() or here is None else here.cancel(_LEFT))
-        try:
-            return await work(body, take)
-        except asyncio.CancelledError as stopped:
-            if stopped.args != (_LEFT,):
+            yield body, take
+        except asyncio.CancelledError as error:
+            if error.args != (_LEFT,):
                 raise
-            service.metrics.errors.labels("client-gone").inc()
-            return _GONE
+            raise ClientDisconnect from None
         finally:
-            gone.cancel()
+            watch.cancel()
 
 
-async def _gone(request: Request) -> None:
+async def _disconnection(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -8,10 +8,11 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from mvmr.serve import wire
 from mvmr.serve.http import request_body
 from mvmr.serve.http.routes import openapi
 from mvmr.serve.http.routes import protocol_v2 as protocol
-from mvmr.serve.http.routes.exchange import check_model, client_of, json_answer, posted, service_of
+from mvmr.serve.http.routes.exchange import check_model, client_of, json_answer, receive, service_of
 from mvmr.serve.http.routes.status import readyz
 
 router = APIRouter(prefix="/v2")
@@ -50,10 +51,10 @@ async def infer(name: str, request: Request) -> Response:
     service = service_of(request)
     check_model(service, name)
 
-    async def work(body: bytes, take: request_body.Take) -> Response:
+    async with receive(request) as (body, _):
         engine = service.engine
-        header = request.headers.get(protocol.HEADER)
-        asked, pixels = await request_body.apart(
+        header = request.headers.get(wire.JSON_LENGTH)
+        infer_request, pixels = await request_body.offload(
             protocol.read,
             body,
             header,
@@ -63,7 +64,5 @@ async def infer(name: str, request: Request) -> Response:
             client=client_of(request),
         )
         request_body.check_count(len(pixels), service.settings.max_items)
-        content, headers = protocol.answer(asked, engine, await service.infer(pixels, client_of(request)))
+        content, headers = protocol.answer(infer_request, engine, await service.infer(pixels, client_of(request)))
         return Response(content, headers=headers)
-
-    return await posted(request, work)

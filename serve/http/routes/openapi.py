@@ -6,14 +6,16 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from mvmr.serve.http.problems import CONTENT_TYPE, PROBLEMS
+from mvmr.serve import wire
+from mvmr.serve.http.problems import PROBLEMS
+from mvmr.serve.http.request_body import MULTIPART, RAW
 
 _OBJECT = {"type": "object"}
 _PROBLEM = {
     "type": "object",
     "required": ["type", "title", "status", "detail"],
     "properties": {
-        "type": {"type": "string", "enum": [f"urn:mvmr:problem:{name}" for name in PROBLEMS]},
+        "type": {"type": "string", "enum": [f"{wire.PROBLEM_TYPE}{name}" for name in PROBLEMS]},
         "title": {"type": "string"},
         "status": {"type": "integer"},
         "detail": {"type": "string"},
@@ -26,13 +28,13 @@ def problems(*statuses: int) -> Responses:
     """The problem documents of these statuses."""
     titles = {status: " / ".join(title for code, title in PROBLEMS.values() if code == status) for status in statuses}
     return {
-        status: {"description": titles[status], "content": {CONTENT_TYPE: {"schema": _PROBLEM}}} for status in statuses
+        status: {"description": titles[status], "content": {wire.PROBLEM: {"schema": _PROBLEM}}} for status in statuses
     }
 
 
 def body(model: type[BaseModel]) -> dict[str, Any]:
     """A JSON body that is read into `model`."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema(model)}}}}
+    return {"requestBody": {"required": True, "content": {wire.JSON: {"schema": schema(model)}}}}
 
 
 def images(model: type[BaseModel]) -> dict[str, Any]:
@@ -44,9 +46,9 @@ def images(model: type[BaseModel]) -> dict[str, Any]:
         "required": ["file"],
     }
     kinds = {
-        "application/json": {"schema": schema(model)},
-        "multipart/form-data": {"schema": files},
-        "application/octet-stream": {"schema": binary},
+        wire.JSON: {"schema": schema(model)},
+        MULTIPART: {"schema": files},
+        RAW: {"schema": binary},
         "image/jpeg": {"schema": binary},
         "image/png": {"schema": binary},
     }
@@ -55,22 +57,22 @@ def images(model: type[BaseModel]) -> dict[str, Any]:
 
 def schema(model: type[BaseModel]) -> dict[str, Any]:
     """The model's JSON schema with its parts in place, as an OpenAPI operation can hold it."""
-    whole = model.model_json_schema()
-    parts = whole.pop("$defs", {})
+    document = model.model_json_schema()
+    parts = document.pop("$defs", {})
 
-    def placed(value: Any) -> Any:  # Any: JSON
+    def inline(value: Any) -> Any:  # Any: JSON
         if isinstance(value, dict):
             if "$ref" in value:
-                return placed(parts[value["$ref"].rpartition("/")[2]])
-            return {key: placed(each) for key, each in value.items()}
-        return [placed(each) for each in value] if isinstance(value, list) else value
+                return inline(parts[value["$ref"].rpartition("/")[2]])
+            return {key: inline(item) for key, item in value.items()}
+        return [inline(item) for item in value] if isinstance(value, list) else value
 
-    result: dict[str, Any] = placed(whole)
+    result: dict[str, Any] = inline(document)
     return result
 
 
-OBJECT: Responses = {200: {"description": "As asked.", "content": {"application/json": {"schema": _OBJECT}}}}
-HEALTH: Responses = {200: {"description": "It runs.", "content": {"application/json": {"schema": _OBJECT}}}}
+OBJECT: Responses = {200: {"description": "As asked.", "content": {wire.JSON: {"schema": _OBJECT}}}}
+HEALTH: Responses = {200: {"description": "It runs.", "content": {wire.JSON: {"schema": _OBJECT}}}}
 READY: Responses = HEALTH | problems(503)
 TEXT: Responses = {
     200: {"description": "Prometheus' text format.", "content": {"text/plain": {"schema": {"type": "string"}}}}
@@ -79,10 +81,10 @@ VECTORS: Responses = {
     200: {
         "description": "The embeddings; in binary: rows of little-endian numbers.",
         "content": {
-            "application/json": {"schema": _OBJECT},
-            "application/x-mvmr-float32": {"schema": {"type": "string", "format": "binary"}},
-            "application/x-mvmr-float16": {"schema": {"type": "string", "format": "binary"}},
-            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+            wire.JSON: {"schema": _OBJECT},
+            wire.FLOAT32: {"schema": {"type": "string", "format": "binary"}},
+            wire.FLOAT16: {"schema": {"type": "string", "format": "binary"}},
+            RAW: {"schema": {"type": "string", "format": "binary"}},
         },
     }
 }

@@ -17,11 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from mvmr import __version__
 from mvmr.export.artifacts import EMBEDDING, IMAGE, LOGITS
 from mvmr.export.runtimes import RUNTIMES
+from mvmr.serve import wire
 from mvmr.serve.engine import Engine
 from mvmr.serve.http.problems import Problem
-from mvmr.serve.http.request_body import parse
+from mvmr.serve.http.request_body import RAW, parse
 
-HEADER = "inference-header-content-length"
 _VALUES = 1_000_000  # in JSON: six images of 224 pixels
 _SLICE = 2**16  # values made into numbers while nothing else is done
 Floats = npt.NDArray[np.float32]
@@ -102,81 +102,81 @@ def read(body: bytes, header: str | None, engine: Engine, most: int) -> tuple[In
     try:
         length = len(body) if header is None else int(header)
     except ValueError:
-        raise Problem("malformed", f"{HEADER} is {header!r}, not a number") from None
+        raise Problem("malformed", f"{wire.JSON_LENGTH} is {header!r}, not a number") from None
     if not 0 <= length <= len(body):
-        raise Problem("malformed", f"{HEADER} is {length}, but the body has {len(body)} bytes")
+        raise Problem("malformed", f"{wire.JSON_LENGTH} is {length}, but the body has {len(body)} bytes")
     if length > most:
         raise Problem(
             "too-large", f"{length:,} bytes of JSON, the limit is {most:,} (--max-json-mb); send binary tensors"
         )
     request = parse(InferRequest, body[:length], _VALUES)
-    given, size = request.inputs[0], engine.size
-    if given.name != IMAGE or given.datatype != "UINT8":
-        raise Problem("invalid", f"the input is {given.name} {given.datatype}; this model takes {IMAGE} UINT8")
-    if len(given.shape) != 4 or given.shape[1:] != [size, size, 3] or given.shape[0] < 1:
-        raise Problem("invalid", f"the input's shape is {given.shape}; this model takes [N, {size}, {size}, 3]")
+    tensor, size = request.inputs[0], engine.size
+    if tensor.name != IMAGE or tensor.datatype != "UINT8":
+        raise Problem("invalid", f"the input is {tensor.name} {tensor.datatype}; this model takes {IMAGE} UINT8")
+    if len(tensor.shape) != 4 or tensor.shape[1:] != [size, size, 3] or tensor.shape[0] < 1:
+        raise Problem("invalid", f"the input's shape is {tensor.shape}; this model takes [N, {size}, {size}, 3]")
     _check_outputs(request, engine)
-    count = given.shape[0] * size * size * 3
+    count = tensor.shape[0] * size * size * 3
     raw = body[length:]
-    if given.parameters.binary_data_size is not None:
-        if given.data is not None or given.parameters.binary_data_size != len(raw) or len(raw) != count:
-            told = f"binary_data_size {given.parameters.binary_data_size}, {len(raw)} bytes after the JSON"
-            raise Problem("malformed", f"{told}; shape {given.shape} takes {count}, and no data beside them")
-        return request, np.frombuffer(raw, np.uint8).reshape(given.shape)
-    return request, _from_json(given, count, raw)
+    if tensor.parameters.binary_data_size is not None:
+        if tensor.data is not None or tensor.parameters.binary_data_size != len(raw) or len(raw) != count:
+            reason = f"binary_data_size {tensor.parameters.binary_data_size}, {len(raw)} bytes after the JSON"
+            raise Problem("malformed", f"{reason}; shape {tensor.shape} takes {count}, and no data beside them")
+        return request, np.frombuffer(raw, np.uint8).reshape(tensor.shape)
+    return request, _from_json(tensor, count, raw)
 
 
 def answer(request: InferRequest, engine: Engine, embeddings: Floats) -> tuple[bytes, dict[str, str]]:
     """The body of the answer, and its headers."""
-    asked = {each.name: each.parameters.binary_data for each in request.outputs or ()}
-    names = list(asked) or [output["name"] for output in model(engine)["outputs"]]
-    described, raw = [], []
+    choices = {output.name: output.parameters.binary_data for output in request.outputs or ()}
+    names = list(choices) or [output["name"] for output in model(engine)["outputs"]]
+    outputs, raw = [], []
     for name in names:
         values = _output(name, engine, embeddings)
         output: dict[str, Any] = {"name": name, "datatype": "FP32", "shape": list(values.shape)}
-        choice = asked.get(name)
+        choice = choices.get(name)
         if request.parameters.binary_data_output if choice is None else choice:
             content = np.ascontiguousarray(values, "<f4").tobytes()
             output["parameters"] = {"binary_data_size": len(content)}
             raw.append(content)
         else:
             output["data"] = np.ascontiguousarray(values).ravel()
-        described.append(output)
-    document: dict[str, Any] = {"model_name": engine.name, "model_version": "1", "outputs": described}
+        outputs.append(output)
+    document: dict[str, Any] = {"model_name": engine.name, "model_version": "1", "outputs": outputs}
     if request.id is not None:
         document["id"] = request.id
     head = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
     if not raw:
-        return head, {"content-type": "application/json"}
-    return head + b"".join(raw), {"content-type": "application/octet-stream", HEADER: str(len(head))}
+        return head, {"content-type": wire.JSON}
+    return head + b"".join(raw), {"content-type": RAW, wire.JSON_LENGTH: str(len(head))}
 
 
 def _check_outputs(request: InferRequest, engine: Engine) -> None:
-    known = [output["name"] for output in model(engine)["outputs"]]
-    for wanted in request.outputs or ():
-        if wanted.name not in known:
-            raise Problem("invalid", f"there is no output {wanted.name!r}; this model has {', '.join(known)}")
+    names = [output["name"] for output in model(engine)["outputs"]]
+    for output in request.outputs or ():
+        if output.name not in names:
+            raise Problem("invalid", f"there is no output {output.name!r}; this model has {', '.join(names)}")
 
 
-def _from_json(given: InputTensor, count: int, raw: bytes) -> npt.NDArray[np.uint8]:
+def _from_json(tensor: InputTensor, count: int, raw: bytes) -> npt.NDArray[np.uint8]:
     if raw:
         raise Problem("malformed", f"{len(raw)} bytes follow the JSON, which names no binary_data_size")
-    data = given.data or []
+    data = tensor.data or []
     if len(data) != count:  # not flat, then: a list to each dimension, looked at before anything is made of it
-        data = _flat(data, given.shape)
+        data = _flatten(data, tensor.shape)
     pixels = np.empty(count, np.uint8)
     for start in range(0, count, _SLICE):
         part = data[start : start + _SLICE]
         if set(map(type, part)) != {int} or min(part) < 0 or max(part) > 255:  # true and false are not numbers
             raise Problem("invalid", "inputs.0.data must hold whole numbers from 0 to 255")
         pixels[start : start + _SLICE] = part
-    return pixels.reshape(given.shape)
+    return pixels.reshape(tensor.shape)
 
 
-def _flat(data: list[Any], shape: list[int]) -> list[Any]:
+def _flatten(data: list[Any], shape: list[int]) -> list[Any]:
     fits = len(data) == shape[0]
     for size in shape[1:]:
-        if not fits or not all(isinstance(each, list) and len(each) == size for each in data):
+        if not fits or not all(isinstance(row, list) and len(row) == size for row in data):
             raise Problem(
                 "invalid", f"inputs.0.data is not of shape {shape}; give a flat list, or one to each dimension"
             )

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 Result = TypeVar("Result")
 
 
-async def together(works: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
+async def gather_or_cancel(works: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
     """Their results in order; when one fails, or the caller is cancelled, no other goes on for nobody."""
     if len(works) == 1:
         return [await works[0]]
