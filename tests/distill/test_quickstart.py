@@ -51,8 +51,12 @@ def test_leaves_bundles_figures_and_a_picture(
     for row in results["rows"].values():
         assert 0 < row["linear"] <= 100
         assert 0 < row["knn"] <= 100
-    assert 30 < results["rows"]["pixels"]["linear"] < 55  # the hard facts of the data hold however short the training
-    assert results["rows"]["scattering"]["linear"] > 60
+    # the hard facts of the data hold however short the training, and of a quarter of the images
+    assert 25 < results["rows"]["pixels"]["linear"] < 50
+    assert 50 < results["rows"]["scattering"]["linear"] < 75
+    networks = {name for name, row in results["rows"].items() if "parameters" in row}
+    assert networks == {"random", "ssl", "student", "teacher"}
+    assert all(row["ms"] > 0 for row in results["rows"].values())
     assert bundle.load(out / "student").manifest.training["teachers"]["teacher"]["identity"]
     assert not bundle.load(out / "ssl").manifest.training["teachers"]
     assert ClipTeacher.load(out / "teacher").dim == 128
