@@ -44,7 +44,7 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores, for many tests wait for a process or a socket; four at most, as all import torch."""
+    """One more than there are cores, for many tests wait for a process or a socket; four at most: each imports torch."""
     return min(4, len(os.sched_getaffinity(0)) + 1)
 
 

@@ -12,8 +12,8 @@ from starlette.testclient import TestClient
 from mvmr.bundles import bundle as bundles
 from mvmr.serve import Engine
 from tests.serve import serving
+from tests.serve.batch.jobs import BAD, CLASSES, COUNT, DIM, picture, run
 from tests.serve.inprocess import serve
-from tests.serve.jobs import BAD, CLASSES, COUNT, DIM, picture, run
 
 
 @pytest.fixture(scope="session")

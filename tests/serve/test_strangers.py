@@ -24,7 +24,7 @@ from mvmr.serve.engine import read_heads
 from mvmr.serve.index.index import Index, build
 from mvmr.training.recipe import load_recipe
 from tests.serve import serving
-from tests.serve.indexes import folder, make_clusters, manifest
+from tests.serve.index.indexes import folder, make_clusters, manifest
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "mvmr" / "recipes"

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mvmr.serve.index.index import build
-from tests.serve.indexes import DIM, folder, loading_refusal, make_clusters, manifest, parquet, refusal
+from tests.serve.index.indexes import DIM, folder, loading_refusal, make_clusters, manifest, parquet, refusal
 
 
 def test_embeddings_that_are_not_whole_are_refused(tmp_path: Path) -> None:

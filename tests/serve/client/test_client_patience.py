@@ -17,7 +17,7 @@ import pytest
 from mvmr.serve.client import Client, Hit
 from mvmr.serve.client import client as module
 from tests.serve import serving
-from tests.serve.clients import both, refusal
+from tests.serve.client.clients import both, refusal
 
 
 @pytest.fixture

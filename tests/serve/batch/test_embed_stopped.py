@@ -21,7 +21,7 @@ from PIL import Image
 from mvmr.serve.batch import parts as parts_module
 from mvmr.serve.batch.job import embed
 from mvmr.serve.engine import Engine
-from tests.serve.jobs import COUNT, PART, contents, picture, refusal, rows, run
+from tests.serve.batch.jobs import COUNT, PART, contents, picture, refusal, rows, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

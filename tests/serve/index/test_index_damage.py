@@ -14,7 +14,7 @@ import pytest
 
 from mvmr.serve.index import faiss_kinds
 from mvmr.serve.index.index import Index, build
-from tests.serve.indexes import DIM, folder, loading_refusal, make_clusters, redescribe
+from tests.serve.index.indexes import DIM, folder, loading_refusal, make_clusters, redescribe
 
 
 def test_a_damaged_index_is_named(tmp_path: Path) -> None:

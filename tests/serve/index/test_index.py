@@ -13,7 +13,18 @@ from mvmr.errors import MvmrError
 from mvmr.serve.batch.stored import open_embeddings
 from mvmr.serve.index import faiss_kinds
 from mvmr.serve.index.index import Index, build
-from tests.serve.indexes import DIM, OTHER, SPACE, folder, make_clusters, manifest, oracle, parquet, recall, refusal
+from tests.serve.index.indexes import (
+    DIM,
+    OTHER,
+    SPACE,
+    folder,
+    make_clusters,
+    manifest,
+    oracle,
+    parquet,
+    recall,
+    refusal,
+)
 
 
 def test_an_exact_index_finds_what_float64_finds(tmp_path: Path) -> None:

@@ -14,8 +14,20 @@ import httpx2
 import pytest
 
 from tests.serve import serving
+from tests.serve.http.connections.wire import (
+    ALIVE,
+    GET,
+    HOST,
+    MIB,
+    answers,
+    causes,
+    connect,
+    connections,
+    everything,
+    is_alive,
+    post,
+)
 from tests.serve.serving import Running, jpeg, problem, running
-from tests.serve.wire import ALIVE, GET, HOST, MIB, answers, causes, connect, connections, everything, is_alive, post
 
 OPTIONS = [
     "--head-seconds", "1", "--body-seconds", "1", "--answer-seconds", "1", "--idle-seconds", "6",

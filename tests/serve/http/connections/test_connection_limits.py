@@ -12,8 +12,8 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from tests.serve import serving
+from tests.serve.http.connections.wire import GET, HOST, answers, causes, connect, everything, is_alive
 from tests.serve.serving import jpeg, problem, running
-from tests.serve.wire import GET, HOST, answers, causes, connect, everything, is_alive
 
 
 def test_who_has_many_connections_loses_those_that_are_idle_to_others(path: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.serve.serving import jpeg, read_metric, running
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
 
 @pytest.mark.slow

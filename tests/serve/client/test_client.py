@@ -19,7 +19,7 @@ from mvmr.bundles import bundle as bundles
 from mvmr.serve.client import AsyncClient, Client, Embeddings, ImageError
 from mvmr.serve.client import client as module
 from tests.serve import serving
-from tests.serve.clients import ITEMS, KEY, PHOTOGRAPHS, both, refusal
+from tests.serve.client.clients import ITEMS, KEY, PHOTOGRAPHS, both, refusal
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from PIL import Image
 from tests.serve import serving
 from tests.serve.serving import Running, embed, encoded, jpeg, photograph, problem, read_metric, reasons, running
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 MIB = 2**20
 # What this service may take for a while on top of what it has: an image of 5 megapixels, decoded in two threads
 OPTIONS = ["--max-megapixels", "5", "--max-body-mb", "4", "--workers", "1", "--decoders", "2"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mvmr.serve.client import Client
-from tests.serve.clients import both, refusal
+from tests.serve.client.clients import both, refusal
 
 
 @both

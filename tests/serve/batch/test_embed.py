@@ -27,7 +27,7 @@ from mvmr.serve.engine import Engine
 from mvmr.serve.index.index import build
 from mvmr.storage.lock import hold
 from tests.data.standard_sets import write_stl10
-from tests.serve.jobs import BAD, CLASSES, COUNT, DIM, contents, picture, refusal, rows, run
+from tests.serve.batch.jobs import BAD, CLASSES, COUNT, DIM, contents, picture, refusal, rows, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
