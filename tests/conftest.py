@@ -26,6 +26,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     return folder
 
 
+@pytest.fixture(scope="module")
+def few_patches() -> Iterator[None]:
+    """A quarter of `sample:patches`, for tests in which its size is no matter."""
+    from mvmr.data import samples
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(samples, "PER_CLASS", {"train": 20, "test": 20})
+        yield
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """For nets so small that a second thread costs more than it brings."""
@@ -44,7 +54,7 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores, for many tests wait for a process or a socket; four at most: each imports torch."""
+    """One more than there are cores, as many tests wait for a process or a socket; four at most: each imports torch."""
     return min(4, len(os.sched_getaffinity(0)) + 1)
 
 

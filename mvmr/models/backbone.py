@@ -55,7 +55,8 @@ class Backbone(Protocol):
 class StudentConfig:
     """Which backbone a student is, the `[student]` table of a recipe.
 
-    backbone: resnet18, resnet50, or timm: and the name of one of timm's models
+    backbone: resnet18, resnet18_050 or resnet18_025 (a half, a quarter of its channels), resnet50, or timm: and the
+        name of one of timm's models
     small_kernel: of a ResNet: a stem that keeps the resolution of small images (32 to 64 px)
     """
 

@@ -26,7 +26,7 @@ BRIEF = ("train.epochs=2", "train.batch_size=64")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bundle]:
+def made(few_patches: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bundle]:
     """A tiny CLIP that knows something, and a student of it that has just begun."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("made")
@@ -53,7 +53,7 @@ def test_both_are_measured_alike_and_the_figures_are_kept(made: tuple[Path, Bund
         zero_shot = (torch.nn.functional.normalize(y, dim=-1) @ classifier).argmax(1).numpy()
     assert train.labels is not None
     assert test.labels is not None
-    assert found["teacher"]["zeroshot"]["top1"] == pytest.approx(100 * (zero_shot == test.labels).mean(), abs=0.2)
+    assert found["teacher"]["zeroshot"]["top1"] == pytest.approx(100 * (zero_shot == test.labels).mean(), abs=0.3)
     probe = linear_probe(x.numpy(), train.labels, 17)
     linear = 100 * (probe.predict(y.numpy()) == test.labels).mean()
     # one by one or in batches, embeddings are rounded otherwise, which may tip the choice between two regularisations

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mvmr.bundles import bundle
-from mvmr.data import open_images, samples
+from mvmr.data import open_images
 from mvmr.distillation.quickstart import quickstart as module
 from mvmr.distillation.tables import print_results
 from mvmr.distillation.teachers.clip import ClipTeacher
@@ -27,8 +27,7 @@ def short_recipe(name: str, package: str, assignments: list[str]) -> Recipe:
 
 
 @pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samples, "PER_CLASS", {"train": 20, "test": 10})
+def short(few_patches: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "load_recipe", short_recipe)
     monkeypatch.setattr(module, "STAND_IN", TinyClip(image_size=32, width=8, steps=4, text_width=32))
 

@@ -23,6 +23,7 @@ SIZE = 64
 CONFIGS = {
     "resnet18": StudentConfig(backbone="resnet18"),
     "resnet18 with a small kernel": StudentConfig(backbone="resnet18", small_kernel=True),
+    "a narrow resnet18": StudentConfig(backbone="resnet18_025"),
     "depthwise": StudentConfig(backbone="timm:mobilenetv3_small_100"),
     "without batch norm": StudentConfig(backbone="timm:convnext_atto"),
     "transformer": StudentConfig(backbone="timm:vit_tiny_patch16_224"),

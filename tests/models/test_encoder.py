@@ -48,7 +48,7 @@ def resnet50_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return written(folder, config, config.build()).file("encoder.safetensors")
 
 
-@pytest.mark.parametrize(("architecture", "width"), [("resnet18", 512), ("resnet50", 2048)])
+@pytest.mark.parametrize(("architecture", "width"), [("resnet18", 512), ("resnet18_025", 128), ("resnet50", 2048)])
 @pytest.mark.parametrize("small_kernel", [False, True])
 def test_features_have_the_width_that_is_promised(architecture, width, small_kernel):
     config = Resnet(name=architecture, small_kernel=small_kernel)
@@ -56,6 +56,15 @@ def test_features_have_the_width_that_is_promised(architecture, width, small_ker
         features = config.build().eval()(torch.randn(2, 3, 16, 16))
     assert features.shape == (2, width)
     assert config.width == width
+
+
+@pytest.mark.parametrize(("name", "share"), [("resnet18_050", 0.5), ("resnet18_025", 0.25)])
+def test_every_layer_of_a_narrow_resnet18_has_its_share_of_the_channels(name: str, share: float) -> None:
+    full, narrow = PLAIN.build().state_dict(), Resnet(name=name).build().state_dict()
+    assert narrow.keys() == full.keys()
+    for key, values in full.items():
+        inner = [round(size * share) if size >= 64 else size for size in values.shape]
+        assert list(narrow[key].shape) == inner, key
 
 
 def test_small_kernel_keeps_the_resolution_of_the_image():

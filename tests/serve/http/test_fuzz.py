@@ -1,4 +1,4 @@
-"""Thousands of damaged images, and of requests made of the document, find no fault in a service."""
+"""Hundreds of damaged images, and of requests made of the document, find no fault in a service."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 def test_damaged_images_are_answered_and_leave_nothing_behind(path: Path, tmp_path: Path) -> None:
     """A part of benchmarks/serve_fuzz.py; all 10,000 of it take minutes."""
     script, out = str(BENCHMARKS / "serve_fuzz.py"), tmp_path / "out"
-    argv = [sys.executable, script, "--bundle", str(path), "--count", "1500", "--out", str(out), "--clients", "4"]
+    argv = [sys.executable, script, "--bundle", str(path), "--count", "600", "--out", str(out), "--clients", "4"]
     done = subprocess.run(argv, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (file,) = out.iterdir()
@@ -29,8 +29,8 @@ def test_damaged_images_are_answered_and_leave_nothing_behind(path: Path, tmp_pa
     assert report["failures"] == []
     assert report["log"] == []
     assert report["statuses"].keys() <= {"200", "413", "422"}
-    assert sum(report["statuses"].values()) == report["files"] == 1500
-    assert min(report["statuses"]["200"], report["statuses"]["422"]) > 300  # it is about both
+    assert sum(report["statuses"].values()) == report["files"] == 600
+    assert min(report["statuses"]["200"], report["statuses"]["422"]) > 100  # it is about both
     assert report["codes"].keys() >= {"not-an-image", "undecodable", "empty", "too-many-pixels"}
     assert report["readiness"].keys() == {"200"}
     assert report["threads"][0] == report["threads"][1]
@@ -41,7 +41,7 @@ def test_damaged_images_are_answered_and_leave_nothing_behind(path: Path, tmp_pa
 
 @pytest.mark.slow
 def test_schemathesis_finds_nothing(path: Path, tmp_path: Path) -> None:
-    """More than 1,000 requests made of the OpenAPI document, valid and not; all of its checks but one.
+    """More than 500 requests made of the OpenAPI document, valid and not; all of its checks but one.
 
     positive_data_acceptance is left out: that a text is the base64 of an image, or that a tensor has as many values as
     its shape says, is beyond JSON schema, so that much of what the document allows is refused with 422.
@@ -56,7 +56,7 @@ def test_schemathesis_finds_nothing(path: Path, tmp_path: Path) -> None:
     )
     (tmp_path / "whole.jpg").write_bytes(jpeg())
     argv = [
-        sys.executable, "-m", "schemathesis.cli", "run", "--max-examples=60", "--seed=1", "--no-shrink", "--no-color",
+        sys.executable, "-m", "schemathesis.cli", "run", "--max-examples=30", "--seed=1", "--no-shrink", "--no-color",
         "--continue-on-failure", "--exclude-checks=positive_data_acceptance", "--generation-database=none",
         "--warnings=off", "--report=json", "--report-json-path=report.json",
     ]  # fmt: skip
@@ -72,7 +72,7 @@ def test_schemathesis_finds_nothing(path: Path, tmp_path: Path) -> None:
         assert "Traceback" not in own.log_text
     cases = re.search(r"(\d+) generated, (\d+) passed", done.stdout)
     assert cases
-    assert int(cases[1]) == int(cases[2]) > 1000
-    assert sum(requests.values()) > 1000
+    assert int(cases[1]) == int(cases[2]) > 500
+    assert sum(requests.values()) > 500
     assert not [name for name in requests if 'status="5' in name]
     assert requests['endpoint="/v1/embed",status="200"'] > 0  # it is not all about refusals
