@@ -11,7 +11,7 @@ from mvmr.cli.main import main
 
 RECIPE = """
 [student]
-backbone = "resnet18"
+backbone = "resnet18_025"
 [views]
 size = 16
 [method]

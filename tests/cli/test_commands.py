@@ -35,7 +35,7 @@ def test_a_folder_of_all_sorts_becomes_a_bundle(trained: tuple[Path, Result], ph
     bundle = bundles.load(out)
     assert bundle.manifest.training["data"]["images"] == 35
     assert bundle.manifest.training["recipe"]["name"] == "tiny"
-    assert bundle.manifest.backbone == "resnet18"
+    assert bundle.manifest.backbone == "resnet18_025"
     assert torch.isfinite(bundle.student().embed([photos / "red" / "print.jpg", photos / "blue" / "deep.png"])).all()
 
 
@@ -45,7 +45,7 @@ def test_info_probe_and_evaluate_read_it(copied: Path, photos: Path) -> None:
     assert "mvmr, recipe tiny, 16 steps" in told.stdout
     assert "teacher   none" in told.stdout
     assert f"{photos}, 35 images" in told.stdout
-    assert json.loads(mvmr("info", copied, "--json").stdout)["embedding_dim"] == 512
+    assert json.loads(mvmr("info", copied, "--json").stdout)["embedding_dim"] == 128
 
     probed = mvmr("probe", copied, "--data", photos, "--head", "colours", "--max-unreadable", "0.2")
     assert probed.exit_code == 0, probed.output

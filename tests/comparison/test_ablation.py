@@ -26,7 +26,7 @@ from mvmr.training.recipe import Recipe
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 
 TINY = (
-    "student.backbone=resnet18", "method.projector=[16,16]", "views.size=16", "views.policy=crop+flip",
+    "student.backbone=resnet18_025", "method.projector=[16,16]", "views.size=16", "views.policy=crop+flip",
     "train.batch_size=20", "train.lr=1e-3", "train.warmup_steps=2", "train.workers=0", "train.precision=32-true",
 )  # fmt: skip
 ONLY = "L[12]"  # two rows that take no representation

@@ -265,7 +265,7 @@ def four(folder: Path) -> list[bytes]:
     return contents
 
 
-SMALL = ["student.backbone=resnet18", "views.size=32", "train.epochs=1", "train.batch_size=4", "train.workers=0"]
+SMALL = ["student.backbone=resnet18_025", "views.size=32", "train.epochs=1", "train.batch_size=4", "train.workers=0"]
 
 
 @pytest.mark.parametrize("background", [WHITE, (10, 200, 30)])

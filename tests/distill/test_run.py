@@ -28,7 +28,7 @@ VIT = {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width"
 CONFIG: dict[str, Any] = {"embed_dim": 12, "vision_cfg": VIT, "text_cfg": TEXT}
 PREPROCESS = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "interpolation": "bicubic", "resize_mode": "shortest"}
 TINY = (
-    "student.backbone=resnet18", "method.projector=[16,16]", "views.size=16", "train.epochs=2", "train.batch_size=8",
+    "student.backbone=resnet18_025", "method.projector=[16,16]", "views.size=16", "train.epochs=2", "train.batch_size=8",
     "train.lr=1e-3", "train.warmup_steps=2", "train.workers=0", "train.precision=32-true", "train.log_steps=1",
     "train.checkpoint_steps=1",
 )  # fmt: skip
@@ -79,7 +79,7 @@ def test_a_student_is_distilled_from_a_folder_of_images(tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert {"dcor.teacher", "biased.teacher", "unbiased.teacher.null"} <= lines[0].keys()
     assert "clip" in (made.path / "README.md").read_text()
-    assert made.student().embed([Image.new("RGB", (50, 20))]).shape == (1, 512)
+    assert made.student().embed([Image.new("RGB", (50, 20))]).shape == (1, 128)
 
 
 @pytest.mark.slow

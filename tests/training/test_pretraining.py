@@ -40,14 +40,14 @@ def test_a_run_leaves_a_whole_bundle_and_nothing_beside_it(undisturbed: Bundle) 
     left = set(os.listdir(undisturbed.path))
     assert left == {"README.md", "bundle.json", "metrics.jsonl", "run.json", "skipped.txt", *WEIGHTS}
     said = undisturbed.manifest
-    assert (said.backbone, said.embedding_dim, said.preprocessing.crop) == ("resnet18", 512, 16)
+    assert (said.backbone, said.embedding_dim, said.preprocessing.crop) == ("resnet18_025", 128, 16)
     assert said.training["method"] == "mvmr"
     assert said.training["steps"] == 4
     assert said.training["seed"] == 0
     assert said.training["recipe"]["train"]["precision"] == "32-true"
     assert steps(undisturbed.path) == [1, 2, 3, 4]
     h = undisturbed.student().embed(np.zeros((2, 40, 30, 3), np.uint8))
-    assert h.shape == (2, 512)
+    assert h.shape == (2, 128)
     assert torch.isfinite(h).all()
 
 

@@ -19,7 +19,7 @@ from mvmr.training.recipe import load_recipe
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 
 TINY = (
-    "student.backbone=resnet18", "views.size=32", "views.policy=crop+flip", "train.epochs=3", "train.batch_size=8",
+    "student.backbone=resnet18_025", "views.size=32", "views.policy=crop+flip", "train.epochs=3", "train.batch_size=8",
     "train.workers=0", "train.precision=32-true", "train.checkpoint_steps=2", "train.log_steps=1",
 )  # fmt: skip
 BYOL = ("method.name=byol", "method.projector=[16,8]", "method.predictor=[16,8]")

@@ -17,7 +17,7 @@ IMAGES = 20  # two steps to an epoch
 
 
 TINY = (
-    "student.backbone=resnet18", "method.projector=[16,16]", "views.size=16",
+    "student.backbone=resnet18_025", "method.projector=[16,16]", "views.size=16",
     "method.representations={pixels=1.0,augmented_pixels=1.0}",
     "train.epochs=2", "train.batch_size=8", "train.lr=1e-3", "train.warmup_steps=2", "train.workers=0",
     "train.precision=32-true", "train.log_steps=1", "train.checkpoint_steps=3",
