@@ -48,8 +48,8 @@ def read(path: Path) -> dict[str, Tensor]:
 
 def drop_classifier(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Published weights without their classifier's, which an encoder lacks; keys that `module` has stay."""
-    own = module.state_dict().keys()
-    return {key: value for key, value in weights.items() if key in own or not key.startswith(_CLASSIFIERS)}
+    keys = module.state_dict().keys()
+    return {key: value for key, value in weights.items() if key in keys or not key.startswith(_CLASSIFIERS)}
 
 
 def check_fit(module: nn.Module, weights: Mapping[str, Tensor], *, origin: str) -> None:
@@ -59,14 +59,14 @@ def check_fit(module: nn.Module, weights: Mapping[str, Tensor], *, origin: str) 
 
     Raises: MvmrError that starts with `origin` and names the keys that don't fit, in one line.
     """
-    own = module.state_dict()
+    state = module.state_dict()
     shapes = [
-        f"{key} {list(weights[key].shape)} instead of {list(own[key].shape)}"
-        for key in own
-        if key in weights and weights[key].shape != own[key].shape
+        f"{key} {list(weights[key].shape)} instead of {list(state[key].shape)}"
+        for key in state
+        if key in weights and weights[key].shape != state[key].shape
     ]
-    missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in weights if key not in own]
+    missing = [key for key in state if key not in weights and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in weights if key not in state]
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
     if parts := [f"{len(keys)} {kind} ({first(keys)})" for kind, keys in kinds.items() if keys]:
         stem_only = not missing and not unexpected and [line.split()[0] for line in shapes] == ["conv1.weight"]

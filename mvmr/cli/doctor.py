@@ -142,7 +142,7 @@ def _lacks(extra: str | None, extras: dict[str, dict[str, str | None]]) -> str |
     return f"lacks {', '.join(missing[:3])}{more}: pip install 'mvmr[{extra}]'"
 
 
-def _installed(distribution: str) -> bool:
+def _is_installed(distribution: str) -> bool:
     try:
         metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -180,10 +180,10 @@ def _memory() -> tuple[int | None, int | None]:
         return None, None
     try:
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
+        usage = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
     except (OSError, ValueError):  # no limit reads "max"
         return total, available
-    return min(total, limit), min(available, max(0, limit - used))
+    return min(total, limit), min(available, max(0, limit - usage))
 
 
 def _devices(problems: list[str]) -> tuple[Device, ...]:
@@ -195,11 +195,11 @@ def _devices(problems: list[str]) -> tuple[Device, ...]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-            found = [torch.cuda.get_device_properties(i) for i in range(count)]
+            gpus = [torch.cuda.get_device_properties(i) for i in range(count)]
         problems.extend(f"CUDA: {warning.message}" for warning in caught)
         devices = [
             Device(name=gpu.name, kind=f"cuda, compute capability {gpu.major}.{gpu.minor}", memory=gpu.total_memory)
-            for gpu in found
+            for gpu in gpus
         ]
         if torch.backends.mps.is_available():
             devices.append(Device(name="Apple GPU", kind="mps", memory=None))
@@ -210,7 +210,7 @@ def _devices(problems: list[str]) -> tuple[Device, ...]:
 
 
 def _onnx_providers(problems: list[str]) -> tuple[str, ...] | None:
-    if all(_installed(name) for name in ("onnxruntime", "onnxruntime-gpu")):
+    if all(_is_installed(name) for name in ("onnxruntime", "onnxruntime-gpu")):
         problems.append(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite one another's files: "
             "pip uninstall -y onnxruntime && pip install --force-reinstall --no-deps onnxruntime-gpu"

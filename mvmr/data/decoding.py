@@ -27,7 +27,7 @@ def formats() -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=8)
-def known(names: tuple[str, ...]) -> tuple[str, ...]:
+def select_formats(names: tuple[str, ...]) -> tuple[str, ...]:
     """Return those of the formats `names` that Pillow opens here; the installed one may lack AVIF.
 
     Raises: MvmrError for a name that is none.
@@ -41,8 +41,8 @@ def known(names: tuple[str, ...]) -> tuple[str, ...]:
 @lru_cache(maxsize=8)
 def extensions(names: tuple[str, ...] | None = None) -> frozenset[bytes]:
     """Return the endings of image files of the formats `names`, or of all `formats`, lower case with the dot."""
-    meant = set(formats() if names is None else known(names))
-    return frozenset(os.fsencode(ext.lower()) for ext, name in Image.registered_extensions().items() if name in meant)
+    wanted = set(formats() if names is None else select_formats(names))
+    return frozenset(os.fsencode(ext.lower()) for ext, name in Image.registered_extensions().items() if name in wanted)
 
 
 def read(path: bytes) -> Image.Image:

@@ -101,14 +101,14 @@ class ImageSet:
 
         Raises: IndexError for a number outside 0 to N - 1.
         """
-        wanted = np.asarray(indices, dtype=np.int64).reshape(-1)
-        if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
+        numbers = np.asarray(indices, dtype=np.int64).reshape(-1)
+        if numbers.size and (numbers.min() < 0 or numbers.max() >= len(self)):
             raise IndexError(f"subset of {self.name}: numbers must lie in 0 to {len(self) - 1}")
-        digest = hashlib.sha256(self.fingerprint.encode() + wanted.astype("<i8").tobytes()).hexdigest()
+        digest = hashlib.sha256(self.fingerprint.encode() + numbers.astype("<i8").tobytes()).hexdigest()
         return replace(
             self,
-            chosen=wanted if self.chosen is None else self.chosen[wanted],
-            short_sides=None if self.short_sides is None else self.short_sides[wanted],
+            chosen=numbers if self.chosen is None else self.chosen[numbers],
+            short_sides=None if self.short_sides is None else self.short_sides[numbers],
             fingerprint=digest,
         )
 

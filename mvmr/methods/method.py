@@ -51,7 +51,7 @@ class MethodConfig:
         return ()
 
     @property
-    def standardised(self) -> tuple[str, ...]:
+    def standardised_targets(self) -> tuple[str, ...]:
         """Those of `targets` of which it must know mean and standard deviation over all images."""
         return ()
 

@@ -42,11 +42,11 @@ class Student:
         """Where the weights are."""
         return next(self.encoder.parameters()).device
 
-    def served(self) -> nn.Module:
+    def copy_for_export(self) -> nn.Module:
         """A copy of the encoder as it is exported: float32, on the CPU, batch norms folded."""
         if self.backbone is None:
             return fold_batch_norm(plain_copy(self.encoder))
-        return self.backbone.served(self.encoder)
+        return self.backbone.copy_for_export(self.encoder)
 
     def prepare(self, image: Image.Image) -> Tensor:
         """Resize and crop one image of any mode: uint8 [3, S, S], not normalised."""
@@ -79,11 +79,11 @@ class Student:
         rows = [torch.empty(0, self.dim)]
         for start in range(0, len(images), batch_size):
             part = images[start : start + batch_size]
-            batch = torch.stack([self._opened(image, start + i) for i, image in enumerate(part)])
+            batch = torch.stack([self._read(image, start + i) for i, image in enumerate(part)])
             rows.append(self(batch.to(self.device)).cpu())
         return torch.cat(rows)
 
-    def _opened(self, image: object, index: int) -> Tensor:
+    def _read(self, image: object, index: int) -> Tensor:
         if not isinstance(image, Image.Image | np.ndarray | str | Path):
             kind = type(image).__name__
             raise MvmrError(f"embed takes PIL images, paths or a uint8 array, image number {index} is a {kind}")
@@ -92,8 +92,8 @@ class Student:
                 return self.prepare(image)
             if isinstance(image, np.ndarray):
                 return self.prepare(Image.fromarray(image))
-            with Image.open(image) as opened:  # prepared while open: some formats read their EXIF block late
-                return self.prepare(opened)
+            with Image.open(image) as file:  # prepared while open: some formats read their EXIF block late
+                return self.prepare(file)
         except Exception as error:  # Pillow's decoders raise a dozen kinds for strangers' bytes
             name = image if isinstance(image, str | Path) else f"number {index} ({type(image).__name__})"
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -105,9 +105,9 @@ def load_student(bundle: Bundle, *, device: str = "cpu") -> Student:
 
     Raises: MvmrError when the weights are damaged or of another architecture, or there is no such device.
     """
-    says, file = bundle.manifest, encoder_file(bundle)
+    manifest, file = bundle.manifest, encoder_file(bundle)
     try:
-        backbone = backbone_of(says)
+        backbone = backbone_of(manifest)
     except MvmrError as error:
         raise MvmrError(f"bundle {bundle.path}: {error}; it was not written by this mvmr: take a whole copy") from error
     encoder = backbone.build()
@@ -119,9 +119,9 @@ def load_student(bundle: Bundle, *, device: str = "cpu") -> Student:
         raise MvmrError(f"cannot use device {device!r} ({reason}); try device='cpu', or see `mvmr doctor`") from error
     return Student(
         encoder,
-        says.preprocessing,
-        dim=says.embedding_dim,
-        name=f"student-{says.backbone}",
+        manifest.preprocessing,
+        dim=manifest.embedding_dim,
+        name=f"student-{manifest.backbone}",
         identity=bundle.space_id,
         backbone=backbone,
     )

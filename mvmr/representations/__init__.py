@@ -84,8 +84,8 @@ class HandCrafted:
 
     @property
     def identity(self) -> str:
-        described = json.dumps([self.name, self.parameters, asdict(self.preprocess)], sort_keys=True)
-        return hashlib.sha256(described.encode()).hexdigest()
+        description = json.dumps([self.name, self.parameters, asdict(self.preprocess)], sort_keys=True)
+        return hashlib.sha256(description.encode()).hexdigest()
 
     def prepare(self, image: Image.Image) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(self.preprocess.image(image).transpose(2, 0, 1)))

@@ -204,7 +204,7 @@ def _train(
     learner = build_learner(recipe, backbone, preprocess, targets, init)
     steps = train(
         learner, views, targets.of, recipe.train, fabric=fabric, folder=run.path, progress=progress,
-        undecayed={f"encoder.{name}" for name in backbone.undecayed(learner.encoder)},
+        no_weight_decay={f"encoder.{name}" for name in backbone.no_weight_decay(learner.encoder)},
         features=partial(features_of, learner, images, preprocess, batch_size=recipe.train.batch_size, workers=workers),
     )  # fmt: skip
     recalibrate(
@@ -242,7 +242,7 @@ def build_learner(
         encoder = backbone.build()
         if init is not None:
             encoder.load_state_dict({**encoder.state_dict(), **init})
-        statistics = {name: targets.statistics(name) for name in recipe.method.standardised}
+        statistics = {name: targets.statistics(name) for name in recipe.method.standardised_targets}
         return build_method(recipe.method, encoder, backbone.width, preprocess, statistics)
 
 
@@ -266,8 +266,8 @@ def recalibrate(
 
     In training they are running averages over both views, and lag behind the weights.
     """
-    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:_RECALIBRATION_IMAGES].tolist()
-    batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+    indices = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:_RECALIBRATION_IMAGES].tolist()
+    batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     if len(batches) > 1:
         batches = [batch for batch in batches if len(batch) == batch_size]  # a short last one would count too much
     originals = Originals(images, preprocess)

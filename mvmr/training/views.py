@@ -90,18 +90,18 @@ def make_policy(name: str, size: int, preprocess: Preprocess | None = None) -> P
 
     Raises: MvmrError for an unknown policy or step, a step named twice, or a preprocessing of another size.
     """
-    fixed = preprocess or Preprocess.for_size(size)
-    if fixed.crop != size:
-        raise MvmrError(f"policy {name!r}: views of {size} px, but the preprocessing crops to {fixed.crop} px")
+    preprocess = preprocess or Preprocess.for_size(size)
+    if preprocess.crop != size:
+        raise MvmrError(f"policy {name!r}: views of {size} px, but the preprocessing crops to {preprocess.crop} px")
     if name in POLICIES:
-        return Policy(steps=POLICIES[name], preprocess=fixed)
-    named = name.split("+")
-    for step in named:
+        return Policy(steps=POLICIES[name], preprocess=preprocess)
+    names = name.split("+")
+    for step in names:
         if step not in STEPS:
             raise unknown("view policy or step", step, [*POLICIES, *(s for s in STEPS if s not in POLICIES)])
-    if len(set(named)) < len(named):
+    if len(set(names)) < len(names):
         raise MvmrError(f"policy {name!r} names a step twice; name each of {', '.join(STEPS)} at most once")
-    return Policy(steps=tuple(step for step in STEPS if step in named), preprocess=fixed)
+    return Policy(steps=tuple(step for step in STEPS if step in names), preprocess=preprocess)
 
 
 class Views(Dataset[dict[str, torch.Tensor]]):

@@ -125,8 +125,8 @@ def test_kill_9_loses_no_finished_row(tmp_path: Path) -> None:
 def test_another_key_or_count_or_width_computes_again(tmp_path: Path) -> None:
     path = tmp_path / "rows.npy"
     cached_rows(path, key=KEY, count=COUNT, batches=batches)
-    other = cached_rows(path, key=KEY | {"weights": "c"}, count=COUNT, batches=lambda start: iter([-ROWS]))
-    assert np.array_equal(other, -ROWS)
+    rows = cached_rows(path, key=KEY | {"weights": "c"}, count=COUNT, batches=lambda start: iter([-ROWS]))
+    assert np.array_equal(rows, -ROWS)
     fewer = cached_rows(path, key=KEY, count=4, batches=lambda start: iter([ROWS[:4]]))
     assert np.array_equal(fewer, ROWS[:4])
     narrower = cached_rows(path, key=KEY, count=4, batches=lambda start: iter([ROWS[:4, :1]]), width=1)
@@ -189,15 +189,15 @@ def test_a_full_disk_and_a_bad_folder_are_one_line(tmp_path: Path, monkeypatch: 
 
 def test_two_at_once_compute_the_rows_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path, begun, go = tmp_path / "rows.npy", threading.Event(), threading.Event()
-    found: list[np.memmap] = []
+    results: list[np.memmap] = []
 
     def slowly(start: int) -> Iterator[Tensor]:
         begun.set()
         go.wait(10)
         yield from batches(start)
 
-    first = threading.Thread(target=lambda: found.append(cached_rows(path, key=KEY, count=COUNT, batches=slowly)))
-    second = threading.Thread(target=lambda: found.append(cached_rows(path, key=KEY, count=COUNT, batches=never)))
+    first = threading.Thread(target=lambda: results.append(cached_rows(path, key=KEY, count=COUNT, batches=slowly)))
+    second = threading.Thread(target=lambda: results.append(cached_rows(path, key=KEY, count=COUNT, batches=never)))
     first.start()
     assert begun.wait(10)
     second.start()
@@ -206,8 +206,8 @@ def test_two_at_once_compute_the_rows_once(tmp_path: Path, caplog: pytest.LogCap
     go.set()
     first.join(10)
     second.join(10)
-    assert len(found) == 2
-    assert all(np.array_equal(rows, ROWS) for rows in found)
+    assert len(results) == 2
+    assert all(np.array_equal(rows, ROWS) for rows in results)
     assert "waiting for another run" in caplog.text
 
 
