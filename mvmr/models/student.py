@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mvmr.bundles import weights
 from mvmr.bundles.bundle import Bundle, encoder_file, write
 from mvmr.bundles.preprocess import Preprocess
+from mvmr.bundles.tensors import Normalise, channels_first
 from mvmr.errors import MvmrError
 from mvmr.models.backbone import Backbone
 from mvmr.models.folding import fold_batch_norm, plain_copy
@@ -34,8 +35,7 @@ class Student:
     ) -> None:  # fmt: skip
         self.encoder, self.backbone = encoder.eval(), backbone
         self.preprocess, self.dim, self.name, self.identity = preprocess, dim, name, identity
-        self._mean = torch.tensor(preprocess.mean).view(3, 1, 1)
-        self._std = torch.tensor(preprocess.std).view(3, 1, 1)
+        self._normalise = Normalise(preprocess)
 
     @property
     def device(self) -> torch.device:
@@ -50,7 +50,7 @@ class Student:
 
     def prepare(self, image: Image.Image) -> Tensor:
         """Resize and crop one image of any mode: uint8 [3, S, S], not normalised."""
-        return torch.from_numpy(np.ascontiguousarray(self.preprocess.image(image).transpose(2, 0, 1)))
+        return channels_first(self.preprocess.image(image))
 
     @torch.no_grad()
     def __call__(self, batch: Tensor) -> Tensor:
@@ -59,8 +59,7 @@ class Student:
         Shapes: uint8 [B, 3, S, S], not normalised, on the student's device -> float32 [B, D] on that device.
         """
         self.encoder.eval()  # somebody may have trained it in between
-        images = (batch.float() / 255 - self._mean.to(batch.device)) / self._std.to(batch.device)
-        features: Tensor = self.encoder(images)
+        features: Tensor = self.encoder(self._normalise.to(batch.device)(batch))
         return features.float()
 
     def embed(self, images: Images, *, batch_size: int = 64) -> Tensor:

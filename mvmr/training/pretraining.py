@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from mvmr.bundles import bundle
 from mvmr.bundles.bundle import Bundle
 from mvmr.bundles.preprocess import Preprocess
+from mvmr.bundles.tensors import Normalise, channels_first
 from mvmr.config import to_mapping
 from mvmr.cores import usable_cores
 from mvmr.data import ImageSet, open_images
@@ -272,8 +273,7 @@ def recalibrate(
         batches = [batch for batch in batches if len(batch) == batch_size]  # a short last one would count too much
     originals = Originals(images, preprocess)
     loader = DataLoader(originals, batch_sampler=batches, num_workers=workers, generator=torch.Generator())
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocess.mean, preprocess.std))
-    update_bn(((batch.float() / 255 - mean) / std for batch in read(loader)), encoder, device=device)
+    update_bn(map(Normalise(preprocess), read(loader)), encoder, device=device)
     encoder.eval()
 
 
@@ -287,7 +287,7 @@ class Originals(Dataset[Tensor]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
-        return torch.from_numpy(self.preprocess.image(self.images.load(index)).transpose(2, 0, 1).copy())
+        return channels_first(self.preprocess.image(self.images.load(index)))
 
 
 def _describe(

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional
 
 from mvmr.bundles.preprocess import Preprocess, to_rgb
+from mvmr.bundles.tensors import channels_first
 from mvmr.data.image_set import ImageSet
 from mvmr.errors import MvmrError, unknown
 from mvmr.methods.method import ViewSpec
@@ -79,7 +80,7 @@ class Policy:
         pixels = np.array(picture)
         if "blur" in self.steps:
             pixels = gaussian_blur(pixels, blur_kernel(size), random.uniform(*SIGMA))
-        return _channels_first(pixels)
+        return channels_first(pixels)
 
 
 def make_policy(name: str, size: int, preprocess: Preprocess | None = None) -> Policy:
@@ -198,7 +199,3 @@ def _jitter(picture: Image.Image, random: np.random.Generator) -> Image.Image:
         else:
             picture = functional.adjust_hue(picture, hue)
     return picture
-
-
-def _channels_first(pixels: Pixels) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
