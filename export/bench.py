@@ -20,7 +20,7 @@ from mvmr.bundles import bundle as bundles
 from mvmr.bundles.bundle import Bundle
 from mvmr.bundles.tensors import channels_first
 from mvmr.cores import usable_cores
-from mvmr.errors import MvmrError
+from mvmr.errors import MvmrError, one_line
 from mvmr.export.artifacts import ARTIFACTS
 from mvmr.export.runtimes import open_artifact, provider_on
 from mvmr.progress import track
@@ -125,7 +125,7 @@ def _engines(bundle: Bundle, compiled: bool, device: str, threads: int) -> tuple
             fused(np.zeros((1, size, size, 3), np.uint8))
             engines["torch compiled"] = fused
         except Exception as error:  # a compiler that is not there, and whatever else inductor may stumble over
-            missing["torch compiled"] = str(error).strip().splitlines()[0][:200]
+            missing["torch compiled"] = one_line(error)
     for row in ARTIFACTS.values():
         name, provider = row.label.lower(), provider_on(row, "cpu" if row.device == "cpu" else device)
         if not row.machine and not row.files(bundle.manifest.files):

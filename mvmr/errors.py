@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 _NAMES_SHOWN = 12
 _LONGEST = 80
+_LONGEST_LINE = 200
 
 
 class MvmrError(Exception):
@@ -32,6 +33,17 @@ def shorten(text: object) -> str:
     """The beginning of a stranger's text, for a message that stays one that can be read."""
     words = str(text)
     return words if len(words) <= _LONGEST else f"{words[: _LONGEST - 3]}..."
+
+
+def one_line(text: object) -> str:
+    """The words of a stranger's error or text on one line, cut where they are many; its type where it has none."""
+    words = " ".join(str(text).split()) or type(text).__name__
+    return words if len(words) <= _LONGEST_LINE else f"{words[: _LONGEST_LINE - 3]}..."
+
+
+def summarise(error: BaseException) -> str:
+    """An error of somebody else's code on one line, its type first."""
+    return one_line(f"{type(error).__name__}: {error}")
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> MvmrError:

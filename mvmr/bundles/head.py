@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save
 
 from mvmr import strict_json
 from mvmr.bundles.manifest import check_record
-from mvmr.errors import MvmrError, shorten
+from mvmr.errors import MvmrError, one_line, shorten
 
 WEIGHTS, DESCRIPTION = "head.safetensors", "head.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -115,8 +115,7 @@ def read_arrays(weights: Path, names: Sequence[str]) -> dict[str, Floats]:
     except OSError as error:
         raise MvmrError(f"cannot read {weights}: {error.strerror or error}; take a whole copy") from error
     except (SafetensorError, KeyError, TypeError, ValueError) as error:  # types that numpy lacks are KeyErrors
-        reason = shorten(" ".join(str(error).split()))
-        raise MvmrError(f"{weights} is not a whole safetensors file ({reason}); take a whole copy") from error
+        raise MvmrError(f"{weights} is not a whole safetensors file ({one_line(error)}); take a whole copy") from error
     for name in names:
         if name not in arrays or arrays[name].dtype.kind != "f":
             seen = arrays[name].dtype if name in arrays else ", ".join(map(shorten, arrays)) or "nothing"

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mvmr.errors import MvmrError
+from mvmr.errors import MvmrError, one_line
 from mvmr.storage.atomic import atomic
 
 _WRAPPERS = ("state_dict", "model")
@@ -32,10 +32,10 @@ def read(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise MvmrError(f"cannot read weights file {path}: {error.strerror or error}") from error
     except SafetensorError as error:
-        raise MvmrError(f"weights file {path} is not a whole safetensors file ({_one_line(error)})") from error
+        raise MvmrError(f"weights file {path} is not a whole safetensors file ({one_line(error)})") from error
     except Exception as error:  # torch.load raises a dozen kinds for strangers' bytes
         raise MvmrError(
-            f"weights file {path} is not a plain state dict ({_one_line(error)}); save its state_dict() alone"
+            f"weights file {path} is not a plain state dict ({one_line(error)}); save its state_dict() alone"
         ) from error
     if isinstance(content, Mapping):
         content = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), Mapping)), content)
@@ -102,7 +102,3 @@ def _plain(value: Tensor) -> Tensor:
 def first(keys: Sequence[str]) -> str:
     """The first few keys, for a message."""
     return ", ".join(keys[:_KEYS_SHOWN]) + (", ..." if len(keys) > _KEYS_SHOWN else "")
-
-
-def _one_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0][:160] or type(error).__name__

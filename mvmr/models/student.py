@@ -14,7 +14,7 @@ from mvmr.bundles import weights
 from mvmr.bundles.bundle import Bundle, encoder_file, write
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.bundles.tensors import Normalise, channels_first
-from mvmr.errors import MvmrError
+from mvmr.errors import MvmrError, one_line
 from mvmr.models.backbone import Backbone
 from mvmr.models.folding import fold_batch_norm, plain_copy
 from mvmr.models.table import backbone_of
@@ -95,8 +95,8 @@ class Student:
                 return self.prepare(file)
         except Exception as error:  # Pillow's decoders raise a dozen kinds for strangers' bytes
             name = image if isinstance(image, str | Path) else f"number {index} ({type(image).__name__})"
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise MvmrError(f"cannot read image {name}: {' '.join(reason.split())}; mend it or leave it out") from error
+            reason = one_line(getattr(error, "strerror", None) or error)
+            raise MvmrError(f"cannot read image {name}: {reason}; mend it or leave it out") from error
 
 
 def load_student(bundle: Bundle, *, device: str = "cpu") -> Student:
@@ -114,8 +114,9 @@ def load_student(bundle: Bundle, *, device: str = "cpu") -> Student:
     try:
         encoder = encoder.to(device).requires_grad_(False)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        reason = str(error).split("\n", 1)[0][:120]
-        raise MvmrError(f"cannot use device {device!r} ({reason}); try device='cpu', or see `mvmr doctor`") from error
+        raise MvmrError(
+            f"cannot use device {device!r} ({one_line(error)}); try device='cpu', or see `mvmr doctor`"
+        ) from error
     return Student(
         encoder,
         manifest.preprocessing,

@@ -12,7 +12,7 @@ import torch
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
-from mvmr.errors import MvmrError, unknown
+from mvmr.errors import MvmrError, one_line, unknown
 from mvmr.models.backbone import TIMM
 from mvmr.models.folding import fold_batch_norm, plain_copy
 
@@ -97,7 +97,7 @@ def _create(name: str, size: int) -> nn.Module:
     try:
         encoder: nn.Module = timm.create_model(model, pretrained=False, num_classes=0, **options)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:  # a dozen authors, as many habits
-        raise MvmrError(f"{name} can't be built for images of {size} px ({_line(error)}); {_CURE}") from error
+        raise MvmrError(f"{name} can't be built for images of {size} px ({one_line(error)}); {_CURE}") from error
     return encoder
 
 
@@ -117,12 +117,8 @@ def _width(name: str, size: int) -> int:
         try:
             features = encoder(torch.empty(2, 3, size, size))
         except Exception as error:  # as above
-            raise MvmrError(f"{name} does not take images of {size} px ({_line(error)}); {_CURE}") from error
+            raise MvmrError(f"{name} does not take images of {size} px ({one_line(error)}); {_CURE}") from error
     if not isinstance(features, Tensor) or features.ndim != 2:
         seen = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise MvmrError(f"{name} gives {seen} for two images, no vector each; take a model that pools")
     return int(features.shape[1])
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0][:160] or type(error).__name__

@@ -22,7 +22,7 @@ from mvmr.bundles.tensors import Normalise, channels_first
 from mvmr.config import to_mapping
 from mvmr.cores import usable_cores
 from mvmr.data import ImageSet, open_images
-from mvmr.errors import MvmrError
+from mvmr.errors import MvmrError, one_line
 from mvmr.methods.method import Method
 from mvmr.methods.table import build_method
 from mvmr.models.backbone import Backbone
@@ -227,8 +227,7 @@ def launch(device: str, devices: int, precision: Precision) -> Fabric:
     try:
         fabric = Fabric(accelerator=device, devices=devices, precision=precision)
     except (ValueError, TypeError, RuntimeError, ImportError) as error:  # Fabric has one for each kind of mistake
-        reason = str(error).split("\n", 1)[0]
-        raise MvmrError(f"cannot use {devices} of device {device!r} ({reason}); see `mvmr doctor`") from error
+        raise MvmrError(f"cannot use {devices} of device {device!r} ({one_line(error)}); see `mvmr doctor`") from error
     fabric.launch()
     return fabric
 

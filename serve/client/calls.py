@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from mvmr.errors import MvmrError, unknown
+from mvmr.errors import MvmrError, summarise, unknown
 from mvmr.serve.client.images import ImageError, Images, Sent, parts
 from mvmr.serve.client.retries import Ask, Work, answer_to
 
@@ -170,8 +170,8 @@ class Calls:
         try:
             yield
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            told = " ".join(f"{type(error).__name__}: {error}".split())
-            raise MvmrError(f"{self.url} doesn't answer as an mvmr service does ({told}); check the URL") from error
+            reason = summarise(error)
+            raise MvmrError(f"{self.url} doesn't answer as an mvmr service does ({reason}); check the URL") from error
 
 
 def _outcomes(
