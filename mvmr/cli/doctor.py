@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mvmr import __version__
+from mvmr.cli.table import COMMANDS
 from mvmr.cli.tensorrt_check import TensorRT, data_centre, rtx
 from mvmr.cores import usable_cores
 from mvmr.errors import EXTRAS
@@ -35,27 +36,6 @@ DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
     "tensorrt_rtx_bindings": "tensorrt-rtx-cu13-bindings",
     "umap": "umap-learn",
-}
-
-# Command -> the extra it needs, None for a bare install.
-NEEDS: dict[str, str | None] = {
-    "quickstart": "train",
-    "distill": "train",
-    "pretrain": "train",
-    "probe": "train",
-    "finetune": "train",
-    "evaluate": "train",
-    "report": "train",
-    "ablate": "train",
-    "export": "export",
-    "embed": None,
-    "index": None,
-    "search": None,
-    "serve": None,
-    "app": "app",
-    "bench": "export",
-    "info": None,
-    "doctor": None,
 }
 
 TEACHER_NOTE = (
@@ -128,7 +108,7 @@ def examine() -> Report:
         tensorrt=data_centre(_version("tensorrt")),
         tensorrt_rtx=rtx(),
         cache=_cache(),
-        commands={command: _lacks(extra, extras) for command, extra in NEEDS.items()},
+        commands={name: _lacks(entry.extra, extras) for name, entry in COMMANDS.items()},
         problems=tuple(problems),
     )
 

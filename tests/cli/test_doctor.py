@@ -8,8 +8,9 @@ from types import ModuleType
 import pytest
 from click.testing import CliRunner
 
-from mvmr.cli.doctor import NEEDS, examine
-from mvmr.cli.main import COMMANDS, main
+from mvmr.cli.doctor import examine
+from mvmr.cli.main import main
+from mvmr.cli.table import COMMANDS
 from mvmr.cli.tensorrt_check import TensorRT, data_centre
 from mvmr.errors import EXTRAS
 from mvmr.export.tensorrt import rtx_build, rtx_provider
@@ -17,7 +18,8 @@ from tests.export import tensorrt_rtx
 
 
 def test_every_command_is_examined() -> None:
-    assert list(NEEDS) == list(COMMANDS)
+    assert list(examine().commands) == list(COMMANDS)
+    assert {entry.extra for entry in COMMANDS.values()} <= {None, *EXTRAS}
 
 
 def test_a_complete_machine_is_ready(cache: Path) -> None:
