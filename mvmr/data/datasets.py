@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from mvmr.data.folder import Opening, open_listed, open_parts
-from mvmr.data.image_set import Arrays, ImageSet, Labels, Numbered, digest
+from mvmr.data.image_set import Arrays, ImageSet, Labels, digest, numbered_names
 from mvmr.data.scan import Packed, printable, stat_files
 from mvmr.errors import MvmrError
 
@@ -74,7 +74,7 @@ class Stl10:
 
     @property
     def keys(self) -> Sequence[str]:
-        return Numbered(self.prefix, sum(self.counts))
+        return numbered_names(self.prefix, sum(self.counts))
 
     @cached_property
     def maps(self) -> tuple[npt.NDArray[np.uint8], ...]:
@@ -119,7 +119,7 @@ def cifar(root: str, opening: Opening, *, kind: str) -> ImageSet:
     return ImageSet(
         name=opening.name,
         split=opening.split,
-        source=Arrays(data.data, Numbered(part, len(data.data))),
+        source=Arrays(data.data, numbered_names(part, len(data.data))),
         fingerprint=digest([reader.base_folder.encode(), *(str(md5).encode() for _, md5 in entries)]),
         read_labels=(partial(_coarse_labels, files) if coarse else partial(np.copy, fine)) if labelled else None,
         classes=tuple(classes) if labelled else None,

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from mvmr.bundles.preprocess import Background
 from mvmr.data.checking import Verdicts, check_files
 from mvmr.data.image_set import ImageSet, Labels, Skipped, Split, background_mark, digest
-from mvmr.data.scan import Files, Keys, Scan, printable, scan
+from mvmr.data.scan import Files, Scan, printable, scan
 from mvmr.errors import MvmrError
 
 TEST_SHARE = 0.2
@@ -123,7 +123,7 @@ def _image_set(
         ),
         background=opening.background,
         read_labels=None if classes is None else partial(folder_labels, files, below, classes),
-        classes=None if classes is None else tuple(Keys(classes)),
+        classes=None if classes is None else tuple(map(printable, classes)),
         short_sides=verdicts.short_sides[indices],
         skipped=(*contents.unlisted, *(Skipped(keys[index], text) for index, text in sorted(verdicts.reasons.items()))),
         chosen=indices.astype(np.int64),

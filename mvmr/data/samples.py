@@ -14,7 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from mvmr.bundles.preprocess import to_rgb
-from mvmr.data.image_set import Arrays, ImageSet, Labels, Numbered, Split, digest
+from mvmr.data.image_set import Arrays, ImageSet, Labels, Split, digest, numbered_names
 from mvmr.errors import MvmrError
 
 PATCH = 64
@@ -61,7 +61,7 @@ def patches(split: Split) -> ImageSet:
     return ImageSet(
         name="sample:patches",
         split=split,
-        source=Arrays(pixels, Numbered(part, len(pixels))),
+        source=Arrays(pixels, numbered_names(part, len(pixels))),
         fingerprint=digest([b"sample:patches", part.encode(), pixels.tobytes()]),
         read_labels=None if split == "unlabelled" else partial(_blocks, len(PHOTOGRAPHS), per_class),
         classes=None if split == "unlabelled" else tuple(PHOTOGRAPHS.values()),
@@ -88,7 +88,7 @@ def strip(first: float, last: float, per_class: int, *, seed: int = 0) -> ImageS
     return ImageSet(
         name=name,
         split="train",
-        source=Arrays(pixels, Numbered("train", len(pixels))),
+        source=Arrays(pixels, numbered_names("train", len(pixels))),
         fingerprint=digest([name.encode(), pixels.tobytes()]),
         read_labels=partial(_blocks, len(PHOTOGRAPHS), per_class),
         classes=tuple(PHOTOGRAPHS.values()),
@@ -113,7 +113,7 @@ def digits(split: Split) -> ImageSet:
     return ImageSet(
         name="sample:digits",
         split=split,
-        source=Arrays(pixels, Numbered(part, len(pixels))),
+        source=Arrays(pixels, numbered_names(part, len(pixels))),
         fingerprint=digest([b"sample:digits", part.encode(), pixels.tobytes()]),
         read_labels=None if split == "unlabelled" else partial(np.copy, labels),
         classes=None if split == "unlabelled" else tuple("0123456789"),

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from mvmr.data import decoding
-from mvmr.data.image_set import Skipped
+from mvmr.data.image_set import Names, Skipped
 from mvmr.data.readable import note_other_formats
 from mvmr.errors import MvmrError
 
@@ -55,25 +55,6 @@ class Packed(Sequence[bytes]):
 
 
 @dataclass(frozen=True, eq=False)
-class Keys(Sequence[str]):
-    """File names as text that is safe to print and to write, one line each."""
-
-    names: Sequence[bytes]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[str]: ...
-    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
-        if isinstance(index, slice):
-            return [printable(name) for name in self.names[index]]
-        return printable(self.names[index])
-
-
-@dataclass(frozen=True, eq=False)
 class Files:
     """Image files below `root`: an image source (see `ImageSet`).
 
@@ -87,8 +68,9 @@ class Files:
     times: npt.NDArray[np.int64]
 
     @property
-    def keys(self) -> Keys:
-        return Keys(self.names)
+    def keys(self) -> Names:
+        """Names as text that is safe to print and to write, one line each."""
+        return Names(self.names, printable)
 
     def path(self, index: int) -> bytes:
         return os.path.join(self.root, self.names[index])

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mvmr.data.image_set import Arrays, ImageSet, Numbered
+from mvmr.data.image_set import Arrays, ImageSet, numbered_names
 from mvmr.errors import MvmrError
 from mvmr.representations.cache import represent
 from mvmr.storage import row_store
@@ -228,7 +228,7 @@ class MeanColour:
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (11, 8, 8, 3), dtype=np.uint8)
 IMAGES = ImageSet(
-    name="noise", split="train", source=Arrays(PIXELS, Numbered("train", len(PIXELS))), fingerprint="f" * 64
+    name="noise", split="train", source=Arrays(PIXELS, numbered_names("train", len(PIXELS))), fingerprint="f" * 64
 )
 MEANS = PIXELS.astype(np.float32).mean((1, 2))
 
@@ -253,12 +253,12 @@ def test_represent_never_reads_a_label() -> None:
 def test_represent_computes_again_for_other_weights_or_images() -> None:
     represent(IMAGES, MeanColour())
     assert len(represent(IMAGES.subset([3, 1]), MeanColour())) == 2
-    doubled = replace(IMAGES, fingerprint="e" * 64, source=Arrays(PIXELS[::-1], Numbered("train", 11)))
+    doubled = replace(IMAGES, fingerprint="e" * 64, source=Arrays(PIXELS[::-1], numbered_names("train", 11)))
     np.testing.assert_allclose(represent(doubled, MeanColour())[:, :3], MEANS[::-1], rtol=1e-5)
 
 
 class Unreadable:
-    keys = Numbered("train", len(PIXELS))
+    keys = numbered_names("train", len(PIXELS))
 
     def load(self, index: int) -> Image.Image:
         if index == 6:
