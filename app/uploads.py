@@ -13,7 +13,7 @@ from typing import Any
 from gradio.utils import get_upload_folder
 from PIL import Image, UnidentifiedImageError
 
-from mvmr.bundles.preprocess import WHITE, Background, laid_on, to_rgb, upright
+from mvmr.bundles.preprocess import WHITE, Background, describe_background, to_rgb, upright
 from mvmr.data import decoding
 from mvmr.data.image_bytes import LIMITS, Rejected
 from mvmr.errors import MvmrError
@@ -104,7 +104,7 @@ def _remove(file: Path, read: float) -> None:
 
 
 def _decoded(data: bytes, background: Background, max_pixels: float) -> Opened:
-    with Image.open(io.BytesIO(data), formats=decoding.known(decoding.COMMON)) as file:
+    with Image.open(io.BytesIO(data), formats=decoding.select_formats(decoding.COMMON)) as file:
         width, height = file.size
         if width * height > max_pixels:
             raise MvmrError(_too_many(f"this image has {width} x {height} pixels, more than", max_pixels))
@@ -126,7 +126,7 @@ def _decoded(data: bytes, background: Background, max_pixels: float) -> Opened:
     if note := _converted(mode):
         notes.append(note)
     if transparent and background is not None:
-        notes.append(f"transparent parts {laid_on(background)}")
+        notes.append(f"transparent parts {describe_background(background)}")
     return Opened(image, tuple(notes), width, height)
 
 

@@ -12,6 +12,7 @@ import torch
 from mvmr.bundles import bundle as bundles
 from mvmr.bundles.bundle import Bundle
 from mvmr.bundles.preprocess import Preprocess
+from mvmr.bundles.tensors import Normalise
 from mvmr.data import ImageSet
 from mvmr.errors import MvmrError
 from mvmr.models.torchvision_resnet import Resnet
@@ -59,15 +60,12 @@ def torch_engine(
     encoder = student.encoder.to(dtype=dtype, memory_format=layout)
     if compiled:
         encoder = torch.compile(encoder, dynamic=False)
-    preprocess = bundle.manifest.preprocessing
-    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (preprocess.mean, preprocess.std))
+    normalise = Normalise(bundle.manifest.preprocessing).to(device)
 
     @torch.inference_mode()
     def run(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         batch = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous(memory_format=layout)
-        features: npt.NDArray[np.float32] = (
-            encoder(((batch.float() / 255 - mean) / std).to(dtype)).float().cpu().numpy()
-        )
+        features: npt.NDArray[np.float32] = encoder(normalise(batch).to(dtype)).float().cpu().numpy()
         return features
 
     return run

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from mvmr.cli.commands import finished, slug, told_all
+from mvmr.cli.commands import format_figures, show_result, slug
 from mvmr.cli.options import LABELLED, MAX_UNREADABLE, TRAINING
 from mvmr.progress import say_plan
 
@@ -42,7 +42,7 @@ def distill(
     weights = [pretrained or default_weights(spec.what) for spec in specs if spec.kind == "open_clip"]
     told = {"teacher": ", ".join(map(str, specs))} | ({"weights": ", ".join(weights)} if weights else {})
     say_plan(**told, data=data, recipe=options["recipe"], out=target)
-    finished(run(teachers, data, target, pretrained=pretrained, assign=assign, progress=True, **options).path, data)
+    show_result(run(teachers, data, target, pretrained=pretrained, assign=assign, progress=True, **options).path, data)
 
 
 @click.command()
@@ -83,7 +83,7 @@ def evaluate(
         if teacher or pretrained or keep_map or "zeroshot" in (protocols or ()):
             raise click.UsageError("--teacher, --pretrained, --keep-map and protocol zeroshot go with --table")
         for name, values in run(path, data, protocols=protocols, ks=neighbours, progress=True, **options).items():
-            click.echo(f"{path} on {data}: {name} {told_all(values)}")
+            click.echo(f"{path} on {data}: {name} {format_figures(values)}")
         return
     from mvmr.distillation.comparison import compare
     from mvmr.distillation.tables import print_comparison

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mvmr.cli.commands import told
+from mvmr.cli.commands import format_figure
 
 _TITLES = {
     "pixels": "raw pixels",
@@ -57,7 +57,7 @@ def print_comparison(found: dict[str, dict[str, dict[str, float]]], *, title: st
     for protocol, values in found["student"].items():
         for key in values:
             cells = [each[protocol].get(key) for each in found.values()]
-            table.add_row(f"{protocol} {key}", *("" if value is None else told(key, value) for value in cells))
+            table.add_row(f"{protocol} {key}", *("" if value is None else format_figure(key, value) for value in cells))
     Console().print(table)
 
 

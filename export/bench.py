@@ -18,8 +18,9 @@ import torch
 from mvmr import __version__
 from mvmr.bundles import bundle as bundles
 from mvmr.bundles.bundle import Bundle
+from mvmr.bundles.tensors import channels_first
 from mvmr.cores import usable_cores
-from mvmr.errors import MvmrError
+from mvmr.errors import MvmrError, one_line
 from mvmr.export.artifacts import ARTIFACTS
 from mvmr.export.runtimes import open_artifact, provider_on
 from mvmr.progress import track
@@ -108,7 +109,7 @@ def _engines(bundle: Bundle, compiled: bool, device: str, threads: int) -> tuple
     student = bundle.student(device)
 
     def eager(images: Images) -> object:
-        return student(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(student.device)).cpu()
+        return student(channels_first(images).to(student.device)).cpu()
 
     engines: dict[str, Engine] = {"torch eager": eager}
     missing: dict[str, str] = {}
@@ -117,14 +118,14 @@ def _engines(bundle: Bundle, compiled: bool, device: str, threads: int) -> tuple
         twin.encoder = torch.compile(twin.encoder, dynamic=False)  # type: ignore[assignment]
 
         def fused(images: Images) -> object:
-            return twin(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(twin.device)).cpu()
+            return twin(channels_first(images).to(twin.device)).cpu()
 
         try:
             size = bundle.manifest.preprocessing.crop
             fused(np.zeros((1, size, size, 3), np.uint8))
             engines["torch compiled"] = fused
         except Exception as error:  # a compiler that is not there, and whatever else inductor may stumble over
-            missing["torch compiled"] = str(error).strip().splitlines()[0][:200]
+            missing["torch compiled"] = one_line(error)
     for row in ARTIFACTS.values():
         name, provider = row.label.lower(), provider_on(row, "cpu" if row.device == "cpu" else device)
         if not row.machine and not row.files(bundle.manifest.files):

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from mvmr.bundles.head import Head
+from mvmr.bundles.tensors import channels_first
 from mvmr.errors import MvmrError, unknown
 from mvmr.evaluation.neighbours import neighbour_overlap
 from mvmr.export.artifacts import EMBEDDING, LOGITS, Precision
@@ -60,7 +60,7 @@ class Reference:
         rows, step = [], 32
         with track("torch float32", 0, len(images), shown=progress) as advance:
             for start in range(0, len(images), step):
-                part = torch.from_numpy(images[start : start + step].transpose(0, 3, 1, 2).copy())
+                part = channels_first(images[start : start + step])
                 rows.append(student(part.to(student.device)).cpu().numpy())
                 advance(min(start + step, len(images)), "")
         embedding = np.concatenate(rows)

@@ -57,19 +57,19 @@ def assign(mapping: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, 
 
     Raises: MvmrError for an assignment without `=` or a path that leads through a plain value.
     """
-    merged: dict[str, Any] = deepcopy(dict(mapping))
+    settings: dict[str, Any] = deepcopy(dict(mapping))
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         steps = [step.strip() for step in key.split(".")]
         if not equals or not all(steps):
             raise MvmrError(f"cannot read assignment {shorten(assignment)!r}; write KEY=VALUE, such as train.lr=1e-3")
-        table = merged
+        table = settings
         for depth, step in enumerate(steps[:-1], start=1):
             table = table.setdefault(step, {})
             if not isinstance(table, dict):
                 raise MvmrError(f"cannot set {key.strip()!r}: {'.'.join(steps[:depth])} is a value, not a table")
         table[steps[-1]] = _toml_value(text.strip())
-    return merged
+    return settings
 
 
 def parse(cls: type[T], mapping: Mapping[str, Any], *, where: str) -> T:
@@ -162,8 +162,8 @@ def _read_dataclass(cls: Any, value: object, path: str, errors: list[str]) -> ob
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     for key in value:
         if key not in fields:
-            meant = nearest(str(key), fields)
-            hint = f"did you mean {meant!r}?" if meant else f"known: {', '.join(fields)}"
+            suggestion = nearest(str(key), fields)
+            hint = f"did you mean {suggestion!r}?" if suggestion else f"known: {', '.join(fields)}"
             errors.append(f"unknown key {_join(path, key)!r}, {hint}")
     arguments = {}
     for name, field in fields.items():
@@ -203,8 +203,8 @@ def _read_choice(choices: tuple[Any, ...], value: object, path: str, errors: lis
     # `1 == True`, so the type must agree as well.
     if any(value == choice and type(value) is type(choice) for choice in choices):
         return value
-    meant = nearest(value, map(str, choices)) if isinstance(value, str) else None
-    hint = f"; did you mean {meant!r}?" if meant else ""
+    suggestion = nearest(value, map(str, choices)) if isinstance(value, str) else None
+    hint = f"; did you mean {suggestion!r}?" if suggestion else ""
     return _refuse(f"should be one of {', '.join(map(str, choices))}{hint}", value, path, errors)
 
 
@@ -214,8 +214,8 @@ def _read_tuple(kinds: tuple[Any, ...], value: object, path: str, errors: list[s
     any_length = len(kinds) == 2 and kinds[1] is Ellipsis
     if not any_length and len(value) != len(kinds):
         return _refuse(f"should have {len(kinds)} values, not {len(value)}", value, path, errors)
-    each = kinds[:1] * len(value) if any_length else kinds
-    items = [_read(kind, item, f"{path}[{i}]", errors) for i, (kind, item) in enumerate(zip(each, value, strict=True))]
+    types = kinds[:1] * len(value) if any_length else kinds
+    items = [_read(kind, item, f"{path}[{i}]", errors) for i, (kind, item) in enumerate(zip(types, value, strict=True))]
     return _BAD if _BAD in items else tuple(items)
 
 
@@ -228,10 +228,10 @@ def _read_dict(kind: Any, value: object, path: str, errors: list[str]) -> object
 
 def _refuse(expected: str, value: object, path: str, errors: list[str]) -> object:
     try:
-        shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+        text = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
     except ValueError:  # a whole number of thousands of digits
-        shown = "..."
-    errors.append(f"{path or 'the document'} = {shown} {expected}")
+        text = "..."
+    errors.append(f"{path or 'the document'} = {text} {expected}")
     return _BAD
 
 

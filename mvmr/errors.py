@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 _NAMES_SHOWN = 12
 _LONGEST = 80
+_LONGEST_LINE = 200
 
 
 class MvmrError(Exception):
@@ -19,9 +20,9 @@ class NotHere(MvmrError):
     """A package or device that this machine does not have, where another may do instead; what is broken is no such."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return the one of `known` that `name` was most likely meant to be, or None if none is close."""
-    by_folded = {candidate.casefold(): candidate for candidate in known}
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """Return the one of `names` that `name` was most likely meant to be, or None if none is close."""
+    by_folded = {candidate.casefold(): candidate for candidate in names}
     if len(name) > _LONGEST:  # no typing error, and slow to compare
         return None
     close = difflib.get_close_matches(name.casefold(), by_folded, n=1, cutoff=0.6)
@@ -30,22 +31,33 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 def shorten(text: object) -> str:
     """The beginning of a stranger's text, for a message that stays one that can be read."""
-    shown = str(text)
-    return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST - 3]}..."
+    words = str(text)
+    return words if len(words) <= _LONGEST else f"{words[: _LONGEST - 3]}..."
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> MvmrError:
-    """Return (not raise) the error for a name that is not in `known`, with the nearest valid name.
+def one_line(text: object) -> str:
+    """The words of a stranger's error or text on one line, cut where they are many; its type where it has none."""
+    words = " ".join(str(text).split()) or type(text).__name__
+    return words if len(words) <= _LONGEST_LINE else f"{words[: _LONGEST_LINE - 3]}..."
+
+
+def summarise(error: BaseException) -> str:
+    """An error of somebody else's code on one line, its type first."""
+    return one_line(f"{type(error).__name__}: {error}")
+
+
+def unknown(kind: str, name: str, choices: Iterable[str]) -> MvmrError:
+    """Return (not raise) the error for a name that is not in `choices`, with the nearest valid name.
 
     `unknown("recipe", "papr", RECIPES)` reads: unknown recipe 'papr'; did you mean 'paper'? Known: default, paper
     """
-    names = list(known)
-    meant = nearest(name, names)
-    listed = ", ".join(shown if shown.isprintable() else repr(shown) for shown in map(shorten, names[:_NAMES_SHOWN]))
+    names = list(choices)
+    suggestion = nearest(name, names)
+    listing = ", ".join(words if words.isprintable() else repr(words) for words in map(shorten, names[:_NAMES_SHOWN]))
     if len(names) > _NAMES_SHOWN:
-        listed += f" and {len(names) - _NAMES_SHOWN} more"
-    hint = f"did you mean {meant!r}? " if meant else ""
-    return MvmrError(f"unknown {kind} {shorten(name)!r}; {hint}Known: {listed or 'none'}")
+        listing += f" and {len(names) - _NAMES_SHOWN} more"
+    hint = f"did you mean {suggestion!r}? " if suggestion else ""
+    return MvmrError(f"unknown {kind} {shorten(name)!r}; {hint}Known: {listing or 'none'}")
 
 
 # Import names of the optional packages, by the extra that installs them. A test holds it to pyproject.toml.

@@ -26,14 +26,14 @@ def stop_on_signal() -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def request(number: int, frame: FrameType | None) -> None:
         stop.requested = True
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
 
-    for number in before:
+    for number in handlers:
         signal.signal(number, request)
     try:
         yield stop
@@ -42,5 +42,5 @@ def stop_on_signal() -> Iterator[Stop]:
             raise KeyboardInterrupt from error
         raise
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -48,14 +48,14 @@ def track(
             yield update
         return
 
-    said = began
+    line_time = began
 
     def line(done: int, note: str = "") -> None:
-        nonlocal said
+        nonlocal line_time
         now = time.perf_counter()
-        if now - said < _SECONDS_BETWEEN_LINES and done < total:
+        if now - line_time < _SECONDS_BETWEEN_LINES and done < total:
             return
-        said = now
+        line_time = now
         left = (now - began) / max(1, done - start) * (total - done)
         sys.stderr.write(f"{label} {done}/{total}  {rate(done)}  eta {left:.0f} s  {note}\n")
         sys.stderr.flush()
@@ -70,9 +70,9 @@ def say(line: str, *, shown: bool = True) -> None:
         sys.stderr.flush()
 
 
-def say_plan(**named: object) -> None:
+def say_plan(**facts: object) -> None:
     """What is about to be done, before it starts."""
-    for name, value in named.items():
+    for name, value in facts.items():
         say(f"{name:<8} {value}")
 
 

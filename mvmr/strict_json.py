@@ -65,7 +65,7 @@ def check_depth(value: object) -> None:
     """Raise ValueError for lists and tables nested more than `DEEPEST` deep, where code that walks them would fail."""
     level = [value]
     for _ in range(DEEPEST + 1):
-        level = [inner for each in level for inner in _inside(each)]
+        level = [inner for outer in level for inner in _inside(outer)]
         if not level:
             return
     raise ValueError(f"nested more than {DEEPEST} deep")

@@ -19,7 +19,7 @@ from mvmr.models.torchvision_resnet import Resnet
 RESNET18 = Resnet(name="resnet18")
 
 
-def untrained(backbone: Backbone = RESNET18, seed: int = 0) -> nn.Module:
+def build_encoder(backbone: Backbone = RESNET18, seed: int = 0) -> nn.Module:
     """An encoder that never learned anything; the global random state is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -39,7 +39,7 @@ def write_bundle(
     partial = out.with_name(f"{out.name}.partial")
     partial.mkdir(parents=True)
     save_student(
-        partial, encoder or untrained(backbone, seed), backbone,
+        partial, encoder or build_encoder(backbone, seed), backbone,
         preprocess=preprocess or Preprocess.for_size(16), training=training or {},
     )  # fmt: skip
     bundles.publish(partial, out)

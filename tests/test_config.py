@@ -96,7 +96,7 @@ def test_wrong_values_are_refused(train: object, part: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("x = " + "[" * 3000, "not valid TOML: nested too deeply"),
         ("x = " + "[" * 200 + "]" * 200, "not valid TOML: nested more than 64 deep"),
@@ -106,11 +106,11 @@ def test_wrong_values_are_refused(train: object, part: str) -> None:
         ("x = " + "9" * 5000, "not valid TOML: a line of"),
     ],
 )
-def test_toml_that_python_chokes_on_is_one_line(text: str, told: str, tmp_path: Path) -> None:
+def test_toml_that_python_chokes_on_is_one_line(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text(text)
     with pytest.raises(MvmrError) as caught:
         parse(Train, read_toml(tmp_path / "r.toml"), where="r.toml")
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert len(str(caught.value)) < 500
 
 

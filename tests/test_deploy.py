@@ -33,27 +33,31 @@ ADDED = {"le", "instance", "job"}
 
 
 def dockerfile() -> list[list[str]]:
-    """The instructions as [word, rest], comments left out and continued lines joined."""
+    """The instructions as [word, text], comments left out and continued lines joined."""
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     lines = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
     return [line.split(maxsplit=1) for line in lines.replace("\\\n", "").splitlines() if line.strip()]
 
 
 def compose() -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
-    return found
+    content: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))
+    return content
 
 
 def variables() -> set[str]:
     """The environment variables that `mvmr serve` reads."""
-    names = {f"MVMR_{each.name}".upper() for each in serve.params if isinstance(each, click.Option) and each.name}
+    names = {
+        f"MVMR_{parameter.name}".upper()
+        for parameter in serve.params
+        if isinstance(parameter, click.Option) and parameter.name
+    }
     return names | {"MVMR_BUNDLE", "MVMR_CACHE"}
 
 
 @pytest.fixture(scope="module")
 def dashboard() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(DASHBOARD.read_text(encoding="utf-8"))
-    return found
+    content: dict[str, Any] = json.loads(DASHBOARD.read_text(encoding="utf-8"))
+    return content
 
 
 def queries(dashboard: dict[str, Any]) -> list[str]:
@@ -62,17 +66,17 @@ def queries(dashboard: dict[str, Any]) -> list[str]:
 
 def series() -> dict[str, set[str]]:
     """Name of a series -> its labels, as the service has them."""
-    found: dict[str, set[str]] = {}
+    labels: dict[str, set[str]] = {}
     for metric in vars(Metrics()).values():
         if isinstance(metric, MetricWrapperBase):
             (family,) = metric.describe()
             endings = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}.get(family.type, [""])
-            found |= {family.name + ending: set(metric._labelnames) for ending in endings}
-    return found
+            labels |= {family.name + ending: set(metric._labelnames) for ending in endings}
+    return labels
 
 
 def test_the_wheel_gets_its_sources_and_they_exist() -> None:
-    copied = [part for word, rest in dockerfile() if word == "COPY" and "--from" not in rest for part in rest.split()]
+    copied = [part for word, text in dockerfile() if word == "COPY" and "--from" not in text for part in text.split()]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     folders = set(project["tool"]["setuptools"]["package-dir"].values())
     files = {project["project"]["readme"], *project["project"]["license-files"], "pyproject.toml", "constraints.txt"}
@@ -97,19 +101,19 @@ def test_nothing_but_sources_reaches_the_build(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     patterns = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
-    found = exclude_paths(tmp_path, [line for line in patterns if line and not line.startswith("#")])
-    assert {name for name in found if (tmp_path / name).is_file()} == wanted
+    paths = exclude_paths(tmp_path, [line for line in patterns if line and not line.startswith("#")])
+    assert {name for name in paths if (tmp_path / name).is_file()} == wanted
 
 
 def test_a_plain_build_gives_the_cpu_target_for_a_user_without_rights() -> None:
     instructions = dockerfile()
     assert instructions[0] == ["ARG", "BASE=python:3.11-slim-bookworm"]
-    stages = [rest.split(" AS ") for word, rest in instructions if word == "FROM"]
+    stages = [text.split(" AS ") for word, text in instructions if word == "FROM"]
     names = [name for _, name in stages]
     assert names[-1] == "cpu"
     assert "gpu" in names
     assert {base for base, _ in stages} <= {"${BASE}", *names}
-    (user,) = (rest for word, rest in instructions if word == "USER")
+    (user,) = (text for word, text in instructions if word == "USER")
     number, _, group = user.partition(":")
     assert int(number) >= 1000  # a number, as Kubernetes' runAsNonRoot asks for
     assert int(group) >= 1000
@@ -117,7 +121,7 @@ def test_a_plain_build_gives_the_cpu_target_for_a_user_without_rights() -> None:
 
 
 def test_containers_set_what_the_service_reads() -> None:
-    set_here = {pair.partition("=")[0] for word, rest in dockerfile() if word == "ENV" for pair in shlex.split(rest)}
+    set_here = {pair.partition("=")[0] for word, text in dockerfile() if word == "ENV" for pair in shlex.split(text)}
     ours = {name for name in set_here if name.startswith("MVMR_")}
     assert {"MVMR_HOST", "MVMR_PORT", "MVMR_BUNDLE", "MVMR_CACHE"} <= ours <= variables()
 
@@ -136,7 +140,7 @@ class Answer(BaseHTTPRequestHandler):
 
 
 def health_check(port: int, **environment: str) -> int:
-    (check,) = (rest for word, rest in dockerfile() if word == "HEALTHCHECK")
+    (check,) = (text for word, text in dockerfile() if word == "HEALTHCHECK")
     python, *arguments = json.loads(check.partition("CMD ")[2])
     assert python == "python"
     environment |= {"MVMR_PORT": str(port), "http_proxy": "http://127.0.0.1:9"}  # a proxy has no part in it
@@ -223,15 +227,15 @@ def test_prometheus_asks_the_service_and_grafana_asks_prometheus(dashboard: dict
     services = compose()["services"]
     config = yaml.safe_load((ROOT / "deploy" / "prometheus.yml").read_text(encoding="utf-8"))
     (job,) = config["scrape_configs"]
-    (found,) = job["dns_sd_configs"]
-    assert found["names"] == ["mvmr"]
-    assert f"127.0.0.1:8000:{found['port']}" in services["mvmr"]["ports"]
+    (service,) = job["dns_sd_configs"]
+    assert service["names"] == ["mvmr"]
+    assert f"127.0.0.1:8000:{service['port']}" in services["mvmr"]["ports"]
     (source,) = yaml.safe_load((PROVISIONING / "datasources" / "prometheus.yml").read_text(encoding="utf-8"))[
         "datasources"
     ]
     assert source["url"] == "http://prometheus:9090"
-    asked = {target["datasource"]["uid"] for panel in dashboard["panels"] for target in panel["targets"]}
-    assert asked == {source["uid"]}
+    sources = {target["datasource"]["uid"] for panel in dashboard["panels"] for target in panel["targets"]}
+    assert sources == {source["uid"]}
     (provider,) = yaml.safe_load((PROVISIONING / "dashboards" / "mvmr.yml").read_text(encoding="utf-8"))["providers"]
     mounts = dict(mount.split(":")[1::-1] for mount in services["grafana"]["volumes"])
     assert (ROOT / mounts[provider["options"]["path"]]).samefile(DASHBOARD.parent)
@@ -240,31 +244,33 @@ def test_prometheus_asks_the_service_and_grafana_asks_prometheus(dashboard: dict
 
 
 def test_nothing_reports_home() -> None:
-    says = compose()["services"]["grafana"]["environment"]
-    analytics = {name: value for name, value in says.items() if name.startswith("GF_ANALYTICS_")}
+    grafana = compose()["services"]["grafana"]["environment"]
+    analytics = {name: value for name, value in grafana.items() if name.startswith("GF_ANALYTICS_")}
     assert len(analytics) == 4
     assert set(analytics.values()) == {"false"}
-    assert says["GF_PLUGINS_PREINSTALL_DISABLED"] == "true"  # else it fetches plugins at its start
-    assert says["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
-    assert says["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"  # else there is an admin with a known password
-    environment = [pair for word, rest in dockerfile() if word == "ENV" for pair in shlex.split(rest)]
+    assert grafana["GF_PLUGINS_PREINSTALL_DISABLED"] == "true"  # else it fetches plugins at its start
+    assert grafana["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
+    assert (
+        grafana["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"
+    )  # else there is an admin with a known password
+    environment = [pair for word, text in dockerfile() if word == "ENV" for pair in shlex.split(text)]
     assert "ORT_DISABLE_TELEMETRY=1" in environment
 
 
 def test_the_dashboard_shows_each_metric_of_the_service_and_no_other(dashboard: dict[str, Any]) -> None:
-    known = series()
-    asked = {name for query in queries(dashboard) for name in re.findall(r"\bmvmr_\w+", query)}
-    assert asked <= set(known), "the service has no such series"
-    families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in known}
-    assert families == {re.sub(r"_(bucket|sum|count)$", "", name) for name in asked}
+    names = series()
+    queried = {name for query in queries(dashboard) for name in re.findall(r"\bmvmr_\w+", query)}
+    assert queried <= set(names), "the service has no such series"
+    families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in names}
+    assert families == {re.sub(r"_(bucket|sum|count)$", "", name) for name in queried}
 
 
 def test_the_dashboard_asks_for_labels_that_there_are(dashboard: dict[str, Any]) -> None:
-    known = series()
+    labels_by_series = series()
     for panel in dashboard["panels"]:
         for target in panel["targets"]:
             query = target["expr"]
-            (labels,) = {frozenset(known[name]) for name in re.findall(r"\bmvmr_\w+", query)}
+            (labels,) = {frozenset(labels_by_series[name]) for name in re.findall(r"\bmvmr_\w+", query)}
             grouped = {label.strip() for inner in re.findall(r"by \((.*?)\)", query) for label in inner.split(",")}
             selected = {label for inner in re.findall(r"\{(.*?)\}", query) for label in re.findall(r"(\w+)[!=]", inner)}
             shown = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))

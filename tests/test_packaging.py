@@ -33,12 +33,12 @@ def distribution(requirement: str) -> str:
 
 
 def test_every_package_folder_is_listed() -> None:
-    found = set()
+    packages = set()
     for path in sources():
         room, *inner = path.parent.relative_to(ROOT).parts
-        found.add(".".join([ROOMS[room], *inner]))
+        packages.add(".".join([ROOMS[room], *inner]))
         assert (path.parent / "__init__.py").exists(), f"{path.parent} has no __init__.py"
-    assert found == set(SETUPTOOLS["packages"])
+    assert packages == set(SETUPTOOLS["packages"])
 
 
 def test_imports_use_the_one_import_name() -> None:
@@ -56,9 +56,9 @@ def test_public_names_resolve_and_are_typed_alike() -> None:
     tree = ast.parse((ROOT / "mvmr" / "__init__.py").read_text(encoding="utf-8"))
     (checking,) = (node for node in tree.body if isinstance(node, ast.If))
     imports = [node for node in checking.body if isinstance(node, ast.ImportFrom)]
-    typed = {alias.name: node.module for node in imports for alias in node.names}
-    assert typed == mvmr._HOMES
-    assert set(mvmr.__all__) == {"__version__", *typed}
+    homes = {alias.name: node.module for node in imports for alias in node.names}
+    assert homes == mvmr._HOMES
+    assert set(mvmr.__all__) == {"__version__", *homes}
     for name in mvmr.__all__:
         assert getattr(mvmr, name) is not None
     assert callable(mvmr.distill)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mvmr.app.embedders.embedder import SERVICE, Encoder, Written, identity_of
 from mvmr.bundles.preprocess import Preprocess, to_rgb
-from mvmr.errors import MvmrError
+from mvmr.errors import MvmrError, summarise
 from mvmr.serve.client import Client
 from mvmr.serve.engine import Floats
 
@@ -47,8 +47,9 @@ class Served:
                 heads={str(name): tuple(map(str, classes)) for name, classes in says[0]["heads"].items()},
             )
         except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
-            told = " ".join(f"{type(error).__name__}: {error}".split())
-            raise MvmrError(f"{shown} doesn't answer as an mvmr service does ({told}); check the URL") from error
+            raise MvmrError(
+                f"{shown} doesn't answer as an mvmr service does ({summarise(error)}); check the URL"
+            ) from error
 
     @property
     def label(self) -> str:

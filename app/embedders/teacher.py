@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from mvmr.app.embedders.embedder import TEACHER, Encoder, device_type, identity_of, in_torch, once
 from mvmr.bundles.bundle import Bundle
-from mvmr.errors import MvmrError
+from mvmr.errors import MvmrError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def _with_text(bundle: Bundle | None, teacher: str | Path | None, pretrained: st
     except MvmrError:
         raise
     except Exception as error:  # some text towers need packages or files of their own, which each fail in their own way
-        logger.warning("no text tower of the teacher, so no zero-shot: %s", " ".join(str(error).split())[:200])
+        logger.warning("no text tower of the teacher, so no zero-shot: %s", one_line(error))
     return Loaded(load(text=False), has_text=False)
 
 

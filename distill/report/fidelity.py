@@ -15,7 +15,7 @@ from scipy.stats import bootstrap
 from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
-from mvmr.evaluation.neighbours import neighbour_overlap, others
+from mvmr.evaluation.neighbours import find_neighbours, neighbour_overlap
 from mvmr.evaluation.scores import linear_cka
 from mvmr.methods.dependence import centred_distances, correlate, effective_rank
 from mvmr.progress import track
@@ -108,7 +108,7 @@ def neighbours(
     """
     overlap = 100 * neighbour_overlap(teacher, student, k)
     by_class = None if labels is None else _by_class(overlap, labels, classes, seed)
-    lists = {"teacher": others(teacher, k), "student": others(student, k)}
+    lists = {"teacher": find_neighbours(teacher, k), "student": find_neighbours(student, k)}
     worst: list[tuple[int, str | None]] = [(int(i), None) for i in np.argsort(overlap, kind="stable")[:_WORST]]
     if by_class is not None and labels is not None:
         worst = []

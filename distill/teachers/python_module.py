@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mvmr.distillation.teachers.teacher import NetworkTeacher, NoTextTower, one_line
-from mvmr.errors import MvmrError, unknown
+from mvmr.distillation.teachers.teacher import NetworkTeacher, NoTextTower
+from mvmr.errors import MvmrError, summarise, unknown
 
 
 def load(what: str, *, device: str | torch.device, text: bool) -> NetworkTeacher:
@@ -39,13 +39,13 @@ def load(what: str, *, device: str | torch.device, text: bool) -> NetworkTeacher
             f"teacher python:{what}: there is no module {error.name!r}, looked from {os.getcwd()}"
         ) from error
     except Exception as error:  # a user's own code
-        raise MvmrError(f"teacher python:{what}: {place} can't be imported ({one_line(error)})") from error
+        raise MvmrError(f"teacher python:{what}: {place} can't be imported ({summarise(error)})") from error
     if not callable(make := getattr(module, factory, None)):
         raise unknown(f"function of {place}", factory, [name for name in vars(module) if callable(vars(module)[name])])
     try:
         made = make()
     except Exception as error:  # as above
-        raise MvmrError(f"teacher python:{what}: {factory}() failed ({one_line(error)})") from error
+        raise MvmrError(f"teacher python:{what}: {factory}() failed ({summarise(error)})") from error
     network, prepare = _parts(made, what)
     return NetworkTeacher(
         network, prepare, kind="python", what=what, name=f"python:{what}", weights="its own",

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mvmr.errors import MvmrError
+from mvmr.errors import MvmrError, summarise
 
 NAME = "teacher"  # of one that is given none
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
@@ -115,7 +115,7 @@ def probed(network: nn.Module, prepare: Callable[[Image.Image], Tensor], name: s
     try:
         prepared = [prepare(image) for image in images]
     except Exception as error:  # a user's own code
-        raise MvmrError(f"teacher {name}: its preprocessing failed ({one_line(error)})") from error
+        raise MvmrError(f"teacher {name}: its preprocessing failed ({summarise(error)})") from error
     if not all(isinstance(each, Tensor) and each.ndim == 3 for each in prepared):
         seen = prepared[0]
         told = list(seen.shape) if isinstance(seen, Tensor) else type(seen).__name__
@@ -127,7 +127,7 @@ def probed(network: nn.Module, prepare: Callable[[Image.Image], Tensor], name: s
         with torch.no_grad():
             both, alone = network(torch.stack(prepared)), network(prepared[0][None])
     except Exception as error:  # as above
-        raise MvmrError(f"teacher {name} failed on two images ({one_line(error)})") from error
+        raise MvmrError(f"teacher {name} failed on two images ({summarise(error)})") from error
     for rows, count in ((both, 2), (alone, 1)):
         if not isinstance(rows, Tensor) or rows.ndim != 2 or len(rows) != count or not rows.is_floating_point():
             given = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
@@ -169,8 +169,3 @@ class NetworkTeacher:
     def __call__(self, batch: Tensor) -> Tensor:
         rows: Tensor = self._network(batch.to(self._device, torch.float32))
         return rows.float()
-
-
-def one_line(error: Exception) -> str:
-    """A few words on an error of somebody else's code."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

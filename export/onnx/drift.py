@@ -53,7 +53,7 @@ def first_drift(model: bytes, student: Student, images: npt.NDArray[np.uint8]) -
 
 def _torch_layers(student: Student, images: npt.NDArray[np.uint8]) -> dict[str, Floats]:
     seen: dict[str, Floats] = {INPUT: student.preprocess.normalise(images)}
-    encoder = student.served()
+    encoder = student.copy_for_export()
 
     def keep(name: str) -> Callable[[nn.Module, object, torch.Tensor], None]:
         # copied at once: the ReLU behind it works in place

@@ -31,7 +31,7 @@ class ServedEncoder(nn.Module):
 
     def __init__(self, student: Student, heads: Sequence[Head] = (), *, half: bool = False) -> None:
         super().__init__()
-        self.encoder = student.served()
+        self.encoder = student.copy_for_export()
         self.dtype = torch.float16 if half else torch.float32
         self.encoder.to(self.dtype)
         says = student.preprocess
@@ -77,9 +77,9 @@ def to_onnx(
     check_opset(opset)
     if precision == "int8":
         raise ValueError("int8 is made from an fp32 file: see mvmr.export.onnx.int8")
-    served = ServedEncoder(student, heads, half=precision == "fp16").eval()
+    copy_for_export = ServedEncoder(student, heads, half=precision == "fp16").eval()
     names = [EMBEDDING, *(f"{LOGITS}{head.name}" for head in heads)]
-    model = _traced(served, student.preprocess.crop, names, opset)
+    model = _traced(copy_for_export, student.preprocess.crop, names, opset)
     _name_layers(model.graph)
     _forget_this_machine(model)
     check_graph(model, opset)
@@ -89,13 +89,13 @@ def to_onnx(
     return content
 
 
-def _traced(served: ServedEncoder, size: int, outputs: list[str], opset: int) -> onnx.ModelProto:
+def _traced(copy_for_export: ServedEncoder, size: int, outputs: list[str], opset: int) -> onnx.ModelProto:
     """What torch's exporter makes of it, in silence."""
     said = io.StringIO()
     with warnings.catch_warnings(), redirect_stdout(said), redirect_stderr(said), torch.no_grad():
         warnings.simplefilter("ignore")  # a deprecation inside torch is not the user's; what counts is checked after
         program = torch.onnx.export(
-            served,
+            copy_for_export,
             (torch.zeros(2, size, size, 3, dtype=torch.uint8),),
             dynamo=True,
             external_data=False,

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from mvmr import __version__
-from mvmr.errors import MvmrError
+from mvmr.errors import MvmrError, one_line
 from mvmr.export.artifacts import IMAGE, report_of
-from mvmr.export.tensorrt.runtime import device, logger, one_line, package, release, start
+from mvmr.export.tensorrt.runtime import device, logger, package, release, start
 
 TIMING_CACHE = "trt/timing.cache"
 BATCHES = (1, 8, 64)

@@ -10,10 +10,10 @@ import time
 from importlib import import_module, metadata, util
 from typing import Any
 
-from mvmr.errors import MvmrError
+from mvmr.errors import MvmrError, one_line
 from mvmr.export.tensorrt import rtx_provider
 from mvmr.export.tensorrt.build import BATCHES, Batches, describe, plan
-from mvmr.export.tensorrt.runtime import one_line, release
+from mvmr.export.tensorrt.runtime import release
 
 BINDINGS = "tensorrt_rtx_bindings"
 

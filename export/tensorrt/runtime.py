@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any
 
-from mvmr.errors import MvmrError, NotHere
+from mvmr.errors import MvmrError, NotHere, one_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +99,6 @@ def start(kind: Callable[[Any], Any], log: Any) -> Any:
         return kind(log)
     except TypeError as error:
         raise MvmrError(f"TensorRT cannot start on this GPU: {log.last}; check the driver with nvidia-smi") from error
-
-
-def one_line(text: object) -> str:
-    """Return the text of an error without its line breaks, cut after 300 characters."""
-    line = " ".join(str(text).split())
-    return line if len(line) <= 300 else f"{line[:300]}..."
 
 
 def _driver() -> str | None:

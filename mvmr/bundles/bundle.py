@@ -65,22 +65,22 @@ class Bundle:
         """
         if name not in self.manifest.files:
             raise MvmrError(f"bundle {self.path}: {unknown('file', name, self.manifest.files)}")
-        return staging.place(self.path, name, self.manifest.files[name])
+        return staging.locate(self.path, name, self.manifest.files[name])
 
     def verify(self, *names: str) -> None:
         """Check the hash of `names`, or of every listed file but the card, which its owner may edit.
 
         Raises: MvmrError naming the files that are missing or changed.
         """
-        wrong = []
+        faults = []
         for name in names or [name for name in self.manifest.files if name != CARD]:
-            found = staging.digest(self.file(name))
-            if found != self.manifest.files[name]:
-                wrong.append(f"{name} {'has changed since it was written' if found else 'is missing'}")
-        if wrong:
-            more = f" and {len(wrong) - _NAMES_SHOWN} more" if len(wrong) > _NAMES_SHOWN else ""
-            listed = ", ".join(wrong[:_NAMES_SHOWN])
-            raise MvmrError(f"bundle {self.path} is damaged: {listed}{more}; copy it again from a whole bundle")
+            digest = staging.digest(self.file(name))
+            if digest != self.manifest.files[name]:
+                faults.append(f"{name} {'has changed since it was written' if digest else 'is missing'}")
+        if faults:
+            more = f" and {len(faults) - _NAMES_SHOWN} more" if len(faults) > _NAMES_SHOWN else ""
+            listing = ", ".join(faults[:_NAMES_SHOWN])
+            raise MvmrError(f"bundle {self.path} is damaged: {listing}{more}; copy it again from a whole bundle")
 
     def head(self, name: str) -> "Head":
         """Read one linear head.
@@ -91,13 +91,13 @@ class Bundle:
 
         if name not in self.heads:
             raise unknown("head", name, self.heads)
-        listed = [f"heads/{name}/{part}" for part in (head.WEIGHTS, head.DESCRIPTION)]
-        self.verify(*listed)
-        found = head.read(*map(self.file, listed))
-        if found.name != name:
-            raise MvmrError(f"head {name} of bundle {self.path} calls itself {found.name}; take a whole copy of it")
-        _check_width(found, self)
-        return found
+        files = [f"heads/{name}/{part}" for part in (head.WEIGHTS, head.DESCRIPTION)]
+        self.verify(*files)
+        result = head.read(*map(self.file, files))
+        if result.name != name:
+            raise MvmrError(f"head {name} of bundle {self.path} calls itself {result.name}; take a whole copy of it")
+        _check_width(result, self)
+        return result
 
     def student(self, device: str = "cpu") -> "Student":
         """Build the student from the weights, ready to embed images (imports torch).
@@ -115,7 +115,7 @@ def load(path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
     Raises: MvmrError when there is no bundle, its run has not finished, its schema is newer than this mvmr, bundle.json
         is broken, or a file is missing or changed (naming it).
     """
-    seen = None
+    previous = None
     while True:
         folder = _locate(Path(path))
         bundle = Bundle(folder, manifest.read(folder / manifest.NAME))
@@ -125,9 +125,9 @@ def load(path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
             return bundle
         except MvmrError:
             # Another process may have changed the bundle since its manifest was read; damage stays the same.
-            if bundle == seen:
+            if bundle == previous:
                 raise
-            seen = bundle
+            previous = bundle
 
 
 def newest(root: str | os.PathLike[str] = "runs") -> Path:
@@ -135,18 +135,18 @@ def newest(root: str | os.PathLike[str] = "runs") -> Path:
 
     Raises: MvmrError when there is none.
     """
-    found = []
+    candidates = []
     for file in Path(root).glob(f"**/{manifest.NAME}"):
         folder = file.parent
         if any(part.startswith(".") or part.endswith(".partial") for part in folder.relative_to(root).parts):
             continue
         try:
-            found.append((manifest.read(file).created, str(folder), folder))
+            candidates.append((manifest.read(file).created, str(folder), folder))
         except MvmrError:
             continue
-    if not found:
+    if not candidates:
         raise MvmrError(f"no bundle below {root}; give one, or make one with `mvmr quickstart` or `mvmr distill`")
-    return max(found)[2]
+    return max(candidates)[2]
 
 
 def write(
@@ -240,9 +240,9 @@ def add_head(
     """
     from mvmr.bundles import head
 
-    made = head.make(name, weight, bias, classes, metrics)
-    _check_width(made, bundle)
-    return _extend(bundle, made.to_files(), (made.metrics,))
+    new = head.make(name, weight, bias, classes, metrics)
+    _check_width(new, bundle)
+    return _extend(bundle, new.to_files(), (new.metrics,))
 
 
 def add_metrics(bundle: Bundle, record: Mapping[str, Any]) -> Bundle:
@@ -281,9 +281,9 @@ def _commit(current: Bundle, contents: Mapping[str, bytes | Path], records: Sequ
     files = {name: staging.stage(current.path, name, content) for name, content in contents.items()}
     # What was measured with a head that is replaced says nothing about the new one.
     heads = {name.split("/")[1] for name in files if name.startswith("heads/")}
-    same = {_subject(record) for record in records}
-    kept = [record for record in old.metrics if record.get("head") not in heads and _subject(record) not in same]
-    content = replace(old, metrics=(*kept, *records), files={**old.files, **files})
+    subjects = {_subject(record) for record in records}
+    metrics = [record for record in old.metrics if record.get("head") not in heads and _subject(record) not in subjects]
+    content = replace(old, metrics=(*metrics, *records), files={**old.files, **files})
     # A card that its owner has edited, or removed, is the owner's.
     if CARD in old.files and staging.digest(current.path / CARD) == old.files[CARD]:
         card = _card(content, current.path.name.removesuffix(".partial")).encode()
@@ -302,8 +302,8 @@ def _card(content: Manifest, name: str) -> str:
 def _check_width(head: "Head", bundle: Bundle) -> None:
     width = head.weight.shape[1]
     if width != bundle.manifest.embedding_dim:
-        wide = f"the features of {bundle.path} are {bundle.manifest.embedding_dim} wide"
-        raise MvmrError(f"head {head.name} takes {width} features but {wide}; fit it on this bundle")
+        reason = f"the features of {bundle.path} are {bundle.manifest.embedding_dim} wide"
+        raise MvmrError(f"head {head.name} takes {width} features but {reason}; fit it on this bundle")
 
 
 def _locate(path: Path) -> Path:
@@ -316,8 +316,8 @@ def _locate(path: Path) -> Path:
         if real.is_dir():
             why = "its run has not finished" if real.suffix == ".partial" else f"it holds no {manifest.NAME}"
             raise MvmrError(f"{path} is not a bundle: {why}; give the --out folder of a finished run")
-        if (staging.aside(real) / manifest.NAME).is_file():
-            return staging.aside(real)
+        if (staging.backup_path(real) / manifest.NAME).is_file():
+            return staging.backup_path(real)
         if real.with_name(f"{real.name}.partial").is_dir():
             raise MvmrError(f"the run that makes bundle {path} has not finished; go on with it by --resume")
     except OSError as error:

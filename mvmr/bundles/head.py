@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save
 
 from mvmr import strict_json
 from mvmr.bundles.manifest import check_record
-from mvmr.errors import MvmrError, shorten
+from mvmr.errors import MvmrError, one_line, shorten
 
 WEIGHTS, DESCRIPTION = "head.safetensors", "head.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -66,11 +66,11 @@ class Head:
     def to_files(self) -> dict[str, bytes]:
         """Return the content of the head's files, by path inside the bundle."""
         folder = f"heads/{self.name}"
-        described = {"name": self.name, "classes": list(self.classes), "metrics": dict(self.metrics)}
+        description = {"name": self.name, "classes": list(self.classes), "metrics": dict(self.metrics)}
         arrays = {"weight": np.ascontiguousarray(self.weight), "bias": np.ascontiguousarray(self.bias)}
         return {
             f"{folder}/{WEIGHTS}": save(arrays),
-            f"{folder}/{DESCRIPTION}": (json.dumps(described, indent=2, ensure_ascii=False) + "\n").encode(),
+            f"{folder}/{DESCRIPTION}": (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode(),
         }
 
 
@@ -88,18 +88,18 @@ def read(weights: Path, description: Path) -> Head:
 
     Raises: MvmrError naming the file that is missing, broken, or does not fit the other.
     """
-    described = strict_json.read_object(description, "the description of a head")
+    content = strict_json.read_object(description, "the description of a head")
     arrays = read_arrays(weights, ("weight", "bias"))
     try:
-        classes = described["classes"]
+        classes = content["classes"]
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
             raise TypeError("its classes are no list of names")
         return Head(
-            name=str(described["name"]),
+            name=str(content["name"]),
             weight=arrays["weight"],
             bias=arrays["bias"],
             classes=tuple(classes),
-            metrics=dict(described["metrics"]),
+            metrics=dict(content["metrics"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise MvmrError(f"{description} does not describe a head ({type(error).__name__}: {error})") from error
@@ -115,8 +115,7 @@ def read_arrays(weights: Path, names: Sequence[str]) -> dict[str, Floats]:
     except OSError as error:
         raise MvmrError(f"cannot read {weights}: {error.strerror or error}; take a whole copy") from error
     except (SafetensorError, KeyError, TypeError, ValueError) as error:  # types that numpy lacks are KeyErrors
-        reason = shorten(" ".join(str(error).split()))
-        raise MvmrError(f"{weights} is not a whole safetensors file ({reason}); take a whole copy") from error
+        raise MvmrError(f"{weights} is not a whole safetensors file ({one_line(error)}); take a whole copy") from error
     for name in names:
         if name not in arrays or arrays[name].dtype.kind != "f":
             seen = arrays[name].dtype if name in arrays else ", ".join(map(shorten, arrays)) or "nothing"

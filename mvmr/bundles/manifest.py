@@ -71,7 +71,7 @@ def read(path: Path) -> Manifest:
         raise MvmrError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise MvmrError(f"{path} is not valid JSON ({error}); take the file from a whole copy of the bundle") from error
-    return _checked(content, path)
+    return _parse(content, path)
 
 
 def check_record(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,16 +102,16 @@ def plain_json(value: Mapping[str, Any], what: str) -> dict[str, Any]:
     return content
 
 
-def _checked(content: object, path: Path) -> Manifest:
+def _parse(content: object, path: Path) -> Manifest:
     if not isinstance(content, dict) or "schema" not in content:
         raise MvmrError(f"{path} is not a bundle's manifest: it has no schema version")
     schema = content["schema"]
     if isinstance(schema, bool) or not isinstance(schema, int) or schema < 1:
         raise MvmrError(f"{path} has schema = {schema!r}; it must be a whole number from 1 to {SCHEMA}")
     if schema > SCHEMA:
-        written = " ".join(str(content.get("mvmr_version", "of another version")).split())[:40]
+        writer = " ".join(str(content.get("mvmr_version", "of another version")).split())[:40]
         raise MvmrError(
-            f"{path} has schema {schema}, this mvmr reads up to {SCHEMA}; it was written by mvmr {written}: "
+            f"{path} has schema {schema}, this mvmr reads up to {SCHEMA}; it was written by mvmr {writer}: "
             "upgrade with `pip install -U mvmr`"
         )
     if schema == 1:
@@ -137,8 +137,8 @@ def _checked(content: object, path: Path) -> Manifest:
 
 def _from_schema_1(content: Mapping[str, Any]) -> dict[str, Any]:
     """A manifest of before students were anything but ResNets."""
-    moved = {"architecture": "backbone", "small_kernel": "options"}
-    today = {moved.get(key, key): value for key, value in content.items()}
+    renames = {"architecture": "backbone", "small_kernel": "options"}
+    today = {renames.get(key, key): value for key, value in content.items()}
     if isinstance(today.get("options"), bool):
         today["options"] = {"small_kernel": today["options"]}
     return today | {"schema": SCHEMA}

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mvmr.bundles.manifest import Manifest
-from mvmr.bundles.preprocess import laid_on
+from mvmr.bundles.preprocess import describe_background
 
 _HEADER = """\
 ---
@@ -122,7 +122,7 @@ def _model_table(manifest: Manifest, space_id: str) -> str:
             ("backbone", manifest.backbone + (f", {_STEM}" if manifest.options.get("small_kernel") else "")),
             ("embedding", f"{manifest.embedding_dim} x float32, not normalised"),
             ("preprocessing", f"RGB, short side to {preprocess.resize} px, centre crop {preprocess.crop} px"),
-            ("transparent images", laid_on(preprocess.background)),
+            ("transparent images", describe_background(preprocess.background)),
             ("interpolation", preprocess.interpolation),
             ("mean, std", f"{_numbers(preprocess.mean)}; {_numbers(preprocess.std)} (images in [0, 1])"),
             ("embedding-space id", f"`{space_id}`"),
@@ -149,8 +149,8 @@ def _licence(training: Mapping[str, Any]) -> str:
 
 def _teachers(training: Mapping[str, Any]) -> str:
     teachers = training.get("teachers") or {}
-    described = teachers.values() if isinstance(teachers, Mapping) else [teachers]
-    names = [one.get("name", "an unnamed teacher") if isinstance(one, Mapping) else one for one in described]
+    entries = teachers.values() if isinstance(teachers, Mapping) else [teachers]
+    names = [entry.get("name", "an unnamed teacher") if isinstance(entry, Mapping) else entry for entry in entries]
     return ", ".join(_cell(name) for name in names)
 
 

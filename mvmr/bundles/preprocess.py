@@ -147,7 +147,7 @@ def check_background(background: Background) -> None:
         raise MvmrError(f"background = {background} must be 3 whole numbers from 0 to 255, such as [255, 255, 255]")
 
 
-def laid_on(background: Background) -> str:
+def describe_background(background: Background) -> str:
     """Say in words what becomes of transparent images."""
     if background is None:
         return "without their alpha channel"
@@ -166,7 +166,7 @@ def to_rgb(image: Image.Image, background: Background = WHITE) -> Image.Image:
     picture = upright(image)
     if picture.mode != "RGBA":
         return picture
-    return picture.convert("RGB") if background is None else _laid_on(picture, background)
+    return picture.convert("RGB") if background is None else _lay_on(picture, background)
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -180,23 +180,23 @@ def upright(image: Image.Image) -> Image.Image:
 
     Raises: ValueError where Pillow has no conversion.
     """
-    turned = image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
-    if turned.mode == "F" or turned.mode.startswith("I"):
-        return _from_numbers(turned)
-    if turned.has_transparency_data:
-        return turned if turned.mode == "RGBA" else turned.convert("RGBA")
-    return turned if turned.mode == "RGB" else turned.convert("RGB")
+    picture = image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        return _from_numbers(picture)
+    if picture.has_transparency_data:
+        return picture if picture.mode == "RGBA" else picture.convert("RGBA")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def _laid_on(picture: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+def _lay_on(picture: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     # a strip at a time: the whole would be in memory four times
     width, height = picture.size
-    laid = Image.new("RGB", picture.size)
+    canvas = Image.new("RGB", picture.size)
     for top in range(0, height, _STRIP):
         strip = picture.crop((0, top, width, min(top + _STRIP, height)))
         below = Image.new("RGBA", strip.size, (*background, 255))
-        laid.paste(Image.alpha_composite(below, strip).convert("RGB"), (0, top))
-    return laid
+        canvas.paste(Image.alpha_composite(below, strip).convert("RGB"), (0, top))
+    return canvas
 
 
 def _from_numbers(image: Image.Image) -> Image.Image:
@@ -218,16 +218,16 @@ def _orientation(image: Image.Image) -> int:
 def _eight_bits(values: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
     # a strip at a time: as float64, a whole photograph would take ten times the memory of its RGB
     strips = [slice(row, row + _STRIP) for row in range(0, len(values), _STRIP)]
-    highest = max((float(_known(values[strip]).max(initial=0.0)) for strip in strips), default=0.0)
+    highest = max((float(_clean(values[strip]).max(initial=0.0)) for strip in strips), default=0.0)
     lowest_white = 65535.0 if values.dtype.kind != "f" else 255.0 if highest > 1 else 1.0
     white = max(lowest_white, highest)
     scaled = np.empty(values.shape, np.uint8)
     for strip in strips:
-        scaled[strip] = np.rint(_known(values[strip]) * (255.0 / white))
+        scaled[strip] = np.rint(_clean(values[strip]) * (255.0 / white))
     return scaled
 
 
-def _known(values: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:
+def _clean(values: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:
     return np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0).clip(min=0)
 
 

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mvmr.errors import MvmrError
+from mvmr.errors import MvmrError, one_line
 from mvmr.storage.atomic import atomic
 
 _WRAPPERS = ("state_dict", "model")
@@ -32,10 +32,10 @@ def read(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise MvmrError(f"cannot read weights file {path}: {error.strerror or error}") from error
     except SafetensorError as error:
-        raise MvmrError(f"weights file {path} is not a whole safetensors file ({_one_line(error)})") from error
+        raise MvmrError(f"weights file {path} is not a whole safetensors file ({one_line(error)})") from error
     except Exception as error:  # torch.load raises a dozen kinds for strangers' bytes
         raise MvmrError(
-            f"weights file {path} is not a plain state dict ({_one_line(error)}); save its state_dict() alone"
+            f"weights file {path} is not a plain state dict ({one_line(error)}); save its state_dict() alone"
         ) from error
     if isinstance(content, Mapping):
         content = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), Mapping)), content)
@@ -48,8 +48,8 @@ def read(path: Path) -> dict[str, Tensor]:
 
 def drop_classifier(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Published weights without their classifier's, which an encoder lacks; keys that `module` has stay."""
-    own = module.state_dict().keys()
-    return {key: value for key, value in weights.items() if key in own or not key.startswith(_CLASSIFIERS)}
+    keys = module.state_dict().keys()
+    return {key: value for key, value in weights.items() if key in keys or not key.startswith(_CLASSIFIERS)}
 
 
 def check_fit(module: nn.Module, weights: Mapping[str, Tensor], *, origin: str) -> None:
@@ -59,14 +59,14 @@ def check_fit(module: nn.Module, weights: Mapping[str, Tensor], *, origin: str) 
 
     Raises: MvmrError that starts with `origin` and names the keys that don't fit, in one line.
     """
-    own = module.state_dict()
+    state = module.state_dict()
     shapes = [
-        f"{key} {list(weights[key].shape)} instead of {list(own[key].shape)}"
-        for key in own
-        if key in weights and weights[key].shape != own[key].shape
+        f"{key} {list(weights[key].shape)} instead of {list(state[key].shape)}"
+        for key in state
+        if key in weights and weights[key].shape != state[key].shape
     ]
-    missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in weights if key not in own]
+    missing = [key for key in state if key not in weights and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in weights if key not in state]
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
     if parts := [f"{len(keys)} {kind} ({first(keys)})" for kind, keys in kinds.items() if keys]:
         stem_only = not missing and not unexpected and [line.split()[0] for line in shapes] == ["conv1.weight"]
@@ -102,7 +102,3 @@ def _plain(value: Tensor) -> Tensor:
 def first(keys: Sequence[str]) -> str:
     """The first few keys, for a message."""
     return ", ".join(keys[:_KEYS_SHOWN]) + (", ..." if len(keys) > _KEYS_SHOWN else "")
-
-
-def _one_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0][:160] or type(error).__name__

@@ -32,7 +32,7 @@ def pretrain(data: str, out: str | None, assign: tuple[str, ...], **options: Any
 
     target = out or f"runs/pretrain-{slug(data)}"
     say_plan(data=data, recipe=options["recipe"], out=target)
-    finished(run(data, target, assign=assign, progress=True, **options).path, data)
+    show_result(run(data, target, assign=assign, progress=True, **options).path, data)
 
 
 @click.command()
@@ -46,10 +46,10 @@ def probe(bundle: str | None, data: str, head: str | None, device: str, max_unre
     from mvmr.evaluation.evaluate import newest_or
     from mvmr.evaluation.evaluate import probe as run
 
-    stored, values = run(
+    current, values = run(
         newest_or(bundle), data, head=head, device=device, max_unreadable=max_unreadable, progress=True
     )
-    click.echo(f"{stored.path}: heads {', '.join(stored.heads)}; on the test split {told_all(values)}")
+    click.echo(f"{current.path}: heads {', '.join(current.heads)}; on the test split {format_figures(values)}")
 
 
 @click.command()
@@ -75,8 +75,8 @@ def finetune(
     path = newest_or(bundle)
     target = out or f"{path}-{slug(labels)}"
     say_plan(bundle=path, data=data, labels=labels, recipe=options["recipe"], out=target)
-    made, values = run(path, data, target, labels=labels, assign=assign, progress=True, **options)
-    click.echo(f"{made.path}: heads {', '.join(made.heads)}; on the test split {told_all(values)}")
+    result, values = run(path, data, target, labels=labels, assign=assign, progress=True, **options)
+    click.echo(f"{result.path}: heads {', '.join(result.heads)}; on the test split {format_figures(values)}")
 
 
 @click.command()
@@ -109,38 +109,39 @@ def info(bundle: str | None, as_json: bool) -> None:
     import json
 
     from mvmr.bundles import bundle as bundles
-    from mvmr.bundles.preprocess import laid_on
+    from mvmr.bundles.preprocess import describe_background
 
-    opened = bundles.load(bundle or bundles.newest())
-    says = opened.manifest
+    current = bundles.load(bundle or bundles.newest())
+    manifest = current.manifest
     if as_json:
-        click.echo(json.dumps(says.to_json(), indent=2))
+        click.echo(json.dumps(manifest.to_json(), indent=2))
         return
-    training, image = says.training, says.preprocessing
+    training, image = manifest.training, manifest.preprocessing
     teachers = training.get("teachers")
-    named = teachers.values() if isinstance(teachers, Mapping) else ()
+    entries = teachers.values() if isinstance(teachers, Mapping) else ()
     lines = {
-        "bundle": opened.path,
-        "encoder": says.backbone + (", small kernel" if says.options.get("small_kernel") else ""),
-        "features": says.embedding_dim,
+        "bundle": current.path,
+        "encoder": manifest.backbone + (", small kernel" if manifest.options.get("small_kernel") else ""),
+        "features": manifest.embedding_dim,
         "images": f"{image.crop} px, resized to {image.resize} px first ({image.interpolation}), transparent ones "
-        f"{laid_on(image.background)}",
-        "trained": f"{_said(training, 'method')}, recipe {_said(training, 'recipe', 'name')}, "
-        f"{_said(training, 'steps')} steps",
-        "teacher": ", ".join(f"{_said(each, 'name')}, weights {_said(each, 'weights')}" for each in named) or "none",
-        "data": f"{_said(training, 'data', 'name')}, {_said(training, 'data', 'images')} images",
-        "space": opened.space_id,
-        "heads": ", ".join(opened.heads) or "none; make one with `mvmr probe`",
-        "files": f"{len(says.files)}, all as they were written",
+        f"{describe_background(image.background)}",
+        "trained": f"{_look_up(training, 'method')}, recipe {_look_up(training, 'recipe', 'name')}, "
+        f"{_look_up(training, 'steps')} steps",
+        "teacher": ", ".join(f"{_look_up(entry, 'name')}, weights {_look_up(entry, 'weights')}" for entry in entries)
+        or "none",
+        "data": f"{_look_up(training, 'data', 'name')}, {_look_up(training, 'data', 'images')} images",
+        "space": current.space_id,
+        "heads": ", ".join(current.heads) or "none; make one with `mvmr probe`",
+        "files": f"{len(manifest.files)}, all as they were written",
     }
     for name, value in lines.items():
         click.echo(f"{name:<9} {value}")
-    for record in says.metrics:
+    for record in manifest.metrics:
         values = ", ".join(f"{name} {value:.4g}" for name, value in record["values"].items())
         click.echo(f"measured  {record['protocol']} on {record['data']}: {values}")
 
 
-def _said(record: object, *keys: str) -> str:
+def _look_up(record: object, *keys: str) -> str:
     """A value out of nested tables that a stranger may have written."""
     for key in keys:
         if not isinstance(record, Mapping) or key not in record:
@@ -149,17 +150,17 @@ def _said(record: object, *keys: str) -> str:
     return str(record)
 
 
-def told(name: str, value: float) -> str:
+def format_figure(name: str, value: float) -> str:
     """A figure of a protocol: accuracies and precisions in percent, anything else as a number."""
     return f"{value:.1f} %" if name.startswith(("top", "map_11point", "map_area")) else f"{value:.3g}"
 
 
-def told_all(values: Mapping[str, float]) -> str:
+def format_figures(values: Mapping[str, float]) -> str:
     """The figures of a protocol on one line."""
-    return ", ".join(f"{name} {told(name, value)}" for name, value in values.items())
+    return ", ".join(f"{name} {format_figure(name, value)}" for name, value in values.items())
 
 
-def finished(path: object, data: str) -> None:
+def show_result(path: object, data: str) -> None:
     """Where the bundle is, and what to type next."""
     click.echo(f"{path}")
     click.echo(

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mvmr import __version__
+from mvmr.cli.table import COMMANDS
 from mvmr.cli.tensorrt_check import TensorRT, data_centre, rtx
 from mvmr.cores import usable_cores
 from mvmr.errors import EXTRAS
@@ -35,27 +36,6 @@ DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
     "tensorrt_rtx_bindings": "tensorrt-rtx-cu13-bindings",
     "umap": "umap-learn",
-}
-
-# Command -> the extra it needs, None for a bare install.
-NEEDS: dict[str, str | None] = {
-    "quickstart": "train",
-    "distill": "train",
-    "pretrain": "train",
-    "probe": "train",
-    "finetune": "train",
-    "evaluate": "train",
-    "report": "train",
-    "ablate": "train",
-    "export": "export",
-    "embed": None,
-    "index": None,
-    "search": None,
-    "serve": None,
-    "app": "app",
-    "bench": "export",
-    "info": None,
-    "doctor": None,
 }
 
 TEACHER_NOTE = (
@@ -128,7 +108,7 @@ def examine() -> Report:
         tensorrt=data_centre(_version("tensorrt")),
         tensorrt_rtx=rtx(),
         cache=_cache(),
-        commands={command: _lacks(extra, extras) for command, extra in NEEDS.items()},
+        commands={name: _lacks(entry.extra, extras) for name, entry in COMMANDS.items()},
         problems=tuple(problems),
     )
 
@@ -142,7 +122,7 @@ def _lacks(extra: str | None, extras: dict[str, dict[str, str | None]]) -> str |
     return f"lacks {', '.join(missing[:3])}{more}: pip install 'mvmr[{extra}]'"
 
 
-def _installed(distribution: str) -> bool:
+def _is_installed(distribution: str) -> bool:
     try:
         metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -180,10 +160,10 @@ def _memory() -> tuple[int | None, int | None]:
         return None, None
     try:
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
+        usage = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
     except (OSError, ValueError):  # no limit reads "max"
         return total, available
-    return min(total, limit), min(available, max(0, limit - used))
+    return min(total, limit), min(available, max(0, limit - usage))
 
 
 def _devices(problems: list[str]) -> tuple[Device, ...]:
@@ -195,11 +175,11 @@ def _devices(problems: list[str]) -> tuple[Device, ...]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-            found = [torch.cuda.get_device_properties(i) for i in range(count)]
+            gpus = [torch.cuda.get_device_properties(i) for i in range(count)]
         problems.extend(f"CUDA: {warning.message}" for warning in caught)
         devices = [
             Device(name=gpu.name, kind=f"cuda, compute capability {gpu.major}.{gpu.minor}", memory=gpu.total_memory)
-            for gpu in found
+            for gpu in gpus
         ]
         if torch.backends.mps.is_available():
             devices.append(Device(name="Apple GPU", kind="mps", memory=None))
@@ -210,7 +190,7 @@ def _devices(problems: list[str]) -> tuple[Device, ...]:
 
 
 def _onnx_providers(problems: list[str]) -> tuple[str, ...] | None:
-    if all(_installed(name) for name in ("onnxruntime", "onnxruntime-gpu")):
+    if all(_is_installed(name) for name in ("onnxruntime", "onnxruntime-gpu")):
         problems.append(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite one another's files: "
             "pip uninstall -y onnxruntime && pip install --force-reinstall --no-deps onnxruntime-gpu"

@@ -1,4 +1,4 @@
-"""The `mvmr` command: a literal table of subcommands, each imported only when it is run."""
+"""The `mvmr` command: finds its subcommands in the table, and ends in one line where a user can mend what is wrong."""
 
 from importlib import import_module
 from typing import Any
@@ -6,29 +6,9 @@ from typing import Any
 import click
 
 from mvmr import __version__
+from mvmr.cli.table import COMMANDS
 from mvmr.errors import MvmrError, missing_extra, unknown
 from mvmr.storage.atomic import is_disk_full
-
-# Name -> (where the click command lives, one line for `mvmr --help`), in the order of work.
-COMMANDS: dict[str, tuple[str, str]] = {
-    "quickstart": ("mvmr.distillation.cli:quickstart", "Run the whole path on sample images, in minutes."),
-    "distill": ("mvmr.distillation.cli:distill", "Distil a teacher into a student, from unlabelled images."),
-    "pretrain": ("mvmr.cli.commands:pretrain", "Train a student without a teacher (self-supervised)."),
-    "probe": ("mvmr.cli.commands:probe", "Fit a linear head on frozen features and store it in the bundle."),
-    "finetune": ("mvmr.cli.commands:finetune", "Fine-tune the whole encoder on few labels."),
-    "evaluate": ("mvmr.distillation.cli:evaluate", "Measure a bundle, alone or beside its teacher."),
-    "report": ("mvmr.distillation.cli:report", "Show how faithful a student is to its teacher, on a page."),
-    "ablate": ("mvmr.cli.commands:ablate", "Run the paper's ablations."),
-    "export": ("mvmr.export.cli:export", "Export a student to ONNX or TensorRT, verified on real images."),
-    "embed": ("mvmr.serve.jobs_cli:embed", "Embed many images to Parquet, resumable."),
-    "index": ("mvmr.serve.jobs_cli:index", "Index embeddings, to find the nearest."),
-    "search": ("mvmr.serve.jobs_cli:search", "Find the images of an index nearest to one."),
-    "serve": ("mvmr.serve.cli:serve", "Serve embeddings over HTTP."),
-    "app": ("mvmr.app.cli:app", "Compare teacher and student in the browser."),
-    "bench": ("mvmr.export.cli:bench", "Measure speed on this machine."),
-    "info": ("mvmr.cli.commands:info", "Show what a bundle is and how it was made."),
-    "doctor": ("mvmr.cli.doctor:doctor", "Show what this machine has, and what each command lacks."),
-}
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
@@ -48,7 +28,7 @@ class LazyGroup(click.Group):
         """Import and return one subcommand, None if there is none of that name."""
         if cmd_name not in COMMANDS:
             return None
-        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        module, _, attribute = COMMANDS[cmd_name].home.partition(":")
         command = getattr(import_module(module), attribute)
         if not isinstance(command, click.Command):
             raise TypeError(f"{module}:{attribute} is not a click command")
@@ -65,7 +45,7 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the subcommands by the table's own lines, without importing them."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+            formatter.write_dl([(name, entry.line) for name, entry in COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:  # Any: click's own signature
         """Run the subcommand, and end in one line where the user can mend what went wrong."""

@@ -42,11 +42,11 @@ LABELLED = click.option(
 )
 
 
-def options(*several: Decorator) -> Decorator:
+def options(*decorators: Decorator) -> Decorator:
     """Several options as one decorator, in the order in which `--help` shows them."""
 
     def decorate(command: Command) -> Command:
-        for option in reversed(several):
+        for option in reversed(decorators):
             command = option(command)
         return command
 
@@ -55,15 +55,15 @@ def options(*several: Decorator) -> Decorator:
 
 def recipe_options(*, without: tuple[str, ...] = ()) -> Decorator:
     """`--set` and a flag for each of SHORTHANDS but those in ``without``; all arrive together, as ``assign``."""
-    flags = {flag: said for flag, said in SHORTHANDS.items() if flag not in without}
+    flags = {flag: entry for flag, entry in SHORTHANDS.items() if flag not in without}
 
     def decorate(command: Command) -> Command:
-        def run(assign: tuple[str, ...], **others: Any) -> None:
-            given = []
+        def run(assign: tuple[str, ...], **arguments: Any) -> None:
+            assignments = []
             for flag, (key, _) in flags.items():
-                if value := others.pop(flag.replace("-", "_")):
-                    given.append(f"{key}={'true' if value is True else value}")
-            command(assign=(*given, *assign), **others)
+                if value := arguments.pop(flag.replace("-", "_")):
+                    assignments.append(f"{key}={'true' if value is True else value}")
+            command(assign=(*assignments, *assign), **arguments)
 
         run.__doc__, run.__name__ = command.__doc__, command.__name__
         if hasattr(command, "__click_params__"):  # of the options below this one
@@ -73,8 +73,10 @@ def recipe_options(*, without: tuple[str, ...] = ()) -> Decorator:
         )
         # None, not False: with False click takes a missing value as no option at all, and no value may be negative
         switch = {"small-kernel": True}
-        each = [click.option(f"--{flag}", is_flag=switch.get(flag), help=text) for flag, (_, text) in flags.items()]
-        return options(change, *each)(run)
+        shorthands = [
+            click.option(f"--{flag}", is_flag=switch.get(flag), help=text) for flag, (_, text) in flags.items()
+        ]
+        return options(change, *shorthands)(run)
 
     return decorate
 

@@ -42,10 +42,10 @@ def data_centre(version: str | None) -> TensorRT:
 def rtx() -> TensorRT:
     """Return what can be done here with TensorRT for RTX: exporting takes no GPU, serving does."""
     try:
-        version, found = import_module(_RTX_PROVIDER).version(), import_module(_RTX_BUILD).installed()
+        version, present = import_module(_RTX_PROVIDER).version(), import_module(_RTX_BUILD).installed()
     except Exception as error:  # onnxruntime, which `mvmr doctor` says more of
         return _absent(f"cannot be looked for: {type(error).__name__}: {error}")
-    if not found:
+    if not present:
         return _absent("not installed: pip install 'mvmr[rtx]' (Linux on x86-64)")
     return TensorRT(
         version=version,

@@ -90,10 +90,10 @@ def ablate(
     check_free(grid, assign)
     if seeds < 1:
         raise MvmrError(f"seeds = {seeds}: give 1 or more")
-    settled = [*assign, *([] if epochs is None else [f"train.epochs={epochs}"])]
-    common = load_recipe(recipe, "mvmr", settled)
+    changes = [*assign, *([] if epochs is None else [f"train.epochs={epochs}"])]
+    common = load_recipe(recipe, "mvmr", changes)
     runs = {
-        (row.label, seed): load_recipe(recipe, "mvmr", [*settled, *row.assignments, f"train.seed={seed}"])
+        (row.label, seed): load_recipe(recipe, "mvmr", [*changes, *row.assignments, f"train.seed={seed}"])
         for seed in range(seeds)
         for row in rows
     }
@@ -105,24 +105,26 @@ def ablate(
     settings = _settings(grid, (images, labelled.train, labelled.test), common, keep=keep, device=device)
     done = {run_of(result) for result in _start(folder, settings)}
     command = ["mvmr", "ablate", "--grid", grid, "--data", data, "--out", str(folder), "--recipe", str(recipe)]
-    command += [part for each in settled for part in ("--set", each)]
+    command += [part for change in changes for part in ("--set", change)]
 
     assignments, first = {row.label: list(row.assignments) for row in rows}, True
     try:
-        for number, ((label, seed), resolved) in enumerate(runs.items(), 1):
-            place = folder / RUNS / re.sub(r"[^a-z0-9]+", "-", label.lower()) / f"seed-{seed}"
+        for number, ((label, seed), run_recipe) in enumerate(runs.items(), 1):
+            run_folder = folder / RUNS / re.sub(r"[^a-z0-9]+", "-", label.lower()) / f"seed-{seed}"
             if (label, seed) not in done:
                 _say(f"{number} of {len(runs)}: {label}, seed {seed}", shown=progress)
-                said = {"grid": grid, "row": label, "seed": seed, "assignments": assignments[label]}
-                found = _result(place, resolved, images, labelled, device=device, devices=devices, progress=progress)
-                _append(folder / RESULTS, said | found)
+                description = {"grid": grid, "row": label, "seed": seed, "assignments": assignments[label]}
+                result = _train_and_measure(
+                    run_folder, run_recipe, images, labelled, device=device, devices=devices, progress=progress
+                )
+                _append(folder / RESULTS, description | result)
                 _publish(folder, settings, command)
                 done.add((label, seed))
-                if first and "error" not in found and (left := len(runs.keys() - done)):
-                    _say(_estimate(left, found["seconds"]), shown=progress)
+                if first and "error" not in result and (left := len(runs.keys() - done)):
+                    _say(_estimate(left, result["seconds"]), shown=progress)
                     first = False
             if not keep:
-                _discard(place)  # also what a killed call had no time to
+                _discard(run_folder)  # also what a killed call had no time to
     except KeyboardInterrupt as stop:
         left = len(runs.keys() - done)
         raise KeyboardInterrupt(f"{left} of {len(runs)} runs are left; type the same command to go on") from stop
@@ -141,13 +143,13 @@ def _check_trainable(recipes: Iterable[Recipe], images: ImageSet) -> None:
 def _settings(grid: str, splits: Sequence[ImageSet], recipe: Recipe, *, keep: bool, device: str) -> dict[str, Any]:
     """What all results of a folder have in common."""
     precision = native_precision(recipe.train.precision, device)
-    resolved = to_mapping(replace(recipe, train=replace(recipe.train, precision=precision)))
-    resolved["train"] = {key: value for key, value in resolved["train"].items() if key not in _FREE}
+    table_of_recipe = to_mapping(replace(recipe, train=replace(recipe.train, precision=precision)))
+    table_of_recipe["train"] = {key: value for key, value in table_of_recipe["train"].items() if key not in _FREE}
     return {
         "grid": grid,
-        "data": {"name": splits[0].name, "fingerprint": {each.split: each.fingerprint for each in splits}},
+        "data": {"name": splits[0].name, "fingerprint": {images.split: images.fingerprint for images in splits}},
         "epochs": recipe.train.epochs,
-        "recipe": resolved,
+        "recipe": table_of_recipe,
         "keep": keep,
         "mvmr_version": __version__,
     }
@@ -155,17 +157,17 @@ def _settings(grid: str, splits: Sequence[ImageSet], recipe: Recipe, *, keep: bo
 
 def _start(folder: Path, settings: dict[str, Any]) -> list[Result]:
     """Make the folder, or find that it holds the same ablation; return the results it has."""
-    said = folder / SETTINGS
+    path = folder / SETTINGS
     strange = not folder.is_dir() or any(not entry.name.startswith(".") for entry in folder.iterdir())
-    if folder.exists() and not said.exists() and strange:
+    if folder.exists() and not path.exists() and strange:
         raise MvmrError(f"{folder} exists and is no ablation; nothing of it is touched: give another --out")
     results = read_results(folder)
     if results or any(folder.glob(f"{RUNS}/*/*")):  # before that there is nothing that other settings could mix with
         try:
-            held = json.loads(said.read_text(encoding="utf-8"))
+            previous = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise MvmrError(f"{said} can't be read: give another --out") from error
-        check_same(folder, differences(held, settings), cure="another --out", what="ablation")
+            raise MvmrError(f"{path} can't be read: give another --out") from error
+        check_same(folder, differences(previous, settings), cure="another --out", what="ablation")
     _settle(folder, settings)
     return results
 
@@ -177,33 +179,37 @@ def _settle(folder: Path, settings: dict[str, Any]) -> None:
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # without the line cut by a kill
 
 
-def _result(
-    place: Path, recipe: Recipe, images: ImageSet, labelled: Labelled, *, device: str, devices: int, progress: bool
+def _train_and_measure(
+    folder: Path, recipe: Recipe, images: ImageSet, labelled: Labelled, *, device: str, devices: int, progress: bool
 ) -> Result:
     """Train and measure one run; every rank trains, the first one measures."""
     began = time.perf_counter()
     try:
-        trained = fit(images, place, recipe, resume=True, device=device, devices=devices, progress=progress)
-        found = _figures(trained, labelled, device, progress=progress) or {}
+        bundle = fit(images, folder, recipe, resume=True, device=device, devices=devices, progress=progress)
+        figures = _figures(bundle, labelled, device, progress=progress) or {}
     except MvmrError as error:
         if not any(words in str(error) for words in _DIVERGED):
             raise
-        found = {"error": str(error).partition(";")[0]}
-    return found | {"seconds": round(time.perf_counter() - began, 1)}
+        figures = {"error": str(error).partition(";")[0]}
+    return figures | {"seconds": round(time.perf_counter() - began, 1)}
 
 
 @rank_zero_only
-def _figures(trained: Bundle, labelled: Labelled, device: str, *, progress: bool) -> Result:
-    place = "cuda" if device in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
-    measured = Measured(trained.student(place), labelled, device=place, progress=progress)
+def _figures(bundle: Bundle, labelled: Labelled, device: str, *, progress: bool) -> Result:
+    torch_device = "cuda" if device in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
+    measurement = Measured(bundle.student(torch_device), labelled, device=torch_device, progress=progress)
     k = min(_NEIGHBOURS, len(labelled.labels))
-    accuracies = {"linear": measured.linear()["top1"], "knn": measured.knn(ks=(k,))[f"top1_weighted_k{k}"], "knn_k": k}
-    last = json.loads((trained.path / METRICS).read_text(encoding="utf-8").splitlines()[-1])
+    accuracies = {
+        "linear": measurement.linear()["top1"],
+        "knn": measurement.knn(ks=(k,))[f"top1_weighted_k{k}"],
+        "knn_k": k,
+    }
+    last = json.loads((bundle.path / METRICS).read_text(encoding="utf-8").splitlines()[-1])
     ends = {key: last[key] if math.isfinite(last[key]) else None for key in ("rank_h", "rank_z", "loss")}
-    for rows in (measured.features, measured.test_features):  # of no use once the bundle is gone
+    for rows in (measurement.features, measurement.test_features):  # of no use once the bundle is gone
         for file in (path := Path(str(rows.filename))).parent.glob(f"{path.name}*"):
             file.unlink(missing_ok=True)
-    return accuracies | ends | {"steps": trained.manifest.training["steps"]}
+    return accuracies | ends | {"steps": bundle.manifest.training["steps"]}
 
 
 @rank_zero_only
@@ -225,8 +231,8 @@ def _discard(path: Path) -> None:
 
 def _estimate(left: int, seconds: float) -> str:
     total = left * seconds
-    told = f"{total / 3600:.1f} h" if total >= 3600 else f"{math.ceil(total / 60)} min"
-    return f"about {told} to go: {left} more at {seconds:.0f} s each"
+    duration = f"{total / 3600:.1f} h" if total >= 3600 else f"{math.ceil(total / 60)} min"
+    return f"about {duration} to go: {left} more at {seconds:.0f} s each"
 
 
 @rank_zero_only

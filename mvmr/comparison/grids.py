@@ -67,7 +67,7 @@ def _projector() -> tuple[Row, ...]:
     rows = [Row("none", ("method.projector=[]",))]
     for width in WIDTHS:
         sizes = [[width] * depth for depth in _DEPTHS]
-        rows += [Row("-".join(map(str, each)), (f"method.projector={each}",)) for each in sizes]
+        rows += [Row("-".join(map(str, layers)), (f"method.projector={layers}",)) for layers in sizes]
     return tuple(rows)
 
 
@@ -102,8 +102,8 @@ def check_free(grid: str, assign: Sequence[str]) -> None:
     Raises:
         MvmrError: naming the key.
     """
-    own = {each.partition("=")[0] for row in GRIDS[grid] for each in row.assignments} | {"train.seed"}
-    for each in assign:
-        key = each.partition("=")[0].strip()
-        if any(f"{key}.".startswith(f"{held}.") or held.startswith(f"{key}.") for held in own):
+    own_keys = {assignment.partition("=")[0] for row in GRIDS[grid] for assignment in row.assignments} | {"train.seed"}
+    for assignment in assign:
+        key = assignment.partition("=")[0].strip()
+        if any(f"{key}.".startswith(f"{own_key}.") or own_key.startswith(f"{key}.") for own_key in own_keys):
             raise MvmrError(f"cannot set {key}: the rows of grid {grid} and their seeds decide it; leave it out")

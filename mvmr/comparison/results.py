@@ -27,14 +27,14 @@ def read_results(out: str | os.PathLike[str]) -> list[Result]:
         MvmrError: a line is no result.
     """
     path = Path(out) / RESULTS
-    found: dict[tuple[str, int], Result] = {}
+    results: dict[tuple[str, int], Result] = {}
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], 1):
         try:
             result = json.loads(line)
-            found.setdefault(run_of(result), result)
+            results.setdefault(run_of(result), result)
         except (ValueError, KeyError, TypeError) as error:
             raise MvmrError(f"{path}, line {number}, is no result: delete the line; its run is repeated") from error
-    return list(found.values())
+    return list(results.values())
 
 
 def run_of(result: Result) -> tuple[str, int]:
@@ -48,16 +48,16 @@ def table(results: Sequence[Result]) -> str:
     Effective ranks have no best. Where all seeds of a row failed, its first cell says why.
     """
     by_row = _by_row(results)
-    spreads = {label: {key: _spread(each, key) for key in ACCURACIES | _RANKS} for label, each in by_row.items()}
-    best = {key: max((s[0] for each in spreads.values() if (s := each[key])), default=None) for key in ACCURACIES}
+    spreads = {label: {key: _spread(runs, key) for key in ACCURACIES | _RANKS} for label, runs in by_row.items()}
+    best = {key: max((s[0] for row in spreads.values() if (s := row[key])), default=None) for key in ACCURACIES}
     titles = ["row", *ACCURACIES.values(), *_RANKS.values(), "seeds"]
     lines = [f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
-    for label, each in by_row.items():
-        cells = [_told(spread, best.get(key)) for key, spread in spreads[label].items()]
-        failed = [result["error"] for result in each if "error" in result]
-        if len(failed) == len(each):
-            cells[0] = f"failed ({failed[0].partition(' (')[0]})"
-        cells.append(f"{len(each) - len(failed)}" + (f", {len(failed)} failed" if failed else ""))
+    for label, runs in by_row.items():
+        cells = [_format(spread, best.get(key)) for key, spread in spreads[label].items()]
+        errors = [result["error"] for result in runs if "error" in result]
+        if len(errors) == len(runs):
+            cells[0] = f"failed ({errors[0].partition(' (')[0]})"
+        cells.append(f"{len(runs) - len(errors)}" + (f", {len(errors)} failed" if errors else ""))
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -74,12 +74,12 @@ def plot(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
     figure = Figure(figsize=(7, 1.2 + 0.3 * len(by_row)), layout="constrained")
     axes = figure.subplots()
     for (key, title), marker, offset in zip(ACCURACIES.items(), "os", (-0.12, 0.12), strict=True):
-        known = [(y + offset, *s) for y, each in enumerate(by_row.values()) if (s := _spread(each, key))]
-        places, means, deviations = zip(*known, strict=True) if known else ((), (), ())
+        points = [(y + offset, *s) for y, runs in enumerate(by_row.values()) if (s := _spread(runs, key))]
+        heights, means, deviations = zip(*points, strict=True) if points else ((), (), ())
         bars = [deviation or 0.0 for deviation in deviations]
-        axes.errorbar(means, places, xerr=bars, fmt=marker, markersize=4, capsize=2, label=title.partition(" top")[0])
-    for y, each in enumerate(by_row.values()):
-        if all("error" in result for result in each):
+        axes.errorbar(means, heights, xerr=bars, fmt=marker, markersize=4, capsize=2, label=title.partition(" top")[0])
+    for y, runs in enumerate(by_row.values()):
+        if all("error" in result for result in runs):
             axes.text(0.01, y, "failed", transform=axes.get_yaxis_transform(), va="center", color="firebrick")
     axes.set_yticks(range(len(by_row)), list(by_row))
     axes.set_ylim(len(by_row) - 0.5, -0.5)
@@ -93,8 +93,8 @@ def plot(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
 def _by_row(results: Sequence[Result]) -> dict[str, list[Result]]:
     """Results by label, in the order of the grid."""
     rows = GRIDS[results[0]["grid"]] if results else ()
-    found = {row.label: [result for result in results if result["row"] == row.label] for row in rows}
-    return {label: each for label, each in found.items() if each}
+    by_label = {row.label: [result for result in results if result["row"] == row.label] for row in rows}
+    return {label: runs for label, runs in by_label.items() if runs}
 
 
 def _spread(results: Sequence[Result], key: str) -> tuple[float, float | None] | None:
@@ -103,9 +103,9 @@ def _spread(results: Sequence[Result], key: str) -> tuple[float, float | None] |
     return (float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None) if values else None
 
 
-def _told(spread: tuple[float, float | None] | None, best: float | None) -> str:
+def _format(spread: tuple[float, float | None] | None, best: float | None) -> str:
     if spread is None:
         return ""
     mean, deviation = spread
-    told = f"{mean:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
-    return f"**{told}**" if mean == best else told
+    text = f"{mean:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
+    return f"**{text}**" if mean == best else text

@@ -44,12 +44,12 @@ def check_files(files: Files, *, progress: bool = False) -> Verdicts:
     prints = _prints(files)
     memory = _memory(files)
     shorts, reasons = _recall(memory, prints)
-    unknown = np.flatnonzero(shorts < 0)
-    if len(unknown) == 0:
+    pending = np.flatnonzero(shorts < 0)
+    if len(pending) == 0:
         return Verdicts(shorts, reasons)
     passing: set[int] = set()
     try:
-        for index, short, reason, lasting in _decode(files, unknown, progress):
+        for index, short, reason, lasting in _decode(files, pending, progress):
             shorts[index] = short
             if reason is not None:
                 reasons[index] = reason
@@ -60,7 +60,7 @@ def check_files(files: Files, *, progress: bool = False) -> Verdicts:
     return Verdicts(shorts, reasons)
 
 
-def _decode(files: Files, wanted: npt.NDArray[np.intp], progress: bool) -> Iterator[tuple[int, int, str | None, bool]]:
+def _decode(files: Files, indices: npt.NDArray[np.intp], progress: bool) -> Iterator[tuple[int, int, str | None, bool]]:
     def check(index: int) -> tuple[int, int, str | None, bool]:
         try:
             return index, decoding.check(files.path(index)), None, True
@@ -71,10 +71,10 @@ def _decode(files: Files, wanted: npt.NDArray[np.intp], progress: bool) -> Itera
     def check_chunk(chunk: npt.NDArray[np.intp]) -> list[tuple[int, int, str | None, bool]]:
         return [check(int(index)) for index in chunk]
 
-    chunks = [wanted[i : i + _CHUNK] for i in range(0, len(wanted), _CHUNK)]
+    chunks = [indices[i : i + _CHUNK] for i in range(0, len(indices), _CHUNK)]
     pool = ThreadPoolExecutor(min(_MOST_THREADS, usable_cores()))
     done = 0
-    with warnings.catch_warnings(), track("checking images", 0, len(wanted), shown=progress) as advance:
+    with warnings.catch_warnings(), track("checking images", 0, len(indices), shown=progress) as advance:
         # odd metadata: what matters is whether the pixels decode, and that is what is reported
         warnings.filterwarnings("ignore", module=r"PIL\.")
         try:
@@ -91,34 +91,34 @@ def _prints(files: Files) -> npt.NDArray[np.uint64]:
     marks = np.stack([files.sizes, files.times], axis=1)
     prints = np.empty(len(files.names), np.uint64)
     for index, name in enumerate(files.names):
-        hashed = hashlib.blake2b(marks[index].tobytes() + name, digest_size=8).digest()
-        prints[index] = int.from_bytes(hashed, "little")
+        digest = hashlib.blake2b(marks[index].tobytes() + name, digest_size=8).digest()
+        prints[index] = int.from_bytes(digest, "little")
     return prints
 
 
 def _memory(files: Files) -> Path:
     # another Pillow reads other files, so each version has its own memory
-    place = hashlib.sha256(os.path.realpath(files.root) + b"\0" + PIL.__version__.encode()).hexdigest()
-    return cache_dir() / "checked" / f"{place[:32]}.npz"
+    name = hashlib.sha256(os.path.realpath(files.root) + b"\0" + PIL.__version__.encode()).hexdigest()
+    return cache_dir() / "checked" / f"{name[:32]}.npz"
 
 
 def _recall(memory: Path, prints: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.int32], dict[int, str]]:
     """Return short sides, -1 where nothing is known, and the reasons of the files known to be bad."""
     shorts = np.full(len(prints), -1, np.int32)
     try:
-        with open(memory, "rb") as file, np.load(file, allow_pickle=False) as stored:
-            known, sides = stored["prints"], stored["shorts"]
-            texts = {int(key): str(text) for key, text in json.loads(stored["reasons"].tobytes()).items()}
+        with open(memory, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            old_prints, sides = archive["prints"], archive["shorts"]
+            texts = {int(key): str(text) for key, text in json.loads(archive["reasons"].tobytes()).items()}
     except FileNotFoundError:
         return shorts, {}
     except Exception as error:  # a damaged memory costs time, nothing else
         logger.warning("ignoring %s, which cannot be read (%s); checking all images again", memory, error)
         return shorts, {}
-    if len(known) == 0:
+    if len(old_prints) == 0:
         return shorts, {}
-    places = np.minimum(np.searchsorted(known, prints), len(known) - 1)
-    hits = known[places] == prints
-    shorts[hits] = sides[places[hits]]
+    positions = np.minimum(np.searchsorted(old_prints, prints), len(old_prints) - 1)
+    hits = old_prints[positions] == prints
+    shorts[hits] = sides[positions[hits]]
     bad = np.flatnonzero(shorts == 0).tolist()
     return shorts, {index: texts.get(int(prints[index]), "unreadable") for index in bad}
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from mvmr.data.folder import Opening, open_listed, open_parts
-from mvmr.data.image_set import Arrays, ImageSet, Labels, Numbered, digest
+from mvmr.data.image_set import Arrays, ImageSet, Labels, digest, numbered_names
 from mvmr.data.scan import Packed, printable, stat_files
 from mvmr.errors import MvmrError
 
@@ -41,12 +41,12 @@ def stl10(root: str, opening: Opening) -> ImageSet:
     parts = {"train": ["train"], "test": ["test"], "unlabelled": ["train", "unlabeled"]}[opening.split]
     paths = [os.path.join(folder, f"{part}_X.bin") for part in parts]
     labelled = opening.split != "unlabelled"
-    needed = [*paths, os.path.join(folder, f"{parts[0]}_y.bin")] if labelled else paths
-    _require(opening.name, needed, f"unpack stl10_binary.tar.gz into {root}")
+    files = [*paths, os.path.join(folder, f"{parts[0]}_y.bin")] if labelled else paths
+    _require(opening.name, files, f"unpack stl10_binary.tar.gz into {root}")
     counts = []
     for path in paths:
-        count, rest = divmod(os.path.getsize(path), _STL10_BYTES)
-        if rest or not count:
+        count, remainder = divmod(os.path.getsize(path), _STL10_BYTES)
+        if remainder or not count:
             raise MvmrError(
                 f"data {opening.name!r}: {path} is damaged: {os.path.getsize(path)} bytes are not a whole number of "
                 f"{_STL10_SIDE} px images; unpack stl10_binary.tar.gz again"
@@ -58,7 +58,7 @@ def stl10(root: str, opening: Opening) -> ImageSet:
         split=opening.split,
         source=Stl10(tuple(paths), tuple(counts), opening.split),
         fingerprint=digest([b"stl10", *stamps]),
-        read_labels=partial(_stl10_labels, needed[-1], counts[0]) if labelled else None,
+        read_labels=partial(_stl10_labels, files[-1], counts[0]) if labelled else None,
         classes=_stl10_classes(folder) if labelled else None,
         native_size=_STL10_SIDE,
     )
@@ -74,7 +74,7 @@ class Stl10:
 
     @property
     def keys(self) -> Sequence[str]:
-        return Numbered(self.prefix, sum(self.counts))
+        return numbered_names(self.prefix, sum(self.counts))
 
     @cached_property
     def maps(self) -> tuple[npt.NDArray[np.uint8], ...]:
@@ -112,15 +112,15 @@ def cifar(root: str, opening: Opening, *, kind: str) -> ImageSet:
     data = _read_cifar(reader, root, part, opening.name)
     labelled = opening.split != "unlabelled"
     coarse = kind == "cifar20"
-    wanted = reader.test_list if part == "test" else reader.train_list
-    files = [os.path.join(folder, name) for name, _ in wanted]
+    entries = reader.test_list if part == "test" else reader.train_list
+    files = [os.path.join(folder, name) for name, _ in entries]
     classes = _unpickle(paths[-1])["coarse_label_names"] if coarse else data.classes
     fine = np.array(data.targets, np.int64)
     return ImageSet(
         name=opening.name,
         split=opening.split,
-        source=Arrays(data.data, Numbered(part, len(data.data))),
-        fingerprint=digest([reader.base_folder.encode(), *(str(md5).encode() for _, md5 in wanted)]),
+        source=Arrays(data.data, numbered_names(part, len(data.data))),
+        fingerprint=digest([reader.base_folder.encode(), *(str(md5).encode() for _, md5 in entries)]),
         read_labels=(partial(_coarse_labels, files) if coarse else partial(np.copy, fine)) if labelled else None,
         classes=tuple(classes) if labelled else None,
         native_size=32,
@@ -175,8 +175,8 @@ def voc07(root: str, opening: Opening) -> ImageSet:
 def _require(name: str, paths: Sequence[str], remedy: str) -> None:
     for path in paths:
         if not os.path.exists(path):
-            place = printable(os.fsencode(path))
-            raise MvmrError(f"data {name!r}: {place} is missing; {remedy} (nothing is downloaded)")
+            file = printable(os.fsencode(path))
+            raise MvmrError(f"data {name!r}: {file} is missing; {remedy} (nothing is downloaded)")
 
 
 def _stl10_labels(path: str, count: int) -> Labels:
@@ -191,10 +191,10 @@ def _stl10_labels(path: str, count: int) -> Labels:
 def _stl10_classes(folder: str) -> tuple[str, ...]:
     try:
         with open(os.path.join(folder, "class_names.txt"), encoding="utf-8") as file:
-            named = tuple(file.read().split())
+            names = tuple(file.read().split())
     except FileNotFoundError:
         return STL10_CLASSES
-    return named if len(named) == len(STL10_CLASSES) else STL10_CLASSES
+    return names if len(names) == len(STL10_CLASSES) else STL10_CLASSES
 
 
 def _read_cifar(reader: "type[CIFAR10]", root: str, part: str, name: str) -> "CIFAR10":

@@ -9,14 +9,13 @@ from typing import BinaryIO
 from PIL import Image, UnidentifiedImageError
 
 from mvmr.bundles.preprocess import upright
-from mvmr.errors import unknown
+from mvmr.errors import one_line, unknown
 
 # EPS would run Ghostscript on strangers' files, and IPTC holds a file of any other kind and size; the others are
 # recognised by Pillow but need a reader it lacks
 _LEFT_OUT = frozenset({"EPS", "IPTC", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"})
 # What cameras, browsers and scanners make; MPO is a JPEG of several pictures, as some telephones take them.
 COMMON = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
-_REASON_LENGTH = 120
 
 
 @lru_cache(maxsize=1)
@@ -27,7 +26,7 @@ def formats() -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=8)
-def known(names: tuple[str, ...]) -> tuple[str, ...]:
+def select_formats(names: tuple[str, ...]) -> tuple[str, ...]:
     """Return those of the formats `names` that Pillow opens here; the installed one may lack AVIF.
 
     Raises: MvmrError for a name that is none.
@@ -41,8 +40,8 @@ def known(names: tuple[str, ...]) -> tuple[str, ...]:
 @lru_cache(maxsize=8)
 def extensions(names: tuple[str, ...] | None = None) -> frozenset[bytes]:
     """Return the endings of image files of the formats `names`, or of all `formats`, lower case with the dot."""
-    meant = set(formats() if names is None else known(names))
-    return frozenset(os.fsencode(ext.lower()) for ext, name in Image.registered_extensions().items() if name in meant)
+    wanted = set(formats() if names is None else select_formats(names))
+    return frozenset(os.fsencode(ext.lower()) for ext, name in Image.registered_extensions().items() if name in wanted)
 
 
 def read(path: bytes) -> Image.Image:
@@ -91,8 +90,7 @@ def reason(error: Exception) -> str:
         return "not an image, or damaged in its header"
     if isinstance(error, Image.DecompressionBombError):
         return "far too many pixels (a decompression bomb?)"
-    words = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
-    return words if len(words) <= _REASON_LENGTH else words[: _REASON_LENGTH - 3] + "..."
+    return one_line(getattr(error, "strerror", None) or error)
 
 
 def _open(file: BinaryIO) -> Image.Image:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from mvmr.bundles.preprocess import Background
 from mvmr.data.checking import Verdicts, check_files
 from mvmr.data.image_set import ImageSet, Labels, Skipped, Split, background_mark, digest
-from mvmr.data.scan import Files, Keys, Scan, printable, scan
+from mvmr.data.scan import Files, Scan, printable, scan
 from mvmr.errors import MvmrError
 
 TEST_SHARE = 0.2
@@ -45,11 +45,11 @@ def open_folder(path: str, opening: Opening) -> ImageSet:
     Raises: MvmrError when the folder holds no images, or too many cannot be read.
     """
     root = os.fsencode(os.path.abspath(path))
-    held = next((part for part in (b"test", b"val") if os.path.isdir(os.path.join(root, part))), None)
-    if held is not None and os.path.isdir(os.path.join(root, b"train")):
-        return open_parts(root, b"train", held, opening)
-    found = scan(root)
-    return _one_piece(found, opening, None if opening.split == "unlabelled" else _first_level(found.files.names))
+    test_part = next((part for part in (b"test", b"val") if os.path.isdir(os.path.join(root, part))), None)
+    if test_part is not None and os.path.isdir(os.path.join(root, b"train")):
+        return open_parts(root, b"train", test_part, opening)
+    contents = scan(root)
+    return _one_piece(contents, opening, None if opening.split == "unlabelled" else _first_level(contents.files.names))
 
 
 def open_files(files: Files, opening: Opening) -> ImageSet:
@@ -60,36 +60,36 @@ def open_files(files: Files, opening: Opening) -> ImageSet:
     return _one_piece(Scan(files), opening, None)
 
 
-def _one_piece(found: Scan, opening: Opening, classes: tuple[bytes, ...] | None) -> ImageSet:
-    verdicts = _readable(found, opening)
+def _one_piece(contents: Scan, opening: Opening, classes: tuple[bytes, ...] | None) -> ImageSet:
+    files, verdicts = contents.files, _check_readable(contents, opening)
     good = np.flatnonzero(verdicts.short_sides > 0)
     if opening.split == "unlabelled":
-        return _image_set(found, verdicts, good, opening, None)
-    labels = np.zeros(len(found.files.names), np.int64) if classes is None else folder_labels(found.files, b"", classes)
-    in_test = _held_out(found.files, good, labels)
-    chosen = good[in_test if opening.split == "test" else ~in_test]
-    return _image_set(found, verdicts, chosen, opening, classes)
+        return _image_set(contents, verdicts, good, opening, None)
+    labels = np.zeros(len(files.names), np.int64) if classes is None else folder_labels(files, b"", classes)
+    in_test = _test_mask(files, good, labels)
+    indices = good[in_test if opening.split == "test" else ~in_test]
+    return _image_set(contents, verdicts, indices, opening, classes)
 
 
 def open_parts(root: bytes, train: bytes, test: bytes, opening: Opening) -> ImageSet:
     """Open one of two sub-folders of `root` as the split asked for; both have the same classes in the same order."""
     part = test if opening.split == "test" else train
-    found = scan(root, part)
-    verdicts = _readable(found, opening)
+    contents = scan(root, part)
+    verdicts = _check_readable(contents, opening)
     good = np.flatnonzero(verdicts.short_sides > 0)
     classes: tuple[bytes, ...] | None = None
-    if opening.split != "unlabelled" and _first_level(found.files.names, len(part) + 1, fewest=1) is not None:
+    if opening.split != "unlabelled" and _first_level(contents.files.names, len(part) + 1, fewest=1) is not None:
         # a class without images in one part must not shift the numbers of the others
         both = sorted({*_folders(os.path.join(root, train)), *_folders(os.path.join(root, test))})
         classes = tuple(both) if len(both) > 1 else None
-    return _image_set(found, verdicts, good, opening, classes, part + b"/")
+    return _image_set(contents, verdicts, good, opening, classes, part + b"/")
 
 
 def open_listed(files: Files, opening: Opening) -> ImageSet:
     """Open all files whose names are known, without labels, whatever the split."""
-    found = Scan(files)
-    verdicts = _readable(found, opening)
-    return _image_set(found, verdicts, np.flatnonzero(verdicts.short_sides > 0), opening, None)
+    contents = Scan(files)
+    verdicts = _check_readable(contents, opening)
+    return _image_set(contents, verdicts, np.flatnonzero(verdicts.short_sides > 0), opening, None)
 
 
 def folder_labels(files: Files, below: bytes, classes: Sequence[bytes]) -> Labels:
@@ -100,59 +100,59 @@ def folder_labels(files: Files, below: bytes, classes: Sequence[bytes]) -> Label
 
 
 def _image_set(
-    found: Scan,
+    contents: Scan,
     verdicts: Verdicts,
-    chosen: npt.NDArray[np.intp],
+    indices: npt.NDArray[np.intp],
     opening: Opening,
     classes: tuple[bytes, ...] | None,
     below: bytes = b"",
 ) -> ImageSet:
-    files = found.files
+    files = contents.files
     keys = files.keys
-    if len(chosen) == 0:
+    if len(indices) == 0:
         raise MvmrError(
             f"data {opening.name!r}: no images in the {opening.split!r} split of {printable(files.root)}; add some"
         )
-    stamps = np.stack([files.sizes[chosen], files.times[chosen]]).astype("<i8").tobytes()
+    stamps = np.stack([files.sizes[indices], files.times[indices]]).astype("<i8").tobytes()
     return ImageSet(
         name=opening.name,
         split=opening.split,
         source=files,
         fingerprint=digest(
-            [stamps, *(files.names[int(index)] for index in chosen), *background_mark(opening.background)]
+            [stamps, *(files.names[int(index)] for index in indices), *background_mark(opening.background)]
         ),
         background=opening.background,
         read_labels=None if classes is None else partial(folder_labels, files, below, classes),
-        classes=None if classes is None else tuple(Keys(classes)),
-        short_sides=verdicts.short_sides[chosen],
-        skipped=(*found.unlisted, *(Skipped(keys[index], text) for index, text in sorted(verdicts.reasons.items()))),
-        chosen=chosen.astype(np.int64),
+        classes=None if classes is None else tuple(map(printable, classes)),
+        short_sides=verdicts.short_sides[indices],
+        skipped=(*contents.unlisted, *(Skipped(keys[index], text) for index, text in sorted(verdicts.reasons.items()))),
+        chosen=indices.astype(np.int64),
     )
 
 
-def _readable(found: Scan, opening: Opening) -> Verdicts:
+def _check_readable(contents: Scan, opening: Opening) -> Verdicts:
     """Check all files. Raises: MvmrError when there are none, or too many are bad."""
-    files = found.files
-    total, place = len(files.names), printable(files.root)
-    if total == 0 and not found.unlisted:
-        seen = f"{found.others:,} other files, but no images" if found.others else "nothing"
+    files = contents.files
+    total, root = len(files.names), printable(files.root)
+    if total == 0 and not contents.unlisted:
+        seen = f"{contents.other_files:,} other files, but no images" if contents.other_files else "nothing"
         raise MvmrError(
-            f"data {opening.name!r}: {place} holds {seen}; give a folder with images (jpg, png, webp, tiff, ...)"
+            f"data {opening.name!r}: {root} holds {seen}; give a folder with images (jpg, png, webp, tiff, ...)"
         )
     if not opening.check:
         return Verdicts(np.ones(total, np.int32), {})
     verdicts = check_files(files, progress=opening.progress)
-    bad = [f"{item.key} ({item.reason})" for item in found.unlisted]
+    bad = [f"{item.key} ({item.reason})" for item in contents.unlisted]
     keys = files.keys
     bad += [f"{keys[index]} ({text})" for index, text in sorted(verdicts.reasons.items())[:_NAMED]]
-    count = len(found.unlisted) + len(verdicts.reasons)
-    everything = total + len(found.unlisted)
+    count = len(contents.unlisted) + len(verdicts.reasons)
+    everything = total + len(contents.unlisted)
     if count > opening.max_unreadable * everything:
         more = f" and {count - _NAMED:,} more" if count > _NAMED else ""
-        share, allowed = _percent(count / everything), _percent(opening.max_unreadable)
+        share, limit = _percent(count / everything), _percent(opening.max_unreadable)
         raise MvmrError(
-            f"data {opening.name!r}: {count:,} of {everything:,} image files in {place} ({share}) cannot be read, more "
-            f"than the {allowed} allowed: {', '.join(bad[:_NAMED])}{more}; mend or remove them, or allow a larger "
+            f"data {opening.name!r}: {count:,} of {everything:,} image files in {root} ({share}) cannot be read, more "
+            f"than the {limit} allowed: {', '.join(bad[:_NAMED])}{more}; mend or remove them, or allow a larger "
             "share with max_unreadable (--max-unreadable)"
         )
     return verdicts
@@ -178,7 +178,7 @@ def _folders(path: bytes) -> list[bytes]:
         return [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(b".")]
 
 
-def _held_out(files: Files, good: npt.NDArray[np.intp], labels: Labels) -> npt.NDArray[np.bool_]:
+def _test_mask(files: Files, good: npt.NDArray[np.intp], labels: Labels) -> npt.NDArray[np.bool_]:
     """Return bool [len(good)], True for the test images: in each class the 20 % whose paths have the lowest hashes.
 
     A class of one image has none in the test split. Adding images moves few of the others across.

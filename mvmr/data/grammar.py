@@ -21,59 +21,59 @@ _LISTS = (".txt", ".lst", ".list")
 class Kind:
     """A way to name images.
 
-    typed: an example; meaning: in a few words, as docs/data.md has them
+    example: to be typed; meaning: in a few words, as docs/data.md has them
     refusal: why only `mvmr embed` takes it, and what to give instead; "" where every command does
     """
 
     name: str
-    typed: str
+    example: str
     meaning: str
     refusal: str = ""
 
 
 _ALL = (
-    Kind(name="folder", typed="photos/", meaning="every image below it, at any depth"),
-    Kind(name="glob", typed="'photos/**/*.jpg'", meaning="the images that match, quoted; `**` stands for any depth"),
+    Kind(name="folder", example="photos/", meaning="every image below it, at any depth"),
+    Kind(name="glob", example="'photos/**/*.jpg'", meaning="the images that match, quoted; `**` stands for any depth"),
     Kind(
         name="list",
-        typed="list:FILE",
+        example="list:FILE",
         meaning="a path a line, relative to the list; the name of a `.txt`, `.lst` or `.list` file alone will do",
     ),
-    Kind(name="stl10", typed="stl10:ROOT", meaning="`ROOT/stl10_binary/*.bin`"),
-    Kind(name="cifar10", typed="cifar10:ROOT", meaning="torchvision's folder of CIFAR-10"),
-    Kind(name="cifar20", typed="cifar20:ROOT", meaning="that of CIFAR-100, with its 20 coarse labels"),
-    Kind(name="cifar100", typed="cifar100:ROOT", meaning="that of CIFAR-100"),
-    Kind(name="imagenet", typed="imagenet:ROOT", meaning="class folders in `ROOT/train` and `ROOT/val`"),
-    Kind(name="voc07", typed="voc07:ROOT", meaning="`ROOT/VOCdevkit/VOC2007`"),
+    Kind(name="stl10", example="stl10:ROOT", meaning="`ROOT/stl10_binary/*.bin`"),
+    Kind(name="cifar10", example="cifar10:ROOT", meaning="torchvision's folder of CIFAR-10"),
+    Kind(name="cifar20", example="cifar20:ROOT", meaning="that of CIFAR-100, with its 20 coarse labels"),
+    Kind(name="cifar100", example="cifar100:ROOT", meaning="that of CIFAR-100"),
+    Kind(name="imagenet", example="imagenet:ROOT", meaning="class folders in `ROOT/train` and `ROOT/val`"),
+    Kind(name="voc07", example="voc07:ROOT", meaning="`ROOT/VOCdevkit/VOC2007`"),
     Kind(
         name="sample:patches",
-        typed="sample:patches",
+        example="sample:patches",
         meaning="64 px patches of 17 photographs that scikit-image ships; the class is the photograph",
     ),
-    Kind(name="sample:digits", typed="sample:digits", meaning="scikit-learn's digits, enlarged to 32 px"),
+    Kind(name="sample:digits", example="sample:digits", meaning="scikit-learn's digits, enlarged to 32 px"),
     Kind(
         name="file",
-        typed="cat.jpg",
+        example="cat.jpg",
         meaning="one image",
         refusal="is a file, not a folder, and only `mvmr embed` takes a single image: give its folder, a quoted glob "
         "or list:FILE",
     ),
     Kind(
         name="stdin",
-        typed="-",
+        example="-",
         meaning="such a list, on standard input",
         refusal="is a list on standard input, which only `mvmr embed` reads: write it to a file, and give list:FILE",
     ),
     Kind(
         name="shards",
-        typed="shards:PATTERN",
+        example="shards:PATTERN",
         meaning="tar files, by a glob that may hold `{000..009}` or `{a,b}`; the name of a `.tar`, `.tar.gz`, ... "
         "alone will do",
         refusal="names tar files, which only `mvmr embed` reads as yet: unpack them, or give a folder",
     ),
     Kind(
         name="address",
-        typed="s3://bucket/photos",
+        example="s3://bucket/photos",
         meaning="any address of fsspec's, of a folder, a glob or tar files; S3 needs `pip install 'mvmr[s3]'`",
         refusal="is an address, which only `mvmr embed` reads as yet: copy the images here, and give their folder",
     ),
@@ -90,7 +90,7 @@ class Described:
 
     text: str
     kind: Kind
-    place: str
+    location: str
 
 
 def parse(text: str) -> Described:
@@ -100,19 +100,19 @@ def parse(text: str) -> Described:
 
     Raises: MvmrError for a name that is unknown, and for what is not there.
     """
-    prefix, colon, rest = text.partition(":")
+    prefix, colon, tail = text.partition(":")
     if prefix in STANDARD:
-        return Described(text, KINDS[prefix], os.path.expanduser(rest or DEFAULT_ROOT))
+        return Described(text, KINDS[prefix], os.path.expanduser(tail or DEFAULT_ROOT))
     if prefix == "sample" and colon:
         if text not in SAMPLES:
             raise unknown("sample", text, SAMPLES)
         return Described(text, KINDS[text], "")
     if prefix in ("list", "shards") and colon:
-        return Described(text, KINDS[prefix], os.path.expanduser(rest))
-    return Described(text, KINDS[_kind_of_place(text)], os.path.expanduser(text))
+        return Described(text, KINDS[prefix], os.path.expanduser(tail))
+    return Described(text, KINDS[_kind_of_path(text)], os.path.expanduser(text))
 
 
-def _kind_of_place(text: str) -> str:
+def _kind_of_path(text: str) -> str:
     path = os.path.expanduser(text)
     if text == "-":
         return "stdin"
@@ -136,8 +136,8 @@ def _missing(text: str) -> MvmrError:
             return unknown("data", text, _NAMES)
         if colon or nearest(prefix, _NAMES):
             return unknown("data", prefix, _NAMES)
-    place = printable(os.fsencode(os.path.abspath(os.path.expanduser(text))))
+    path = printable(os.fsencode(os.path.abspath(os.path.expanduser(text))))
     return MvmrError(
-        f"no images at {text}: {place} does not exist; give a folder of images or a quoted glob, list:FILE, "
+        f"no images at {text}: {path} does not exist; give a folder of images or a quoted glob, list:FILE, "
         f"shards:PATTERN, an address such as s3://bucket/photos, or one of {', '.join((*STANDARD, *SAMPLES))}"
     )

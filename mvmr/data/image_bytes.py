@@ -51,7 +51,7 @@ class Limits:
         for name in ("size", "pixels", "seconds", "memory"):
             if not 0 < getattr(self, name) < math.inf:  # NaN, too
                 raise MvmrError(f"{name} = {getattr(self, name)} to decode an image must be above 0")
-        decoding.known(self.formats)
+        decoding.select_formats(self.formats)
 
     def is_large(self, pixels: int) -> bool:
         """Whether an image of so many pixels may take all of the memory."""
@@ -108,12 +108,12 @@ def prepare(
         return Rejected("empty", "no bytes at all")
     try:
         if webp := _webp_size(data):  # whose reader takes memory for all pixels when it is opened
-            if rejected := _too_many(webp, preprocess, limits):
-                return rejected
+            if rejection := _too_many(webp, preprocess, limits):
+                return rejection
             before(webp[0] * webp[1])
-        with Image.open(io.BytesIO(data), formats=decoding.known(limits.formats)) as image:
-            if rejected := _too_many(image.size, preprocess, limits):
-                return rejected
+        with Image.open(io.BytesIO(data), formats=decoding.select_formats(limits.formats)) as image:
+            if rejection := _too_many(image.size, preprocess, limits):
+                return rejection
             width, height = image.size
             if not webp:
                 before(width * height)
@@ -135,12 +135,12 @@ def prepare(
 def _too_many(size: tuple[int, int], preprocess: Preprocess, limits: Limits) -> Rejected | None:
     width, height = size
     # a thin image is enlarged until its short side fits: 1 x 100,000 pixels would become 256 x 25,600,000
-    enlarged = max(1.0, preprocess.resize / max(1, min(width, height)))
-    if width * height * enlarged**2 <= limits.pixels:
+    enlargement = max(1.0, preprocess.resize / max(1, min(width, height)))
+    if width * height * enlargement**2 <= limits.pixels:
         return None
-    resized = "" if enlarged == 1 else f", {round(enlarged)} times enlarged"
+    note = "" if enlargement == 1 else f", {round(enlargement)} times enlarged"
     limit = f"more than the {limits.pixels / 1e6:g} million allowed (--max-megapixels)"
-    return Rejected("too-many-pixels", f"{width} x {height} pixels{resized}, {limit}")
+    return Rejected("too-many-pixels", f"{width} x {height} pixels{note}, {limit}")
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:

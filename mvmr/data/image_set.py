@@ -3,8 +3,8 @@
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Literal, Protocol, overload
+from functools import cached_property, partial
+from typing import Any, Literal, Protocol, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -83,7 +83,7 @@ class ImageSet:
     @property
     def keys(self) -> Sequence[str]:
         """The name of each image: its path below the folder, or "test/00012". One line of valid UTF-8 each."""
-        return self.source.keys if self.chosen is None else _Chosen(self.source.keys, self.chosen)
+        return self.source.keys if self.chosen is None else Names(self.chosen, self.source.keys.__getitem__)
 
     @cached_property
     def labels(self) -> Labels | None:
@@ -101,14 +101,14 @@ class ImageSet:
 
         Raises: IndexError for a number outside 0 to N - 1.
         """
-        wanted = np.asarray(indices, dtype=np.int64).reshape(-1)
-        if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
+        numbers = np.asarray(indices, dtype=np.int64).reshape(-1)
+        if numbers.size and (numbers.min() < 0 or numbers.max() >= len(self)):
             raise IndexError(f"subset of {self.name}: numbers must lie in 0 to {len(self) - 1}")
-        digest = hashlib.sha256(self.fingerprint.encode() + wanted.astype("<i8").tobytes()).hexdigest()
+        digest = hashlib.sha256(self.fingerprint.encode() + numbers.astype("<i8").tobytes()).hexdigest()
         return replace(
             self,
-            chosen=wanted if self.chosen is None else self.chosen[wanted],
-            short_sides=None if self.short_sides is None else self.short_sides[wanted],
+            chosen=numbers if self.chosen is None else self.chosen[numbers],
+            short_sides=None if self.short_sides is None else self.short_sides[numbers],
             fingerprint=digest,
         )
 
@@ -146,33 +146,15 @@ class Arrays:
         return Image.fromarray(self.pixels[index])
 
 
-@dataclass(frozen=True)
-class Numbered(Sequence[str]):
-    """The keys "train/00000", "train/00001", ... without a string kept for each."""
-
-    prefix: str
-    total: int
-
-    def __len__(self) -> int:
-        return self.total
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[str]: ...
-    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self.total))]
-        return f"{self.prefix}/{range(self.total)[index]:05d}"
-
-
 @dataclass(frozen=True, eq=False)
-class _Chosen(Sequence[str]):
-    names: Sequence[str]
-    indices: npt.NDArray[np.int64]
+class Names(Sequence[str]):
+    """Names made of `items` when they are asked for: no string is kept for each of millions."""
+
+    items: Sequence[Any] | npt.NDArray[np.int64]
+    make: Callable[[Any], str]
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.items)
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -180,8 +162,17 @@ class _Chosen(Sequence[str]):
     def __getitem__(self, index: slice) -> Sequence[str]: ...
     def __getitem__(self, index: int | slice) -> str | Sequence[str]:
         if isinstance(index, slice):
-            return [self.names[int(i)] for i in self.indices[index]]
-        return self.names[int(self.indices[index])]
+            return [self.make(item) for item in self.items[index]]
+        return self.make(self.items[index])
+
+
+def numbered_names(prefix: str, total: int) -> Names:
+    """The names "train/00000", "train/00001", ..."""
+    return Names(range(total), partial(_number, prefix))
+
+
+def _number(prefix: str, index: int) -> str:
+    return f"{prefix}/{index:05d}"
 
 
 def background_mark(background: Background) -> tuple[bytes, ...]:

@@ -18,8 +18,8 @@ from mvmr.data.folder import Opening
 from mvmr.data.grammar import Described
 from mvmr.data.image_bytes import LIMITS, Limits
 from mvmr.data.image_set import ImageSet
-from mvmr.data.opening import open_described
-from mvmr.data.readable import Content, Listed, LocalFile, Source, passed_over
+from mvmr.data.opening import open_description
+from mvmr.data.readable import Content, Listed, LocalFile, Source, note_other_formats
 from mvmr.data.scan import Files, Packed, Scan, list_names, match, of_formats, printable, read_list, scan, stat_files
 from mvmr.errors import MvmrError
 
@@ -36,65 +36,66 @@ def open_source(images: str, limits: Limits = LIMITS) -> Source:
 
     Raises: MvmrError, one line, where there is nothing of the kind or no image in it, or a package lacks.
     """
-    described = grammar.parse(images)
-    return _SOURCES[described.kind.name](described, limits)
+    description = grammar.parse(images)
+    return _SOURCES[description.kind.name](description, limits)
 
 
-def _folder(described: Described, limits: Limits) -> Source:
-    name, root = described.text, os.fsencode(os.path.normpath(described.place))
-    found: Scan = scan(root, formats=limits.formats)
-    lost = tuple((os.path.join(printable(root), skipped.key), skipped.reason) for skipped in found.unlisted)
-    if not len(found.files.names) and not lost:
-        others = f"none of its {found.others} files ends as an image does" if found.others else "it is empty"
-        cause = f"{others}; give the folder that holds them (tar files: shards:PATTERN)"
-        raise MvmrError(f"no images in {name}: {passed_over(found.other_formats) or cause}")
-    return _files(name, root, found.files.names, limits, lost=lost, other_formats=found.other_formats)
+def _folder(description: Described, limits: Limits) -> Source:
+    name, root = description.text, os.fsencode(os.path.normpath(description.location))
+    contents: Scan = scan(root, formats=limits.formats)
+    lost = tuple((os.path.join(printable(root), skipped.key), skipped.reason) for skipped in contents.unlisted)
+    if not len(contents.files.names) and not lost:
+        count = contents.other_files
+        reason = f"none of its {count} files ends as an image does" if count else "it is empty"
+        cause = f"{reason}; give the folder that holds them (tar files: shards:PATTERN)"
+        raise MvmrError(f"no images in {name}: {note_other_formats(contents.other_formats) or cause}")
+    return _files(name, root, contents.files.names, limits, lost=lost, other_formats=contents.other_formats)
 
 
-def _glob(described: Described, limits: Limits) -> Source:
-    found, others = match(os.fsencode(os.path.normpath(described.place)), limits.formats)
-    return _files(described.text, b"", Packed.of(found), limits, other_formats=others)
+def _glob(description: Described, limits: Limits) -> Source:
+    files, other_formats = match(os.fsencode(os.path.normpath(description.location)), limits.formats)
+    return _files(description.text, b"", Packed.of(files), limits, other_formats=other_formats)
 
 
-def _file(described: Described, limits: Limits) -> Source:
-    return _files(described.text, b"", Packed.of([os.fsencode(os.path.normpath(described.place))]), limits)
+def _file(description: Described, limits: Limits) -> Source:
+    return _files(description.text, b"", Packed.of([os.fsencode(os.path.normpath(description.location))]), limits)
 
 
-def _list(described: Described, limits: Limits) -> Source:
-    path = os.fsencode(os.path.normpath(described.place))
-    return _lines(described.text, read_list(path), os.path.dirname(path), limits)
+def _list(description: Described, limits: Limits) -> Source:
+    path = os.fsencode(os.path.normpath(description.location))
+    return _lines(description.text, read_list(path), os.path.dirname(path), limits)
 
 
-def _standard_input(described: Described, limits: Limits) -> Source:
-    return _lines(described.text, list_names(sys.stdin.buffer.read(), "standard input"), b"", limits)
+def _standard_input(description: Described, limits: Limits) -> Source:
+    return _lines(description.text, list_names(sys.stdin.buffer.read(), "standard input"), b"", limits)
 
 
-def _shards(described: Described, limits: Limits) -> Source:
-    return tar.open_shards(described.text, limits.size)
+def _shards(description: Described, limits: Limits) -> Source:
+    return tar.open_shards(description.text, limits.size)
 
 
-def _address(described: Described, limits: Limits) -> Source:
-    address = described.text
+def _address(description: Described, limits: Limits) -> Source:
+    address = description.text
     fs, files = remote.find(address)
-    found, others = of_formats(limits.formats, files, lambda file: os.fsencode(file[0]))
-    if not found:
+    images, other_formats = of_formats(limits.formats, files, lambda file: os.fsencode(file[0]))
+    if not images:
         cause = "no name there ends as an image's does; check the address"
-        raise MvmrError(f"no images at {address}: {passed_over(others) or cause}")
-    names = Packed.of(os.fsencode(path) for path, _ in found)
+        raise MvmrError(f"no images at {address}: {note_other_formats(other_formats) or cause}")
+    names = Packed.of(os.fsencode(path) for path, _ in images)
     return Listed(
         name=address,
-        fingerprint=fingerprint(names, repr([stamp for _, stamp in found])),
+        fingerprint=fingerprint(names, repr([stamp for _, stamp in images])),
         names=names,
-        key=lambda each: printable(os.fsencode(fs.unstrip_protocol(os.fsdecode(each)))),
-        read=lambda each: partial(remote.read, fs, os.fsdecode(each), limits.size),
+        key=lambda path: printable(os.fsencode(fs.unstrip_protocol(os.fsdecode(path)))),
+        read=lambda path: partial(remote.read, fs, os.fsdecode(path), limits.size),
         distant=True,
-        other_formats=others,
+        other_formats=other_formats,
     )
 
 
-def _data_set(described: Described, limits: Limits) -> Source:
-    opening = Opening(name=described.text, split="unlabelled", background=None, max_unreadable=1, check=False)
-    sets = (open_described(described, opening), open_described(described, replace(opening, split="test")))
+def _data_set(description: Described, limits: Limits) -> Source:
+    opening = Opening(name=description.text, split="unlabelled", background=None, max_unreadable=1, check=False)
+    sets = (open_description(description, opening), open_description(description, replace(opening, split="test")))
     first = len(sets[0])
 
     def image(number: int) -> tuple[ImageSet, int]:
@@ -105,7 +106,7 @@ def _data_set(described: Described, limits: Limits) -> Source:
         return images.keys[index]
 
     return Listed(
-        name=described.text,
+        name=description.text,
         fingerprint=fingerprint(*(images.fingerprint for images in sets)),
         names=range(sum(map(len, sets))),
         key=key,
@@ -142,27 +143,27 @@ def _files(
         name=name,
         fingerprint=fingerprint(root, names, files.sizes, files.times, repr(lost)),
         names=names,
-        key=lambda each: printable(os.path.join(root, each)),
-        read=lambda each: LocalFile(os.path.join(root, each), limits.size),
+        key=lambda path: printable(os.path.join(root, path)),
+        read=lambda path: LocalFile(os.path.join(root, path), limits.size),
         lost=lost,
         other_formats=other_formats,
     )
 
 
 def _lines(name: str, names: Packed, root: bytes, limits: Limits) -> Listed[bytes]:
-    addresses = sum(b"://" in each for each in names)
+    addresses = sum(b"://" in name for name in names)
     if not addresses:
         return _files(name, root, names, limits)
     if addresses < len(names):
-        told = "standard input" if name == "-" else name
-        raise MvmrError(f"the list {told} mixes {addresses} addresses with {len(names) - addresses} paths; split it")
+        source = "standard input" if name == "-" else name
+        raise MvmrError(f"the list {source} mixes {addresses} addresses with {len(names) - addresses} paths; split it")
     fs = remote.file_system(names[0].decode("utf-8", "replace"))
     return Listed(
         name=name,
         fingerprint=fingerprint(names),
         names=names,
         key=printable,
-        read=lambda each: partial(remote.read, fs, each.decode("utf-8", "surrogateescape"), limits.size),
+        read=lambda address: partial(remote.read, fs, address.decode("utf-8", "surrogateescape"), limits.size),
         distant=True,
     )
 

@@ -46,34 +46,34 @@ def open_images(
         raise MvmrError(f"max_unreadable = {max_unreadable} must lie between 0 and 1")
     check_background(background)
     opening = Opening(name=text, split=split, background=background, max_unreadable=max_unreadable, progress=progress)
-    return open_described(grammar.parse(text), opening)
+    return open_description(grammar.parse(text), opening)
 
 
-def open_described(described: Described, opening: Opening) -> ImageSet:
+def open_description(description: Described, opening: Opening) -> ImageSet:
     """Open what has been parsed; raises as `open_images` does."""
-    if described.kind.refusal:
-        raise MvmrError(f"data {described.text!r} {described.kind.refusal}")
-    return replace(_SETS[described.kind.name](described.place, opening), background=opening.background)
+    if description.kind.refusal:
+        raise MvmrError(f"data {description.text!r} {description.kind.refusal}")
+    return replace(_SETS[description.kind.name](description.location, opening), background=opening.background)
 
 
 def _glob(pattern: str, opening: Opening) -> ImageSet:
-    whole = os.fsencode(os.path.abspath(pattern))
-    root = os.path.dirname(whole)
+    absolute = os.fsencode(os.path.abspath(pattern))
+    root = os.path.dirname(absolute)
     while glob.has_magic(root):
         root = os.path.dirname(root)
-    names = (os.path.relpath(path, root) for path in match(whole)[0])
+    names = (os.path.relpath(path, root) for path in match(absolute)[0])
     return open_files(stat_files(root, Packed.of(names)), opening)
 
 
 def _list(path: str, opening: Opening) -> ImageSet:
-    whole = os.fsencode(os.path.abspath(path))
-    names = read_list(whole)
+    absolute = os.fsencode(os.path.abspath(path))
+    names = read_list(absolute)
     if any(b"://" in name for name in names):
         raise MvmrError(
             f"data {opening.name!r} lists addresses, which only `mvmr embed` reads as yet: copy the images here, and "
             "list their paths"
         )
-    return open_files(stat_files(os.path.dirname(whole), names), opening)
+    return open_files(stat_files(os.path.dirname(absolute), names), opening)
 
 
 _SETS: dict[str, Callable[[str, Opening], ImageSet]] = {

@@ -91,14 +91,14 @@ class Listed(Generic[N]):
     read: Callable[[N], Callable[[], Content]]
     distant: bool = False
     lost: tuple[tuple[str, str], ...] = ()
-    chosen: range | None = None
+    piece: range | None = None
     unit: str = "img"
     other_formats: int = 0
 
     @property
     def numbers(self) -> range:
         """Which of the names and the lost are in this source."""
-        return range(len(self.names) + len(self.lost)) if self.chosen is None else self.chosen
+        return range(len(self.names) + len(self.lost)) if self.piece is None else self.piece
 
     @property
     def total(self) -> int:
@@ -120,7 +120,7 @@ class Listed(Generic[N]):
         here = self.numbers
         if len(here) < of:
             raise MvmrError(f"{self.name} has {len(here)} images, too few for {of} pieces; give --shard a smaller n")
-        return replace(self, chosen=here[len(here) * number // of : len(here) * (number + 1) // of])
+        return replace(self, piece=here[len(here) * number // of : len(here) * (number + 1) // of])
 
 
 def too_many_bytes(size: int, most: float) -> Rejected:
@@ -128,6 +128,6 @@ def too_many_bytes(size: int, most: float) -> Rejected:
     return Rejected("too-many-bytes", f"{size:,} bytes, more than the {most / 2**20:g} MiB allowed (--max-file-mb)")
 
 
-def passed_over(count: int) -> str:
+def note_other_formats(count: int) -> str:
     """Say that so many images are of formats that are not read, and what to do about it; nothing for none."""
     return f"images of other formats are passed over: {count}; --format adds formats" if count else ""

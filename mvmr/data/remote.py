@@ -25,7 +25,7 @@ def file_system(address: str) -> Any:
     try:
         return fsspec.core.url_to_fs(address)[0]
     except Exception as error:
-        raise _refused(address, error) from error
+        raise _refusal(address, error) from error
 
 
 def find(address: str) -> tuple[Any, list[tuple[str, str]]]:
@@ -37,13 +37,13 @@ def find(address: str) -> tuple[Any, list[tuple[str, str]]]:
     """
     try:
         fs, path = fsspec.core.url_to_fs(address)
-        found = fs.glob(path, detail=True) if _has_magic(path) else fs.find(path, detail=True)
-        if not found and not _has_magic(path) and fs.isfile(path):
-            found = {path: fs.info(path)}
+        entries = fs.glob(path, detail=True) if _has_magic(path) else fs.find(path, detail=True)
+        if not entries and not _has_magic(path) and fs.isfile(path):
+            entries = {path: fs.info(path)}
     except Exception as error:  # each file system raises its own
-        raise _refused(address, error) from error
-    files = [(name, state(info)) for name, info in found.items() if info.get("type") == "file"]
-    return fs, sorted(files, key=lambda each: os.fsencode(each[0]))
+        raise _refusal(address, error) from error
+    files = [(name, state(info)) for name, info in entries.items() if info.get("type") == "file"]
+    return fs, sorted(files, key=lambda file: os.fsencode(file[0]))
 
 
 def expand(address: str) -> list[str]:
@@ -55,17 +55,17 @@ def expand(address: str) -> list[str]:
         fs, path = fsspec.core.url_to_fs(address)
         return sorted(map(fs.unstrip_protocol, fs.glob(path))) if _has_magic(path) else [address]
     except Exception as error:
-        raise _refused(address, error) from error
+        raise _refusal(address, error) from error
 
 
 def info(address: str) -> tuple[int, str]:
     """Size in bytes, and state, of one file; raises MvmrError when it can't be looked at."""
     try:
         fs, path = fsspec.core.url_to_fs(address)
-        found = fs.info(path)
+        details = fs.info(path)
     except Exception as error:
-        raise _refused(address, error) from error
-    return int(found.get("size") or 0), state(found)
+        raise _refusal(address, error) from error
+    return int(details.get("size") or 0), state(details)
 
 
 def read(fs: Any, path: str, most: float) -> bytes | Rejected:
@@ -95,7 +95,7 @@ def open_stream(address: str) -> Any:
         fs, path = fsspec.core.url_to_fs(address)
         return fs.open(path, "rb", block_size=8 * 2**20, cache_type="readahead")
     except Exception as error:
-        raise _refused(address, error) from error
+        raise _refusal(address, error) from error
 
 
 def state(info: dict[str, Any]) -> str:
@@ -108,7 +108,7 @@ def _has_magic(path: str) -> bool:
     return any(letter in path for letter in "*?[")
 
 
-def _refused(address: str, error: Exception) -> MvmrError:
+def _refusal(address: str, error: Exception) -> MvmrError:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ModuleNotFoundError) and (extra := missing_extra(cause)):

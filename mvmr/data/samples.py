@@ -14,7 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from mvmr.bundles.preprocess import to_rgb
-from mvmr.data.image_set import Arrays, ImageSet, Labels, Numbered, Split, digest
+from mvmr.data.image_set import Arrays, ImageSet, Labels, Split, digest, numbered_names
 from mvmr.errors import MvmrError
 
 PATCH = 64
@@ -52,16 +52,16 @@ def patches(split: Split) -> ImageSet:
     part: Split = "test" if split == "test" else "train"
     folder = _photograph_folder()
     per_class = PER_CLASS[part]
-    cut = []
+    parts = []
     for number, file in enumerate(PHOTOGRAPHS):
         photograph = _photograph(folder / file)
         generator = np.random.default_rng([number, 0 if part == "train" else 1])
-        cut.append(_cut(photograph, _places(photograph.shape[1], part), per_class, generator))
-    pixels = np.concatenate(cut)
+        parts.append(_cut(photograph, _left_edges(photograph.shape[1], part), per_class, generator))
+    pixels = np.concatenate(parts)
     return ImageSet(
         name="sample:patches",
         split=split,
-        source=Arrays(pixels, Numbered(part, len(pixels))),
+        source=Arrays(pixels, numbered_names(part, len(pixels))),
         fingerprint=digest([b"sample:patches", part.encode(), pixels.tobytes()]),
         read_labels=None if split == "unlabelled" else partial(_blocks, len(PHOTOGRAPHS), per_class),
         classes=None if split == "unlabelled" else tuple(PHOTOGRAPHS.values()),
@@ -77,18 +77,18 @@ def strip(first: float, last: float, per_class: int, *, seed: int = 0) -> ImageS
     Raises: MvmrError as `patches`; ValueError for a strip narrower than a patch.
     """
     folder = _photograph_folder()
-    cut = []
+    parts = []
     for number, file in enumerate(PHOTOGRAPHS):
         photograph = _photograph(folder / file)
         width = photograph.shape[1]
-        places = int(first * width), int(last * width) - PATCH
-        cut.append(_cut(photograph, places, per_class, np.random.default_rng([number, seed])))
-    pixels = np.concatenate(cut)
+        edges = int(first * width), int(last * width) - PATCH
+        parts.append(_cut(photograph, edges, per_class, np.random.default_rng([number, seed])))
+    pixels = np.concatenate(parts)
     name = f"sample:patches[{first:g}-{last:g}]"
     return ImageSet(
         name=name,
         split="train",
-        source=Arrays(pixels, Numbered("train", len(pixels))),
+        source=Arrays(pixels, numbered_names("train", len(pixels))),
         fingerprint=digest([name.encode(), pixels.tobytes()]),
         read_labels=partial(_blocks, len(PHOTOGRAPHS), per_class),
         classes=tuple(PHOTOGRAPHS.values()),
@@ -113,7 +113,7 @@ def digits(split: Split) -> ImageSet:
     return ImageSet(
         name="sample:digits",
         split=split,
-        source=Arrays(pixels, Numbered(part, len(pixels))),
+        source=Arrays(pixels, numbered_names(part, len(pixels))),
         fingerprint=digest([b"sample:digits", part.encode(), pixels.tobytes()]),
         read_labels=None if split == "unlabelled" else partial(np.copy, labels),
         classes=None if split == "unlabelled" else tuple("0123456789"),
@@ -122,10 +122,10 @@ def digits(split: Split) -> ImageSet:
 
 
 def _photograph_folder() -> Path:
-    found = importlib.util.find_spec("skimage")
-    if found is None or not found.submodule_search_locations:
+    spec = importlib.util.find_spec("skimage")
+    if spec is None or not spec.submodule_search_locations:
         raise MvmrError("sample:patches needs the photographs of scikit-image; pip install 'mvmr[train]'")
-    return Path(found.submodule_search_locations[0]) / "data"
+    return Path(spec.submodule_search_locations[0]) / "data"
 
 
 def _photograph(path: Path) -> npt.NDArray[np.uint8]:
@@ -139,15 +139,15 @@ def _photograph(path: Path) -> npt.NDArray[np.uint8]:
         raise MvmrError(f"sample:patches cannot read {path}: {error}; reinstall scikit-image") from error
 
 
-def _places(width: int, part: Split) -> tuple[int, int]:
+def _left_edges(width: int, part: Split) -> tuple[int, int]:
     """The first and last left edge of a patch."""
     return (0, int(0.60 * width) - PATCH) if part == "train" else (-int(-0.65 * width // 1), width - PATCH)
 
 
 def _cut(
-    photograph: npt.NDArray[np.uint8], places: tuple[int, int], count: int, generator: np.random.Generator
+    photograph: npt.NDArray[np.uint8], edges: tuple[int, int], count: int, generator: np.random.Generator
 ) -> npt.NDArray[np.uint8]:
-    lefts = generator.integers(*places, count, endpoint=True)
+    lefts = generator.integers(*edges, count, endpoint=True)
     tops = generator.integers(0, photograph.shape[0] - PATCH, count, endpoint=True)
     return np.stack([photograph[y : y + PATCH, x : x + PATCH] for y, x in zip(tops, lefts, strict=True)])
 
@@ -159,11 +159,11 @@ def _blocks(classes: int, per_class: int) -> Labels:
 def _digits_rows(numbers: npt.NDArray[np.int64], part: Split) -> npt.NDArray[np.int64]:
     """Deal the shuffled images of each class evenly, then cut: the shares are equal to within one image."""
     generator = np.random.default_rng(0)
-    place = np.empty(len(numbers))
+    ranks = np.empty(len(numbers))
     for number in range(10):
         rows = generator.permutation(np.flatnonzero(numbers == number))
-        place[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
-    order = np.argsort(place, kind="stable")
+        ranks[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
+    order = np.argsort(ranks, kind="stable")
     return np.sort(order[:_DIGITS_TRAIN] if part == "train" else order[_DIGITS_TRAIN:])
 
 

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from mvmr.data import decoding
-from mvmr.data.image_set import Skipped
-from mvmr.data.readable import passed_over
+from mvmr.data.image_set import Names, Skipped
+from mvmr.data.readable import note_other_formats
 from mvmr.errors import MvmrError
 
 T = TypeVar("T")
@@ -50,27 +50,8 @@ class Packed(Sequence[bytes]):
     def __getitem__(self, index: int | slice) -> bytes | Sequence[bytes]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
-        return self.letters[int(self.ends[place - 1]) if place else 0 : int(self.ends[place])]
-
-
-@dataclass(frozen=True, eq=False)
-class Keys(Sequence[str]):
-    """File names as text that is safe to print and to write, one line each."""
-
-    names: Sequence[bytes]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[str]: ...
-    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
-        if isinstance(index, slice):
-            return [printable(name) for name in self.names[index]]
-        return printable(self.names[index])
+        position = range(len(self))[index]
+        return self.letters[int(self.ends[position - 1]) if position else 0 : int(self.ends[position])]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +68,9 @@ class Files:
     times: npt.NDArray[np.int64]
 
     @property
-    def keys(self) -> Keys:
-        return Keys(self.names)
+    def keys(self) -> Names:
+        """Names as text that is safe to print and to write, one line each."""
+        return Names(self.names, printable)
 
     def path(self, index: int) -> bytes:
         return os.path.join(self.root, self.names[index])
@@ -109,7 +91,7 @@ class Scan:
     """What one pass over a folder tree found."""
 
     files: Files
-    others: int = 0  # files without an image's ending
+    other_files: int = 0  # files without an image's ending
     other_formats: int = 0  # images of formats that were not asked for
     unlisted: list[Skipped] = field(default_factory=list)  # folders that could not be listed
 
@@ -123,10 +105,10 @@ def scan(root: bytes, below: bytes = b"", formats: tuple[str, ...] | None = None
     each folder once; a link to a folder inside or around this one adds nothing, so loops end.
     """
     start = os.path.join(root, below) if below else root
-    found = Scan(stat_files(root, ()))
-    names = Packed.of(_walk(start, below + b"/" if below else b"", decoding.extensions(formats), found))
-    found.files = stat_files(root, names)
-    return found
+    contents = Scan(stat_files(root, ()))
+    names = Packed.of(_walk(start, below + b"/" if below else b"", decoding.extensions(formats), contents))
+    contents.files = stat_files(root, names)
+    return contents
 
 
 def match(pattern: bytes, formats: tuple[str, ...] | None = None) -> tuple[list[bytes], int]:
@@ -134,10 +116,11 @@ def match(pattern: bytes, formats: tuple[str, ...] | None = None) -> tuple[list[
 
     Raises: MvmrError for none.
     """
-    found, others = of_formats(formats, filter(os.path.isfile, glob.iglob(pattern, recursive=True)), bytes)
-    if not found:
-        raise MvmrError(f"no image file matches {printable(pattern)}; {passed_over(others) or 'quote the pattern'}")
-    return sorted(found), others
+    files, other_formats = of_formats(formats, filter(os.path.isfile, glob.iglob(pattern, recursive=True)), bytes)
+    if not files:
+        cause = note_other_formats(other_formats) or "quote the pattern"
+        raise MvmrError(f"no image file matches {printable(pattern)}; {cause}")
+    return sorted(files), other_formats
 
 
 def read_list(path: bytes) -> Packed:
@@ -154,10 +137,10 @@ def read_list(path: bytes) -> Packed:
 
 def list_names(text: bytes, name: str) -> Packed:
     """The lines of a list that are not empty; raises MvmrError for none, or for what is no text."""
-    names = Packed.of(line for each in text.split(b"\n") if (line := each.strip(b"\r\t ")))
+    names = Packed.of(path for line in text.split(b"\n") if (path := line.strip(b"\r\t ")))
     if not len(names):
         raise MvmrError(f"no images in the list {name}: it has no lines; write a path on each")
-    if any(b"\x00" in each for each in names):
+    if any(b"\x00" in path for path in names):
         raise MvmrError(f"{name} is not a list of paths: it holds zero bytes; give a text file with a path a line")
     return names
 
@@ -166,14 +149,14 @@ def of_formats(
     formats: tuple[str, ...] | None, files: Iterable[T], name_of: Callable[[T], bytes]
 ) -> tuple[list[T], int]:
     """Those of the files whose names end as images of these formats do, and how many are images of others."""
-    found, others = [], 0
+    images, other_formats = [], 0
     for file in files:
         ending = os.path.splitext(name_of(file))[1].lower()
         if ending in decoding.extensions(formats):
-            found.append(file)
+            images.append(file)
         else:
-            others += ending in decoding.extensions()
-    return found, others
+            other_formats += ending in decoding.extensions()
+    return images, other_formats
 
 
 def stat_files(root: bytes, names: Sequence[bytes]) -> Files:
@@ -201,7 +184,7 @@ def printable(name: bytes) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _walk(start: bytes, prefix: bytes, endings: frozenset[bytes], found: Scan) -> Iterator[bytes]:
+def _walk(start: bytes, prefix: bytes, endings: frozenset[bytes], contents: Scan) -> Iterator[bytes]:
     home = os.path.join(os.path.realpath(start), b"")
     seen: set[tuple[int, int]] = set()
     waiting = [prefix]  # names still to visit, the next one last; a folder ends in "/"
@@ -217,15 +200,15 @@ def _walk(start: bytes, prefix: bytes, endings: frozenset[bytes], found: Scan) -
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
-            inside = _list(path, home, endings, found)
+            inside = _list(path, home, endings, contents)
         except OSError as error:
-            found.unlisted.append(Skipped(printable(name) or ".", f"folder not listed: {decoding.reason(error)}"))
+            contents.unlisted.append(Skipped(printable(name) or ".", f"folder not listed: {decoding.reason(error)}"))
             continue
         # a folder sorts as its name and "/", which puts whole paths in the order of their bytes
         waiting.extend(name + entry for entry in sorted(inside, reverse=True))
 
 
-def _list(path: bytes, home: bytes, endings: frozenset[bytes], found: Scan) -> list[bytes]:
+def _list(path: bytes, home: bytes, endings: frozenset[bytes], contents: Scan) -> list[bytes]:
     inside = []
     with os.scandir(path) as entries:
         for entry in entries:
@@ -237,11 +220,11 @@ def _list(path: bytes, home: bytes, endings: frozenset[bytes], found: Scan) -> l
                 continue
             ending = os.path.splitext(entry.name)[1].lower()
             if ending not in decoding.extensions() or not (entry.is_file() or entry.is_symlink()):
-                found.others += 1
+                contents.other_files += 1
             elif ending in endings:
                 inside.append(entry.name)
             else:
-                found.other_formats += 1
+                contents.other_formats += 1
     return inside
 
 

@@ -76,8 +76,8 @@ class Shards:
         count = len(self.tars)
         if count < of:
             raise MvmrError(f"{self.name} has {count} tar files, too few for {of} pieces; give --shard a smaller n")
-        chosen = self.tars[count * number // of : count * (number + 1) // of]
-        return Shards(self.name, self.fingerprint, chosen, self.distant, self.most)
+        piece = self.tars[count * number // of : count * (number + 1) // of]
+        return Shards(self.name, self.fingerprint, piece, self.distant, self.most)
 
 
 def is_tar(text: str) -> bool:
@@ -91,8 +91,8 @@ def open_shards(text: str, most: float) -> Shards:
     Raises: MvmrError for a file that is not there, or a pattern that matches none.
     """
     pattern = text.removeprefix("shards:")
-    there = not remote.is_address(pattern) and os.path.exists(os.path.expanduser(pattern))
-    tars = [tar for each in ([pattern] if there else _expand(pattern)) for tar in _matching(each)]
+    exists = not remote.is_address(pattern) and os.path.exists(os.path.expanduser(pattern))
+    tars = [tar for expansion in ([pattern] if exists else _expand(pattern)) for tar in _find_tars(expansion)]
     if not tars:
         raise MvmrError(f"no tar file matches {pattern!r}; check the pattern, and quote it")
     return Shards(text, hashlib.sha256(repr(tars).encode()).hexdigest(), tuple(tars), remote.is_address(pattern), most)
@@ -113,43 +113,43 @@ def _expand(pattern: str) -> Iterator[str]:
         yield from _expand(pattern[: braces.start()] + option + pattern[braces.end() :])
 
 
-def _matching(pattern: str) -> Iterator[Tar]:
+def _find_tars(pattern: str) -> Iterator[Tar]:
     if remote.is_address(pattern):
         for address in remote.expand(pattern):
             yield Tar(address, *remote.info(address))
         return
     path = os.path.normpath(os.path.expanduser(pattern))
-    for each in [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True)) or [path]:
+    for file in [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True)) or [path]:
         try:
-            status = os.stat(each)
+            status = os.stat(file)
         except OSError as error:
             if glob.has_magic(path):
                 return
-            raise MvmrError(f"no tar file {each}: {error.strerror}; check the pattern") from error
-        yield Tar(each, status.st_size, f"{status.st_size} {status.st_mtime_ns}")
+            raise MvmrError(f"no tar file {file}: {error.strerror}; check the pattern") from error
+        yield Tar(file, status.st_size, f"{status.st_size} {status.st_mtime_ns}")
 
 
 def _members(tar: Tar, skip: int, most: float) -> Iterator[tuple[str, Content, int]]:
     """Path, bytes (none at all for the first `skip`, where that saves reading), and the position in the tar file."""
-    there = remote.is_address(tar.path)
+    distant = remote.is_address(tar.path)
     name = printable(os.fsencode(tar.path))
-    hops = not there and tar.path.lower().endswith(".tar")  # all others only stream
+    hops = not distant and tar.path.lower().endswith(".tar")  # all others only stream
     try:
-        with _raw(tar.path) as raw, _open(raw, hops) as opened:
-            while (member := opened.next()) is not None:
-                opened.members = []  # type: ignore[attr-defined]  # else it remembers each of millions
+        with _raw(tar.path) as raw, _open(raw, hops) as archive:
+            while (member := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # else it remembers each of millions
                 if not _is_image(member):
                     continue
                 if hops and member.offset_data + member.size > tar.size:  # found whether it is read or skipped
                     raise tarfile.ReadError("unexpected end of data")
-                content = b"" if hops and skip > 0 else _content(opened, member, most)
+                content = b"" if hops and skip > 0 else _content(archive, member, most)
                 skip -= 1
                 yield printable(os.fsencode(f"{tar.path}/{member.name}")), content, raw.tell()
     except _DAMAGE as error:
         damage = Rejected("damaged-tar", f"the rest of this tar file can't be read: {decoding.reason(error)}")
         yield name, damage, tar.size
     except Exception as error:
-        if not there and not isinstance(error, OSError):
+        if not distant and not isinstance(error, OSError):
             raise
         raise MvmrError(f"cannot read {name}: {decoding.reason(error)}; mend it and go on with --resume") from error
 
@@ -158,9 +158,9 @@ class _Strict(tarfile.TarInfo):
     """A header after the first that is broken, cut or missing is damage; tarfile takes it for the end of the file."""
 
     @classmethod
-    def fromtarfile(cls, opened: tarfile.TarFile) -> Self:
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
         try:
-            return super().fromtarfile(opened)
+            return super().fromtarfile(archive)
         except tarfile.HeaderError as error:
             if type(error).__name__ == "EOFHeaderError":  # the end mark
                 raise
@@ -183,12 +183,12 @@ def _is_image(member: tarfile.TarInfo) -> bool:
     return not name.startswith(".") and not member.isdir() and ending in decoding.extensions()
 
 
-def _content(opened: tarfile.TarFile, member: tarfile.TarInfo, most: float) -> Content:
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo, most: float) -> Content:
     if not member.isreg():
         return Rejected("unreadable", "a link inside a tar file; make it with `tar --dereference --hard-dereference`")
     if member.size > most:
         return too_many_bytes(member.size, most)
-    file: Any = opened.extractfile(member)
+    file: Any = archive.extractfile(member)
     content: bytes = file.read()
     if len(content) < member.size:
         raise tarfile.ReadError("unexpected end of data")

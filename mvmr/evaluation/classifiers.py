@@ -67,15 +67,15 @@ def linear_probe(
     """
     if features.size > _LARGE:
         return adam_probe(features, labels, classes, LARGE, seed=seed, progress=progress)
-    seen = _seen(labels, classes)
+    seen = _find_classes(labels, classes)
     scaler = StandardScaler().fit(features)
     space = _RowSpace((scaler.transform(features) / np.sqrt(features.shape[1])).astype(np.float32))
 
-    def right(strength: float, fit: np.ndarray, held: np.ndarray) -> float:
+    def right(strength: float, fit: np.ndarray, validation: np.ndarray) -> float:
         solver = _solve(space.rows[fit], labels[fit], strength)
-        return float((solver.predict(space.rows[held]) == labels[held]).sum())
+        return float((solver.predict(space.rows[validation]) == labels[validation]).sum())
 
-    strength = _choose(_STRENGTHS, right, held_out(labels, seed))
+    strength = _choose(_STRENGTHS, right, hold_out(labels, seed))
     solver = _solve(space.rows, labels, strength)
     coefficients, intercept = space.back(solver.coef_), solver.intercept_
     if len(solver.classes_) == 2:  # scikit-learn keeps one row for two classes
@@ -101,22 +101,22 @@ def one_vs_all(features: np.ndarray, present: np.ndarray, *, seed: int = 0) -> L
     scaler = StandardScaler().fit(features)
     space = _RowSpace((scaler.transform(features) / np.sqrt(features.shape[1])).astype(np.float32))
 
-    def fitted(column: np.ndarray, rows: np.ndarray, strength: float) -> LogisticRegression:
-        known = rows[column[rows] != 0]
-        return _solve(space.rows[known], (column[known] > 0).astype(np.int64), strength)
+    def fit_class(column: np.ndarray, rows: np.ndarray, strength: float) -> LogisticRegression:
+        fit_rows = rows[column[rows] != 0]
+        return _solve(space.rows[fit_rows], (column[fit_rows] > 0).astype(np.int64), strength)
 
-    def precision(strength: float, fit: np.ndarray, held: np.ndarray) -> float:
-        found = []
+    def precision(strength: float, fit: np.ndarray, validation: np.ndarray) -> float:
+        precisions = []
         for column in present.T:
-            if all(len(np.unique(column[part][column[part] != 0])) == 2 for part in (fit, held)):
-                logits = fitted(column, fit, strength).decision_function(space.rows[held])
-                found.append(average_precision(logits, column[held], definition="area"))
-        return float(np.mean(found)) if found else 0.0
+            if all(len(np.unique(column[part][column[part] != 0])) == 2 for part in (fit, validation)):
+                logits = fit_class(column, fit, strength).decision_function(space.rows[validation])
+                precisions.append(average_precision(logits, column[validation], definition="area"))
+        return float(np.mean(precisions)) if precisions else 0.0
 
     rows = np.arange(len(features))
     parts = train_test_split(rows, test_size=0.2, random_state=seed) if len(rows) >= _FEWEST else None
     strength = _choose(_STRENGTHS, precision, parts)
-    solvers = [fitted(column, rows, strength) for column in present.T]
+    solvers = [fit_class(column, rows, strength) for column in present.T]
     coefficients = space.back(np.vstack([solver.coef_ for solver in solvers]))
     weight = coefficients / (scaler.scale_ * np.sqrt(features.shape[1]))
     bias = np.hstack([solver.intercept_ for solver in solvers]) - weight @ scaler.mean_
@@ -157,19 +157,19 @@ def adam_probe(
     Raises:
         MvmrError: all labels are the same.
     """
-    seen = _seen(labels, classes)
+    seen = _find_classes(labels, classes)
     mean, std = _statistics(features)
-    lrs, parts = config.lrs, held_out(labels, seed)
+    lrs, parts = config.lrs, hold_out(labels, seed)
 
-    def trained(rows: np.ndarray, lrs: tuple[float, ...]) -> list[LinearHead]:
+    def fit_heads(rows: np.ndarray, lrs: tuple[float, ...]) -> list[LinearHead]:
         task = replace(config, lrs=lrs)
         return _train_heads(features, labels, classes, F.cross_entropy, rows, task, (mean, std), seed, progress)
 
     if len(lrs) > 1 and parts is not None:
-        fit, held = parts
-        right = [(head.predict(features[held]) == labels[held]).sum() for head in trained(fit, lrs)]
+        fit, validation = parts
+        right = [(head.predict(features[validation]) == labels[validation]).sum() for head in fit_heads(fit, lrs)]
         lrs = (lrs[int(np.argmax(right))],)
-    (head,) = trained(np.arange(len(features)), lrs[:1])
+    (head,) = fit_heads(np.arange(len(features)), lrs[:1])
     head.bias[np.setdiff1d(np.arange(classes), seen)] = _NEVER
     return head
 
@@ -193,9 +193,9 @@ def adam_one_vs_all(
 
 
 def _binary_loss(logits: Tensor, present: Tensor) -> Tensor:
-    known = present != 0
-    each = F.binary_cross_entropy_with_logits(logits, (present > 0).float(), reduction="none")
-    return (each * known).sum() / known.sum().clamp(min=1)
+    mask = present != 0
+    losses = F.binary_cross_entropy_with_logits(logits, (present > 0).float(), reduction="none")
+    return (losses * mask).sum() / mask.sum().clamp(min=1)
 
 
 def _train_heads(
@@ -223,20 +223,20 @@ def _train_heads(
         for epoch in range(config.epochs):
             order = random.permutation(rows)
             for start in range(0, len(order), config.batch_size):
-                chosen = np.sort(order[start : start + config.batch_size])  # in the order in which they lie on the disk
-                x = (torch.from_numpy(features[chosen]) - shift) * scale
-                y = torch.from_numpy(labels[chosen])
+                batch = np.sort(order[start : start + config.batch_size])  # in the order in which they lie on the disk
+                x = (torch.from_numpy(features[batch]) - shift) * scale
+                y = torch.from_numpy(labels[batch])
                 loss = torch.stack([loss_of(F.linear(x, w[:, :-1], w[:, -1]), y) for w in heads]).sum()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
             advance(epoch + 1, "")
-    found = []
+    results = []
     for head, lr in zip(heads, config.lrs, strict=True):
         weight = head.detach()[:, :-1].numpy() / std
-        found.append(LinearHead(weight, head.detach()[:, -1].numpy() - weight @ mean, {"lr": lr}))
-    return found
+        results.append(LinearHead(weight, head.detach()[:, -1].numpy() - weight @ mean, {"lr": lr}))
+    return results
 
 
 def _statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -247,7 +247,7 @@ def _statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return scaler.mean_.astype(np.float32), scaler.scale_.astype(np.float32)
 
 
-def _seen(labels: np.ndarray, classes: int) -> np.ndarray:
+def _find_classes(labels: np.ndarray, classes: int) -> np.ndarray:
     seen = np.flatnonzero(np.bincount(labels, minlength=classes))
     if len(seen) < 2:
         raise MvmrError("all training images are of one class: a linear probe needs images of two or more")
@@ -259,14 +259,14 @@ def _tell_apart(present: np.ndarray) -> None:
         raise MvmrError(f"class number {lacking[0]} is in none or in all of the training images: nothing to tell apart")
 
 
-def held_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray] | None:
+def hold_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray] | None:
     """(rows to fit on, rows to choose by): a fifth of each class with 5 images or more; None where there is none."""
     counts = np.bincount(labels)[labels]
     splittable = np.flatnonzero(counts >= _FEWEST)
     if len(splittable) == 0:
         return None
-    fit, held = train_test_split(splittable, test_size=0.2, random_state=seed, stratify=labels[splittable])
-    return np.concatenate([fit, np.flatnonzero(counts < _FEWEST)]), held
+    fit, validation = train_test_split(splittable, test_size=0.2, random_state=seed, stratify=labels[splittable])
+    return np.concatenate([fit, np.flatnonzero(counts < _FEWEST)]), validation
 
 
 def _choose(
@@ -302,9 +302,9 @@ class _RowSpace:
         self.rows = x
         if x.shape[1] > x.shape[0] and x.any():  # a collapsed encoder's features span nothing
             values, vectors = np.linalg.eigh((x @ x.T).astype(np.float64))
-            kept = values > values[-1] * 1e-6
-            self.rows = (vectors[:, kept] * np.sqrt(values[kept])).astype(np.float32)
-            self.basis = x.T @ (vectors[:, kept] / np.sqrt(values[kept])).astype(np.float32)
+            mask = values > values[-1] * 1e-6
+            self.rows = (vectors[:, mask] * np.sqrt(values[mask])).astype(np.float32)
+            self.basis = x.T @ (vectors[:, mask] / np.sqrt(values[mask])).astype(np.float32)
 
     def back(self, coefficients: np.ndarray) -> np.ndarray:
         """[C, K] on ``rows`` -> [C, D] on the rows as they were given."""

@@ -41,18 +41,18 @@ def evaluate(
             fit the data; all of this before any feature is computed.
     """
     check_protocols(protocols or ())
-    opened = bundles.load(bundle)
-    background = opened.manifest.preprocessing.background
+    current = bundles.load(bundle)
+    background = current.manifest.preprocessing.background
     labelled = open_labelled(data, background=background, max_unreadable=max_unreadable, progress=progress)
-    chosen = protocols_for(labelled, protocols, ks=ks)
-    measured = Measured(opened.student(device), labelled, device=device, progress=progress)
+    measures = protocols_for(labelled, protocols, ks=ks)
+    measurement = Measured(current.student(device), labelled, device=device, progress=progress)
     results = {}
-    for name, measure in chosen.items():
-        results[name] = measure(measured)
-        command = f"mvmr evaluate {opened.path} --data {data} --protocol {name}"
+    for name, measure in measures.items():
+        results[name] = measure(measurement)
+        command = f"mvmr evaluate {current.path} --data {data} --protocol {name}"
         if ks is not None and name == "knn":
             command += f" --k {','.join(map(str, ks))}"
-        opened = bundles.add_metrics(opened, record(command, data, name, results[name]))
+        current = bundles.add_metrics(current, record(command, data, name, results[name]))
     return results
 
 
@@ -73,17 +73,17 @@ def probe(
     Returns:
         The bundle as it is now, and the head's figures on the test split, as :func:`evaluate` names them.
     """
-    opened = bundles.load(bundle)
-    background = opened.manifest.preprocessing.background
+    current = bundles.load(bundle)
+    background = current.manifest.preprocessing.background
     labelled = open_labelled(data, background=background, max_unreadable=max_unreadable, progress=progress)
-    measured = Measured(opened.student(device), labelled, device=device, progress=progress)
+    measurement = Measured(current.student(device), labelled, device=device, progress=progress)
     protocol = "voc07" if labelled.several else "linear"
-    values = protocols_for(labelled, [protocol])[protocol](measured)
+    values = protocols_for(labelled, [protocol])[protocol](measurement)
     name = head or head_name(data)
-    command = f"mvmr probe {opened.path} --data {data} --head {name}"
-    described = record(command, data, protocol, values) | {"head": name}
-    fitted = measured.head
-    return bundles.add_head(opened, name, fitted.weight, fitted.bias, labelled.classes, described), values
+    command = f"mvmr probe {current.path} --data {data} --head {name}"
+    metrics = record(command, data, protocol, values) | {"head": name}
+    linear_head = measurement.head
+    return bundles.add_head(current, name, linear_head.weight, linear_head.bias, labelled.classes, metrics), values
 
 
 def open_labelled(

@@ -18,7 +18,7 @@ class Bank:
     """
 
     def __init__(self, features: np.ndarray) -> None:
-        rows = _normalised(features)
+        rows = _normalise(features)
         self._index = faiss.IndexFlatIP(rows.shape[1])
         self._index.add(rows)
 
@@ -38,7 +38,7 @@ class Bank:
             columns where there are not k features, ``without`` left out.
         """
         count = min(k + (without is not None), len(self))
-        similarity, neighbour = self._index.search(_normalised(queries), count)
+        similarity, neighbour = self._index.search(_normalise(queries), count)
         if without is None:
             return similarity, neighbour
         own = neighbour == without[:, None]
@@ -57,7 +57,7 @@ def nearest(features: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarr
     return Bank(features).search(queries, k)
 
 
-def others(features: np.ndarray, k: int) -> np.ndarray:
+def find_neighbours(features: np.ndarray, k: int) -> np.ndarray:
     """Row numbers of the k rows most similar to each row by cosine, most similar first; never the row itself.
 
     Shapes:
@@ -80,12 +80,12 @@ def neighbour_overlap(a: np.ndarray, b: np.ndarray, k: int) -> np.ndarray:
         a: [N, D1], b: [N, D2] float32, row i of both is of the same image; returns [N] float64 in [0, 1].
 
     Raises:
-        MvmrError: as :func:`others`.
+        MvmrError: as :func:`find_neighbours`.
         ValueError: the descriptions differ in length.
     """
     if len(a) != len(b):
         raise ValueError(f"neighbours are compared row by row: got {len(a)} and {len(b)} of them")
-    ours, theirs = others(a, k), others(b, k)
+    ours, theirs = find_neighbours(a, k), find_neighbours(b, k)
     step = max(1, _COMPARED // k**2)  # rows at a time: all at once would take N k^2 bytes
     parts = [
         (ours[i : i + step, :, None] == theirs[i : i + step, None, :]).any(2).mean(1) for i in range(0, len(ours), step)
@@ -102,9 +102,9 @@ def votes(similarity: np.ndarray, labels: np.ndarray, classes: int, *, temperatu
         similarity: [M, k] cosines and labels: [M, k] integers, of the neighbours; returns [M, classes] float64.
     """
     weights = np.ones_like(similarity) if temperature is None else np.exp((similarity - 1) / temperature)
-    counted = np.zeros((len(labels), classes))
-    np.add.at(counted, (np.arange(len(labels))[:, None], labels), weights)
-    return counted
+    totals = np.zeros((len(labels), classes))
+    np.add.at(totals, (np.arange(len(labels))[:, None], labels), weights)
+    return totals
 
 
 def knn_predict(
@@ -125,7 +125,7 @@ def knn_predict(
     return votes(similarity, labels[neighbour], classes, temperature=temperature).argmax(1)
 
 
-def _normalised(features: np.ndarray) -> np.ndarray:
+def _normalise(features: np.ndarray) -> np.ndarray:
     rows = np.array(features, dtype=np.float32, order="C")
     faiss.normalize_L2(rows)
     return rows

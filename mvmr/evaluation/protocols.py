@@ -61,20 +61,20 @@ class Labelled:
         if test_classes != classes:
             odd = sorted(set(test_classes) ^ set(classes))[0]
             raise MvmrError(f"{train.name}: training and test split have other classes ({odd!r} is in one only)")
-        found = cls(train, test, classes, labels, test_labels)
-        trained, tested = found._counts(labels), found._counts(test_labels)
-        if np.count_nonzero(trained) < 2:
+        data = cls(train, test, classes, labels, test_labels)
+        in_train, in_test = data._counts(labels) > 0, data._counts(test_labels) > 0
+        if np.count_nonzero(in_train) < 2:
             raise MvmrError(f"{train.name}: all training images are of one class; measuring needs two or more")
-        if absent := [name for name, have, asked in zip(classes, trained, tested, strict=True) if asked and not have]:
+        if len(absent := np.flatnonzero(in_test & ~in_train)):
             raise MvmrError(
-                f"{train.name}: class {absent[0]!r} is in the test split and has no image in the training split; "
-                "put some there, or leave the class out of both"
+                f"{train.name}: class {classes[absent[0]]!r} is in the test split and has no image in the training "
+                "split; put some there, or leave the class out of both"
             )
-        if found.several and (lacking := [name for name, asked in zip(classes, tested, strict=True) if not asked]):
+        if data.several and len(lacking := np.flatnonzero(~in_test)):
             raise MvmrError(
-                f"{test.name}: class {lacking[0]!r} has no image in the test split: no precision to measure"
+                f"{test.name}: class {classes[lacking[0]]!r} has no image in the test split: no precision to measure"
             )
-        return found
+        return data
 
     def _counts(self, labels: np.ndarray) -> np.ndarray:
         if self.several:
@@ -102,12 +102,12 @@ class Measured:
 
     def linear(self) -> Values:
         """``top1`` and ``top5`` in percent, and the hyper-parameter that was chosen on a part of the training split."""
-        return self._scored(self.head)
+        return self._score(self.head)
 
     def linear_paper(self) -> Values:
         """As ``linear``, by the paper's 100 epochs of Adam (1e-3); the last one counts, and nothing is chosen."""
         classes = len(self.data.classes)
-        return self._scored(adam_probe(self.features, self.data.labels, classes, PAPER, progress=self._progress))
+        return self._score(adam_probe(self.features, self.data.labels, classes, PAPER, progress=self._progress))
 
     def knn(self, ks: Sequence[int] | None = None) -> Values:
         """``top1_weighted_k5`` and ``top1_plain_k5`` in percent, and so on for every k.
@@ -121,14 +121,14 @@ class Measured:
             MvmrError: as :func:`check_ks`.
         """
         classes, labels = len(self.data.classes), self.data.labels
-        wanted = [k for k in KS if k <= len(labels)] if ks is None else list(ks)
-        check_ks(wanted, self.data)
-        similarity, neighbour = nearest(self.features, self.test_features, max(wanted))
+        numbers = [k for k in KS if k <= len(labels)] if ks is None else list(ks)
+        check_ks(numbers, self.data)
+        similarity, neighbour = nearest(self.features, self.test_features, max(numbers))
         values = {}
-        for k in wanted:
+        for k in numbers:
             for name, temperature in (("weighted", TEMPERATURE), ("plain", None)):
-                counted = votes(similarity[:, :k], labels[neighbour[:, :k]], classes, temperature=temperature)
-                values[f"top1_{name}_k{k}"] = 100 * float((counted.argmax(1) == self.data.test_labels).mean())
+                totals = votes(similarity[:, :k], labels[neighbour[:, :k]], classes, temperature=temperature)
+                values[f"top1_{name}_k{k}"] = 100 * float((totals.argmax(1) == self.data.test_labels).mean())
         return values
 
     def voc07(self) -> Values:
@@ -148,7 +148,7 @@ class Measured:
 
         return {"map_11point": score("voc07"), "map_area": score("area"), **head.chosen}
 
-    def _scored(self, head: LinearHead) -> Values:
+    def _score(self, head: LinearHead) -> Values:
         logits = head.logits(self.test_features)
         tops = {f"top{k}": top_k(logits, self.data.test_labels, k) for k in (1, 5) if k < len(self.data.classes)}
         return tops | dict(head.chosen)
@@ -200,20 +200,21 @@ def protocols_for(
     Raises:
         MvmrError: an unknown protocol, or one for another kind of labels; or as :func:`check_ks`.
     """
-    known = SEVERAL if data.several else SINGLE
-    wanted = DEFAULTS[data.several] if names is None else names
-    check_protocols(wanted)
-    if unfit := [name for name in wanted if name not in known]:
+    choices = SEVERAL if data.several else SINGLE
+    selection = DEFAULTS[data.several] if names is None else names
+    check_protocols(selection)
+    if unfit := [name for name in selection if name not in choices]:
         kind = "several labels" if data.several else "one label"
         raise MvmrError(
-            f"protocol {unfit[0]} does not fit {data.train.name}, which has {kind} to an image; use {', '.join(known)}"
+            f"protocol {unfit[0]} does not fit {data.train.name}, which has {kind} to an image; "
+            f"use {', '.join(choices)}"
         )
     if ks is None:
-        return {name: known[name] for name in wanted}
-    if "knn" not in wanted:
+        return {name: choices[name] for name in selection}
+    if "knn" not in selection:
         raise MvmrError("numbers of neighbours are for protocol knn, which was not asked for")
     check_ks(ks, data)
-    return {name: partial(Measured.knn, ks=ks) if name == "knn" else known[name] for name in wanted}
+    return {name: partial(Measured.knn, ks=ks) if name == "knn" else choices[name] for name in selection}
 
 
 def _labels(images: ImageSet) -> tuple[tuple[str, ...], np.ndarray]:

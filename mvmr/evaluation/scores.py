@@ -35,8 +35,8 @@ def top_k(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
         raise ValueError(f"labels from {labels.min()} to {labels.max()} do not index {logits.shape[1]} columns")
     _refuse_nan(logits, "logits")
     own = np.take_along_axis(logits, labels[:, None], axis=1)
-    others = (logits >= own).sum(1) - 1  # the label itself is as high as itself
-    return float(100 * (others < k).mean())
+    rivals = (logits >= own).sum(1) - 1  # the label itself is as high as itself
+    return float(100 * (rivals < k).mean())
 
 
 def average_precision(scores: np.ndarray, present: np.ndarray, *, definition: Definition) -> float:
@@ -97,13 +97,13 @@ def mean_average_precision(
         )
     if len(set(classes)) != len(classes) or not classes:
         raise ValueError(f"mean average precision needs classes of different names, got {list(classes)}")
-    each = {}
+    by_class = {}
     for column, name in enumerate(classes):
         try:
-            each[name] = 100 * average_precision(scores[:, column], present[:, column], definition=definition)
+            by_class[name] = 100 * average_precision(scores[:, column], present[:, column], definition=definition)
         except MvmrError as error:
             raise MvmrError(f"class {name!r}: {error}") from error
-    return float(np.mean(list(each.values()))), each
+    return float(np.mean(list(by_class.values()))), by_class
 
 
 def linear_cka(x: np.ndarray, y: np.ndarray) -> float:
@@ -127,7 +127,7 @@ def linear_cka(x: np.ndarray, y: np.ndarray) -> float:
         raise ValueError(f"linear CKA takes two matrices of features: got {x.shape} and {y.shape}")
     if len(x) != len(y) or len(x) == 0:
         raise ValueError(f"linear CKA pairs rows: got {len(x)} and {len(y)} of them")
-    a, b = _centred(x), _centred(y)
+    a, b = _centre(x), _centre(y)
     if not a.any() or not b.any():
         return 0.0
     value = _alignment(a, b) / np.sqrt(_alignment(a, a) * _alignment(b, b))
@@ -160,12 +160,12 @@ def _check_code(present: np.ndarray) -> None:
 def _thresholds(scores: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How many positives, and how many in all, score at least each distinct score, from the highest down: [T] each."""
     order = np.argsort(scores)[::-1]
-    ranked = scores[order]
-    last = np.append(np.flatnonzero(ranked[1:] != ranked[:-1]), len(ranked) - 1)  # of those of equal score
+    descending = scores[order]
+    last = np.append(np.flatnonzero(descending[1:] != descending[:-1]), len(descending) - 1)  # of those of equal score
     return np.cumsum(positive[order])[last], last + 1
 
 
-def _centred(x: np.ndarray) -> np.ndarray:
+def _centre(x: np.ndarray) -> np.ndarray:
     """Columns without their mean, in units of the largest entry: [N, D] float64. A constant batch is exactly zero."""
     if not np.isfinite(x).all():
         raise MvmrError(f"NaN or infinity in {(~np.isfinite(x)).any(1).sum()} of {len(x)} rows of features")

@@ -18,7 +18,7 @@ from mvmr.errors import MvmrError
 from mvmr.methods.dependence import effective_rank
 from mvmr.methods.heads import build_projector
 from mvmr.methods.method import Method, MethodConfig, Statistics, Step, ViewSpec
-from mvmr.methods.momentum import cosine_momentum, follow, follower
+from mvmr.methods.momentum import cosine_momentum, follow, make_follower
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,17 +56,17 @@ class Byol(Method):
         self.momentum = config.momentum
         self.projector = build_projector(width, config.projector)
         self.predictor = build_projector(config.projector[-1], config.predictor)
-        self.slow_encoder, self.slow_projector = follower(encoder), follower(self.projector)
+        self.slow_encoder, self.slow_projector = make_follower(encoder), make_follower(self.projector)
 
     def forward(self, views: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Step:
         images = [self.normalise(views[name]) for name in ("first", "second")]
         h = [self.encoder(view) for view in images]
-        told = [self.predictor(self.projector(features)) for features in h]
+        predictions = [self.predictor(self.projector(features)) for features in h]
         with torch.no_grad():
-            wanted = [self.slow_projector(self.slow_encoder(view)) for view in images]
+            slow = [self.slow_projector(self.slow_encoder(view)) for view in images]
         with torch.autocast(h[0].device.type, enabled=False):
-            loss = regression_loss(told[0], wanted[1]) + regression_loss(told[1], wanted[0])
-        return Step({"regression": loss}, (h[0].detach().float(), wanted[0].float()))
+            loss = regression_loss(predictions[0], slow[1]) + regression_loss(predictions[1], slow[0])
+        return Step({"regression": loss}, (h[0].detach().float(), slow[0].float()))
 
     @torch.no_grad()
     def after_step(self, step: int, steps: int) -> None:
@@ -81,6 +81,6 @@ class Byol(Method):
         return {"rank_h": effective_rank(h), "rank_z": effective_rank(z)}
 
 
-def regression_loss(told: Tensor, wanted: Tensor) -> Tensor:
+def regression_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of normalised rows, 2 - 2 cos (eq. 2): [B, D] each -> scalar."""
-    return (2 - 2 * F.cosine_similarity(told.float(), wanted.float())).mean()
+    return (2 - 2 * F.cosine_similarity(prediction.float(), target.float())).mean()

@@ -15,8 +15,8 @@ def gather(x: Tensor) -> Tensor:
     """
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return x
-    gathered: Tensor = _Gather.apply(x)
-    return gathered
+    rows: Tensor = _Gather.apply(x)
+    return rows
 
 
 class _Gather(torch.autograd.Function):

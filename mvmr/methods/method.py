@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mvmr.bundles.preprocess import Preprocess
+from mvmr.bundles.tensors import Normalise
 
 Statistics = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -51,7 +52,7 @@ class MethodConfig:
         return ()
 
     @property
-    def standardised(self) -> tuple[str, ...]:
+    def standardised_targets(self) -> tuple[str, ...]:
         """Those of `targets` of which it must know mean and standard deviation over all images."""
         return ()
 
@@ -108,18 +109,3 @@ class Method(nn.Module):
     def diagnose(self, outputs: Any, generator: torch.Generator) -> dict[str, float]:
         """What the loss can't show, by name, of the outputs of one forward pass; chance comes from `generator`."""
         return {}
-
-
-class Normalise(nn.Module):
-    """[B, 3, H, W] uint8 -> float32 as the encoder takes it; has no weights and leaves no trace in a checkpoint."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, preprocess: Preprocess):
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(preprocess.std).view(1, 3, 1, 1), persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return (images.float() / 255 - self.mean) / self.std

@@ -12,7 +12,7 @@ from torch import nn
 M = TypeVar("M", bound=nn.Module)
 
 
-def follower(module: M) -> M:
+def make_follower(module: M) -> M:
     """A copy of a network that gets no gradient; it begins with the same weights."""
     return copy.deepcopy(module).requires_grad_(False)
 
@@ -20,8 +20,8 @@ def follower(module: M) -> M:
 @torch.no_grad()
 def follow(follower: nn.Module, module: nn.Module, momentum: float) -> None:
     """Parameters <- momentum * parameters + (1 - momentum) * those of `module`; batch-norm statistics stay its own."""
-    for mine, other in zip(follower.parameters(), module.parameters(), strict=True):
-        mine.lerp_(other, 1 - momentum)
+    for average, parameter in zip(follower.parameters(), module.parameters(), strict=True):
+        average.lerp_(parameter, 1 - momentum)
 
 
 def cosine_momentum(start: float, step: int, steps: int) -> float:

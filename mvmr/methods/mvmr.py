@@ -37,7 +37,7 @@ class MvmrConfig(ObjectiveConfig, MethodConfig):
         return (ORIGINAL, AUGMENTED, SECOND) if AUGMENTED_PIXELS in self.targets else (ORIGINAL, AUGMENTED)
 
     @property
-    def standardised(self) -> tuple[str, ...]:
+    def standardised_targets(self) -> tuple[str, ...]:
         return tuple(name for name, weight in self.regression.items() if weight)
 
 

@@ -69,8 +69,8 @@ class Objective(nn.Module):
     def __init__(self, config: ObjectiveConfig, feature_dim: int, statistics: Mapping[str, tuple[Tensor, Tensor]]):
         super().__init__()
         self.config = config
-        regressed = [name for name, weight in config.regression.items() if weight]
-        self.regressions = nn.ModuleDict({name: Regression(feature_dim, *statistics[name]) for name in regressed})
+        names = [name for name, weight in config.regression.items() if weight]
+        self.regressions = nn.ModuleDict({name: Regression(feature_dim, *statistics[name]) for name in names})
 
     def forward(self, views: Embeddings, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every weighted term by name; the loss is their sum.
@@ -119,8 +119,8 @@ class Objective(nn.Module):
         estimators: tuple[Estimator, ...] = ("biased", "unbiased") if len(za) >= 4 else ("biased",)
         for estimator in estimators:
             a = centred_distances(za, estimator)
-            for name, other in {"views": z, **targets}.items():
-                b = centred_distances(other, estimator)
+            for name, target in {"views": z, **targets}.items():
+                b = centred_distances(target, estimator)
                 report[f"{estimator}.{name}"] = float(correlate(a, b, estimator))
                 report[f"{estimator}.{name}.null"] = float(permutation_null(a, b, estimator, generator))
         return report

@@ -32,5 +32,5 @@ def build_method(
     config: MethodConfig, encoder: nn.Module, width: int, preprocess: Preprocess, statistics: Statistics
 ) -> Method:
     """The method of these settings; weights of what is beside the encoder are drawn from torch's global generator."""
-    built: Method = METHODS[config.name].method(config, encoder, width, preprocess, statistics)
-    return built
+    method: Method = METHODS[config.name].method(config, encoder, width, preprocess, statistics)
+    return method

@@ -42,11 +42,11 @@ class Backbone(Protocol):
         """
         ...
 
-    def undecayed(self, encoder: nn.Module) -> Collection[str]:
+    def no_weight_decay(self, encoder: nn.Module) -> Collection[str]:
         """Names of the parameters that weight decay must leave alone."""
         ...
 
-    def served(self, encoder: nn.Module) -> nn.Module:
+    def copy_for_export(self, encoder: nn.Module) -> nn.Module:
         """A copy as it is exported, on the CPU in float32: what can be folded is folded."""
         ...
 

@@ -13,12 +13,12 @@ def plain_copy(encoder: nn.Module) -> nn.Module:
     return copy.deepcopy(encoder).cpu().float().eval().requires_grad_(False)
 
 
-def fold_batch_norm(copied: nn.Module) -> nn.Module:
+def fold_batch_norm(network: nn.Module) -> nn.Module:
     """The same network with its batch norms folded; changes what it is given.
 
     Raises: ValueError for batch norms that follow no convolution.
     """
-    folded: nn.Module = fuse(copied, inplace=True)
-    if left := [name for name, part in folded.named_modules() if isinstance(part, nn.BatchNorm2d)]:
-        raise ValueError(f"batch norms that follow no convolution can't be folded: {', '.join(left)}")
+    folded: nn.Module = fuse(network, inplace=True)
+    if unfolded := [name for name, part in folded.named_modules() if isinstance(part, nn.BatchNorm2d)]:
+        raise ValueError(f"batch norms that follow no convolution can't be folded: {', '.join(unfolded)}")
     return folded

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from mvmr.bundles import weights
 from mvmr.bundles.bundle import Bundle, encoder_file, write
 from mvmr.bundles.preprocess import Preprocess
-from mvmr.errors import MvmrError
+from mvmr.bundles.tensors import Normalise, channels_first
+from mvmr.errors import MvmrError, one_line
 from mvmr.models.backbone import Backbone
 from mvmr.models.folding import fold_batch_norm, plain_copy
 from mvmr.models.table import backbone_of
@@ -34,8 +35,7 @@ class Student:
     ) -> None:  # fmt: skip
         self.encoder, self.backbone = encoder.eval(), backbone
         self.preprocess, self.dim, self.name, self.identity = preprocess, dim, name, identity
-        self._mean = torch.tensor(preprocess.mean).view(3, 1, 1)
-        self._std = torch.tensor(preprocess.std).view(3, 1, 1)
+        self._normalise = Normalise(preprocess)
 
     @property
     def device(self) -> torch.device:
@@ -47,15 +47,15 @@ class Student:
         """How many numbers the encoder has learned."""
         return sum(values.numel() for values in self.encoder.parameters())
 
-    def served(self) -> nn.Module:
+    def copy_for_export(self) -> nn.Module:
         """A copy of the encoder as it is exported: float32, on the CPU, batch norms folded."""
         if self.backbone is None:
             return fold_batch_norm(plain_copy(self.encoder))
-        return self.backbone.served(self.encoder)
+        return self.backbone.copy_for_export(self.encoder)
 
     def prepare(self, image: Image.Image) -> Tensor:
         """Resize and crop one image of any mode: uint8 [3, S, S], not normalised."""
-        return torch.from_numpy(np.ascontiguousarray(self.preprocess.image(image).transpose(2, 0, 1)))
+        return channels_first(self.preprocess.image(image))
 
     @torch.no_grad()
     def __call__(self, batch: Tensor) -> Tensor:
@@ -64,8 +64,7 @@ class Student:
         Shapes: uint8 [B, 3, S, S], not normalised, on the student's device -> float32 [B, D] on that device.
         """
         self.encoder.eval()  # somebody may have trained it in between
-        images = (batch.float() / 255 - self._mean.to(batch.device)) / self._std.to(batch.device)
-        features: Tensor = self.encoder(images)
+        features: Tensor = self.encoder(self._normalise.to(batch.device)(batch))
         return features.float()
 
     def embed(self, images: Images, *, batch_size: int = 64) -> Tensor:
@@ -84,11 +83,11 @@ class Student:
         rows = [torch.empty(0, self.dim)]
         for start in range(0, len(images), batch_size):
             part = images[start : start + batch_size]
-            batch = torch.stack([self._opened(image, start + i) for i, image in enumerate(part)])
+            batch = torch.stack([self._read(image, start + i) for i, image in enumerate(part)])
             rows.append(self(batch.to(self.device)).cpu())
         return torch.cat(rows)
 
-    def _opened(self, image: object, index: int) -> Tensor:
+    def _read(self, image: object, index: int) -> Tensor:
         if not isinstance(image, Image.Image | np.ndarray | str | Path):
             kind = type(image).__name__
             raise MvmrError(f"embed takes PIL images, paths or a uint8 array, image number {index} is a {kind}")
@@ -97,12 +96,12 @@ class Student:
                 return self.prepare(image)
             if isinstance(image, np.ndarray):
                 return self.prepare(Image.fromarray(image))
-            with Image.open(image) as opened:  # prepared while open: some formats read their EXIF block late
-                return self.prepare(opened)
+            with Image.open(image) as file:  # prepared while open: some formats read their EXIF block late
+                return self.prepare(file)
         except Exception as error:  # Pillow's decoders raise a dozen kinds for strangers' bytes
             name = image if isinstance(image, str | Path) else f"number {index} ({type(image).__name__})"
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise MvmrError(f"cannot read image {name}: {' '.join(reason.split())}; mend it or leave it out") from error
+            reason = one_line(getattr(error, "strerror", None) or error)
+            raise MvmrError(f"cannot read image {name}: {reason}; mend it or leave it out") from error
 
 
 def load_student(bundle: Bundle, *, device: str = "cpu") -> Student:
@@ -110,9 +109,9 @@ def load_student(bundle: Bundle, *, device: str = "cpu") -> Student:
 
     Raises: MvmrError when the weights are damaged or of another architecture, or there is no such device.
     """
-    says, file = bundle.manifest, encoder_file(bundle)
+    manifest, file = bundle.manifest, encoder_file(bundle)
     try:
-        backbone = backbone_of(says)
+        backbone = backbone_of(manifest)
     except MvmrError as error:
         raise MvmrError(f"bundle {bundle.path}: {error}; it was not written by this mvmr: take a whole copy") from error
     encoder = backbone.build()
@@ -120,13 +119,14 @@ def load_student(bundle: Bundle, *, device: str = "cpu") -> Student:
     try:
         encoder = encoder.to(device).requires_grad_(False)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        reason = str(error).split("\n", 1)[0][:120]
-        raise MvmrError(f"cannot use device {device!r} ({reason}); try device='cpu', or see `mvmr doctor`") from error
+        raise MvmrError(
+            f"cannot use device {device!r} ({one_line(error)}); try device='cpu', or see `mvmr doctor`"
+        ) from error
     return Student(
         encoder,
-        says.preprocessing,
-        dim=says.embedding_dim,
-        name=f"student-{says.backbone}",
+        manifest.preprocessing,
+        dim=manifest.embedding_dim,
+        name=f"student-{manifest.backbone}",
         identity=bundle.space_id,
         backbone=backbone,
     )

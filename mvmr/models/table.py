@@ -20,7 +20,7 @@ def open_backbone(config: StudentConfig, size: int) -> Backbone:
     if config.backbone in torchvision_resnet.NAMES:
         return Resnet(name=config.backbone, small_kernel=config.small_kernel)
     if not config.backbone.startswith(TIMM):
-        raise _unknown(config.backbone)
+        raise _unknown_student(config.backbone)
     if config.small_kernel:
         raise MvmrError(f"[student] small_kernel is of ResNets, not of {config.backbone}: leave it out")
     return _timm(config.backbone, size)
@@ -32,24 +32,24 @@ def backbone_of(manifest: Manifest) -> Backbone:
     Raises: MvmrError for one that this version doesn't know, or whose width is another than the manifest's.
     """
     name, options = manifest.backbone, manifest.options
-    opened: Backbone
+    backbone: Backbone
     if name in torchvision_resnet.NAMES:
-        opened = Resnet(name=name, small_kernel=_option(name, options, "small_kernel", bool))
+        backbone = Resnet(name=name, small_kernel=_option(name, options, "small_kernel", bool))
     elif name.startswith(TIMM):
         size = _option(name, options, "image_size", int)
         if size != manifest.preprocessing.crop:
             raise MvmrError(
                 f"{name} is for images of {size} px, but the preprocessing gives {manifest.preprocessing.crop}"
             )
-        opened = _timm(name, size)
+        backbone = _timm(name, size)
     else:
-        raise _unknown(name)
-    if manifest.embedding_dim != opened.width:
-        raise MvmrError(f"embedding_dim = {manifest.embedding_dim}, but {name} has {opened.width} features")
-    return opened
+        raise _unknown_student(name)
+    if manifest.embedding_dim != backbone.width:
+        raise MvmrError(f"embedding_dim = {manifest.embedding_dim}, but {name} has {backbone.width} features")
+    return backbone
 
 
-def _unknown(name: str) -> MvmrError:
+def _unknown_student(name: str) -> MvmrError:
     return unknown("student", name, (*torchvision_resnet.NAMES, f"{TIMM}NAME"))
 
 

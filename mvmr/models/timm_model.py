@@ -12,7 +12,7 @@ import torch
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
-from mvmr.errors import MvmrError, unknown
+from mvmr.errors import MvmrError, one_line, unknown
 from mvmr.models.backbone import TIMM
 from mvmr.models.folding import fold_batch_norm, plain_copy
 
@@ -47,18 +47,18 @@ class TimmModel:
     def stages(self, encoder: nn.Module) -> nn.Module:
         return _Stages(encoder)
 
-    def undecayed(self, encoder: nn.Module) -> Collection[str]:
+    def no_weight_decay(self, encoder: nn.Module) -> Collection[str]:
         """Norms and biases, as timm's own training has it, and what a model names itself: positions, tokens."""
         ask: Any = getattr(encoder, "no_weight_decay", set)
-        named = ask()
-        return {name for name, value in encoder.named_parameters() if value.ndim <= 1 or name in named}
+        names = ask()
+        return {name for name, value in encoder.named_parameters() if value.ndim <= 1 or name in names}
 
-    def served(self, encoder: nn.Module) -> nn.Module:
-        copied = plain_copy(encoder)
-        if not any(isinstance(part, nn.BatchNorm2d) for part in copied.modules()):
-            return copied
-        _part_activations(copied)
-        return fold_batch_norm(copied)
+    def copy_for_export(self, encoder: nn.Module) -> nn.Module:
+        network = plain_copy(encoder)
+        if not any(isinstance(part, nn.BatchNorm2d) for part in network.modules()):
+            return network
+        _part_activations(network)
+        return fold_batch_norm(network)
 
 
 def _part_activations(module: nn.Module) -> None:
@@ -84,26 +84,26 @@ class _Stages(nn.Module):
         if intermediates is None:
             return {"features": self.encoder(images)}
         last, maps = intermediates(images)
-        stages = {f"stage{number}": each.mean((-2, -1)) for number, each in enumerate(maps, 1)}
+        stages = {f"stage{number}": activation.mean((-2, -1)) for number, activation in enumerate(maps, 1)}
         head: Any = self.encoder.forward_head
         return stages | {"features": head(last)}
 
 
 def _create(name: str, size: int) -> nn.Module:
-    known = name.removeprefix(TIMM)
-    if known not in timm.list_models():
-        raise unknown("timm model", known, timm.list_models())
+    model = name.removeprefix(TIMM)
+    if model not in timm.list_models():
+        raise unknown("timm model", model, timm.list_models())
     options: dict[str, Any] = {"img_size": size} if _is_fixed(name) else {}
     try:
-        encoder: nn.Module = timm.create_model(known, pretrained=False, num_classes=0, **options)
+        encoder: nn.Module = timm.create_model(model, pretrained=False, num_classes=0, **options)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:  # a dozen authors, as many habits
-        raise MvmrError(f"{name} can't be built for images of {size} px ({_line(error)}); {_CURE}") from error
+        raise MvmrError(f"{name} can't be built for images of {size} px ({one_line(error)}); {_CURE}") from error
     return encoder
 
 
 def _is_fixed(name: str) -> bool:
-    described = timm.models.get_pretrained_cfg(name.removeprefix(TIMM), allow_unregistered=True)
-    return bool(getattr(described, "fixed_input_size", False))
+    config = timm.models.get_pretrained_cfg(name.removeprefix(TIMM), allow_unregistered=True)
+    return bool(getattr(config, "fixed_input_size", False))
 
 
 _CURE = "give another --size, or another model"
@@ -117,12 +117,8 @@ def _width(name: str, size: int) -> int:
         try:
             features = encoder(torch.empty(2, 3, size, size))
         except Exception as error:  # as above
-            raise MvmrError(f"{name} does not take images of {size} px ({_line(error)}); {_CURE}") from error
+            raise MvmrError(f"{name} does not take images of {size} px ({one_line(error)}); {_CURE}") from error
     if not isinstance(features, Tensor) or features.ndim != 2:
         seen = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise MvmrError(f"{name} gives {seen} for two images, no vector each; take a model that pools")
     return int(features.shape[1])
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0][:160] or type(error).__name__

@@ -80,14 +80,14 @@ class Resnet:
     def stages(self, encoder: nn.Module) -> nn.Module:
         return _Stages(encoder)
 
-    def undecayed(self, encoder: nn.Module) -> Collection[str]:
+    def no_weight_decay(self, encoder: nn.Module) -> Collection[str]:
         """None: the paper decays batch norms, too."""
         return ()
 
-    def served(self, encoder: nn.Module) -> nn.Module:
-        copied = plain_copy(encoder)
-        copied.avgpool = _SpatialMean()
-        return fold_batch_norm(copied)
+    def copy_for_export(self, encoder: nn.Module) -> nn.Module:
+        network = plain_copy(encoder)
+        network.avgpool = _SpatialMean()
+        return fold_batch_norm(network)
 
 
 class _Stages(nn.Module):
@@ -99,7 +99,7 @@ class _Stages(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         maps = self.extractor(images)
-        return {name: F.adaptive_avg_pool2d(each, 1).flatten(1) for name, each in maps.items()}
+        return {name: F.adaptive_avg_pool2d(activation, 1).flatten(1) for name, activation in maps.items()}
 
 
 class _SpatialMean(nn.Module):

@@ -12,12 +12,11 @@ from dataclasses import asdict, dataclass
 from inspect import isfunction
 from typing import Protocol
 
-import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from mvmr.bundles.preprocess import Preprocess
+from mvmr.bundles.tensors import channels_first
 from mvmr.errors import unknown
 from mvmr.representations.hog import Hog
 from mvmr.representations.local_std import local_std
@@ -84,11 +83,11 @@ class HandCrafted:
 
     @property
     def identity(self) -> str:
-        described = json.dumps([self.name, self.parameters, asdict(self.preprocess)], sort_keys=True)
-        return hashlib.sha256(described.encode()).hexdigest()
+        description = json.dumps([self.name, self.parameters, asdict(self.preprocess)], sort_keys=True)
+        return hashlib.sha256(description.encode()).hexdigest()
 
     def prepare(self, image: Image.Image) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(self.preprocess.image(image).transpose(2, 0, 1)))
+        return channels_first(self.preprocess.image(image))
 
     def __call__(self, batch: Tensor) -> Tensor:
         """[B, 3, H, W] uint8 -> [B, K] float32."""

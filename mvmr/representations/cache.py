@@ -81,5 +81,5 @@ class _Prepared(Dataset[Tensor | MvmrError]):
 
 def _stack(items: Sequence[Tensor | MvmrError]) -> Tensor | MvmrError:
     tensors = [item for item in items if isinstance(item, Tensor)]
-    failed = [item for item in items if isinstance(item, MvmrError)]
-    return failed[0] if failed else torch.stack(tensors)
+    errors = [item for item in items if isinstance(item, MvmrError)]
+    return errors[0] if errors else torch.stack(tensors)

@@ -17,10 +17,10 @@ def cache_dir() -> Path:
 
     The folder is not created here; `atomic` creates it when a first file is written.
     """
-    if own := os.environ.get("MVMR_CACHE"):
-        return Path(own).expanduser()
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared).expanduser() / "mvmr"
+    if mvmr_cache := os.environ.get("MVMR_CACHE"):
+        return Path(mvmr_cache).expanduser()
+    if xdg_cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(xdg_cache).expanduser() / "mvmr"
     return Path.home() / ".cache" / "mvmr"
 
 
@@ -69,13 +69,13 @@ def is_disk_full(error: BaseException) -> bool:
 
     safetensors and torch raise their own classes, with the operating system's words inside.
     """
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in _DISK_FULL:
+    current: BaseException | None = error
+    while current is not None:
+        if isinstance(current, OSError) and current.errno in _DISK_FULL:
             return True
-        if any(os.strerror(code) in str(seen) for code in _DISK_FULL):
+        if any(os.strerror(code) in str(current) for code in _DISK_FULL):
             return True
-        seen = seen.__cause__ or seen.__context__
+        current = current.__cause__ or current.__context__
     return False
 
 

@@ -16,7 +16,7 @@ from mvmr.errors import MvmrError
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"  # what is held of a folder in which a job works for hours; it stays there, for whoever comes next
-_held: set[int] = set()  # descriptors
+_descriptors: set[int] = set()  # of what this process holds
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def hold(path: Path, *, make: bool = False, refusal: str | None = None, waiting:
 
     _register_release()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT if make else os.O_RDONLY | os.O_DIRECTORY, 0o666)
-    _held.add(descriptor)
+    _descriptors.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -47,8 +47,8 @@ def hold(path: Path, *, make: bool = False, refusal: str | None = None, waiting:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        if descriptor in _held:  # not so in a forked process
-            _held.remove(descriptor)
+        if descriptor in _descriptors:  # not so in a forked process
+            _descriptors.remove(descriptor)
             os.close(descriptor)
 
 
@@ -76,6 +76,6 @@ def _register_release() -> None:
 
 
 def _release_in_child() -> None:
-    for descriptor in _held:
+    for descriptor in _descriptors:
         os.close(descriptor)
-    _held.clear()
+    _descriptors.clear()

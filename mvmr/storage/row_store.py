@@ -46,11 +46,11 @@ def cached_rows(
         raise MvmrError(f"{label}: there are no images to compute rows for")
     store = _Store(path=path, key=dict(key), count=count, label=label)
     try:
-        if (rows := store.whole(width)) is not None:
+        if (rows := store.read_if_whole(width)) is not None:
             return rows
         path.parent.mkdir(parents=True, exist_ok=True)
         with hold(store.beside(".lock"), make=True, waiting=f"waiting for another run that computes {label}"):
-            if (rows := store.whole(width)) is not None:  # another process has just finished them
+            if (rows := store.read_if_whole(width)) is not None:  # another process has just finished them
                 return rows
             store.compute(batches, width, progress)
             return store.read()
@@ -74,11 +74,11 @@ def open_rows(path: Path) -> np.memmap:
         raise MvmrError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # numpy's reader of headers raises a dozen kinds for strangers' bytes
         raise MvmrError(f"{path} is not a whole .npy file ({shorten(error)}); remove it and make it again") from error
-    told, cure = f"{kind} {shorten(list(shape))}", "remove it and make it again"
+    form, cure = f"{kind} {shorten(list(shape))}", "remove it and make it again"
     if version != (1, 0) or len(shape) != 2 or by_columns or kind not in (np.dtype("<f4"), np.dtype("<f2")):
-        raise MvmrError(f"{path} holds {told}, not rows of float32 or float16; {cure}")
+        raise MvmrError(f"{path} holds {form}, not rows of float32 or float16; {cure}")
     if min(shape) < 0 or start + math.prod(shape) * kind.itemsize != size:
-        raise MvmrError(f"{path} has {size:,} bytes, not those of {told}; {cure}")
+        raise MvmrError(f"{path} has {size:,} bytes, not those of {form}; {cure}")
     if not math.prod(shape):  # nothing that could be mapped
         return cast(np.memmap, np.empty(shape, kind))
     return np.memmap(path, kind, "r", start, shape)
@@ -101,12 +101,12 @@ class _Store:
 
     def has_key(self) -> bool:
         try:
-            found = json.loads(self.beside(".json").read_text(encoding="utf-8"))
+            content = json.loads(self.beside(".json").read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return False
-        return bool(found == {"key": self.key, "count": self.count})
+        return bool(content == {"key": self.key, "count": self.count})
 
-    def whole(self, width: int | None) -> np.memmap | None:
+    def read_if_whole(self, width: int | None) -> np.memmap | None:
         if not self.has_key() or not self.path.is_file():
             return None
         rows = self.read()
@@ -120,16 +120,16 @@ class _Store:
             partial.unlink(missing_ok=True)
             write_json(self.beside(".json"), {"key": self.key, "count": self.count})
         with partial.open("r+b" if partial.exists() else "w+b") as file:
-            found, done = self.resume(file)
-            if width is not None and width != found:
-                found, done = width, 0
+            row_width, done = self.resume(file)
+            if width is not None and width != row_width:
+                row_width, done = width, 0
             with track(self.label, done, self.count, shown=progress) as advance:
                 for batch in batches(done) if done < self.count else ():
                     rows = np.asarray(batch, np.float32)
                     if not done:
-                        found = found or rows.shape[-1]
-                        self.begin(file, found)
-                    self.check(rows, found, done)
+                        row_width = row_width or rows.shape[-1]
+                        self.begin(file, row_width)
+                    self.check(rows, row_width, done)
                     file.write(np.ascontiguousarray(rows, dtype="<f4").tobytes())
                     file.flush()
                     done += len(rows)
@@ -148,8 +148,8 @@ class _Store:
 
     def check(self, rows: npt.NDArray[np.float32], width: int | None, done: int) -> None:
         if rows.ndim != 2 or rows.shape[1] != width or done + len(rows) > self.count:
-            wanted = f"at most {self.count - done} rows of {width}"
-            raise ValueError(f"{self.label}: a batch of shape {rows.shape} came where {wanted} were expected")
+            limit = f"at most {self.count - done} rows of {width}"
+            raise ValueError(f"{self.label}: a batch of shape {rows.shape} came where {limit} were expected")
         finite = np.isfinite(rows).all(axis=1)
         if not finite.all():
             first = done + int(np.argmin(finite))

@@ -1,7 +1,7 @@
 """Change several files of a folder at one moment, whatever the moment at which the process is killed.
 
 The folder has an index: one file that lists the sha256 of every other. New content waits below `.staged/`; writing the
-new index (one rename) is the change itself; then the files are moved to their places. Between the two, `place` finds
+new index (one rename) is the change itself; then the files are moved to their places. Between the two, `locate` finds
 them where they wait. What waits without being in the index is left over from a change that never happened.
 """
 
@@ -36,10 +36,10 @@ def digest(path: Path) -> str | None:
         raise MvmrError(f"cannot read {path}: {error.strerror}; check its permissions and the disk") from error
 
 
-def place(folder: Path, name: str, wanted: str) -> Path:
-    """Return where the file `name` with sha256 `wanted` is: waiting, or (unless it is damaged) in its place."""
+def locate(folder: Path, name: str, sha256: str) -> Path:
+    """Return where the file `name` with this sha256 is: waiting, or (unless it is damaged) in its place."""
     waiting = folder / FOLDER / name
-    return waiting if digest(waiting) == wanted else folder / name
+    return waiting if digest(waiting) == sha256 else folder / name
 
 
 def stage(folder: Path, name: str, content: bytes | Path) -> str:
@@ -57,9 +57,9 @@ def stage(folder: Path, name: str, content: bytes | Path) -> str:
 def settle(folder: Path, index: Mapping[str, str]) -> None:
     """Move what waits and is in the index (sha256 by name) to its place; remove what else is left over."""
     if (folder / FOLDER).exists():
-        for name, wanted in index.items():
+        for name, sha256 in index.items():
             waiting, target = folder / FOLDER / name, folder / name
-            if digest(waiting) == wanted:
+            if digest(waiting) == sha256:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(waiting, target)
                 _sync_up(target.parent, folder)
@@ -74,7 +74,7 @@ def sweep(folder: Path) -> None:
             stray.unlink()
 
 
-def aside(folder: Path) -> Path:
+def backup_path(folder: Path) -> Path:
     """Return where `exchange` keeps the old `folder` while the new one takes its place."""
     return folder.with_name(f".{folder.name}.replaced")
 
@@ -86,7 +86,7 @@ def exchange(new: Path, folder: Path, index: str) -> None:
 
     Raises: OSError when the rename is not possible; what stood there stands there again.
     """
-    old = aside(folder)
+    old = backup_path(folder)
     if folder.exists():
         _remove(old, index)
         os.rename(folder, old)

@@ -58,17 +58,17 @@ def saved_step(folder: Path) -> int | None:
 
 def cure(folder: Path) -> str:
     """What to do where training has gone astray."""
-    kept = saved_step(folder)
-    saved = f"the checkpoint of step {kept} in {folder} is kept: --resume" if kept else "nothing was saved: --overwrite"
-    return f"{saved} with a lower learning rate (--lr), --clip-grad 1 or --precision 32-true"
+    step = saved_step(folder)
+    state = f"the checkpoint of step {step} in {folder} is kept: --resume" if step else "nothing was saved: --overwrite"
+    return f"{state} with a lower learning rate (--lr), --clip-grad 1 or --precision 32-true"
 
 
 def truncate_metrics(path: Path, step: int) -> None:
     """Drop the lines a killed run wrote after its last checkpoint: they are about to be written again."""
     if path.exists():
         lines = path.read_text().splitlines()
-        kept = [line for line in lines if _is_whole(line) and json.loads(line)["step"] <= step]
-        write_text(path, "".join(f"{line}\n" for line in kept))
+        remaining = [line for line in lines if _is_whole(line) and json.loads(line)["step"] <= step]
+        write_text(path, "".join(f"{line}\n" for line in remaining))
 
 
 def _is_whole(line: str) -> bool:

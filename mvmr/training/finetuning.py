@@ -37,7 +37,7 @@ from mvmr.training.precision import native_precision
 from mvmr.training.pretraining import carry_out, features_of, launch, recalibrate
 from mvmr.training.recipe import read_recipe
 from mvmr.training.runs import RunFolder, find_run
-from mvmr.training.subsets import draw, listed, parse_labels
+from mvmr.training.subsets import draw, find_listed_images, parse_labels
 from mvmr.training.targets import WithRows
 from mvmr.training.trainer import TrainConfig, train
 from mvmr.training.views import Views, make_policy
@@ -115,7 +115,7 @@ def finetune(
     plan = _plan(bundle, data, out, labels, recipe, assign, head, max_unreadable=max_unreadable, progress=progress)
     precision = native_precision(plan.recipe.train.precision, device)
     fabric = launch(device, devices, precision)
-    config = _fitted(plan.recipe.train, plan.few.train, fabric, progress=progress)
+    config = _fit_batch_size(plan.recipe.train, plan.few.train, fabric, progress=progress)
     plan = replace(plan, recipe=replace(plan.recipe, train=replace(config, precision=precision)))
     run = find_run(Path(out), _describe(plan), resume=resume, overwrite=overwrite)
     command = f"mvmr finetune {plan.start.path} --data {data} --labels {labels} --recipe {recipe} --head {plan.head}"
@@ -125,8 +125,8 @@ def finetune(
         if not (run.finished and plan.head in bundles.load(run.path).heads):  # the head is written last
             _finetune(plan, run, fabric, command=command, progress=progress)
 
-    made = carry_out(run, Path(out), fabric, make)
-    return made, dict(made.head(plan.head).metrics["values"])
+    result = carry_out(run, Path(out), fabric, make)
+    return result, dict(result.head(plan.head).metrics["values"])
 
 
 def _plan(
@@ -142,23 +142,23 @@ def _plan(
     progress: bool,
 ) -> _Plan:
     """Refuse what can't be before anything is computed."""
-    chosen, start = parse_labels(labels), bundles.load(bundle)
+    choice, start = parse_labels(labels), bundles.load(bundle)
     resolved = read_recipe(FinetuneRecipe, recipe, resources.files("mvmr") / "recipes" / "finetune", assign)
     make_policy(resolved.views.policy, start.manifest.preprocessing.crop, start.manifest.preprocessing)
     if Path(out).resolve() == start.path.resolve():
         raise MvmrError(f"{out} is the bundle to start from, which is kept as it is: give another --out")
     background = start.manifest.preprocessing.background
     labelled = open_labelled(data, background=background, max_unreadable=max_unreadable, progress=progress)
-    if isinstance(chosen, Path):
-        rows = listed(labelled.train, chosen)
-        told = f"{len(rows)} files"
+    if isinstance(choice, Path):
+        rows = find_listed_images(labelled.train, choice)
+        label_text = f"{len(rows)} files"
     else:
-        rows = draw(labelled.train, chosen, resolved.train.seed)
-        told = f"{100 * chosen:g}%"
+        rows = draw(labelled.train, choice, resolved.train.seed)
+        label_text = f"{100 * choice:g}%"
     few = replace(labelled, train=labelled.train.subset(rows), labels=labelled.labels[rows])
     name = head or head_name(data)
     _check_head(name, few.classes, start.manifest.embedding_dim)
-    return _Plan(start=start, labelled=labelled, few=few, labels=told, recipe=resolved, head=name)
+    return _Plan(start=start, labelled=labelled, few=few, labels=label_text, recipe=resolved, head=name)
 
 
 def _check_head(name: str, classes: tuple[str, ...], width: int) -> None:
@@ -167,7 +167,7 @@ def _check_head(name: str, classes: tuple[str, ...], width: int) -> None:
     Head(name=name, weight=weight, bias=bias, classes=classes, metrics={})
 
 
-def _fitted(config: TrainConfig, images: ImageSet, fabric: Fabric, *, progress: bool) -> TrainConfig:
+def _fit_batch_size(config: TrainConfig, images: ImageSet, fabric: Fabric, *, progress: bool) -> TrainConfig:
     """``config`` with batches no larger than a small subset can fill."""
     largest = len(images) // config.accumulate // fabric.world_size * fabric.world_size
     if largest < _SMALLEST_BATCH:
@@ -185,8 +185,8 @@ def _fitted(config: TrainConfig, images: ImageSet, fabric: Fabric, *, progress: 
 
 def _finetune(plan: _Plan, run: RunFolder, fabric: Fabric, *, command: str, progress: bool) -> None:
     """Train, and write the bundle's files into the run's folder, the head with its figures last."""
-    recipe, images, says = plan.recipe, plan.few.train, plan.start.manifest
-    preprocess, shown = says.preprocessing, progress and fabric.is_global_zero
+    recipe, images, manifest = plan.recipe, plan.few.train, plan.start.manifest
+    preprocess, shown = manifest.preprocessing, progress and fabric.is_global_zero
     say(images.describe(preprocess.crop), shown=shown)
     with torch.random.fork_rng(devices=[]):
         student = plan.start.student(str(fabric.device))
@@ -199,23 +199,24 @@ def _finetune(plan: _Plan, run: RunFolder, fabric: Fabric, *, command: str, prog
     )  # fmt: skip
     learner = Supervised(student.encoder.requires_grad_(True), _head(plan, student, settle, shown), preprocess)
     views = Views(images, preprocess, SupervisedConfig().views, recipe.views.policy, seed=recipe.train.seed)
+    backbone = backbone_of(manifest)
     steps = train(
         learner, WithRows(views, {"label": plan.few.labels}), lambda batch: {"label": batch["target.label"]},
         recipe.train, fabric=fabric, folder=run.path, progress=progress,
-        undecayed={f"encoder.{name}" for name in backbone_of(says).undecayed(learner.encoder)},
+        no_weight_decay={f"encoder.{name}" for name in backbone.no_weight_decay(learner.encoder)},
         features=partial(features_of, learner, images, preprocess, batch_size=recipe.train.batch_size, workers=workers),
     )  # fmt: skip
     if recipe.recalibrate:
         settle(learner.encoder)
     if fabric.is_global_zero:
         description = run.description | {"steps": steps}
-        made = save_student(run.path, learner.encoder, backbone_of(says), preprocess=preprocess, training=description)
-        tuned = Student(learner.encoder, preprocess, dim=student.dim, name=student.name, identity=made.space_id)
+        bundle = save_student(run.path, learner.encoder, backbone, preprocess=preprocess, training=description)
+        final = Student(learner.encoder, preprocess, dim=student.dim, name=student.name, identity=bundle.space_id)
         head = LinearHead(learner.head.weight.detach().cpu().numpy(), learner.head.bias.detach().cpu().numpy(), {})
-        values = _score(tuned, head, plan.few.test, len(plan.few.classes), shown)
+        values = _score(final, head, plan.few.test, len(plan.few.classes), shown)
         values |= {"images": len(images), "top1_frozen": top1_frozen}
-        described = record(command, plan.few.test.name, f"fewshot {plan.labels}", values)
-        bundles.add_head(made, plan.head, head.weight, head.bias, plan.few.classes, described)
+        metrics = record(command, plan.few.test.name, f"fewshot {plan.labels}", values)
+        bundles.add_head(bundle, plan.head, head.weight, head.bias, plan.few.classes, metrics)
 
 
 def _head(plan: _Plan, student: Student, settle: Callable[[nn.Module], None], progress: bool) -> nn.Linear:
@@ -232,10 +233,10 @@ def _head(plan: _Plan, student: Student, settle: Callable[[nn.Module], None], pr
         if plan.recipe.head == "probe":
             settle(student.encoder)
             identity = digest([student.identity.encode(), plan.labelled.train.fingerprint.encode()])
-            settled = Student(
+            variant = Student(
                 student.encoder, student.preprocess, dim=student.dim, name=student.name, identity=identity
             )
-            features = _features(few.train, settled, progress)
+            features = _features(few.train, variant, progress)
             probe = linear_probe(features, few.labels, len(few.classes), progress=progress)
             linear.weight.copy_(torch.from_numpy(probe.weight))
             linear.bias.copy_(torch.from_numpy(probe.bias))

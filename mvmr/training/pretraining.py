@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 from mvmr.bundles import bundle
 from mvmr.bundles.bundle import Bundle
 from mvmr.bundles.preprocess import Preprocess
+from mvmr.bundles.tensors import Normalise, channels_first
 from mvmr.config import to_mapping
 from mvmr.cores import usable_cores
 from mvmr.data import ImageSet, open_images
-from mvmr.errors import MvmrError
+from mvmr.errors import MvmrError, one_line
 from mvmr.methods.method import Method
 from mvmr.methods.table import build_method
 from mvmr.models.backbone import Backbone
@@ -204,7 +205,7 @@ def _train(
     learner = build_learner(recipe, backbone, preprocess, targets, init)
     steps = train(
         learner, views, targets.of, recipe.train, fabric=fabric, folder=run.path, progress=progress,
-        undecayed={f"encoder.{name}" for name in backbone.undecayed(learner.encoder)},
+        no_weight_decay={f"encoder.{name}" for name in backbone.no_weight_decay(learner.encoder)},
         features=partial(features_of, learner, images, preprocess, batch_size=recipe.train.batch_size, workers=workers),
     )  # fmt: skip
     recalibrate(
@@ -226,8 +227,7 @@ def launch(device: str, devices: int, precision: Precision) -> Fabric:
     try:
         fabric = Fabric(accelerator=device, devices=devices, precision=precision)
     except (ValueError, TypeError, RuntimeError, ImportError) as error:  # Fabric has one for each kind of mistake
-        reason = str(error).split("\n", 1)[0]
-        raise MvmrError(f"cannot use {devices} of device {device!r} ({reason}); see `mvmr doctor`") from error
+        raise MvmrError(f"cannot use {devices} of device {device!r} ({one_line(error)}); see `mvmr doctor`") from error
     fabric.launch()
     return fabric
 
@@ -242,7 +242,7 @@ def build_learner(
         encoder = backbone.build()
         if init is not None:
             encoder.load_state_dict({**encoder.state_dict(), **init})
-        statistics = {name: targets.statistics(name) for name in recipe.method.standardised}
+        statistics = {name: targets.statistics(name) for name in recipe.method.standardised_targets}
         return build_method(recipe.method, encoder, backbone.width, preprocess, statistics)
 
 
@@ -266,14 +266,13 @@ def recalibrate(
 
     In training they are running averages over both views, and lag behind the weights.
     """
-    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:_RECALIBRATION_IMAGES].tolist()
-    batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+    indices = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:_RECALIBRATION_IMAGES].tolist()
+    batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     if len(batches) > 1:
         batches = [batch for batch in batches if len(batch) == batch_size]  # a short last one would count too much
     originals = Originals(images, preprocess)
     loader = DataLoader(originals, batch_sampler=batches, num_workers=workers, generator=torch.Generator())
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocess.mean, preprocess.std))
-    update_bn(((batch.float() / 255 - mean) / std for batch in read(loader)), encoder, device=device)
+    update_bn(map(Normalise(preprocess), read(loader)), encoder, device=device)
     encoder.eval()
 
 
@@ -287,7 +286,7 @@ class Originals(Dataset[Tensor]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
-        return torch.from_numpy(self.preprocess.image(self.images.load(index)).transpose(2, 0, 1).copy())
+        return channels_first(self.preprocess.image(self.images.load(index)))
 
 
 def _describe(

@@ -74,15 +74,15 @@ def read_recipe(kind: type[T], recipe: str | Path, shelf: Traversable, assignmen
             raise unknown("recipe", str(recipe), _names(shelf))
         with resources.as_file(shelf / f"{recipe}.toml") as path:
             where, mapping = f"recipe {recipe}", read_toml(path)
-    merged: dict[str, Any] = assign({"name": Path(recipe).stem, **_of_method(mapping, assignments)}, assignments)
-    return parse(kind, merged, where=where)
+    settings: dict[str, Any] = assign({"name": Path(recipe).stem, **_of_method(mapping, assignments)}, assignments)
+    return parse(kind, settings, where=where)
 
 
 def _of_method(mapping: Mapping[str, Any], assignments: Sequence[str]) -> Mapping[str, Any]:
     """A recipe without its settings of a method, where assignments ask for another one."""
-    asked = [assignment.partition("=")[2].strip() for assignment in assignments if assignment.startswith(_METHOD)]
+    names = [assignment.partition("=")[2].strip() for assignment in assignments if assignment.startswith(_METHOD)]
     table = mapping.get("method", {})
-    if not asked or not isinstance(table, Mapping) or table.get("name", next(iter(CONFIGS))) == asked[-1]:
+    if not names or not isinstance(table, Mapping) or table.get("name", next(iter(CONFIGS))) == names[-1]:
         return mapping
     return {**mapping, "method": {}}
 

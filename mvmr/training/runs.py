@@ -64,12 +64,12 @@ def find_run(out: Path, run: Mapping[str, Any], *, resume: bool, overwrite: bool
         raise MvmrError(f"{out} holds a finished bundle: give another --out, or --overwrite to replace it")
     if interrupted and not overwrite and not resume:
         raise MvmrError(f"{folder} holds an interrupted run: give --resume to go on or --overwrite to start over")
-    wanted: dict[str, Any] = json.loads(json.dumps(run))
+    description: dict[str, Any] = json.loads(json.dumps(run))
     if resume and interrupted:
-        return RunFolder(path=folder, description=_resumed(folder, wanted, _STEERING), fresh=False)
+        return RunFolder(path=folder, description=_resume(folder, description, _STEERING), fresh=False)
     if resume and (out / manifest.NAME).exists():
-        return RunFolder(path=out, description=_resumed(out, wanted, frozenset()), fresh=False, published=True)
-    return RunFolder(path=folder, description=wanted, fresh=True)
+        return RunFolder(path=out, description=_resume(out, description, frozenset()), fresh=False, published=True)
+    return RunFolder(path=folder, description=description, fresh=True)
 
 
 @contextmanager
@@ -107,37 +107,37 @@ def _exists(path: Path) -> bool:
 
 def _left_over(entry: Path) -> bool:
     """Whether a killed process left it (the lock, `atomic`'s file): all a run has before its description."""
-    known = entry.name == LOCK or (entry.name.startswith(".") and ".partial" in entry.name)
-    return known and entry.is_file()
+    is_ours = entry.name == LOCK or (entry.name.startswith(".") and ".partial" in entry.name)
+    return is_ours and entry.is_file()
 
 
-def _resumed(folder: Path, wanted: dict[str, Any], steering: frozenset[str]) -> dict[str, Any]:
-    """The description of the run in ``folder``, gone on with as ``wanted``; ``steering`` may differ."""
+def _resume(folder: Path, description: dict[str, Any], steering: frozenset[str]) -> dict[str, Any]:
+    """The description of the run in ``folder``, gone on with as ``description``; ``steering`` may differ."""
     try:
-        held: dict[str, Any] = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
-        held = _in_todays_words(held)
-        changes = held.pop("changes", [])
-        differing = differences(held, wanted)
+        old: dict[str, Any] = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
+        old = _in_todays_words(old)
+        changes = old.pop("changes", [])
+        differing = differences(old, description)
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise MvmrError(f"{folder / _DESCRIPTION} can't be read: start over with --overwrite") from error
     decisive = {at: values for at, values in differing.items() if not _is_free(at) and at not in steering}
     check_same(folder, decisive, cure="--overwrite to start over")
-    steered = {at: values for at, values in differing.items() if at in steering}
-    if steered:
-        step = checkpoint.saved_step(folder) or 0
-        changes.append({"step": step, **{at: f"{was!r} -> {now!r}" for at, (was, now) in steered.items()}})
-    return wanted | ({"changes": changes} if changes else {})
+    steering_changes = {at: values for at, values in differing.items() if at in steering}
+    if steering_changes:
+        texts = {at: f"{before!r} -> {after!r}" for at, (before, after) in steering_changes.items()}
+        changes.append({"step": checkpoint.saved_step(folder) or 0, **texts})
+    return description | ({"changes": changes} if changes else {})
 
 
-def _in_todays_words(held: dict[str, Any]) -> dict[str, Any]:
+def _in_todays_words(old: dict[str, Any]) -> dict[str, Any]:
     """A description of before there was more than one method and more than ResNets, as it would be written now."""
-    recipe = dict(held["recipe"])
+    recipe = dict(old["recipe"])
     if "objective" not in recipe:
-        return held
+        return old
     model, objective = recipe.pop("model"), recipe.pop("objective")
     recipe["student"] = {"backbone": model["architecture"], "small_kernel": model["small_kernel"]}
     recipe["method"] = {"name": "mvmr", "projector": recipe.pop("projector"), **objective}
-    return {**held, "method": "mvmr", "recipe": recipe}
+    return {**old, "method": "mvmr", "recipe": recipe}
 
 
 def _is_free(at: str) -> bool:

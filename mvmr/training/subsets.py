@@ -21,8 +21,8 @@ def parse_labels(labels: str) -> float | Path:
     Raises:
         MvmrError: neither a share above 0 and up to 100 % nor a file that is there.
     """
-    if found := _SHARE.fullmatch(labels.strip()):
-        percent = float(found[1])
+    if match := _SHARE.fullmatch(labels.strip()):
+        percent = float(match[1])
         if 0 < percent <= 100:
             return percent / 100
     elif Path(labels).is_file():
@@ -50,12 +50,12 @@ def draw(images: ImageSet, share: float, seed: int) -> np.ndarray:
     """
     labels = _labels(images)
     classes = np.unique(labels)
-    each = max(1, round(share * len(labels) / len(classes)))
+    per_class = max(1, round(share * len(labels) / len(classes)))
     random = np.random.default_rng(seed)
-    return np.sort(np.concatenate([random.permutation(np.flatnonzero(labels == c))[:each] for c in classes]))
+    return np.sort(np.concatenate([random.permutation(np.flatnonzero(labels == c))[:per_class] for c in classes]))
 
 
-def listed(images: ImageSet, file: Path) -> np.ndarray:
+def find_listed_images(images: ImageSet, file: Path) -> np.ndarray:
     """Find the images that a list file names, one a line; blank lines and those that begin with "#" don't count.
 
     A name is an image's key, or the end of it from a folder on: ``train/n01440764/n01440764_10026.JPEG`` may be
@@ -71,16 +71,16 @@ def listed(images: ImageSet, file: Path) -> np.ndarray:
     labels, names = _labels(images), _read(file)
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise MvmrError(f"{file} lists {_first(twice)} more than once: name every image once")
-    found = _find(images, frozenset(names))
-    if missing := [name for name in names if name not in found]:
+    rows_by_name = _find(images, frozenset(names))
+    if missing := [name for name in names if name not in rows_by_name]:
         raise MvmrError(
             f"{file} names {len(missing):,} of {len(names):,} images that are not among the training images of "
             f"{images.name}: {_first(missing)}; list names such as {images.keys[0]}"
         )
-    if several := [name for name in names if len(found[name]) > 1]:
-        first, second = (images.keys[row] for row in found[several[0]][:2])
+    if several := [name for name in names if len(rows_by_name[name]) > 1]:
+        first, second = (images.keys[row] for row in rows_by_name[several[0]][:2])
         raise MvmrError(f"{file}: {several[0]} may be {first} or {second}: give the folder as well")
-    rows = np.sort(np.array([found[name][0] for name in names], dtype=np.int64))
+    rows = np.sort(np.array([rows_by_name[name][0] for name in names], dtype=np.int64))
     if len(again := rows[1:][rows[1:] == rows[:-1]]):
         raise MvmrError(f"{file} lists {images.keys[int(again[0])]} under two names: name every image once")
     if len(absent := np.setdiff1d(labels, labels[rows])) and images.classes is not None:
@@ -113,17 +113,17 @@ def _read(file: Path) -> list[str]:
 
 def _find(images: ImageSet, names: frozenset[str]) -> dict[str, list[int]]:
     """The rows each name may stand for; an image whose whole key it is comes before all others."""
-    whole: dict[str, list[int]] = {}
+    exact: dict[str, list[int]] = {}
     ends: dict[str, list[int]] = {}
     for row, key in enumerate(images.keys):
         if key in names:
-            whole[key] = [row]
+            exact[key] = [row]
         _, slash, end = key.partition("/")
         while slash:
             if end in names:
                 ends.setdefault(end, []).append(row)
             _, slash, end = end.partition("/")
-    return ends | whole
+    return ends | exact
 
 
 def _first(names: list[str]) -> str:

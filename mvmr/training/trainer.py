@@ -102,14 +102,14 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
         return self.stop - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order, ordered = torch.empty(0, dtype=torch.int64), -1
+        order, order_epoch = torch.empty(0, dtype=torch.int64), -1
         for batch in range(self.start, self.stop):
             epoch, k = divmod(batch, self.per_epoch)
-            if epoch != ordered:
+            if epoch != order_epoch:
                 generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                order, ordered = torch.randperm(self.count, generator=generator), epoch
-            chosen = order[k * self.size : (k + 1) * self.size][self.rank :: self.world]
-            yield [(epoch, int(i)) for i in chosen]
+                order, order_epoch = torch.randperm(self.count, generator=generator), epoch
+            indices = order[k * self.size : (k + 1) * self.size][self.rank :: self.world]
+            yield [(epoch, int(i)) for i in indices]
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
@@ -129,7 +129,7 @@ def train(
     fabric: Fabric,
     folder: Path,
     features: Callable[[], Tensor],
-    undecayed: Collection[str] = (),
+    no_weight_decay: Collection[str] = (),
     progress: bool = False,
 ) -> int:
     """Train ``learner`` in place; keep ``checkpoint.pt`` and ``metrics.jsonl`` in ``folder``; go on from them.
@@ -154,8 +154,8 @@ def train(
     if config.channels_last:
         learner = learner.to(memory_format=torch.channels_last)
     fused = config.precision != "16-mixed"  # a fused step unscales gradients itself, too late to clip them
-    trained = _groups(learner, undecayed)
-    optimizer = kinds[config.optimizer](trained, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+    groups = _groups(learner, no_weight_decay)
+    optimizer = kinds[config.optimizer](groups, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
     module, optimizer = fabric.setup(learner, optimizer)
     metrics = folder / checkpoint.METRICS
     step = checkpoint.restore(folder, learner, optimizer, fabric)
@@ -202,8 +202,8 @@ def train(
                 generator = torch.Generator().manual_seed(config.seed + step)
                 record |= learner.diagnose(outputs, generator)
                 with metrics.open("a") as file:
-                    rounded = {name: float(f"{float(value):.6g}") for name, value in record.items()}
-                    file.write(json.dumps({"step": step} | rounded) + "\n")
+                    figures = {name: float(f"{float(value):.6g}") for name, value in record.items()}
+                    file.write(json.dumps({"step": step} | figures) + "\n")
             advance(step, f"loss {float(loss):.3f}")
             stopping = _on_any_rank(stop.requested, fabric)
             if stopping or step % config.checkpoint_steps == 0 or step == steps:
@@ -213,12 +213,12 @@ def train(
     return steps
 
 
-def _groups(learner: Method, undecayed: Collection[str]) -> list[dict[str, Any]]:
+def _groups(learner: Method, no_weight_decay: Collection[str]) -> list[dict[str, Any]]:
     """What is trained: first what weight decay is for, then what it leaves alone, if there is such."""
     parameters = [(name, value) for name, value in learner.named_parameters() if value.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": [value for name, value in parameters if name not in undecayed]}]
-    if left := [value for name, value in parameters if name in undecayed]:
-        groups.append({"params": left, "weight_decay": 0.0})
+    groups: list[dict[str, Any]] = [{"params": [value for name, value in parameters if name not in no_weight_decay]}]
+    if exempt := [value for name, value in parameters if name in no_weight_decay]:
+        groups.append({"params": exempt, "weight_decay": 0.0})
     return groups
 
 

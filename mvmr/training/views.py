@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional
 
 from mvmr.bundles.preprocess import Preprocess, to_rgb
+from mvmr.bundles.tensors import channels_first
 from mvmr.data.image_set import ImageSet
 from mvmr.errors import MvmrError, unknown
 from mvmr.methods.method import ViewSpec
@@ -79,7 +80,7 @@ class Policy:
         pixels = np.array(picture)
         if "blur" in self.steps:
             pixels = gaussian_blur(pixels, blur_kernel(size), random.uniform(*SIGMA))
-        return _channels_first(pixels)
+        return channels_first(pixels)
 
 
 def make_policy(name: str, size: int, preprocess: Preprocess | None = None) -> Policy:
@@ -90,18 +91,18 @@ def make_policy(name: str, size: int, preprocess: Preprocess | None = None) -> P
 
     Raises: MvmrError for an unknown policy or step, a step named twice, or a preprocessing of another size.
     """
-    fixed = preprocess or Preprocess.for_size(size)
-    if fixed.crop != size:
-        raise MvmrError(f"policy {name!r}: views of {size} px, but the preprocessing crops to {fixed.crop} px")
+    preprocess = preprocess or Preprocess.for_size(size)
+    if preprocess.crop != size:
+        raise MvmrError(f"policy {name!r}: views of {size} px, but the preprocessing crops to {preprocess.crop} px")
     if name in POLICIES:
-        return Policy(steps=POLICIES[name], preprocess=fixed)
-    named = name.split("+")
-    for step in named:
+        return Policy(steps=POLICIES[name], preprocess=preprocess)
+    names = name.split("+")
+    for step in names:
         if step not in STEPS:
             raise unknown("view policy or step", step, [*POLICIES, *(s for s in STEPS if s not in POLICIES)])
-    if len(set(named)) < len(named):
+    if len(set(names)) < len(names):
         raise MvmrError(f"policy {name!r} names a step twice; name each of {', '.join(STEPS)} at most once")
-    return Policy(steps=tuple(step for step in STEPS if step in named), preprocess=fixed)
+    return Policy(steps=tuple(step for step in STEPS if step in names), preprocess=preprocess)
 
 
 class Views(Dataset[dict[str, torch.Tensor]]):
@@ -198,7 +199,3 @@ def _jitter(picture: Image.Image, random: np.random.Generator) -> Image.Image:
         else:
             picture = functional.adjust_hue(picture, hue)
     return picture
-
-
-def _channels_first(pixels: Pixels) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))

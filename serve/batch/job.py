@@ -18,7 +18,7 @@ from mvmr.bundles import bundle as bundles
 from mvmr.cores import usable_cores
 from mvmr.data.image_bytes import LIMITS, Limits
 from mvmr.data.listing import open_source
-from mvmr.data.readable import Item, Source, passed_over
+from mvmr.data.readable import Item, Source, note_other_formats
 from mvmr.errors import MvmrError
 from mvmr.export.artifacts import canary
 from mvmr.interrupt import Stop, stop_on_signal
@@ -103,7 +103,7 @@ def embed(
     source: Source = open_source(os.fspath(images), limits)
     if shard is not None:
         source = source.share(*shard)
-    if note := passed_over(source.other_formats):
+    if note := note_other_formats(source.other_formats):
         say(note, shown=progress)
     settings = _settings(engine, heads, source, dtype, shard, part_rows, limits)
     folder = single_file.working_folder(target)

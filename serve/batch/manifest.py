@@ -11,7 +11,7 @@ from typing import Any
 
 from mvmr import strict_json
 from mvmr.bundles.manifest import is_inside
-from mvmr.errors import MvmrError, shorten
+from mvmr.errors import MvmrError, one_line, shorten
 from mvmr.storage.atomic import is_disk_full
 
 FORMAT = 1
@@ -77,4 +77,4 @@ def failure_reason(error: BaseException) -> str:
         cause = cause.__cause__
     if is_disk_full(error):
         return "the disk is full"
-    return (isinstance(cause, OSError) and cause.strerror) or " ".join(str(cause or error).split())
+    return (isinstance(cause, OSError) and cause.strerror) or one_line(cause or error)

@@ -14,7 +14,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from mvmr.bundles.manifest import WIDEST
-from mvmr.errors import MvmrError, shorten
+from mvmr.errors import MvmrError, one_line, shorten
 from mvmr.serve.batch.manifest import MANIFEST, read_manifest
 from mvmr.serve.batch.single_file import manifest_file, paths_file
 from mvmr.serve.engine import Floats
@@ -59,7 +59,7 @@ class Stored:
                 for batch in opened.iter_batches(rows, columns=["path", "embedding"]):
                     yield self._of_batch(file, batch)
         except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
-            raise MvmrError(f"cannot read {file}: {' '.join(str(error).split())[:200]}; make it again") from error
+            raise MvmrError(f"cannot read {file}: {one_line(error)}; make it again") from error
 
     def _of_batch(self, file: Path, batch: pa.RecordBatch) -> tuple[list[str], Floats]:
         batch.validate(full=True)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from mvmr.errors import MvmrError, unknown
+from mvmr.errors import MvmrError, summarise, unknown
 from mvmr.serve import wire
 from mvmr.serve.client.images import ImageError, ImageFile, Images, pack
 from mvmr.serve.client.retries import Ask, Work, answer_to
@@ -171,7 +171,7 @@ class Calls:
         try:
             yield
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            reason = summarise(error)
             raise MvmrError(f"{self.url} doesn't answer as an mvmr service does ({reason}); check the URL") from error
 
 

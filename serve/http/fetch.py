@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import httpcore2
 
 from mvmr.data.image_bytes import Rejected
+from mvmr.errors import one_line
 from mvmr.serve.http.problems import Problem
 
 _CONNECTIONS = 8
@@ -68,7 +69,7 @@ class Remote:
         except _Private as error:
             return Rejected("no-fetching", str(error))
         except Exception as error:  # httpcore's own, and what sockets and certificates raise below it
-            return Rejected("not-fetched", f"{host}: {' '.join(str(error).split())[:120] or type(error).__name__}")
+            return Rejected("not-fetched", f"{host}: {one_line(error)}")
 
     async def _get(
         self, pool: httpcore2.AsyncConnectionPool, address: str, take: Callable[[int], None]

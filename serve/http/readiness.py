@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from PIL import Image
 
 from mvmr.data.image_bytes import Prepared
+from mvmr.errors import one_line
 from mvmr.export.artifacts import canary
 from mvmr.serve.decoding.pool import DecodePool
 from mvmr.serve.engine import TOLERANCE, Engine
@@ -50,7 +51,7 @@ class Readiness:
         try:
             verdict.set_result(self._look())
         except Exception as error:  # whatever a GPU raises
-            verdict.set_result(f"the engine fails: {' '.join(str(error).split())[:200]}")
+            verdict.set_result(f"the engine fails: {one_line(error)}")
 
     def _look(self) -> str | None:
         try:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from mvmr.errors import MvmrError, shorten, unknown
+from mvmr.errors import MvmrError, one_line, shorten, unknown
 from mvmr.progress import track
 from mvmr.serve.batch.manifest import failure_reason
 from mvmr.serve.batch.parts import claim_folder
@@ -70,8 +70,9 @@ class Index:
             missing = Path(str(error.filename)).name
             raise MvmrError(f"no index at {folder}: it has no {missing}; make one with `mvmr index`") from error
         except (OSError, ValueError, RuntimeError, MemoryError, pa.ArrowException) as error:
-            reason = shorten(" ".join(str(error).split()) or type(error).__name__)
-            raise MvmrError(f"cannot read the index {folder} ({reason}); build it again with `mvmr index`") from error
+            raise MvmrError(
+                f"cannot read the index {folder} ({one_line(error)}); build it again with `mvmr index`"
+            ) from error
         if not searcher.shape == (len(paths), description.dim) == (description.vectors, description.dim):
             raise MvmrError(f"the files of the index {folder} don't fit one another; build it again with `mvmr index`")
         return cls(

@@ -19,7 +19,7 @@ from mvmr.app.embedders.engines import Engines
 from mvmr.app.gallery import Gallery, cache_folder
 from mvmr.bundles.bundle import Bundle
 from mvmr.data import ImageSet
-from mvmr.data.image_set import Arrays, Numbered
+from mvmr.data.image_set import Arrays, numbered_names
 from mvmr.distillation.report.subject import Subject
 from mvmr.errors import MvmrError
 from mvmr.representations.cache import represent
@@ -72,7 +72,7 @@ def test_a_folder_without_classes_is_a_gallery_of_all_its_images(tmp_path: Path)
 
 def test_images_of_several_labels_have_none_to_show() -> None:
     several = ImageSet(
-        name="several", split="test", source=Arrays(np.zeros((3, 4, 4, 3), np.uint8), Numbered("test", 3)),
+        name="several", split="test", source=Arrays(np.zeros((3, 4, 4, 3), np.uint8), numbered_names("test", 3)),
         fingerprint="f", read_labels=lambda: np.ones((3, 2), np.int64), classes=("a", "b"),
     )  # fmt: skip
     gallery = Gallery(several)

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from mvmr.bundles import bundle
-from tests.bundles.written import finished
+from tests.bundles.written import write_stub
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> bundle.Bundle:
-    return bundle.load(finished(tmp_path / "b"))
+def sample(tmp_path: Path) -> bundle.Bundle:
+    return bundle.load(write_stub(tmp_path / "b"))

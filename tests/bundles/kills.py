@@ -21,10 +21,10 @@ from mvmr.storage import staging
 _WATCHED = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
 
 
-def finished(folder: Path, content: bytes) -> None:
+def write_stub(folder: Path, content: bytes) -> None:
     folder.mkdir(parents=True)
     (folder / "encoder.safetensors").write_bytes(content)
-    said = Manifest(
+    content_of_manifest = Manifest(
         schema=2,
         mvmr_version="0.1.0",
         created="2026-01-01T00:00:00+00:00",
@@ -36,7 +36,7 @@ def finished(folder: Path, content: bytes) -> None:
         metrics=(),
         files={"encoder.safetensors": staging.digest(folder / "encoder.safetensors") or ""},
     )
-    (folder / "bundle.json").write_text(json.dumps(said.to_json()))
+    (folder / "bundle.json").write_text(json.dumps(content_of_manifest.to_json()))
 
 
 def add_head(folder: Path, value: float) -> None:
@@ -46,12 +46,12 @@ def add_head(folder: Path, value: float) -> None:
 
 def prepare(operation: str, work: Path) -> None:
     if operation == "publish_over":
-        finished(work / "b", b"old")
+        write_stub(work / "b", b"old")
         add_head(work / "b", 1.0)
     if operation in ("publish", "publish_over"):
-        finished(work / "b.partial", b"new")
+        write_stub(work / "b.partial", b"new")
     else:
-        finished(work / "b", b"weights")
+        write_stub(work / "b", b"weights")
     if operation == "replace_head":
         add_head(work / "b", 1.0)
 
@@ -66,17 +66,17 @@ def operate(operation: str, work: Path) -> None:
 def state(operation: str, work: Path) -> str:
     """What a reader finds: "nothing", "old" or "new"; anything between the two raises."""
     try:
-        found = bundle.load(work / "b")
+        current = bundle.load(work / "b")
     except MvmrError:
         if operation == "publish":
             return "nothing"
         raise
     if operation in ("publish", "publish_over"):
-        return found.file("encoder.safetensors").read_bytes().decode()
-    if not found.heads:
+        return current.file("encoder.safetensors").read_bytes().decode()
+    if not current.heads:
         return "nothing"
-    values = {found.head("x").weight[0, 0], found.head("x").metrics["values"]["top1"]}
-    values |= {entry["values"]["top1"] for entry in found.manifest.metrics}
+    values = {current.head("x").weight[0, 0], current.head("x").metrics["values"]["top1"]}
+    values |= {entry["values"]["top1"] for entry in current.manifest.metrics}
     return {frozenset({1.0}): "old", frozenset({2.0}): "new"}[frozenset(values)]
 
 
@@ -112,7 +112,7 @@ def main(operation: str, root: Path) -> None:
         alive = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         after_kill = state(operation, work)
         if operation.startswith("publish") and not (work / "b.partial").exists():
-            finished(work / "b.partial", b"new")  # the user trains again
+            write_stub(work / "b.partial", b"new")  # the user trains again
         operate(operation, work)
         left_over = [name for name in (*os.listdir(work), *os.listdir(work / "b")) if name.startswith(".")]
         outcomes.append({"after_kill": after_kill, "after_retry": state(operation, work), "left_over": left_over})

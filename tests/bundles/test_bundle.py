@@ -12,7 +12,7 @@ from mvmr.bundles import bundle, manifest
 from mvmr.bundles.model_card import model_card
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
-from tests.bundles.written import CLASSES, WIDTH, damaged, finished, record, with_head
+from tests.bundles.written import CLASSES, WIDTH, damage, record, with_head, write_stub
 
 
 def refusal(path: Path) -> str:
@@ -24,34 +24,34 @@ def refusal(path: Path) -> str:
     return message
 
 
-def test_manifest_survives_a_round_trip(made):
-    again = bundle.load(made.path)
-    assert again == made
+def test_manifest_survives_a_round_trip(sample):
+    again = bundle.load(sample.path)
+    assert again == sample
     assert again.manifest.preprocessing == Preprocess.for_size(32)
     assert again.heads == ()
 
 
-def test_reading_extending_and_describing_need_no_torch(made):
+def test_reading_extending_and_describing_need_no_torch(sample):
     code = f"""
 import sys
 import numpy
 from mvmr.bundles import bundle
-found = bundle.load({str(made.path)!r})
+found = bundle.load({str(sample.path)!r})
 found = bundle.add_head(found, "x", numpy.ones((2, {WIDTH})), numpy.zeros(2), {CLASSES}, {record()})
 found = bundle.add_metrics(found, {record(protocol="knn")})
-found = bundle.load({str(made.path)!r})
+found = bundle.load({str(sample.path)!r})
 assert found.head("x").weight.shape == (2, {WIDTH})
-print(found.heads, found.space_id, bundle.newest({str(made.path.parent)!r}))
+print(found.heads, found.space_id, bundle.newest({str(sample.path.parent)!r}))
 assert not {{"torch", "torchvision", "open_clip", "sklearn"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_space_id_follows_weights_and_preprocessing_only(made, tmp_path):
-    assert with_head(made).space_id == made.space_id == bundle.load(finished(tmp_path / "same")).space_id
-    assert bundle.load(finished(tmp_path / "other", content=b"other")).space_id != made.space_id
-    resized = replace(made.manifest, preprocessing=Preprocess.for_size(64))
-    assert replace(made, manifest=resized).space_id != made.space_id
+def test_space_id_follows_weights_and_preprocessing_only(sample, tmp_path):
+    assert with_head(sample).space_id == sample.space_id == bundle.load(write_stub(tmp_path / "same")).space_id
+    assert bundle.load(write_stub(tmp_path / "other", content=b"other")).space_id != sample.space_id
+    resized = replace(sample.manifest, preprocessing=Preprocess.for_size(64))
+    assert replace(sample, manifest=resized).space_id != sample.space_id
 
 
 # What is refused
@@ -89,20 +89,20 @@ def test_a_run_that_has_not_finished(name, tmp_path):
         "9" * 5000,
     ],
 )
-def test_broken_json(text, made):
-    (made.path / "bundle.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    assert "bundle.json is not valid JSON" in refusal(made.path)
+def test_broken_json(text, sample):
+    (sample.path / "bundle.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert "bundle.json is not valid JSON" in refusal(sample.path)
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '"x"', "3"])
-def test_json_of_something_else(text, made):
-    (made.path / "bundle.json").write_text(text)
-    assert "not a bundle's manifest: it has no schema version" in refusal(made.path)
+def test_json_of_something_else(text, sample):
+    (sample.path / "bundle.json").write_text(text)
+    assert "not a bundle's manifest: it has no schema version" in refusal(sample.path)
 
 
-def test_newer_schema_says_who_wrote_it(made):
-    damaged(made.path, schema=manifest.SCHEMA + 1, mvmr_version="9.1", shape="unheard of")
-    message = refusal(made.path)
+def test_newer_schema_says_who_wrote_it(sample):
+    damage(sample.path, schema=manifest.SCHEMA + 1, mvmr_version="9.1", shape="unheard of")
+    message = refusal(sample.path)
     assert f"has schema {manifest.SCHEMA + 1}, this mvmr reads up to {manifest.SCHEMA}" in message
     assert "mvmr 9.1" in message
 
@@ -136,58 +136,58 @@ def test_newer_schema_says_who_wrote_it(made):
         ({"files": {"encoder.safetensors": 5}}, "64 hex digits"),
     ],
 )
-def test_a_manifest_that_lies(changes, text, made):
-    assert text in refusal(damaged(made.path, **changes))
+def test_a_manifest_that_lies(changes, text, sample):
+    assert text in refusal(damage(sample.path, **changes))
 
 
-def test_a_changed_file_is_named(made):
-    with_head(made)
-    (made.path / "heads/x/head.json").write_text("{}")
-    message = refusal(made.path)
+def test_a_changed_file_is_named(sample):
+    with_head(sample)
+    (sample.path / "heads/x/head.json").write_text("{}")
+    message = refusal(sample.path)
     assert "heads/x/head.json has changed" in message
     assert "encoder" not in message
-    assert bundle.load(made.path, verify=False).heads == ("x",)
+    assert bundle.load(sample.path, verify=False).heads == ("x",)
 
 
-def test_missing_files_are_named(made):
-    with_head(made)
-    (made.path / "heads/x/head.safetensors").unlink()
-    (made.path / "encoder.safetensors").unlink()
-    message = refusal(made.path)
+def test_missing_files_are_named(sample):
+    with_head(sample)
+    (sample.path / "heads/x/head.safetensors").unlink()
+    (sample.path / "encoder.safetensors").unlink()
+    message = refusal(sample.path)
     assert "encoder.safetensors is missing" in message
     assert "heads/x/head.safetensors is missing" in message
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_an_unreadable_file_is_named(made):
-    (made.path / "encoder.safetensors").chmod(0)
-    assert "cannot read" in refusal(made.path)
+def test_an_unreadable_file_is_named(sample):
+    (sample.path / "encoder.safetensors").chmod(0)
+    assert "cannot read" in refusal(sample.path)
 
 
-def test_a_damaged_encoder_is_never_used(made):
-    (made.path / "encoder.safetensors").write_bytes(b"weightz")
+def test_a_damaged_encoder_is_never_used(sample):
+    (sample.path / "encoder.safetensors").write_bytes(b"weightz")
     with pytest.raises(MvmrError, match=r"encoder\.safetensors has changed"):
-        bundle.load(made.path, verify=False).student()
+        bundle.load(sample.path, verify=False).student()
 
 
-def test_a_bundle_without_weights_says_so(made):
-    damaged(made.path, files={})
+def test_a_bundle_without_weights_says_so(sample):
+    damage(sample.path, files={})
     with pytest.raises(MvmrError, match=r"lists no encoder\.safetensors"):
-        _ = bundle.load(made.path).space_id
+        _ = bundle.load(sample.path).space_id
 
 
-def test_the_card_may_be_edited_and_then_stays(made):
-    (made.path / "README.md").write_text("mine")
-    with_head(bundle.load(made.path))
-    assert (made.path / "README.md").read_text() == "mine"
-    (made.path / "README.md").unlink()
-    with_head(bundle.load(made.path), 2.0)
-    assert not (made.path / "README.md").exists()
+def test_the_card_may_be_edited_and_then_stays(sample):
+    (sample.path / "README.md").write_text("mine")
+    with_head(bundle.load(sample.path))
+    assert (sample.path / "README.md").read_text() == "mine"
+    (sample.path / "README.md").unlink()
+    with_head(bundle.load(sample.path), 2.0)
+    assert not (sample.path / "README.md").exists()
 
 
-def test_a_card_survives_whatever_names_hold(made):
+def test_a_card_survives_whatever_names_hold(sample):
     training = {"teachers": {"t": {"name": "a|b\nc"}}, "note": "x | y\n# z", "init": None}
-    card = model_card(replace(made.manifest, training=training), name='q"\udce9', space_id="0" * 32)
+    card = model_card(replace(sample.manifest, training=training), name='q"\udce9', space_id="0" * 32)
     assert "distilled from a\\|b c, without labels" in card
     assert "| note | x \\| y # z |" in card
     assert "licence" in card
@@ -198,11 +198,11 @@ def test_a_card_survives_whatever_names_hold(made):
 
 
 def test_newest_is_by_creation_whatever_was_touched_since(tmp_path):
-    old = bundle.load(finished(tmp_path / "runs/z/old", created="2026-01-01T00:00:00+00:00"))
-    new = finished(tmp_path / "runs/a", created="2026-02-01T00:00:00+00:00")
-    finished(tmp_path / "runs/next.partial", created="2026-03-01T00:00:00+00:00")
-    finished(tmp_path / "runs/.a.replaced", created="2026-03-01T00:00:00+00:00")
-    (finished(tmp_path / "runs/broken") / "bundle.json").write_text("{")
+    old = bundle.load(write_stub(tmp_path / "runs/z/old", created="2026-01-01T00:00:00+00:00"))
+    new = write_stub(tmp_path / "runs/a", created="2026-02-01T00:00:00+00:00")
+    write_stub(tmp_path / "runs/next.partial", created="2026-03-01T00:00:00+00:00")
+    write_stub(tmp_path / "runs/.a.replaced", created="2026-03-01T00:00:00+00:00")
+    (write_stub(tmp_path / "runs/broken") / "bundle.json").write_text("{")
     with_head(old)
     assert bundle.newest(tmp_path / "runs") == new
 
@@ -216,8 +216,8 @@ def test_newest_of_none_says_how_to_make_one(root, tmp_path):
 # Heads and metrics
 
 
-@pytest.mark.parametrize("place", ["encoder.safetensors", "bundle.json"])
-def test_a_pipe_in_a_bundle_is_not_waited_for(place, made):
-    (made.path / place).unlink()
-    os.mkfifo(made.path / place)
-    refusal(made.path)
+@pytest.mark.parametrize("name", ["encoder.safetensors", "bundle.json"])
+def test_a_pipe_in_a_bundle_is_not_waited_for(name, sample):
+    (sample.path / name).unlink()
+    os.mkfifo(sample.path / name)
+    refusal(sample.path)

@@ -100,7 +100,7 @@ def test_a_missing_key_is_named() -> None:
         Preprocess.from_dict({k: v for k, v in Preprocess.for_size(64).to_dict().items() if k != "std"})
 
 
-def stored(image: Image.Image, file_format: str, **options: object) -> Image.Image:
+def store(image: Image.Image, file_format: str, **options: object) -> Image.Image:
     data = io.BytesIO()
     image.save(data, file_format, **options)
     return Image.open(io.BytesIO(data.getvalue()))
@@ -108,7 +108,7 @@ def stored(image: Image.Image, file_format: str, **options: object) -> Image.Ima
 
 def test_16_bit_values_are_scaled_not_clipped() -> None:
     values = np.array([[0, 257, 32768, 65535]], np.uint16).repeat(2, axis=0)
-    for image in (stored(Image.fromarray(values), "PNG"), stored(Image.fromarray(values), "TIFF")):
+    for image in (store(Image.fromarray(values), "PNG"), store(Image.fromarray(values), "TIFF")):
         assert image.mode.startswith("I")
         assert np.asarray(to_rgb(image))[0, :, 0].tolist() == [0, 1, 128, 255]
 
@@ -141,7 +141,7 @@ def test_an_rgb_image_is_not_copied() -> None:
 
 def test_a_palette_with_transparency_does_not_warn() -> None:
     image = photograph(16, 16).convert("P")
-    again = stored(image, "PNG", transparency=bytes(range(256)))
+    again = store(image, "PNG", transparency=bytes(range(256)))
     assert again.mode == "P"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -157,13 +157,13 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     laid = np.ascontiguousarray(turn.get(orientation, lambda a: a)(upright))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    image = stored(Image.fromarray(laid), "PNG", exif=exif)
+    image = store(Image.fromarray(laid), "PNG", exif=exif)
     assert np.array_equal(np.asarray(to_rgb(image)), upright)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_broken_exif_does_not_lose_the_image() -> None:
-    image = stored(photograph(16, 16), "JPEG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff garbage")
+    image = store(photograph(16, 16), "JPEG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff garbage")
     assert to_rgb(image).size == (16, 16)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from mvmr.bundles import bundle
 from mvmr.errors import MvmrError
-from tests.bundles.written import finished, with_head
+from tests.bundles.written import with_head, write_stub
 
 KILLS = Path(__file__).with_name("kills.py")
 
@@ -20,28 +20,28 @@ KILLS = Path(__file__).with_name("kills.py")
 # Writers and readers beside one another
 
 
-def test_writers_beside_one_another_lose_nothing(made):
+def test_writers_beside_one_another_lose_nothing(sample):
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda i: with_head(made, i, name=f"h{i}"), range(8)))
-    now = bundle.load(made.path)
+        list(pool.map(lambda i: with_head(sample, i, name=f"h{i}"), range(8)))
+    now = bundle.load(sample.path)
     assert now.heads == tuple(f"h{i}" for i in range(8))
     assert [now.head(f"h{i}").weight[0, 0] for i in range(8)] == list(range(8))
 
 
-def test_a_reader_beside_a_writer_sees_whole_bundles(made):
+def test_a_reader_beside_a_writer_sees_whole_bundles(sample):
     stop, failures = threading.Event(), []
 
     def read() -> None:
         while not stop.is_set():
             try:
-                bundle.load(made.path)
+                bundle.load(sample.path)
             except MvmrError as error:
                 failures.append(str(error))
 
     reader = threading.Thread(target=read)
     reader.start()
     for value in range(20):
-        with_head(made, float(value))
+        with_head(sample, float(value))
     stop.set()
     reader.join()
     assert not failures
@@ -51,25 +51,25 @@ def test_a_reader_beside_a_writer_sees_whole_bundles(made):
 
 
 def test_publish_moves_the_folder_into_place(tmp_path):
-    partial = finished(tmp_path / "b.partial")
+    partial = write_stub(tmp_path / "b.partial")
     bundle.publish(partial, tmp_path / "b")
     assert bundle.load(tmp_path / "b").path == tmp_path / "b"
     assert os.listdir(tmp_path) == ["b"]
 
 
 def test_publish_replaces_an_older_bundle(tmp_path):
-    old = bundle.load(finished(tmp_path / "b", content=b"old"))
+    old = bundle.load(write_stub(tmp_path / "b", content=b"old"))
     with_head(old)
-    bundle.publish(finished(tmp_path / "b.partial", content=b"new"), tmp_path / "b")
+    bundle.publish(write_stub(tmp_path / "b.partial", content=b"new"), tmp_path / "b")
     assert bundle.load(tmp_path / "b").file("encoder.safetensors").read_bytes() == b"new"
     assert bundle.load(tmp_path / "b").heads == ()
     assert os.listdir(tmp_path) == ["b"]
 
 
 def test_publish_through_a_link_replaces_what_it_points_to(tmp_path):
-    finished(tmp_path / "disk/b", content=b"old")
+    write_stub(tmp_path / "disk/b", content=b"old")
     (tmp_path / "b").symlink_to(tmp_path / "disk/b")
-    bundle.publish(finished(tmp_path / "b.partial", content=b"new"), tmp_path / "b")
+    bundle.publish(write_stub(tmp_path / "b.partial", content=b"new"), tmp_path / "b")
     assert (tmp_path / "b").is_symlink()
     assert bundle.load(tmp_path / "b").file("encoder.safetensors").read_bytes() == b"new"
 
@@ -78,14 +78,14 @@ def test_publish_never_replaces_what_is_not_a_bundle(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/one.jpg").write_bytes(b"x")
     with pytest.raises(MvmrError, match="stays untouched"):
-        bundle.publish(finished(tmp_path / "b.partial"), tmp_path / "photos")
+        bundle.publish(write_stub(tmp_path / "b.partial"), tmp_path / "photos")
     assert (tmp_path / "photos/one.jpg").exists()
     assert bundle.load(tmp_path / "b.partial")
 
 
 def test_publish_fills_an_empty_folder(tmp_path):
     (tmp_path / "b").mkdir()
-    bundle.publish(finished(tmp_path / "b.partial"), tmp_path / "b")
+    bundle.publish(write_stub(tmp_path / "b.partial"), tmp_path / "b")
     assert bundle.load(tmp_path / "b")
 
 
@@ -93,15 +93,15 @@ def test_half_written_is_never_published(tmp_path):
     partial = tmp_path / "b.partial"
     partial.mkdir()
     (partial / "encoder.safetensors").write_bytes(b"half")
-    finished(tmp_path / "b", content=b"old")
+    write_stub(tmp_path / "b", content=b"old")
     with pytest.raises(MvmrError, match="has not finished"):
         bundle.publish(partial, tmp_path / "b")
     assert bundle.load(tmp_path / "b").file("encoder.safetensors").read_bytes() == b"old"
 
 
 def test_a_failed_rename_puts_the_old_bundle_back(tmp_path, monkeypatch):
-    finished(tmp_path / "b", content=b"old")
-    partial, rename = finished(tmp_path / "b.partial", content=b"new"), os.rename
+    write_stub(tmp_path / "b", content=b"old")
+    partial, rename = write_stub(tmp_path / "b.partial", content=b"new"), os.rename
 
     def refuse(source, target):
         if Path(source) == partial:
@@ -136,10 +136,10 @@ def test_killed_at_any_step_the_bundle_is_the_old_or_the_new_one(operation, tmp_
 
 @pytest.mark.parametrize("replacing", [False, True])
 @pytest.mark.parametrize("step", range(12))
-def test_a_full_disk_at_any_step_leaves_a_whole_bundle(step, replacing, made, monkeypatch):
+def test_a_full_disk_at_any_step_leaves_a_whole_bundle(step, replacing, sample, monkeypatch):
     if replacing:
-        with_head(made, 1.0)
-    before, calls, replace_file = bundle.load(made.path), [], os.replace
+        with_head(sample, 1.0)
+    before, calls, replace_file = bundle.load(sample.path), [], os.replace
 
     def fail(source, target):
         calls.append(target)
@@ -149,15 +149,15 @@ def test_a_full_disk_at_any_step_leaves_a_whole_bundle(step, replacing, made, mo
 
     monkeypatch.setattr(os, "replace", fail)
     try:
-        with_head(made, 2.0)
+        with_head(sample, 2.0)
         failed = False
     except MvmrError:
         failed = True
     monkeypatch.undo()
     assert failed == (step < len(calls))
-    now = bundle.load(made.path)
+    now = bundle.load(sample.path)
     if now != before:
         assert now.head("x").weight[0, 0] == 2.0
-    after = with_head(made, 3.0)
+    after = with_head(sample, 3.0)
     assert after.head("x").weight[0, 0] == 3.0
-    assert sorted(os.listdir(made.path)) == ["README.md", "bundle.json", "encoder.safetensors", "heads"]
+    assert sorted(os.listdir(sample.path)) == ["README.md", "bundle.json", "encoder.safetensors", "heads"]

@@ -17,12 +17,12 @@ def record(value: float = 50.0, command: str = "mvmr probe b", **more: object) -
     return {"command": command, "data": "sample:digits", "protocol": "linear", "values": {"top1": value}, **more}
 
 
-def finished(folder: Path, *, content: bytes = b"weights", created: str = "2026-01-01T00:00:00+00:00") -> Path:
+def write_stub(folder: Path, *, content: bytes = b"weights", created: str = "2026-01-01T00:00:00+00:00") -> Path:
     """A bundle whose weights nobody looks into: reading must not need torch."""
     folder.mkdir(parents=True)
     (folder / "encoder.safetensors").write_bytes(content)
     (folder / "README.md").write_text("card")
-    said = Manifest(
+    content_of_manifest = Manifest(
         schema=manifest.SCHEMA,
         mvmr_version="0.1.0",
         created=created,
@@ -34,7 +34,7 @@ def finished(folder: Path, *, content: bytes = b"weights", created: str = "2026-
         metrics=(),
         files={name: staging.digest(folder / name) or "" for name in ("encoder.safetensors", "README.md")},
     )
-    (folder / "bundle.json").write_text(json.dumps(said.to_json()))
+    (folder / "bundle.json").write_text(json.dumps(content_of_manifest.to_json()))
     return folder
 
 
@@ -42,7 +42,7 @@ def with_head(target: bundle.Bundle, value: float = 1.0, name: str = "x") -> bun
     return bundle.add_head(target, name, np.full((2, WIDTH), value), np.zeros(2), CLASSES, record(value))
 
 
-def damaged(folder: Path, **changes: object) -> Path:
+def damage(folder: Path, **changes: object) -> Path:
     content = json.loads((folder / "bundle.json").read_text()) | changes
     (folder / "bundle.json").write_text(json.dumps({key: value for key, value in content.items() if value != "GONE"}))
     return folder

@@ -39,12 +39,12 @@ def a_photo(colour: str, random: np.random.Generator, size: tuple[int, int] = (2
 
 
 def arguments(photos: Path, recipe: Path, out: Path, *more: str) -> list[str]:
-    given = ["--data", photos, "--recipe", recipe, "--out", out, "--device", "cpu", "--max-unreadable", "0.2"]
-    return [*map(str, given), *more]
+    options = ["--data", photos, "--recipe", recipe, "--out", out, "--device", "cpu", "--max-unreadable", "0.2"]
+    return [*map(str, options), *more]
 
 
 def mvmr(*argv: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(each) for each in argv])
+    return CliRunner().invoke(main, [str(part) for part in argv])
 
 
 def refusal(result: Result) -> str:

@@ -30,9 +30,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     a_photo("green", random).convert("RGBA").save(green / "alpha.png")
     Image.fromarray(random.integers(0, 65536, (20, 26), dtype=np.uint16)).save(blue / "deep.png")
     a_photo("blue", random).save(blue / "scan.tiff")
-    whole = BytesIO()
-    a_photo("blue", random, (200, 150)).save(whole, "JPEG")
-    (blue / "truncated.jpg").write_bytes(whole.getvalue()[:900])
+    buffer = BytesIO()
+    a_photo("blue", random, (200, 150)).save(buffer, "JPEG")
+    (blue / "truncated.jpg").write_bytes(buffer.getvalue()[:900])
     (green / "empty.png").write_bytes(b"")
     (red / "letter.jpg").write_text("Dear diary")
     (red / "notes.txt").write_text("not even meant as one")
@@ -48,7 +48,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(photos: Path, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+def finished_run(photos: Path, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     """A finished bundle and what the command said; not to be changed."""
     import torch  # here, as tests of `mvmr doctor` need none
 
@@ -58,7 +58,7 @@ def trained(photos: Path, recipe: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture
-def copied(trained: tuple[Path, Result], tmp_path: Path) -> Path:
+def bundle_copy(finished_run: tuple[Path, Result], tmp_path: Path) -> Path:
     """A copy of that bundle, which may be changed."""
-    shutil.copytree(trained[0], tmp_path / "runs" / "mine")
+    shutil.copytree(finished_run[0], tmp_path / "runs" / "mine")
     return tmp_path / "runs" / "mine"

@@ -20,11 +20,11 @@ from tests.making import write_bundle
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 
 
-def test_a_folder_of_all_sorts_becomes_a_bundle(trained: tuple[Path, Result], photos: Path) -> None:
-    out, said = trained
-    assert said.exit_code == 0, said.output
-    assert said.stdout == f"{out}\n"
-    lines = said.stderr.splitlines()
+def test_a_folder_of_all_sorts_becomes_a_bundle(finished_run: tuple[Path, Result], photos: Path) -> None:
+    out, result = finished_run
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{out}\n"
+    lines = result.stderr.splitlines()
     assert [line.split()[0] for line in lines[:3]] == ["data", "recipe", "out"]
     assert f"{photos}: 35 images, 1 smaller than 16 px (enlarged), 3 skipped" in lines
     assert any(f"next: mvmr info {out}" in line for line in lines)
@@ -39,36 +39,36 @@ def test_a_folder_of_all_sorts_becomes_a_bundle(trained: tuple[Path, Result], ph
     assert torch.isfinite(bundle.student().embed([photos / "red" / "print.jpg", photos / "blue" / "deep.png"])).all()
 
 
-def test_info_probe_and_evaluate_read_it(copied: Path, photos: Path) -> None:
-    told = mvmr("info", copied)
-    assert told.exit_code == 0
-    assert "mvmr, recipe tiny, 16 steps" in told.stdout
-    assert "teacher   none" in told.stdout
-    assert f"{photos}, 35 images" in told.stdout
-    assert json.loads(mvmr("info", copied, "--json").stdout)["embedding_dim"] == 128
+def test_info_probe_and_evaluate_read_it(bundle_copy: Path, photos: Path) -> None:
+    info = mvmr("info", bundle_copy)
+    assert info.exit_code == 0
+    assert "mvmr, recipe tiny, 16 steps" in info.stdout
+    assert "teacher   none" in info.stdout
+    assert f"{photos}, 35 images" in info.stdout
+    assert json.loads(mvmr("info", bundle_copy, "--json").stdout)["embedding_dim"] == 128
 
-    probed = mvmr("probe", copied, "--data", photos, "--head", "colours", "--max-unreadable", "0.2")
+    probed = mvmr("probe", bundle_copy, "--data", photos, "--head", "colours", "--max-unreadable", "0.2")
     assert probed.exit_code == 0, probed.output
-    assert probed.stdout.startswith(f"{copied}: heads colours; on the test split top1 ")
-    measured = mvmr("evaluate", copied, "--data", photos, "--max-unreadable", "0.2", "--protocol", "knn,linear")
+    assert probed.stdout.startswith(f"{bundle_copy}: heads colours; on the test split top1 ")
+    measured = mvmr("evaluate", bundle_copy, "--data", photos, "--max-unreadable", "0.2", "--protocol", "knn,linear")
     assert measured.exit_code == 0, measured.output
     assert [line.split()[3] for line in measured.stdout.splitlines()] == ["knn", "linear"]
-    told = mvmr("info", copied)
-    assert "heads     colours" in told.stdout
-    assert told.stdout.count("measured  ") == 3
-    assert bundles.load(copied).head("colours").classes == ("blue", "green", "red")
+    info = mvmr("info", bundle_copy)
+    assert "heads     colours" in info.stdout
+    assert info.stdout.count("measured  ") == 3
+    assert bundles.load(bundle_copy).head("colours").classes == ("blue", "green", "red")
 
 
-def test_finetune_and_report_read_it(copied: Path, photos: Path, tmp_path: Path) -> None:
-    before = (copied / "bundle.json").read_bytes()
+def test_finetune_and_report_read_it(bundle_copy: Path, photos: Path, tmp_path: Path) -> None:
+    before = (bundle_copy / "bundle.json").read_bytes()
     tuned = mvmr(
-        "finetune", copied, "--data", photos, "--labels", "50%", "--epochs", "1", "--workers", "0", "--device", "cpu",
-        "--out", tmp_path / "tuned", "--head", "colours", *BROKEN,
+        "finetune", bundle_copy, "--data", photos, "--labels", "50%", "--epochs", "1", "--workers", "0",
+        "--device", "cpu", "--out", tmp_path / "tuned", "--head", "colours", *BROKEN,
     )  # fmt: skip
     assert tuned.exit_code == 0, tuned.output
     assert re.search(r"tuned: heads colours; on the test split top1 [\d.]+ %, images \d+, top1_frozen", tuned.stdout)
-    assert (copied / "bundle.json").read_bytes() == before
-    reported = mvmr("report", copied, "--data", photos, "--k", "3", "--out", tmp_path / "report", *BROKEN)
+    assert (bundle_copy / "bundle.json").read_bytes() == before
+    reported = mvmr("report", bundle_copy, "--data", photos, "--k", "3", "--out", tmp_path / "report", *BROKEN)
     assert reported.exit_code == 0, reported.output
     assert reported.stdout.splitlines()[-1] == f"{tmp_path}/report/index.html"
     assert "names no teacher" in reported.stderr
@@ -77,9 +77,9 @@ def test_finetune_and_report_read_it(copied: Path, photos: Path, tmp_path: Path)
 
 @pytest.mark.slow
 def test_ablate_prints_its_table_and_goes_on(photos: Path, recipe: Path, tmp_path: Path) -> None:
-    asked = ["ablate", "--grid", "losses", "--only", "L2", "--data", photos, "--recipe", recipe, *BROKEN]
+    arguments = ["ablate", "--grid", "losses", "--only", "L2", "--data", photos, "--recipe", recipe, *BROKEN]
     for seeds in ("1", "2"):
-        result = mvmr(*asked, "--seeds", seeds, "--device", "cpu", "--out", tmp_path / "grid")
+        result = mvmr(*arguments, "--seeds", seeds, "--device", "cpu", "--out", tmp_path / "grid")
         assert result.exit_code == 0, result.output
         assert re.search(rf"^\| L2 \|.*\| {seeds} \|$", result.stdout, re.M)
     lines = (tmp_path / "grid" / "results.jsonl").read_text().splitlines()
@@ -92,8 +92,8 @@ def test_numbers_of_neighbours_are_whole() -> None:
     assert "--k 5,many: give whole numbers separated by commas" in result.stderr
 
 
-def test_the_newest_bundle_is_meant_when_none_is_named(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(copied.parent.parent)
+def test_the_newest_bundle_is_meant_when_none_is_named(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(bundle_copy.parent.parent)
     assert mvmr("info").stdout.splitlines()[0] == "bundle    runs/mine"
 
 
@@ -105,39 +105,39 @@ def test_info_reads_a_bundle_that_records_nothing(tmp_path: Path) -> None:
     )
     for number, training in enumerate(records):
         odd = write_bundle(tmp_path / f"odd-{number}", training=training)
-        told = mvmr("info", odd.path)
-        assert told.exit_code == 0, told.exception
-        assert "not recorded" in told.stdout
+        info = mvmr("info", odd.path)
+        assert info.exit_code == 0, info.exception
+        assert "not recorded" in info.stdout
 
 
 def test_options_are_assignments_to_the_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    called: dict[str, Any] = {}
+    call: dict[str, Any] = {}
 
     class Stop(Exception):
         pass
 
-    def recorded(data: str, out: str, **options: Any) -> None:
-        called.update(options, data=data, out=out)
+    def record(data: str, out: str, **options: Any) -> None:
+        call.update(options, data=data, out=out)
         raise Stop
 
-    monkeypatch.setattr(pretraining, "pretrain", recorded)
+    monkeypatch.setattr(pretraining, "pretrain", record)
     values = {"student": "resnet18", "size": "32", "epochs": "3", "batch-size": "64", "accumulate": "2", "lr": "1e-3",
               "clip-grad": "1", "precision": "32-true", "workers": "0", "seed": "0"}  # fmt: skip
     flags = [part for name, value in values.items() for part in (f"--{name}", value)]
     monkeypatch.chdir(tmp_path)
     result = mvmr("pretrain", "--small-kernel", *flags, "--set", "train.seed=5", "--data", "My Photos/2024")
     assert isinstance(result.exception, Stop)
-    assert set(called["assign"]) == {
+    assert set(call["assign"]) == {
         "student.small_kernel=true",
         *(f"{SHORTHANDS[name][0]}={value}" for name, value in values.items()),
         "train.seed=5",
     }
-    assert called["assign"][-1] == "train.seed=5"  # what is said most exactly comes last, and wins
-    assert called["out"] == "runs/pretrain-my-photos-2024"
-    assert called["data"] == "My Photos/2024"
-    assert called["device"] == "auto"
+    assert call["assign"][-1] == "train.seed=5"  # what is said most exactly comes last, and wins
+    assert call["out"] == "runs/pretrain-my-photos-2024"
+    assert call["data"] == "My Photos/2024"
+    assert call["device"] == "auto"
     mvmr("pretrain")
-    assert (called["data"], called["assign"], called["recipe"]) == ("sample:patches", (), "default")
+    assert (call["data"], call["assign"], call["recipe"]) == ("sample:patches", (), "default")
 
 
 def test_an_option_without_its_value_is_a_usage_error() -> None:
@@ -156,7 +156,7 @@ def test_a_folder_name_is_made_of_the_data(data: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["evaluate", "--data", "flat"], "flat has no labels to measure with"),
         (["probe", "--data", "flat"], "flat has no labels to measure with"),
@@ -166,17 +166,17 @@ def test_a_folder_name_is_made_of_the_data(data: str, name: str) -> None:
     ],
 )  # fmt: skip
 def test_measuring_says_what_is_wrong_in_one_line(
-    copied: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], said: str
+    bundle_copy: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], message: str
 ) -> None:
-    monkeypatch.chdir(copied.parent)
+    monkeypatch.chdir(bundle_copy.parent)
     shutil.copytree(photos / "red", "flat", ignore=shutil.ignore_patterns("letter.jpg"))
-    before = (copied / "bundle.json").read_bytes()
-    assert said in refusal(mvmr(argv[0], copied, *argv[1:]))
-    assert (copied / "bundle.json").read_bytes() == before
+    before = (bundle_copy / "bundle.json").read_bytes()
+    assert message in refusal(mvmr(argv[0], bundle_copy, *argv[1:]))
+    assert (bundle_copy / "bundle.json").read_bytes() == before
 
 
-def test_a_changed_file_is_named(copied: Path) -> None:
-    with (copied / "encoder.safetensors").open("r+b") as file:
+def test_a_changed_file_is_named(bundle_copy: Path) -> None:
+    with (bundle_copy / "encoder.safetensors").open("r+b") as file:
         file.seek(5000)
         file.write(b"\xff")
-    assert "encoder.safetensors has changed since it was written" in refusal(mvmr("info", copied))
+    assert "encoder.safetensors has changed since it was written" in refusal(mvmr("info", bundle_copy))

@@ -8,8 +8,9 @@ from types import ModuleType
 import pytest
 from click.testing import CliRunner
 
-from mvmr.cli.doctor import NEEDS, examine
-from mvmr.cli.main import COMMANDS, main
+from mvmr.cli.doctor import examine
+from mvmr.cli.main import main
+from mvmr.cli.table import COMMANDS
 from mvmr.cli.tensorrt_check import TensorRT, data_centre
 from mvmr.errors import EXTRAS
 from mvmr.export.tensorrt import rtx_build, rtx_provider
@@ -17,7 +18,8 @@ from tests.export import tensorrt_rtx
 
 
 def test_every_command_is_examined() -> None:
-    assert list(NEEDS) == list(COMMANDS)
+    assert list(examine().commands) == list(COMMANDS)
+    assert {entry.extra for entry in COMMANDS.values()} <= {None, *EXTRAS}
 
 
 def test_a_complete_machine_is_ready(cache: Path) -> None:
@@ -43,13 +45,13 @@ def test_an_install_without_torch_is_told_what_to_install(monkeypatch: pytest.Mo
         monkeypatch.setitem(sys.modules, package, None)
     result = CliRunner().invoke(main, ["doctor", "--json"])
     assert result.exit_code == 0
-    found = json.loads(result.stdout)
-    assert found["devices"] == []
-    assert found["commands"]["info"] is None
-    assert found["commands"]["distill"].endswith("pip install 'mvmr[train]'")
+    report = json.loads(result.stdout)
+    assert report["devices"] == []
+    assert report["commands"]["info"] is None
+    assert report["commands"]["distill"].endswith("pip install 'mvmr[train]'")
     shown = CliRunner().invoke(main, ["doctor"])
     assert shown.exit_code == 0
-    if found["tensorrt"]["version"] is None:
+    if report["tensorrt"]["version"] is None:
         assert "mvmr export --trt" in " ".join(shown.stdout.split())
     assert "mvmr[train]" in shown.stdout
 
@@ -76,10 +78,10 @@ def test_each_tensorrt_says_what_it_can_do(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_data_centres_tensorrt_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["TensorrtExecutionProvider"])
-    found = data_centre("11.4.0.106")
-    assert found.version == "11.4.0.106"
-    assert "torch finds no CUDA device" in str(found.export)
-    assert found.serve is None
+    check = data_centre("11.4.0.106")
+    assert check.version == "11.4.0.106"
+    assert "torch finds no CUDA device" in str(check.export)
+    assert check.serve is None
 
 
 def test_broken_packages_are_reported_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 from mvmr import __version__
-from mvmr.cli.main import COMMANDS, main
+from mvmr.cli.main import main
+from mvmr.cli.table import COMMANDS, Entry
 from mvmr.errors import MvmrError, unknown
 
 HEAVY = ("torch", "torchvision", "numpy", "sklearn", "skimage", "open_clip", "lightning_fabric")
@@ -26,7 +27,7 @@ def boom(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
         module = ModuleType("boom_module")
         module.command = command  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "boom_module", module)
-        monkeypatch.setitem(COMMANDS, "boom", ("boom_module:command", "Fail."))
+        monkeypatch.setitem(COMMANDS, "boom", Entry("boom_module:command", "Fail."))
 
     return install
 
@@ -41,16 +42,15 @@ def loaded_after(code: str) -> set[str]:
 def test_help_lists_every_command_and_imports_none() -> None:
     result = CliRunner().invoke(main, ["--help"])
     assert result.exit_code == 0
-    for name, (_, line) in COMMANDS.items():
+    for name, entry in COMMANDS.items():
         assert name in result.output
-        assert line in result.output
+        assert entry.line in result.output
     assert loaded_after("from mvmr.cli.main import main; main(['--help'], standalone_mode=False)") == set()
 
 
 def test_every_command_loads_without_torch() -> None:
-    code = (
-        "from mvmr.cli.main import COMMANDS, main\nfor name in COMMANDS: main([name, '--help'], standalone_mode=False)"
-    )
+    imports = "from mvmr.cli.main import main; from mvmr.cli.table import COMMANDS"
+    code = f"{imports}\nfor name in COMMANDS: main([name, '--help'], standalone_mode=False)"
     assert not loaded_after(code) & {"torch", "torchvision", "open_clip", "sklearn"}
 
 

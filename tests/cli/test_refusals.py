@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (["--recipe", "papr"], "unknown recipe 'papr'; did you mean 'paper'?"),
         (["--recipe", "gone.toml"], "recipe file gone.toml does not exist"),
@@ -47,14 +47,14 @@ pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
     ],
 )  # fmt: skip
 def test_pretrain_says_what_is_wrong_in_one_line(
-    photos: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], said: str
+    photos: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("nothing", "texts"):
         (tmp_path / name).mkdir()
     (tmp_path / "texts" / "a.txt").write_text("mine")
     shutil.copy(recipe, "recipe.toml")
-    assert said in refusal(mvmr("pretrain", *arguments(photos, recipe, tmp_path / "out", *more)))
+    assert message in refusal(mvmr("pretrain", *arguments(photos, recipe, tmp_path / "out", *more)))
     left = set(os.listdir(tmp_path)) - {"out.partial"} if "--lr" in more else set(os.listdir(tmp_path))
     assert left == {"nothing", "texts", "recipe.toml"}
     assert os.listdir(tmp_path / "texts") == ["a.txt"]
@@ -62,7 +62,7 @@ def test_pretrain_says_what_is_wrong_in_one_line(
 
 @pytest.mark.parametrize("command", ["info", "evaluate", "probe"])
 @pytest.mark.parametrize(
-    ("bundle", "said"),
+    ("bundle", "message"),
     [
         ("gone", "no bundle at gone: there is no such folder"),
         ("empty", "empty is not a bundle"),
@@ -71,17 +71,17 @@ def test_pretrain_says_what_is_wrong_in_one_line(
     ],
 )
 def test_a_bundle_that_is_not_there_is_one_line(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, bundle: str | None, said: str
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, bundle: str | None, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "half.partial").mkdir()
     data = [] if command == "info" else ["--data", str(photos)]
-    assert said in refusal(mvmr(command, *([bundle] if bundle else []), *data))
+    assert message in refusal(mvmr(command, *([bundle] if bundle else []), *data))
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["--teacher", "ViT-B-61"], "unknown teacher 'ViT-B-61'; did you mean 'ViT-B-16'?"),
         (["--teacher", "ViT-B-16", "--pretrained", "opnai"], "'opnai'; did you mean 'openai'?"),
@@ -90,10 +90,10 @@ def test_a_bundle_that_is_not_there_is_one_line(
     ],
 )
 def test_distill_says_what_is_wrong_in_one_line(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], said: str
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nothing").mkdir()
     result = mvmr("distill", *argv, "--recipe", "paper", "--data", "sample:digits", "--out", "out", "--device", "cpu")
-    assert said in refusal(result)
+    assert message in refusal(result)
     assert os.listdir(tmp_path) == ["nothing"]

@@ -41,8 +41,8 @@ def start(tmp_path: Path, cache: Path) -> Callable[..., Any]:
     context.set_forkserver_preload(["mvmr.training.pretraining", "mvmr.cli.commands"])
 
     def begin(*argv: str) -> Any:
-        given = {"argv": list(argv), "folder": str(tmp_path), "cache": str(cache)}
-        process = context.Process(target=exec, args=(_FORKED, given))
+        variables = {"argv": list(argv), "folder": str(tmp_path), "cache": str(cache)}
+        process = context.Process(target=exec, args=(_FORKED, variables))
         process.start()
         return process
 
@@ -64,30 +64,30 @@ def wait_for(folder: Path, step: int, alive: Callable[[], bool]) -> None:
     ],
 )  # fmt: skip
 def test_a_stopped_run_is_kept_and_ends_like_an_undisturbed_one(
-    start: Callable[..., Any], trained: tuple[Path, Result], photos: Path, recipe: Path, tmp_path: Path,
+    start: Callable[..., Any], finished_run: tuple[Path, Result], photos: Path, recipe: Path, tmp_path: Path,
     number: signal.Signals, group: bool, workers: str, code: int,
 ) -> None:  # fmt: skip
     out = tmp_path / "out"
-    given = arguments(photos, recipe, out, "--workers", workers)
-    process = start("pretrain", *given)
+    options = arguments(photos, recipe, out, "--workers", workers)
+    process = start("pretrain", *options)
     wait_for(tmp_path / "out.partial", 6, process.is_alive)
     (os.killpg if group else os.kill)(process.pid, number)
     process.join(60)
     assert process.exitcode == code
-    said = (tmp_path / "stderr").read_text()
-    assert "Traceback" not in said or code == -signal.SIGKILL  # workers may complain that their parent is gone
-    assert (f"is saved in {out}.partial; go on with --resume" in said) == (code == 130)
+    errors = (tmp_path / "stderr").read_text()
+    assert "Traceback" not in errors or code == -signal.SIGKILL  # workers may complain that their parent is gone
+    assert (f"is saved in {out}.partial; go on with --resume" in errors) == (code == 130)
     assert not out.exists()
 
-    assert f"{out}.partial holds an interrupted run: give --resume" in refusal(mvmr("pretrain", *given))
+    assert f"{out}.partial holds an interrupted run: give --resume" in refusal(mvmr("pretrain", *options))
     assert "differs in recipe.train.seed (0 there, 7 now)" in refusal(
-        mvmr("pretrain", *given, "--resume", "--seed", "7")
+        mvmr("pretrain", *options, "--resume", "--seed", "7")
     )
     resumed = mvmr("pretrain", *arguments(photos, recipe, out, "--resume"))
     assert resumed.exit_code == 0, resumed.output
     assert steps(out) == list(range(1, STEPS + 1))
     for name in ("encoder.safetensors", "projector.safetensors"):
-        assert (out / name).read_bytes() == (trained[0] / name).read_bytes()
+        assert (out / name).read_bytes() == (finished_run[0] / name).read_bytes()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out"]
 
 
@@ -116,11 +116,11 @@ def test_ctrl_c_in_a_terminal(photos: Path, recipe: Path, tmp_path: Path, cache:
 @pytest.mark.cluster
 def test_two_devices_make_one_bundle(photos: Path, recipe: Path, tmp_path: Path, cache: Path) -> None:
     out = tmp_path / "out"
-    given = [sys.executable, "-m", "mvmr", "pretrain", *arguments(photos, recipe, out, "--devices", "2")]
+    command = [sys.executable, "-m", "mvmr", "pretrain", *arguments(photos, recipe, out, "--devices", "2")]
     environment = {**os.environ, "MVMR_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
 
     def run(*more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*given, *more], env=environment, capture_output=True, text=True, timeout=300)
+        return subprocess.run([*command, *more], env=environment, capture_output=True, text=True, timeout=300)
 
     done = run("--epochs", "1")
     assert done.returncode == 0, done.stderr

@@ -36,10 +36,10 @@ LEFT = ["ablation.json", "plot.svg", "results.jsonl", "table.md"]
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(coloured(tmp_path_factory.mktemp("data") / "photos"))
+    return str(write_photos(tmp_path_factory.mktemp("data") / "photos"))
 
 
-def coloured(folder: Path) -> Path:
+def write_photos(folder: Path) -> Path:
     """Three classes of 20 noisy images; the colours overlap, so that an accuracy says something."""
     random = np.random.default_rng(0)
     for name, colour in {"red": (140, 100, 110), "green": (110, 130, 110), "blue": (110, 110, 140)}.items():
@@ -51,12 +51,12 @@ def coloured(folder: Path) -> Path:
 
 
 def run(out: Path, data: str, *assign: str, **options: Any) -> list[dict[str, Any]]:
-    given: dict[str, Any] = {"epochs": 1, "seeds": 2, "only": ONLY, "device": "cpu"} | options
-    return ablate("losses", data, out, assign=[*TINY, *assign], **given)
+    arguments: dict[str, Any] = {"epochs": 1, "seeds": 2, "only": ONLY, "device": "cpu"} | options
+    return ablate("losses", data, out, assign=[*TINY, *assign], **arguments)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(photos: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reference(photos: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
@@ -66,12 +66,12 @@ def undisturbed(photos: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs that take no time, for what does not hang on the figures."""
 
-    def fit(images: object, place: Path, recipe: Recipe, **_: object) -> Recipe:
-        place.mkdir(parents=True, exist_ok=True)
-        (place / "encoder.safetensors").write_text("large")
+    def fit(images: object, folder: Path, recipe: Recipe, **_: object) -> Recipe:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "encoder.safetensors").write_text("large")
         return recipe
 
     def figures(recipe: Recipe, *_: object, **__: object) -> dict[str, float]:
@@ -98,9 +98,9 @@ def raising(error: BaseException) -> Callable[..., Any]:
     return function
 
 
-def interrupt(monkeypatch: pytest.MonkeyPatch, place: object, name: str, call: int, error: BaseException) -> None:
+def interrupt(monkeypatch: pytest.MonkeyPatch, target: object, name: str, call: int, error: BaseException) -> None:
     """Make the n-th call of ``place.name`` end in ``error``."""
-    real, calls = getattr(place, name), 0
+    real, calls = getattr(target, name), 0
 
     def function(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -109,17 +109,17 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, place: object, name: str, call: i
             raise error
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(place, name, function)
+    monkeypatch.setattr(target, name, function)
 
 
 # -- what comes out
 
 
-def test_a_grid_leaves_its_figures_and_nothing_else(undisturbed: Path) -> None:
-    results = read_results(undisturbed)
-    assert sorted(os.listdir(undisturbed)) == LEFT
+def test_a_grid_leaves_its_figures_and_nothing_else(reference: Path) -> None:
+    results = read_results(reference)
+    assert sorted(os.listdir(reference)) == LEFT
     # neither targets, for they are off, nor the features of a student that is gone
-    assert not list((undisturbed.parent / "cache" / "representations").iterdir())
+    assert not list((reference.parent / "cache" / "representations").iterdir())
     (result,) = results
     assert (result["grid"], result["row"], result["seed"]) == ("losses", "L1", 0)
     assert "method.representations={}" in result["assignments"]
@@ -127,32 +127,30 @@ def test_a_grid_leaves_its_figures_and_nothing_else(undisturbed: Path) -> None:
     assert 0 < result["linear"] <= 100
     assert 1 <= result["rank_h"] <= 20
     assert result["loss"] > 0
-    settings = json.loads((undisturbed / "ablation.json").read_text())
+    settings = json.loads((reference / "ablation.json").read_text())
     assert (settings["grid"], settings["epochs"]) == ("losses", 1)
     assert settings["recipe"]["train"]["lr"] == 1e-3
-    said = (undisturbed / "table.md").read_text()
-    assert said.startswith(table(results))
-    assert "`mvmr ablate --grid losses --data " in said
-    assert "--seeds 1`" in said
+    text = (reference / "table.md").read_text()
+    assert text.startswith(table(results))
+    assert "`mvmr ablate --grid losses --data " in text
+    assert "--seeds 1`" in text
 
 
-def test_figures_are_those_of_a_run_trained_and_measured_by_hand(
-    undisturbed: Path, photos: str, tmp_path: Path
-) -> None:
-    (result,) = read_results(undisturbed)
+def test_figures_are_those_of_a_run_trained_and_measured_by_hand(reference: Path, photos: str, tmp_path: Path) -> None:
+    (result,) = read_results(reference)
     changes = [*TINY, "train.epochs=1", *result["assignments"]]
     bundle = pretrain(photos, tmp_path / "out", recipe="paper", assign=changes, device="cpu")
-    found = evaluate(bundle.path, photos)
-    assert (result["linear"], result["knn"]) == (found["linear"]["top1"], found["knn"]["top1_weighted_k5"])
+    figures = evaluate(bundle.path, photos)
+    assert (result["linear"], result["knn"]) == (figures["linear"]["top1"], figures["knn"]["top1_weighted_k5"])
     last = json.loads((bundle.path / "metrics.jsonl").read_text().splitlines()[-1])
     for key in ("rank_h", "rank_z", "loss"):
         assert result[key] == last[key]
 
 
-def test_bundles_are_kept_where_that_was_asked(untrained: None, photos: str, tmp_path: Path) -> None:
+def test_bundles_are_kept_where_that_was_asked(no_training: None, photos: str, tmp_path: Path) -> None:
     run(tmp_path / "out", photos, keep=True)
-    kept = sorted((tmp_path / "out" / "runs").glob("*/*"))
-    assert [str(path.relative_to(tmp_path / "out" / "runs")) for path in kept] == [
+    folders = sorted((tmp_path / "out" / "runs").glob("*/*"))
+    assert [str(path.relative_to(tmp_path / "out" / "runs")) for path in folders] == [
         "l1/seed-0", "l1/seed-1", "l2/seed-0", "l2/seed-1",
     ]  # fmt: skip
 
@@ -162,7 +160,7 @@ def test_bundles_are_kept_where_that_was_asked(untrained: None, photos: str, tmp
 
 @pytest.mark.slow
 def test_a_dead_run_goes_on_where_it_was(
-    undisturbed: Path, photos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reference: Path, photos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
@@ -171,7 +169,7 @@ def test_a_dead_run_goes_on_where_it_was(
             run(out, photos, "train.checkpoint_steps=1", seeds=1, only="L1")
     assert keys(out) == []
     interrupt(monkeypatch, trainer, "learning_rate", 2, AssertionError("a step was done again"))
-    assert lasting(run(out, photos, seeds=1, only="L1")) == lasting(read_results(undisturbed))
+    assert lasting(run(out, photos, seeds=1, only="L1")) == lasting(read_results(reference))
     assert sorted(os.listdir(out)) == LEFT
 
 
@@ -187,9 +185,9 @@ def test_a_dead_run_goes_on_where_it_was(
     ],
 )
 def test_a_dead_ablation_goes_on_where_it_was(
-    untrained: None, photos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, call: int, written: int
+    no_training: None, photos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, call: int, written: int
 ) -> None:
-    whole = lasting(run(tmp_path / "whole", photos))
+    results = lasting(run(tmp_path / "whole", photos))
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         interrupt(patch, ablation, name, call, SystemExit(9))
@@ -199,25 +197,25 @@ def test_a_dead_ablation_goes_on_where_it_was(
     with (out / "results.jsonl").open("a") as file:
         file.write('{"grid": "losses", "row": "L')
     assert keys(out) == ORDER[:written]
-    assert lasting(run(out, photos)) == whole
+    assert lasting(run(out, photos)) == results
     assert sorted(os.listdir(out)) == LEFT
-    tables = [(tmp_path / each / "table.md").read_text().partition("\n\n")[0] for each in ("whole", "out")]
+    tables = [(tmp_path / name / "table.md").read_text().partition("\n\n")[0] for name in ("whole", "out")]
     assert tables[0] == tables[1]
 
 
-def test_a_run_that_is_there_is_not_done_again(undisturbed: Path, photos: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = (undisturbed / "results.jsonl").read_bytes()
+def test_a_run_that_is_there_is_not_done_again(reference: Path, photos: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (reference / "results.jsonl").read_bytes()
     monkeypatch.setattr(ablation, "fit", raising(AssertionError("trained again")))
     for name in ("table.md", "plot.svg"):
-        (undisturbed / name).unlink()
-    assert run(undisturbed, photos, "train.workers=1", seeds=1, only="L1") == read_results(undisturbed)
-    assert (undisturbed / "results.jsonl").read_bytes() == before
-    assert "| L1 |" in (undisturbed / "table.md").read_text()
-    assert (undisturbed / "plot.svg").exists()
+        (reference / name).unlink()
+    assert run(reference, photos, "train.workers=1", seeds=1, only="L1") == read_results(reference)
+    assert (reference / "results.jsonl").read_bytes() == before
+    assert "| L1 |" in (reference / "table.md").read_text()
+    assert (reference / "plot.svg").exists()
     with pytest.raises(AssertionError, match="trained again"):
-        run(undisturbed, photos, seeds=2, only="L1")
+        run(reference, photos, seeds=2, only="L1")
     with pytest.raises(AssertionError, match="trained again"):
-        run(undisturbed, photos, seeds=1, only="L2")
+        run(reference, photos, seeds=1, only="L2")
 
 
 def test_ctrl_c_says_how_to_go_on(photos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,38 +225,38 @@ def test_ctrl_c_says_how_to_go_on(photos: str, tmp_path: Path, monkeypatch: pyte
 
 
 def test_progress_names_the_run_and_estimates_the_rest(
-    untrained: None, photos: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    no_training: None, photos: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(tmp_path / "out", photos, seeds=1, progress=True)
-    said = capsys.readouterr().err
-    assert "1 of 2: L1, seed 0" in said
-    assert "2 of 2: L2, seed 0" in said
-    assert len(re.findall(r"about \d min to go: 1 more at \d s each", said)) == 1
+    output = capsys.readouterr().err
+    assert "1 of 2: L1, seed 0" in output
+    assert "2 of 2: L2, seed 0" in output
+    assert len(re.findall(r"about \d min to go: 1 more at \d s each", output)) == 1
 
 
 # -- what is refused
 
 
-def test_other_settings_are_refused_by_name(undisturbed: Path, photos: str, tmp_path: Path) -> None:
-    before = {path.name: path.read_bytes() for path in undisturbed.iterdir()}
-    refused: list[tuple[list[str], dict[str, Any], str]] = [
+def test_other_settings_are_refused_by_name(reference: Path, photos: str, tmp_path: Path) -> None:
+    before = {path.name: path.read_bytes() for path in reference.iterdir()}
+    cases: list[tuple[list[str], dict[str, Any], str]] = [
         (["train.lr=1e-2"], {}, r"recipe\.train\.lr \(0\.001 there, 0\.01 now\)"),
         ([], {"epochs": 2}, r"epochs \(1 there, 2 now\)"),
         ([], {"keep": True}, r"keep \(False there, True now\)"),
     ]
-    for assign, options, said in refused:
-        with pytest.raises(MvmrError, match=f"holds another ablation, it differs in .*{said}"):
-            run(undisturbed, photos, *assign, **options)
+    for assign, options, message in cases:
+        with pytest.raises(MvmrError, match=f"holds another ablation, it differs in .*{message}"):
+            run(reference, photos, *assign, **options)
     with pytest.raises(MvmrError, match=r"data\.fingerprint\.unlabelled"):
-        run(undisturbed, str(coloured(tmp_path / "more")))
+        run(reference, str(write_photos(tmp_path / "more")))
     with pytest.raises(MvmrError, match=r"grid \('losses' there, 'projector' now\)"):
-        small = [each for each in TINY if not each.startswith("method.projector")]
-        ablate("projector", photos, undisturbed, epochs=1, assign=small, device="cpu")
-    assert {path.name: path.read_bytes() for path in undisturbed.iterdir()} == before
+        small = [assignment for assignment in TINY if not assignment.startswith("method.projector")]
+        ablate("projector", photos, reference, epochs=1, assign=small, device="cpu")
+    assert {path.name: path.read_bytes() for path in reference.iterdir()} == before
 
 
 @pytest.mark.parametrize(
-    ("assign", "options", "said"),
+    ("assign", "options", "message"),
     [
         (["train.batch_size=61"], {}, "a step takes 61 images and the data have 60"),
         (["views.policy=crp"], {}, "unknown view policy or step 'crp'"),
@@ -270,9 +268,9 @@ def test_other_settings_are_refused_by_name(undisturbed: Path, photos: str, tmp_
     ],
 )
 def test_what_cannot_be_is_one_line(
-    photos: str, tmp_path: Path, assign: list[str], options: dict[str, Any], said: str
+    photos: str, tmp_path: Path, assign: list[str], options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(MvmrError, match=said) as caught:
+    with pytest.raises(MvmrError, match=message) as caught:
         run(tmp_path / "out", photos, *assign, **options)
     assert "\n" not in str(caught.value)
     assert read_results(tmp_path / "out") == []
@@ -317,7 +315,7 @@ def test_a_diverging_row_is_recorded_and_the_grid_goes_on(photos: str, tmp_path:
 
 
 def test_any_other_error_stops_the_grid(
-    untrained: None, photos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    no_training: None, photos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupt(monkeypatch, ablation, "fit", 2, MvmrError("disk full"))
     with pytest.raises(MvmrError, match="disk full"):
@@ -329,8 +327,8 @@ def test_any_other_error_stops_the_grid(
 
 
 def a_result(row: str, seed: int, linear: float, knn: float, rank: float | None = 3.0) -> dict[str, Any]:
-    said = {"grid": "losses", "row": row, "seed": seed, "assignments": [], "seconds": 1.0}
-    return said | {"linear": linear, "knn": knn, "knn_k": 5, "rank_h": rank, "rank_z": 2.0, "loss": 0.5, "steps": 3}
+    run = {"grid": "losses", "row": row, "seed": seed, "assignments": [], "seconds": 1.0}
+    return run | {"linear": linear, "knn": knn, "knn_k": 5, "rank_h": rank, "rank_z": 2.0, "loss": 0.5, "steps": 3}
 
 
 def a_failure(row: str, seed: int) -> dict[str, Any]:
@@ -364,7 +362,7 @@ def test_the_picture_is_the_same_bytes_again_and_names_every_row(tmp_path: Path)
     for name in ("a.svg", "b.svg"):
         plot(MIXED, tmp_path / name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
-    texts = [each.text for each in ElementTree.parse(tmp_path / "a.svg").iter("{http://www.w3.org/2000/svg}text")]
+    texts = [element.text for element in ElementTree.parse(tmp_path / "a.svg").iter("{http://www.w3.org/2000/svg}text")]
     assert {"L1", "L2", "L3", "L1 + L2", "failed", "linear", "kNN"} <= set(texts)
     plot([a_failure("L3", 0)], tmp_path / "c.svg")
     assert "failed" in (tmp_path / "c.svg").read_text()

@@ -22,7 +22,7 @@ def recipes(grid: str, base: str | Path = "paper") -> dict[str, Recipe]:
 
 
 @pytest.fixture
-def crowded(tmp_path: Path) -> Path:
+def crowded_recipe(tmp_path: Path) -> Path:
     """A recipe with every term that the paper does not have."""
     path = tmp_path / "crowded.toml"
     path.write_text(
@@ -48,8 +48,8 @@ def test_rows_differ_in_label_recipe_and_name_of_folder(grid: str) -> None:
 
 
 @pytest.mark.parametrize("crowd", [False, True])
-def test_losses_are_those_of_the_label(crowd: bool, crowded: Path) -> None:
-    for label, recipe in recipes("losses", crowded if crowd else "paper").items():
+def test_losses_are_those_of_the_label(crowd: bool, crowded_recipe: Path) -> None:
+    for label, recipe in recipes("losses", crowded_recipe if crowd else "paper").items():
         terms, method = label.split(" + "), recipe.method
         assert (method.invariance, method.variance) == (("L1" in terms),) * 2
         assert method.dependence == ("L2" in terms)
@@ -60,8 +60,8 @@ def test_losses_are_those_of_the_label(crowd: bool, crowded: Path) -> None:
 
 
 @pytest.mark.parametrize("crowd", [False, True])
-def test_representations_are_those_of_the_label(crowd: bool, crowded: Path) -> None:
-    for label, recipe in recipes("representations", crowded if crowd else "paper").items():
+def test_representations_are_those_of_the_label(crowd: bool, crowded_recipe: Path) -> None:
+    for label, recipe in recipes("representations", crowded_recipe if crowd else "paper").items():
         method = recipe.method
         assert method.representations == dict.fromkeys(label.split(" + "), 1.0)
         assert method.targets == tuple(label.split(" + "))
@@ -123,5 +123,5 @@ def test_what_the_rows_decide_cannot_be_set(grid: str, assignment: str) -> None:
 
 
 def test_grids_are_read_without_torch() -> None:
-    asked = "import sys, mvmr.comparison.grids; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", asked], check=True)
+    script = "import sys, mvmr.comparison.grids; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)

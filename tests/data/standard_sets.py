@@ -86,9 +86,9 @@ def write_cifar(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dump(hundred / "meta", names | {"coarse_label_names": [f"coarse{i}" for i in range(20)]})
     for reader in (datasets.CIFAR10, datasets.CIFAR100):
         folder = root / reader.base_folder
-        for listed in ("train_list", "test_list"):
-            sums = [[name, md5(folder / name)] for name, _ in getattr(reader, listed)]
-            monkeypatch.setattr(reader, listed, sums)
+        for listing in ("train_list", "test_list"):
+            sums = [[name, md5(folder / name)] for name, _ in getattr(reader, listing)]
+            monkeypatch.setattr(reader, listing, sums)
         monkeypatch.setattr(reader, "meta", reader.meta | {"md5": md5(folder / reader.meta["filename"])})
 
 

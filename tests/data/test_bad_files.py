@@ -25,7 +25,7 @@ def photograph() -> Image.Image:
     return open_images("sample:patches").load(0).resize((200, 150))
 
 
-def saved(image: Image.Image, file_format: str, **options: object) -> bytes:
+def encode(image: Image.Image, file_format: str, **options: object) -> bytes:
     data = io.BytesIO()
     image.save(data, file_format, **options)
     return data.getvalue()
@@ -48,7 +48,7 @@ def album(tmp_path: Path, photograph: Image.Image) -> Path:
     return tmp_path
 
 
-def refused(folder: Path) -> tuple[str, str]:
+def refusal(folder: Path) -> tuple[str, str]:
     """The key and reason of the one bad file of the folder."""
     images = open_images(folder, "unlabelled", max_unreadable=0.5)
     assert len(images) == 10
@@ -59,20 +59,20 @@ def refused(folder: Path) -> tuple[str, str]:
 
 def test_a_zero_byte_file(album: Path) -> None:
     (album / "none.jpg").touch()
-    assert refused(album) == ("none.jpg", "empty file (0 bytes)")
+    assert refusal(album) == ("none.jpg", "empty file (0 bytes)")
 
 
 def test_a_text_file_named_jpg(album: Path) -> None:
     (album / "text.jpg").write_text("This is not an image.")
-    assert refused(album) == ("text.jpg", "not an image, or damaged in its header")
+    assert refusal(album) == ("text.jpg", "not an image, or damaged in its header")
 
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.7, 0.95])
 @pytest.mark.parametrize("progressive", [False, True])
 def test_a_truncated_jpeg(album: Path, photograph: Image.Image, share: float, progressive: bool) -> None:
-    whole = saved(photograph, "JPEG", progressive=progressive, quality=95)
-    (album / "cut.jpg").write_bytes(whole[: int(share * len(whole))])
-    key, reason = refused(album)
+    content = encode(photograph, "JPEG", progressive=progressive, quality=95)
+    (album / "cut.jpg").write_bytes(content[: int(share * len(content))])
+    key, reason = refusal(album)
     assert key == "cut.jpg"
     assert reason
 
@@ -80,18 +80,18 @@ def test_a_truncated_jpeg(album: Path, photograph: Image.Image, share: float, pr
 @pytest.mark.parametrize("file_format", ["PNG", "GIF", "TIFF", "WEBP", "BMP", "JPEG2000"])
 @pytest.mark.parametrize("share", [0.02, 0.5])
 def test_truncated_files_of_other_formats(album: Path, photograph: Image.Image, file_format: str, share: float) -> None:
-    whole = saved(photograph, file_format)
-    (album / f"cut.{file_format[:4].lower().replace('jpeg', 'jp2')}").write_bytes(whole[: int(share * len(whole))])
-    assert refused(album)[1]
+    content = encode(photograph, file_format)
+    (album / f"cut.{file_format[:4].lower().replace('jpeg', 'jp2')}").write_bytes(content[: int(share * len(content))])
+    assert refusal(album)[1]
 
 
 def test_the_quick_check_of_a_jpeg_agrees_with_reading_it(tmp_path: Path, photograph: Image.Image) -> None:
     path = tmp_path / "cut.jpg"
     verdicts = set()
     for progressive in (False, True):
-        whole = saved(photograph, "JPEG", progressive=progressive)
-        for end in [*range(0, len(whole), 97), *range(len(whole) - 6, len(whole) + 1)]:
-            path.write_bytes(whole[:end])
+        content = encode(photograph, "JPEG", progressive=progressive)
+        for end in [*range(0, len(content), 97), *range(len(content) - 6, len(content) + 1)]:
+            path.write_bytes(content[:end])
             outcomes = []
             for function in (decoding.check, decoding.read):
                 try:
@@ -105,29 +105,29 @@ def test_the_quick_check_of_a_jpeg_agrees_with_reading_it(tmp_path: Path, photog
 
 
 def test_a_damaged_png(album: Path, photograph: Image.Image) -> None:
-    whole = bytearray(saved(photograph, "PNG"))
-    whole[len(whole) // 2] ^= 0xFF
-    (album / "flip.png").write_bytes(whole)
-    assert refused(album)[0] == "flip.png"
+    content = bytearray(encode(photograph, "PNG"))
+    content[len(content) // 2] ^= 0xFF
+    (album / "flip.png").write_bytes(content)
+    assert refusal(album)[0] == "flip.png"
 
 
 def test_a_decompression_bomb(album: Path) -> None:
     (album / "bomb.png").write_bytes(bomb(60_000))
-    assert refused(album) == ("bomb.png", "far too many pixels (a decompression bomb?)")
+    assert refusal(album) == ("bomb.png", "far too many pixels (a decompression bomb?)")
 
 
 def test_a_large_image_is_no_reason_to_warn(album: Path) -> None:
     (album / "large.png").write_bytes(bomb(11_000))  # Pillow warns from 89 million pixels on; the data end early
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert refused(album)[0] == "large.png"
+        assert refusal(album)[0] == "large.png"
 
 
 def test_an_eps_file_is_never_run(album: Path, photograph: Image.Image) -> None:
-    eps = saved(photograph, "EPS")
+    eps = encode(photograph, "EPS")
     (album / "drawing.eps").write_bytes(eps)  # no ending of ours: not counted
     (album / "sly.jpg").write_bytes(eps)
-    assert refused(album) == ("sly.jpg", "not an image, or damaged in its header")
+    assert refusal(album) == ("sly.jpg", "not an image, or damaged in its header")
 
 
 def test_lab_is_read(album: Path) -> None:
@@ -139,11 +139,11 @@ def test_lab_is_read(album: Path) -> None:
 
 def test_a_link_to_nowhere(album: Path) -> None:
     (album / "gone.jpg").symlink_to(album / "nowhere.jpg")
-    assert refused(album) == ("gone.jpg", "missing (a link to nowhere, or removed meanwhile)")
+    assert refusal(album) == ("gone.jpg", "missing (a link to nowhere, or removed meanwhile)")
 
 
 @pytest.fixture
-def unprivileged(photograph: Image.Image) -> Iterator[Path]:
+def unprivileged_folder(photograph: Image.Image) -> Iterator[Path]:
     """A folder everyone may enter, and a process that is not root."""
     folder = Path(tempfile.mkdtemp())
     user = os.geteuid()
@@ -168,8 +168,8 @@ def unprivileged(photograph: Image.Image) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def test_files_and_folders_without_permission(unprivileged: Path, photograph: Image.Image) -> None:
-    photos = unprivileged / "photos"
+def test_files_and_folders_without_permission(unprivileged_folder: Path, photograph: Image.Image) -> None:
+    photos = unprivileged_folder / "photos"
     (photos / "closed").mkdir(parents=True)
     for number in range(10):
         photograph.save(photos / f"{number}.jpg")
@@ -186,8 +186,8 @@ def test_files_and_folders_without_permission(unprivileged: Path, photograph: Im
     assert len(open_images(photos, "unlabelled", max_unreadable=0.5)) == 10
 
 
-def test_a_root_without_permission(unprivileged: Path) -> None:
-    photos = unprivileged / "photos"
+def test_a_root_without_permission(unprivileged_folder: Path) -> None:
+    photos = unprivileged_folder / "photos"
     photos.mkdir()
     photos.chmod(0)
     with pytest.raises(MvmrError, match="permission denied"):
@@ -261,13 +261,13 @@ def test_cmyk_grey_palette_alpha_and_16_bit_are_read(tmp_path: Path, photograph:
     images = open_images(tmp_path, "unlabelled")
     assert images.skipped == ()
     colour, grey = (np.asarray(photograph.convert(mode).convert("RGB")).astype(int) for mode in ("RGB", "L"))
-    found = {key: np.asarray(images.load(i)).astype(int) for i, key in enumerate(images.keys)}
-    assert np.abs(found["cmyk.jpg"] - colour).mean() < 4
-    assert np.array_equal(found["cmyk.tif"], colour)
-    assert np.abs(found["palette.png"] - colour).mean() < 8
-    assert np.array_equal(found["alpha.png"], colour)
+    pictures = {key: np.asarray(images.load(i)).astype(int) for i, key in enumerate(images.keys)}
+    assert np.abs(pictures["cmyk.jpg"] - colour).mean() < 4
+    assert np.array_equal(pictures["cmyk.tif"], colour)
+    assert np.abs(pictures["palette.png"] - colour).mean() < 8
+    assert np.array_equal(pictures["alpha.png"], colour)
     for name in ("grey.png", "deep.png", "deep.tif"):
-        assert np.array_equal(found[name], grey), name
+        assert np.array_equal(pictures[name], grey), name
 
 
 def test_exif_orientation_of_a_file_is_honoured(tmp_path: Path, photograph: Image.Image) -> None:

@@ -27,7 +27,7 @@ def keys(folder: Path, split: Split = "unlabelled") -> list[str]:
 
 
 @pytest.fixture
-def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+def decoded_names(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """The files decoded by the check, in the order of the list."""
     seen: list[bytes] = []
 
@@ -109,14 +109,14 @@ def test_unlabelled_reads_no_label(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len([images.load(i) for i in range(len(images))]) == 10
 
 
-@pytest.mark.parametrize("held", ["test", "val"])
-def test_a_folder_with_splits_of_its_own(tmp_path: Path, held: str) -> None:
-    for name in ("train/b/1.png", "train/c/2.png", "train/c/3.png", f"{held}/a/4.png", f"{held}/c/5.png", "aside.png"):
+@pytest.mark.parametrize("part", ["test", "val"])
+def test_a_folder_with_splits_of_its_own(tmp_path: Path, part: str) -> None:
+    for name in ("train/b/1.png", "train/c/2.png", "train/c/3.png", f"{part}/a/4.png", f"{part}/c/5.png", "aside.png"):
         draw(tmp_path / name)
     train, test = open_images(tmp_path), open_images(tmp_path, "test")
     assert list(train.keys) == ["train/b/1.png", "train/c/2.png", "train/c/3.png"]
     assert keys(tmp_path) == list(train.keys)
-    assert list(test.keys) == [f"{held}/a/4.png", f"{held}/c/5.png"]
+    assert list(test.keys) == [f"{part}/a/4.png", f"{part}/c/5.png"]
     # class a is missing in train, b in the other: the numbers mean the same in both all the same
     assert train.classes == test.classes == ("a", "b", "c")
     assert train.labels is not None
@@ -229,15 +229,15 @@ def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert keys(Path("~/photos")) == ["a.png"]
 
 
-def test_each_file_is_decoded_once_until_it_changes(tmp_path: Path, decoded: list[bytes]) -> None:
+def test_each_file_is_decoded_once_until_it_changes(tmp_path: Path, decoded_names: list[bytes]) -> None:
     for number in range(40):
         draw(tmp_path / f"{number}.png", number)
     (tmp_path / "bad.png").write_bytes(b"bad")
     first = open_images(tmp_path, max_unreadable=0.1)
-    assert len(decoded) == 41
-    decoded.clear()
+    assert len(decoded_names) == 41
+    decoded_names.clear()
     again = open_images(tmp_path, max_unreadable=0.1)
-    assert decoded == []
+    assert decoded_names == []
     assert again.skipped == first.skipped
     assert again.short_sides is not None
     assert again.short_sides.tolist() == [9] * len(again)
@@ -246,46 +246,46 @@ def test_each_file_is_decoded_once_until_it_changes(tmp_path: Path, decoded: lis
     draw(tmp_path / "bad.png")
     draw(tmp_path / "new.png")
     mended = open_images(tmp_path, "unlabelled")
-    assert sorted(decoded) == [b"7.png", b"bad.png", b"new.png"]
+    assert sorted(decoded_names) == [b"7.png", b"bad.png", b"new.png"]
     assert mended.skipped == ()
     assert mended.smaller_than(9) == 1
 
 
 def test_an_interrupted_check_is_not_lost(
-    tmp_path: Path, decoded: list[bytes], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, decoded_names: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(200):
         draw(tmp_path / f"{number:03d}.png", number)
     count_up = decoding.check
 
-    def interrupted(path: bytes) -> int:
+    def interrupt(path: bytes) -> int:
         if path.endswith(b"150.png"):
             raise KeyboardInterrupt
         return count_up(path)
 
     monkeypatch.setattr(checking, "_CHUNK", 10)
-    monkeypatch.setattr(decoding, "check", interrupted)
+    monkeypatch.setattr(decoding, "check", interrupt)
     with pytest.raises(KeyboardInterrupt):
         open_images(tmp_path, "unlabelled")
     monkeypatch.setattr(decoding, "check", count_up)
-    decoded.clear()
+    decoded_names.clear()
     assert len(open_images(tmp_path, "unlabelled")) == 200
-    assert sorted(decoded) == [f"{number:03d}.png".encode() for number in range(150, 200)]
+    assert sorted(decoded_names) == [f"{number:03d}.png".encode() for number in range(150, 200)]
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 no zip", b"x" * 1000])
 def test_a_damaged_memory_costs_time_only(
-    tmp_path: Path, cache: Path, decoded: list[bytes], damage: bytes, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, cache: Path, decoded_names: list[bytes], damage: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     draw(tmp_path / "a.png")
     open_images(tmp_path, "unlabelled")
     (memory,) = (cache / "checked").iterdir()
     memory.write_bytes(damage)
     assert keys(tmp_path) == ["a.png"]
-    assert decoded == [b"a.png", b"a.png"]
+    assert decoded_names == [b"a.png", b"a.png"]
     assert "checking all images again" in caplog.text
     assert keys(tmp_path) == ["a.png"]
-    assert len(decoded) == 2
+    assert len(decoded_names) == 2
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(

@@ -51,7 +51,7 @@ def write_addressed(root: Path) -> str:
 
 
 @pytest.fixture
-def typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Kind], str]:
+def spec_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Kind], str]:
     """What a user types for a kind of the table, with the images in their places."""
     writers: dict[str, Callable[[], object]] = {
         "folder": lambda: write_photos(tmp_path),
@@ -72,12 +72,12 @@ def typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Kind], s
     return lambda kind: str(writers[kind.name]() or f"{kind.name}:{tmp_path}")
 
 
-def whole(spec: str) -> list[tuple[ImageSet, int]]:
+def all_images(spec: str) -> list[tuple[ImageSet, int]]:
     """All images of a description, known by number: those to train on, then those that are only tested on."""
     unlabelled, test = open_images(spec, "unlabelled"), open_images(spec, "test")
-    known = set(unlabelled.keys)
-    found = [(unlabelled, number) for number in range(len(unlabelled))]
-    return found + [(test, number) for number in range(len(test)) if test.keys[number] not in known]
+    names = set(unlabelled.keys)
+    images = [(unlabelled, number) for number in range(len(unlabelled))]
+    return images + [(test, number) for number in range(len(test)) if test.keys[number] not in names]
 
 
 def pixels(item: Item) -> np.ndarray:
@@ -88,8 +88,10 @@ def pixels(item: Item) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_a_kind_is_opened_by_both_sides_alike_or_refused_in_one_line(kind: Kind, typed: Callable[[Kind], str]) -> None:
-    spec = typed(kind)
+def test_a_kind_is_opened_by_both_sides_alike_or_refused_in_one_line(
+    kind: Kind, spec_of: Callable[[Kind], str]
+) -> None:
+    spec = spec_of(kind)
     assert parse(spec).kind is kind
     if kind.refusal:
         with pytest.raises(MvmrError) as caught:
@@ -97,13 +99,13 @@ def test_a_kind_is_opened_by_both_sides_alike_or_refused_in_one_line(kind: Kind,
         assert str(caught.value) == f"data {spec!r} {kind.refusal}"
         assert "only `mvmr embed`" in kind.refusal
         return
-    images, source = whole(spec), open_source(spec)
+    images, source = all_images(spec), open_source(spec)
     items = list(source.items())
     assert (len(items), source.total, source.name) == (len(images), len(images), spec)
     assert [item.done for item in items] == list(range(1, len(items) + 1))
-    for (held, number), item in zip(images, items, strict=True):
-        assert item.path.endswith(held.keys[number])
-        assert np.array_equal(pixels(item), np.asarray(held.load(number)))
+    for (image_set, number), item in zip(images, items, strict=True):
+        assert item.path.endswith(image_set.keys[number])
+        assert np.array_equal(pixels(item), np.asarray(image_set.load(number)))
 
 
 def test_both_sides_have_an_opener_for_every_kind_they_take() -> None:
@@ -114,11 +116,12 @@ def test_both_sides_have_an_opener_for_every_kind_they_take() -> None:
 def test_the_documentation_has_the_table() -> None:
     rows = [line for line in DOCS.read_text().splitlines() if line.endswith(("| all |", "| `mvmr embed` |"))]
     assert rows == [
-        f"| `{kind.typed}` | {kind.meaning} | {'`mvmr embed`' if kind.refusal else 'all'} |" for kind in KINDS.values()
+        f"| `{kind.example}` | {kind.meaning} | {'`mvmr embed`' if kind.refusal else 'all'} |"
+        for kind in KINDS.values()
     ]
 
 
-@pytest.mark.parametrize("opened", [open_images, open_source], ids=["by number", "front to back"])
+@pytest.mark.parametrize("opener", [open_images, open_source], ids=["by number", "front to back"])
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
@@ -133,17 +136,17 @@ def test_the_documentation_has_the_table() -> None:
     ],
 )
 def test_what_is_unknown_or_missing_is_refused_alike(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: Callable[[str], object], spec: str, words: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opener: Callable[[str], object], spec: str, words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(MvmrError) as caught:
-        opened(spec)
-    said = str(caught.value)
-    assert words in said
-    assert "\n" not in said
-    if said.startswith("unknown data"):
-        known = re.findall(r"[\w:]+", said.partition("Known: ")[2])
-        assert {"list:", "shards:", "address", "folder", "glob", "voc07", "sample:digits"} <= set(known)
+        opener(spec)
+    message = str(caught.value)
+    assert words in message
+    assert "\n" not in message
+    if message.startswith("unknown data"):
+        names = re.findall(r"[\w:]+", message.partition("Known: ")[2])
+        assert {"list:", "shards:", "address", "folder", "glob", "voc07", "sample:digits"} <= set(names)
 
 
 def test_a_name_comes_before_a_folder_and_what_is_there_before_a_pattern(
@@ -157,25 +160,25 @@ def test_a_name_comes_before_a_folder_and_what_is_there_before_a_pattern(
 
 
 @pytest.mark.parametrize("kind", ["glob", "list"])
-def test_a_glob_and_a_list_are_split_without_labels(kind: str, typed: Callable[[Kind], str]) -> None:
-    spec = typed(KINDS[kind])
+def test_a_glob_and_a_list_are_split_without_labels(kind: str, spec_of: Callable[[Kind], str]) -> None:
+    spec = spec_of(KINDS[kind])
     train, test, unlabelled = (open_images(spec, split) for split in ("train", "test", "unlabelled"))
     assert sorted([*train.keys, *test.keys]) == sorted(unlabelled.keys)
     assert len(test) == 1
     assert train.labels is train.classes is test.labels is None
 
 
-def test_a_glob_of_all_is_the_folder(typed: Callable[[Kind], str], tmp_path: Path) -> None:
-    globbed = open_images(typed(KINDS["glob"]), "unlabelled")
+def test_a_glob_of_all_is_the_folder(spec_of: Callable[[Kind], str], tmp_path: Path) -> None:
+    globbed = open_images(spec_of(KINDS["glob"]), "unlabelled")
     folder = open_images(tmp_path / "photos", "unlabelled")
     assert list(globbed.keys) == list(folder.keys)
     assert globbed.fingerprint == folder.fingerprint
 
 
 def test_a_list_keeps_its_order_and_what_it_names_in_vain_is_left_out(
-    typed: Callable[[Kind], str], tmp_path: Path
+    spec_of: Callable[[Kind], str], tmp_path: Path
 ) -> None:
-    spec = typed(KINDS["list"])
+    spec = spec_of(KINDS["list"])
     with (tmp_path / "chosen").open("a") as file:
         file.write("photos/gone.png\n")
     with pytest.raises(MvmrError, match=r"1 of 7 image files .*photos/gone\.png \(missing"):

@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 from mvmr.data import ImageSet, Skipped, open_images
-from mvmr.data.image_set import Arrays, Labels, Numbered
+from mvmr.data.image_set import Arrays, Labels, numbered_names
 
 
 def small(count: int = 6) -> ImageSet:
     pixels = np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
-    return ImageSet(name="small", split="train", source=Arrays(pixels, Numbered("train", count)), fingerprint="f")
+    return ImageSet(name="small", split="train", source=Arrays(pixels, numbered_names("train", count)), fingerprint="f")
 
 
 def value(image: Image.Image) -> object:
@@ -74,7 +74,7 @@ def test_an_empty_subset() -> None:
 
 
 def test_keys_count_from_both_ends() -> None:
-    keys = Numbered("test", 3)
+    keys = numbered_names("test", 3)
     assert list(keys) == ["test/00000", "test/00001", "test/00002"]
     assert keys[-1] == "test/00002"
     assert list(keys[1:]) == ["test/00001", "test/00002"]

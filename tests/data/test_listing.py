@@ -48,7 +48,7 @@ def contents(items: Iterator[Item]) -> list[bytes | str]:
     return [content if isinstance(content, bytes) else content.code for content in (item.read() for item in items)]
 
 
-def refused(images: str) -> str:
+def refusal(images: str) -> str:
     with pytest.raises(MvmrError) as caught:
         list(open_source(images).items())
     assert "\n" not in str(caught.value)
@@ -57,12 +57,12 @@ def refused(images: str) -> str:
 
 def test_a_folder_gives_its_images_at_any_depth_in_the_order_of_their_bytes(tmp_path: Path) -> None:
     tree(tmp_path, ["b/2.png", "a.png", "b/10.JPG", "b/c/x.webp", ".hidden.png", "Z.png", "notes.txt", "b.png"])
-    found = open_source(str(tmp_path))
+    source = open_source(str(tmp_path))
     wanted = ["Z.png", "a.png", "b.png", "b/10.JPG", "b/2.png", "b/c/x.webp"]
-    assert [item.path for item in found.items()] == [str(tmp_path / name) for name in wanted]
-    assert (found.total, found.unit, found.distant) == (6, "img", False)
-    assert contents(found.items(3)) == [(tmp_path / name).read_bytes() for name in wanted[3:]]
-    assert [item.done for item in found.items(3)] == [4, 5, 6]
+    assert [item.path for item in source.items()] == [str(tmp_path / name) for name in wanted]
+    assert (source.total, source.unit, source.distant) == (6, "img", False)
+    assert contents(source.items(3)) == [(tmp_path / name).read_bytes() for name in wanted[3:]]
+    assert [item.done for item in source.items(3)] == [4, 5, 6]
 
 
 def test_images_of_other_formats_are_counted_and_said(tmp_path: Path) -> None:
@@ -73,9 +73,9 @@ def test_images_of_other_formats_are_counted_and_said(tmp_path: Path) -> None:
         assert (open_source(images).total, open_source(images).other_formats) == (1, 2)
         assert (open_source(images, wider).total, open_source(images, wider).other_formats) == (2, 1)
     hint = "images of other formats are passed over: 1; --format adds formats"
-    assert refused(str(tmp_path / "c")) == f"no images in {tmp_path}/c: {hint}"
-    assert refused(f"{tmp_path}/*.ppm") == f"no image file matches {tmp_path}/*.ppm; {hint}"
-    assert refused("memory://formats/c") == f"no images at memory://formats/c: {hint}"
+    assert refusal(str(tmp_path / "c")) == f"no images in {tmp_path}/c: {hint}"
+    assert refusal(f"{tmp_path}/*.ppm") == f"no image file matches {tmp_path}/*.ppm; {hint}"
+    assert refusal("memory://formats/c") == f"no images at memory://formats/c: {hint}"
 
 
 def test_a_trailing_slash_or_dot_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,22 +98,22 @@ def test_a_glob_gives_image_files_alone(tmp_path: Path) -> None:
     assert paths(f"{tmp_path}/**/*.png") == [f"{tmp_path}/a/1.png", f"{tmp_path}/a/b/2.png"]
     assert paths(f"{tmp_path}/a/b/*") == [f"{tmp_path}/a/b/2.png", f"{tmp_path}/a/b/3.jpg"]
     assert paths(f"{tmp_path}/a/1.png") == [f"{tmp_path}/a/1.png"]
-    assert "no image file matches" in refused(f"{tmp_path}/**/*.gif")
+    assert "no image file matches" in refusal(f"{tmp_path}/**/*.gif")
 
 
 def test_a_list_keeps_its_order_and_is_relative_to_its_own_folder(tmp_path: Path) -> None:
     tree(tmp_path, ["in/b.png", "in/a.png", "far.png"])
-    listed = tmp_path / "in" / "some.txt"
-    listed.write_text(f"b.png\r\n\nmissing.png\na.png\n{tmp_path}/far.png\n")
-    found = open_source(str(listed))
-    assert [Path(item.path).name for item in found.items()] == ["b.png", "missing.png", "a.png", "far.png"]
-    assert contents(found.items()) == [png(0), "unreadable", png(1), png(2)]
-    listed.write_text("\n \n")
-    assert "has no lines" in refused(str(listed))
-    listed.write_bytes(b"\x00\x01.png\n")
-    assert "zero bytes" in refused(str(listed))
-    listed.write_text("a.png\ns3://bucket/b.png\n")
-    assert "mixes 1 addresses with 1 paths" in refused(str(listed))
+    list_file = tmp_path / "in" / "some.txt"
+    list_file.write_text(f"b.png\r\n\nmissing.png\na.png\n{tmp_path}/far.png\n")
+    source = open_source(str(list_file))
+    assert [Path(item.path).name for item in source.items()] == ["b.png", "missing.png", "a.png", "far.png"]
+    assert contents(source.items()) == [png(0), "unreadable", png(1), png(2)]
+    list_file.write_text("\n \n")
+    assert "has no lines" in refusal(str(list_file))
+    list_file.write_bytes(b"\x00\x01.png\n")
+    assert "zero bytes" in refusal(str(list_file))
+    list_file.write_text("a.png\ns3://bucket/b.png\n")
+    assert "mixes 1 addresses with 1 paths" in refusal(str(list_file))
 
 
 def test_a_list_comes_from_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,32 +138,32 @@ def test_the_fingerprint_changes_with_names_sizes_and_times(tmp_path: Path) -> N
 
 def test_pieces_make_up_the_whole_in_order(tmp_path: Path) -> None:
     tree(tmp_path, [f"{number:02}.png" for number in range(11)])
-    whole = open_source(str(tmp_path))
-    pieces = [list(whole.share(number, 4).items()) for number in range(4)]
+    source = open_source(str(tmp_path))
+    pieces = [list(source.share(number, 4).items()) for number in range(4)]
     assert [len(piece) for piece in pieces] == [2, 3, 3, 3]
-    assert [item.path for piece in pieces for item in piece] == [item.path for item in whole.items()]
-    assert [item.path for item in whole.share(1, 4).items(1)] == [item.path for item in pieces[1][1:]]
+    assert [item.path for piece in pieces for item in piece] == [item.path for item in source.items()]
+    assert [item.path for item in source.share(1, 4).items(1)] == [item.path for item in pieces[1][1:]]
     with pytest.raises(MvmrError, match="has 11 images, too few for 12 pieces"):
-        whole.share(0, 12)
+        source.share(0, 12)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may list every folder")
 def test_a_folder_that_cannot_be_listed_is_no_silent_loss(tmp_path: Path) -> None:
     tree(tmp_path, ["a.png", "shut/b.png"])
     (tmp_path / "shut").chmod(0)
-    found = open_source(str(tmp_path))
+    source = open_source(str(tmp_path))
     (tmp_path / "shut").chmod(0o700)
-    assert contents(found.items()) == [png(0), "unreadable"]
+    assert contents(source.items()) == [png(0), "unreadable"]
 
 
 def test_nothing_there_is_one_line_that_says_what_to_give(tmp_path: Path) -> None:
-    assert "none does not exist; give a folder of images or a quoted glob" in refused(str(tmp_path / "none"))
-    assert "it is empty" in refused(str(tmp_path))
+    assert "none does not exist; give a folder of images or a quoted glob" in refusal(str(tmp_path / "none"))
+    assert "it is empty" in refusal(str(tmp_path))
     (tmp_path / "a.txt").write_text("x")
-    assert "none of its 1 files ends as an image does" in refused(str(tmp_path))
-    assert "no tar file" in refused(f"shards:{tmp_path}/x-{{00..03}}.tar")
-    assert "no tar file matches" in refused(f"{tmp_path}/*.tar")
-    assert "is no range" in refused(f"shards:{tmp_path}/x-{{3..1}}.tar")
+    assert "none of its 1 files ends as an image does" in refusal(str(tmp_path))
+    assert "no tar file" in refusal(f"shards:{tmp_path}/x-{{00..03}}.tar")
+    assert "no tar file matches" in refusal(f"{tmp_path}/*.tar")
+    assert "is no range" in refusal(f"shards:{tmp_path}/x-{{3..1}}.tar")
 
 
 @pytest.mark.parametrize(("ending", "mode"), [(".tar", "w"), (".tar.gz", "w:gz"), (".tgz", "w:gz")])
@@ -172,17 +172,17 @@ def test_tar_files_give_their_images_in_order(tmp_path: Path, ending: str, mode:
     for shard in (2, 0, 1):
         sidecars = {f"{shard}/0.json": b"{}", f"{shard}/._0.png": b"resource fork"}
         tar(tmp_path / f"s-{shard:03}{ending}", {**sidecars, **members[shard]}, mode)
-    found = open_source(f"shards:{tmp_path}/s-{{000..002}}{ending}")
+    source = open_source(f"shards:{tmp_path}/s-{{000..002}}{ending}")
     wanted = [f"{tmp_path}/s-{shard:03}{ending}/{name}" for shard in range(3) for name in members[shard]]
-    assert [item.path for item in found.items()] == wanted == paths(f"{tmp_path}/s-*{ending}")
-    assert contents(found.items()) == [content for each in members for content in each.values()]
+    assert [item.path for item in source.items()] == wanted == paths(f"{tmp_path}/s-*{ending}")
+    assert contents(source.items()) == [content for files in members for content in files.values()]
     for start in range(10):
-        assert [item.path for item in found.items(start)] == wanted[start:]
-    assert (found.unit, found.total) == ("MB", 1)
-    pieces = [[item.path for item in found.share(number, 2).items()] for number in range(2)]
+        assert [item.path for item in source.items(start)] == wanted[start:]
+    assert (source.unit, source.total) == ("MB", 1)
+    pieces = [[item.path for item in source.share(number, 2).items()] for number in range(2)]
     assert pieces == [wanted[:3], wanted[3:]]
     with pytest.raises(MvmrError, match="has 3 tar files, too few for 4 pieces"):
-        found.share(0, 4)
+        source.share(0, 4)
 
 
 @pytest.mark.parametrize("ending", [".tar", ".tar.gz"])
@@ -190,19 +190,19 @@ def test_a_damaged_tar_file_says_so_once_and_numbers_stay(tmp_path: Path, ending
     mode = "w:gz" if ending.endswith("gz") else "w"
     noise = {f"{number}.png": os.urandom(3000) for number in range(6)}
     good = tar(tmp_path / f"b{ending}", {"z.png": png(1)}, mode)
-    whole = tar(tmp_path / "whole", noise, mode).read_bytes()
-    cuts = range(600, len(whole) - 600, 500) if mode == "w:gz" else range(512, 6 * 3584 + 512, 512)
+    content = tar(tmp_path / "whole", noise, mode).read_bytes()
+    cuts = range(600, len(content) - 600, 500) if mode == "w:gz" else range(512, 6 * 3584 + 512, 512)
     for cut in cuts:
-        (tmp_path / f"a{ending}").write_bytes(whole[:cut])
-        found = open_source(f"{tmp_path}/?{ending}")
-        every = list(found.items())
+        (tmp_path / f"a{ending}").write_bytes(content[:cut])
+        source = open_source(f"{tmp_path}/?{ending}")
+        every = list(source.items())
         assert [item.path for item in every[-2:]] == [f"{tmp_path}/a{ending}", f"{good}/z.png"]
         damage = every[-2].read()
         assert isinstance(damage, Rejected)
         assert damage.code == "damaged-tar"
         assert contents(iter(every[:-2])) == list(noise.values())[: len(every) - 2]
         for start in range(len(every) + 1):
-            assert [item.path for item in found.items(start)] == [item.path for item in every[start:]]
+            assert [item.path for item in source.items(start)] == [item.path for item in every[start:]]
 
 
 def test_a_broken_header_in_the_middle_of_a_tar_file_is_damage(tmp_path: Path) -> None:
@@ -227,24 +227,24 @@ def test_any_file_system_of_fsspec_is_read(tmp_path: Path) -> None:
     fs = fsspec.filesystem("memory")
     for name in ("/one/b.png", "/one/a/c.jpg", "/one/notes.txt", "/one/a.png"):
         fs.pipe_file(name, name.encode())
-    found = open_source("memory://one")
-    assert [item.path for item in found.items()] == [
+    source = open_source("memory://one")
+    assert [item.path for item in source.items()] == [
         "memory:///one/a.png",
         "memory:///one/a/c.jpg",
         "memory:///one/b.png",
     ]
-    assert contents(found.items()) == [b"/one/a.png", b"/one/a/c.jpg", b"/one/b.png"]
-    assert found.distant
+    assert contents(source.items()) == [b"/one/a.png", b"/one/a/c.jpg", b"/one/b.png"]
+    assert source.distant
     assert paths("memory://one/*.png") == ["memory:///one/a.png", "memory:///one/b.png"]
     assert paths("memory://one/a.png") == ["memory:///one/a.png"]
-    listed = tmp_path / "list.txt"
-    listed.write_text("memory://one/b.png\nmemory://one/gone.png\n")
-    assert contents(open_source(str(listed)).items()) == [b"/one/b.png", "unreadable"]
+    list_file = tmp_path / "list.txt"
+    list_file.write_text("memory://one/b.png\nmemory://one/gone.png\n")
+    assert contents(open_source(str(list_file)).items()) == [b"/one/b.png", "unreadable"]
     fs.pipe_file("/tars/x-0.tar", tar(tmp_path / "x.tar", {"1.png": png(1), "2.png": png(2)}).read_bytes())
     assert paths("shards:memory://tars/x-{0..0}.tar", 1) == ["memory://tars/x-0.tar/2.png"]
     assert contents(open_source("memory://tars/*.tar").items()) == [png(1), png(2)]
-    assert "no images at memory://tars" in refused("memory://tars")
-    assert "Protocol not known" in refused("nonsense://x/y")
+    assert "no images at memory://tars" in refusal("memory://tars")
+    assert "Protocol not known" in refusal("nonsense://x/y")
     fs.rm("/", recursive=True)
 
 
@@ -269,9 +269,9 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
     for name in [name for name in sys.modules if name.partition(".")[0] == "s3fs"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    known = sys.modules["fsspec.registry"]._registry  # type: ignore[attr-defined]
-    monkeypatch.delitem(known, "s3", raising=False)
-    assert "pip install 'mvmr[s3]'" in refused("s3://bucket/prefix")
+    registry = sys.modules["fsspec.registry"]._registry  # type: ignore[attr-defined]
+    monkeypatch.delitem(registry, "s3", raising=False)
+    assert "pip install 'mvmr[s3]'" in refusal("s3://bucket/prefix")
 
 
 @pytest.mark.slow
@@ -291,16 +291,16 @@ def test_images_are_read_from_a_real_s3_server(monkeypatch: pytest.MonkeyPatch, 
         for number in range(5):
             fs.pipe_file(f"bucket/photos/{number}.png", png(number))
         fs.pipe_file("bucket/tars/a.tar", tar(tmp_path / "a.tar", {"1.png": png(1)}).read_bytes())
-        found = open_source("s3://bucket/photos")
-        assert [item.path for item in found.items()] == [f"s3://bucket/photos/{number}.png" for number in range(5)]
-        assert contents(found.items()) == [png(number) for number in range(5)]
-        assert found.fingerprint == open_source("s3://bucket/photos/").fingerprint
+        source = open_source("s3://bucket/photos")
+        assert [item.path for item in source.items()] == [f"s3://bucket/photos/{number}.png" for number in range(5)]
+        assert contents(source.items()) == [png(number) for number in range(5)]
+        assert source.fingerprint == open_source("s3://bucket/photos/").fingerprint
         assert paths("s3://bucket/photos/[01].png") == ["s3://bucket/photos/0.png", "s3://bucket/photos/1.png"]
         assert contents(open_source("shards:s3://bucket/tars/*.tar").items()) == [png(1)]
         fs.pipe_file("bucket/photos/0.png", png(9))
         fs.invalidate_cache()
-        assert found.fingerprint != open_source("s3://bucket/photos").fingerprint
-        assert "cannot read s3://nobody/photos" in refused("s3://nobody/photos")
+        assert source.fingerprint != open_source("s3://bucket/photos").fingerprint
+        assert "cannot read s3://nobody/photos" in refusal("s3://nobody/photos")
     finally:
         server.stop()
 
@@ -313,9 +313,9 @@ def test_pipes_and_devices_in_a_list_are_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "zero.png").symlink_to("/dev/zero")
     (tmp_path / "a.png").write_bytes(png(0))
     (tmp_path / "list.txt").write_text("pipe.png\nzero.png\na.png\n")
-    found = list(open_source(str(tmp_path / "list.txt")).items())
-    assert contents(iter(found)) == ["unreadable", "unreadable", png(0)]
-    assert "no regular file" in str(found[0].read())
+    items = list(open_source(str(tmp_path / "list.txt")).items())
+    assert contents(iter(items)) == ["unreadable", "unreadable", png(0)]
+    assert "no regular file" in str(items[0].read())
 
 
 def test_files_and_members_of_too_many_bytes_are_not_read(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_patches_have_their_shape_and_classes() -> None:
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_patches_lie_wholly_in_their_part_of_the_photograph(split: str) -> None:
-    found = pixels("sample:patches", split)
+    patches = pixels("sample:patches", split)
     per_class = 80 if split == "train" else 40
     for number, file in enumerate(PHOTOGRAPHS):
         photograph = _photograph(_photograph_folder() / file)
@@ -41,10 +41,10 @@ def test_patches_lie_wholly_in_their_part_of_the_photograph(split: str) -> None:
         part = photograph[:, : int(0.6 * width)] if split == "train" else photograph[:, -int(0.35 * width) :]
         windows = np.lib.stride_tricks.sliding_window_view(part[..., 0], (64, 64))
         corners = windows[:, :, 0, 0], windows[:, :, 31, 17], windows[:, :, 63, 63]
-        for patch in found[number * per_class : number * per_class + 5]:
+        for patch in patches[number * per_class : number * per_class + 5]:
             marks = patch[0, 0, 0], patch[31, 17, 0], patch[63, 63, 0]
-            places = np.argwhere(np.logical_and.reduce([c == m for c, m in zip(corners, marks, strict=True)]))
-            assert any(np.array_equal(part[y : y + 64, x : x + 64], patch) for y, x in places), file
+            positions = np.argwhere(np.logical_and.reduce([c == m for c, m in zip(corners, marks, strict=True)]))
+            assert any(np.array_equal(part[y : y + 64, x : x + 64], patch) for y, x in positions), file
 
 
 def test_samples_never_change() -> None:
@@ -54,8 +54,8 @@ def test_samples_never_change() -> None:
     prints = {}
     for split in ("train", "test"):
         patches = pixels("sample:patches", split)
-        kept = patches.reshape(17, -1, 64, 64, 3)[lossless]
-        prints[f"patches {split}"] = hashlib.sha256(kept.tobytes()).hexdigest()[:16]
+        pixels_without_loss = patches.reshape(17, -1, 64, 64, 3)[lossless]
+        prints[f"patches {split}"] = hashlib.sha256(pixels_without_loss.tobytes()).hexdigest()[:16]
         prints[f"digits {split}"] = hashlib.sha256(pixels("sample:digits", split).tobytes()).hexdigest()[:16]
     assert prints == {
         "patches train": "64f0cbd4428e4029",

@@ -36,7 +36,7 @@ BEFORE = Preprocess(resize=40, crop=32, background=None)
 NOW = Preprocess(resize=40, crop=32)
 
 
-def faded(mode: str = "RGBA") -> Image.Image:
+def fading_picture(mode: str = "RGBA") -> Image.Image:
     """A photograph that fades out downwards, over colours of its own."""
     picture = photograph().resize((90, 70)).convert("LA" if mode == "LA" else "RGBA")
     picture.putalpha(Image.linear_gradient("L").resize(picture.size))
@@ -51,18 +51,18 @@ def grey() -> Image.Image:
     return photograph().resize((90, 70)).convert("L")
 
 
-def turned() -> bytes:
+def turned_file() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
-    return encoded(faded(), "PNG", exif=exif)
+    return encoded(fading_picture(), "PNG", exif=exif)
 
 
 FILES: dict[str, Callable[[], bytes]] = {
-    "alpha.png": lambda: encoded(faded(), "PNG"),
-    "alpha-grey.png": lambda: encoded(faded("LA"), "PNG"),
-    "alpha.webp": lambda: encoded(faded(), "WEBP", lossless=True),
-    "alpha.tif": lambda: encoded(faded(), "TIFF"),
-    "turned.png": turned,
+    "alpha.png": lambda: encoded(fading_picture(), "PNG"),
+    "alpha-grey.png": lambda: encoded(fading_picture("LA"), "PNG"),
+    "alpha.webp": lambda: encoded(fading_picture(), "WEBP", lossless=True),
+    "alpha.tif": lambda: encoded(fading_picture(), "TIFF"),
+    "turned.png": turned_file,
     "palette-one-colour.png": lambda: encoded(palette(), "PNG", transparency=3),
     "palette-by-degrees.png": lambda: encoded(palette(), "PNG", transparency=bytes(range(0, 256, 16))),
     "palette.gif": lambda: encoded(palette(), "GIF", transparency=3),
@@ -74,8 +74,8 @@ FILES: dict[str, Callable[[], bytes]] = {
 def _commonest(image: Image.Image) -> tuple[int, ...]:
     colours = image.convert("RGB").getcolors(90 * 70)
     assert colours
-    found: Any = max(colours)[1]
-    return tuple(found)
+    colour: Any = max(colours)[1]
+    return tuple(colour)
 
 
 @pytest.fixture(params=FILES)
@@ -100,7 +100,7 @@ def as_before(content: bytes) -> Image.Image:
         return upright.convert("RGB")
 
 
-def written(folder: Path, content: bytes) -> ImageSet:
+def write(folder: Path, content: bytes) -> ImageSet:
     folder.mkdir()
     with Image.open(io.BytesIO(content)) as file:
         (folder / f"picture.{(file.format or '').lower()}").write_bytes(content)
@@ -113,14 +113,14 @@ def chw(tensor: Tensor) -> Pixels:
 
 def test_a_transparent_picture_is_laid_on_white(content: bytes) -> None:
     with Image.open(io.BytesIO(content)) as file:
-        found = np.asarray(to_rgb(file))
-    np.testing.assert_array_equal(found, np.asarray(on_white(content)))
-    assert (found != np.asarray(as_before(content))).any()
+        pixels = np.asarray(to_rgb(file))
+    np.testing.assert_array_equal(pixels, np.asarray(on_white(content)))
+    assert (pixels != np.asarray(as_before(content))).any()
 
 
 def test_every_room_sees_the_same_pixels(content: bytes, tmp_path: Path) -> None:
     wanted = NOW.image(on_white(content))
-    images = written(tmp_path / "photos", content)
+    images = write(tmp_path / "photos", content)
     np.testing.assert_array_equal(images.load(0), on_white(content))
     views = Views(images, NOW, (ORIGINAL, AUGMENTED), "none", seed=0)[0, 0]
     np.testing.assert_array_equal(chw(views["original"]), wanted)
@@ -155,7 +155,7 @@ def test_the_background_may_be_another(content: bytes, tmp_path: Path) -> None:
     with Image.open(io.BytesIO(content)) as file:
         rgba = ImageOps.exif_transpose(file).convert("RGBA")
     wanted = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert("RGB")
-    written(tmp_path / "photos", content)
+    write(tmp_path / "photos", content)
     images = open_images(tmp_path / "photos", "unlabelled", background=(0, 0, 0))
     np.testing.assert_array_equal(black.image(images.load(0)), black.image(wanted))
     assert Preprocess.from_dict(black.to_dict()) == black
@@ -180,19 +180,19 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> bundles.Bundle:
 
 
 def test_it_names_no_background_and_keeps_its_space(old: bundles.Bundle) -> None:
-    written = {
+    write = {
         "resize": 40, "crop": 32, "interpolation": "bilinear", "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
     }  # fmt: skip
-    assert bundles.load(old.path).manifest.preprocessing == BEFORE == Preprocess.from_dict(written)
-    assert BEFORE.to_dict() == written
-    parts = [old.manifest.files["encoder.safetensors"], "resnet18", written]
+    assert bundles.load(old.path).manifest.preprocessing == BEFORE == Preprocess.from_dict(write)
+    assert BEFORE.to_dict() == write
+    parts = [old.manifest.files["encoder.safetensors"], "resnet18", write]
     assert old.space_id == hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
 def test_it_embeds_as_before_bit_for_bit(old: bundles.Bundle, content: bytes, tmp_path: Path) -> None:
     student = old.student()
-    written(tmp_path / "photos", content)
+    write(tmp_path / "photos", content)
     wanted = student.embed([as_before(content)])
     path = next((tmp_path / "photos").iterdir())
     assert torch.equal(student.embed([path]), wanted)
@@ -208,7 +208,7 @@ def test_it_embeds_as_before_bit_for_bit(old: bundles.Bundle, content: bytes, tm
 
 def test_the_app_shows_it_what_it_was_shown_before(old: bundles.Bundle, content: bytes, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        written(tmp_path / name, content)
+        write(tmp_path / name, content)
     photos = tmp_path / "photos"
     photos.mkdir()
     for name in ("one", "two"):
@@ -229,7 +229,7 @@ def test_so_does_its_export(old: bundles.Bundle, tmp_path: Path) -> None:
     from mvmr.export.export import export
 
     for number in range(16):
-        encoded_file = encoded(faded().rotate(20 * number), "PNG")
+        encoded_file = encoded(fading_picture().rotate(20 * number), "PNG")
         (tmp_path / f"{number}.png").write_bytes(encoded_file)
     export(old.path, formats=["onnx"], data=str(tmp_path), images=16)
     engine = Engine.load(old.path)
@@ -291,8 +291,8 @@ def test_images_opened_on_another_background_are_refused(tmp_path: Path) -> None
 
 def test_embeddings_of_another_background_are_not_taken_from_the_cache(tmp_path: Path) -> None:
     four(tmp_path / "photos")
-    opened_on = [open_images(tmp_path / "photos", background=each) for each in (None, WHITE, (0, 0, 0))]
-    assert len({images.fingerprint for images in opened_on}) == 3
+    image_sets = [open_images(tmp_path / "photos", background=background) for background in (None, WHITE, (0, 0, 0))]
+    assert len({images.fingerprint for images in image_sets}) == 3
 
 
 @pytest.mark.parametrize("background", [(1.5, 2, 3), (True, 0, 0), "abc", 5, (0, 0)])

@@ -13,7 +13,7 @@ from open_clip.model import CLIP
 from safetensors.torch import load_file
 
 import mvmr
-from mvmr.data.image_set import Arrays, ImageSet, Numbered
+from mvmr.data.image_set import Arrays, ImageSet, numbered_names
 from mvmr.distillation.teachers.clip import ClipTeacher
 from mvmr.distillation.teachers.tiny_clip import TEMPLATES, TinyClip, augment, train_tiny_clip
 from mvmr.errors import MvmrError
@@ -34,7 +34,7 @@ def coloured(each: int = 8) -> ImageSet:
     return ImageSet(
         name="squares",
         split="train",
-        source=Arrays(pixels, Numbered("train", len(pixels))),
+        source=Arrays(pixels, numbered_names("train", len(pixels))),
         fingerprint="c" * 64,
         read_labels=lambda: labels,
         classes=tuple(COLOURS),

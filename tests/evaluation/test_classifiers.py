@@ -17,7 +17,7 @@ from mvmr.evaluation.classifiers import (
     LinearHead,
     adam_one_vs_all,
     adam_probe,
-    held_out,
+    hold_out,
     linear_probe,
     one_vs_all,
 )
@@ -61,7 +61,7 @@ def test_the_probe_agrees_with_scikit_learns_plain_pipeline(digits: Split, colum
     assert head.bias.shape == (10,)
     assert head.weight.dtype == head.bias.dtype == np.float32
     reference = plain(x, head.chosen["C"]).fit(x, labels)  # type: ignore[attr-defined]
-    ours, theirs = (100 * (found == answers).mean() for found in (head.predict(queries), reference.predict(queries)))
+    ours, theirs = (100 * (solver.predict(queries) == answers).mean() for solver in (head, reference))
     assert abs(ours - theirs) <= 0.2
     assert ours > 60
     assert (head.predict(queries) == reference.predict(queries)).mean() > 0.99
@@ -82,32 +82,32 @@ def test_the_probe_chooses_its_strength_without_the_test_split(digits: Split) ->
 def test_the_probe_does_not_mind_scale_shift_or_a_constant_column(digits: Split, scale: float) -> None:
     x, labels, queries, answers = digits
     constant = np.full((len(x), 1), 7.0, np.float32), np.full((len(queries), 1), 7.0, np.float32)
-    moved, asked = (np.hstack([rows * scale + scale, more]) for rows, more in zip((x, queries), constant, strict=True))
-    head = linear_probe(moved, labels, 10)
+    train, test = (np.hstack([rows * scale + scale, more]) for rows, more in zip((x, queries), constant, strict=True))
+    head = linear_probe(train, labels, 10)
     assert np.isfinite(head.weight).all()
     assert (
-        abs((head.predict(asked) == answers).mean() - (linear_probe(x, labels, 10).predict(queries) == answers).mean())
+        abs((head.predict(test) == answers).mean() - (linear_probe(x, labels, 10).predict(queries) == answers).mean())
         < 0.01
     )
 
 
 def test_two_classes_have_two_rows(digits: Split) -> None:
     x, labels, queries, answers = digits
-    known, asked = labels < 2, answers < 2
-    head = linear_probe(x[known], labels[known], 2)
+    train, test = labels < 2, answers < 2
+    head = linear_probe(x[train], labels[train], 2)
     assert head.weight.shape == (2, 144)
-    reference = plain(x, head.chosen["C"]).fit(x[known], labels[known])  # type: ignore[attr-defined]
-    assert np.array_equal(head.predict(queries[asked]), reference.predict(queries[asked]))
-    logits = queries[asked] @ head.weight.T + head.bias
+    reference = plain(x, head.chosen["C"]).fit(x[train], labels[train])  # type: ignore[attr-defined]
+    assert np.array_equal(head.predict(queries[test]), reference.predict(queries[test]))
+    logits = queries[test] @ head.weight.T + head.bias
     np.testing.assert_allclose(
-        logits[:, 1] - logits[:, 0], reference.decision_function(queries[asked]), rtol=1e-2, atol=1e-2
+        logits[:, 1] - logits[:, 0], reference.decision_function(queries[test]), rtol=1e-2, atol=1e-2
     )
 
 
 def test_a_class_without_training_images_is_never_predicted(digits: Split) -> None:
     x, labels, queries, _ = digits
-    kept = labels != 4
-    head = linear_probe(x[kept], labels[kept], 12)
+    mask = labels != 4
+    head = linear_probe(x[mask], labels[mask], 12)
     assert head.weight.shape == (12, 144)
     assert np.isfinite(head.bias).all()
     assert not set(head.predict(queries)) & {4, 10, 11}
@@ -133,10 +133,10 @@ def test_one_class_alone_is_refused(digits: Split) -> None:
 @pytest.mark.parametrize("value", [0.0, 0.1])
 def test_a_collapsed_encoder_scores_like_chance(digits: Split, width: int, value: float) -> None:
     _, labels, _, answers = digits
-    same, asked = np.full((len(labels), width), value, np.float32), np.full((len(answers), width), value, np.float32)
-    head = linear_probe(same, labels, 10)
+    x, queries = np.full((len(labels), width), value, np.float32), np.full((len(answers), width), value, np.float32)
+    head = linear_probe(x, labels, 10)
     assert np.isfinite(head.weight).all()
-    assert len(set(head.predict(asked))) == 1
+    assert len(set(head.predict(queries))) == 1
 
 
 SHORT = AdamConfig(epochs=60, batch_size=64, lrs=(1e-2,))
@@ -172,23 +172,23 @@ def test_the_learning_rate_is_chosen_on_rows_held_out() -> None:
     nuisance = random.normal(0, 5, 400)
     x = np.stack([labels + random.normal(0, 0.1, 400) + nuisance, nuisance], axis=1).astype(np.float32)
 
-    def fitted(*lrs: float) -> LinearHead:
+    def fit(*lrs: float) -> LinearHead:
         return adam_probe(x, labels, 2, AdamConfig(epochs=40, batch_size=64, lrs=lrs))
 
-    assert (fitted(1e-7).predict(x) == labels).mean() < 0.7
-    chosen = fitted(1e-7, 0.3)
-    assert chosen.chosen == {"lr": 0.3}
-    assert (chosen.predict(x) == labels).mean() > 0.95
-    assert np.array_equal(chosen.weight, fitted(0.3).weight)  # fitted on all rows afterwards
+    assert (fit(1e-7).predict(x) == labels).mean() < 0.7
+    head = fit(1e-7, 0.3)
+    assert head.chosen == {"lr": 0.3}
+    assert (head.predict(x) == labels).mean() > 0.95
+    assert np.array_equal(head.weight, fit(0.3).weight)  # fitted on all rows afterwards
 
 
 def test_mini_batches_read_a_memory_map_and_never_predict_an_unseen_class(digits: Split, tmp_path: Path) -> None:
     x, labels, queries, _ = digits
-    kept = labels != 4
-    np.save(tmp_path / "kept.npy", x[kept])
-    mapped = np.load(tmp_path / "kept.npy", mmap_mode="r")
-    head = adam_probe(mapped, labels[kept], 12, SHORT)
-    assert np.array_equal(head.weight, adam_probe(x[kept], labels[kept], 12, SHORT).weight)
+    mask = labels != 4
+    np.save(tmp_path / "kept.npy", x[mask])
+    memory_map = np.load(tmp_path / "kept.npy", mmap_mode="r")
+    head = adam_probe(memory_map, labels[mask], 12, SHORT)
+    assert np.array_equal(head.weight, adam_probe(x[mask], labels[mask], 12, SHORT).weight)
     assert not set(head.predict(queries)) & {4, 10, 11}
     with pytest.raises(MvmrError, match="all training images are of one class"):
         adam_probe(x[labels == 3], labels[labels == 3], 10, SHORT)
@@ -196,12 +196,12 @@ def test_mini_batches_read_a_memory_map_and_never_predict_an_unseen_class(digits
 
 def test_a_fifth_of_every_class_is_held_out_but_of_small_classes_none() -> None:
     labels = np.repeat([0, 1, 2, 3], [50, 10, 5, 4])
-    parts = held_out(labels, seed=0)
+    parts = hold_out(labels, seed=0)
     assert parts is not None
-    fit, held = parts
-    assert sorted([*fit, *held]) == list(range(len(labels)))
-    assert np.bincount(labels[held], minlength=4).tolist() == [10, 2, 1, 0]
-    assert held_out(np.repeat([0, 1], 4), seed=0) is None
+    fit, validation = parts
+    assert sorted([*fit, *validation]) == list(range(len(labels)))
+    assert np.bincount(labels[validation], minlength=4).tolist() == [10, 2, 1, 0]
+    assert hold_out(np.repeat([0, 1], 4), seed=0) is None
 
 
 def several(labels: np.ndarray) -> np.ndarray:
@@ -226,9 +226,9 @@ def test_one_vs_all_leaves_difficult_images_out_of_their_class_alone(digits: Spl
     present = several(labels)
     difficult = present.copy()
     difficult[:50, 1] = 0
-    head, whole = one_vs_all(x, difficult), one_vs_all(x, present)
-    assert head.chosen == whole.chosen  # else the rest would differ for another reason
-    assert np.array_equal(head.weight[[0, 2]], whole.weight[[0, 2]])
+    head, full = one_vs_all(x, difficult), one_vs_all(x, present)
+    assert head.chosen == full.chosen  # else the rest would differ for another reason
+    assert np.array_equal(head.weight[[0, 2]], full.weight[[0, 2]])
     reference = plain(x, head.chosen["C"]).fit(x[50:], present[50:, 1])  # type: ignore[attr-defined]
     assert np.corrcoef(head.logits(x)[:, 1], reference.decision_function(x))[0, 1] > 0.99
 
@@ -238,8 +238,8 @@ def test_mini_batches_fit_one_classifier_to_a_class(digits: Split) -> None:
     present = several(labels)
     present[:50, 1] = 0
     config = AdamConfig(epochs=60, batch_size=32, lrs=(3e-3,))
-    head, solved = adam_one_vs_all(x, present, config), one_vs_all(x, present)
-    mine, theirs = (((fitted.logits(queries) > 0) == (several(answers) > 0)).mean(0) for fitted in (head, solved))
+    head, exact = adam_one_vs_all(x, present, config), one_vs_all(x, present)
+    mine, theirs = (((fit.logits(queries) > 0) == (several(answers) > 0)).mean(0) for fit in (head, exact))
     assert mine.min() > 0.75
     assert (mine > theirs - 0.04).all()
 

@@ -44,7 +44,7 @@ def bundle(tmp_path: Path) -> Bundle:
     return a_bundle(tmp_path / "runs" / "mine")
 
 
-def coloured(folder: Path, counts: dict[str, int], seed: int = 0) -> Path:
+def write_photos(folder: Path, counts: dict[str, int], seed: int = 0) -> Path:
     """A folder with a folder to a class, its images noisy and of one colour."""
     random = np.random.default_rng(seed)
     for name, count in counts.items():
@@ -57,28 +57,28 @@ def coloured(folder: Path, counts: dict[str, int], seed: int = 0) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    return coloured(tmp_path / "photos", dict.fromkeys(COLOURS, 10))
+    return write_photos(tmp_path / "photos", dict.fromkeys(COLOURS, 10))
 
 
 def test_evaluate_measures_and_keeps_the_figures(bundle: Bundle, photos: Path) -> None:
-    found = evaluate(bundle.path, str(photos))
-    assert found["linear"] == {"top1": 100.0, "C": found["linear"]["C"]}  # of three classes there is no top 5
-    assert set(found["knn"]) == {f"top1_{vote}_k{k}" for k in (1, 5, 20) for vote in ("weighted", "plain")}
-    assert found["knn"]["top1_weighted_k5"] == 100.0
+    figures = evaluate(bundle.path, str(photos))
+    assert figures["linear"] == {"top1": 100.0, "C": figures["linear"]["C"]}  # of three classes there is no top 5
+    assert set(figures["knn"]) == {f"top1_{vote}_k{k}" for k in (1, 5, 20) for vote in ("weighted", "plain")}
+    assert figures["knn"]["top1_weighted_k5"] == 100.0
     now = bundles.load(bundle.path)
     assert [record["protocol"] for record in now.manifest.metrics] == ["linear", "knn"]
     for record in now.manifest.metrics:
-        assert record["values"] == found[record["protocol"]]
+        assert record["values"] == figures[record["protocol"]]
         assert record["data"] == str(photos)
         assert record["command"] == f"mvmr evaluate {bundle.path} --data {photos} --protocol {record['protocol']}"
     assert now.space_id == bundle.space_id
-    assert mvmr.evaluate(bundle.path, str(photos), protocols=["knn"]) == {"knn": found["knn"]}
+    assert mvmr.evaluate(bundle.path, str(photos), protocols=["knn"]) == {"knn": figures["knn"]}
     assert len(bundles.load(bundle.path).manifest.metrics) == 2  # the same measurement again replaces the first
 
 
 def test_evaluate_takes_the_students_features_of_every_test_image(bundle: Bundle) -> None:
     data = "sample:digits"
-    found = evaluate(bundle.path, data)
+    figures = evaluate(bundle.path, data)
     train, test = open_images(data, "train"), open_images(data, "test")
     student = bundle.student()
     x, y = (
@@ -91,12 +91,12 @@ def test_evaluate_takes_the_students_features_of_every_test_image(bundle: Bundle
     assert len(answers) == 597
     for k in (1, 5, 20, 200):
         for name, temperature in (("weighted", 0.07), ("plain", None)):
-            voted = knn_predict(x, labels, y, 10, k=k, temperature=temperature)
-            assert found["knn"][f"top1_{name}_k{k}"] == 100 * (voted == answers).mean()
+            predictions = knn_predict(x, labels, y, 10, k=k, temperature=temperature)
+            assert figures["knn"][f"top1_{name}_k{k}"] == 100 * (predictions == answers).mean()
     head = linear_probe(x, labels, 10)
-    assert found["linear"]["top1"] == pytest.approx(100 * (head.predict(y) == answers).mean(), abs=0.2)
+    assert figures["linear"]["top1"] == pytest.approx(100 * (head.predict(y) == answers).mean(), abs=0.2)
     top5 = top_k_accuracy_score(answers, head.logits(y), k=5)
-    assert found["linear"]["top5"] == pytest.approx(100 * top5, abs=0.2)
+    assert figures["linear"]["top5"] == pytest.approx(100 * top5, abs=0.2)
 
 
 def test_probe_stores_a_head_that_predicts_as_it_was_measured(bundle: Bundle, photos: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_head_without_a_name_is_called_after_the_data(bundle: Bundle, photos: 
 
 
 def test_two_classes(bundle: Bundle, tmp_path: Path) -> None:
-    data = str(coloured(tmp_path / "two", {"red": 6, "blue": 6}))
+    data = str(write_photos(tmp_path / "two", {"red": 6, "blue": 6}))
     assert evaluate(bundle.path, data, protocols=["linear"])["linear"]["top1"] == 100.0
     head = probe(bundle.path, data, head="two")[0].head("two")
     assert head.weight.shape == (2, 512)
@@ -131,7 +131,7 @@ def test_two_classes(bundle: Bundle, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("counts", [{"red": 1, "green": 1, "blue": 2}, {"red": 2, "green": 30, "blue": 3}])
 def test_classes_of_few_images(bundle: Bundle, tmp_path: Path, counts: dict[str, int]) -> None:
-    results = evaluate(bundle.path, str(coloured(tmp_path / "few", counts)))
+    results = evaluate(bundle.path, str(write_photos(tmp_path / "few", counts)))
     assert all(0 <= values[name] <= 100 for values in results.values() for name in values)
     assert "top1_plain_k200" not in results["knn"]
 
@@ -146,21 +146,21 @@ def no_features(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_class_missing_from_the_training_split_is_named(
     bundle: Bundle, tmp_path: Path, action: Callable[..., object], no_features: None
 ) -> None:
-    coloured(tmp_path / "split" / "train", {"red": 6, "blue": 6})
-    coloured(tmp_path / "split" / "test", {"red": 4, "green": 4, "blue": 4}, seed=1)
+    write_photos(tmp_path / "split" / "train", {"red": 6, "blue": 6})
+    write_photos(tmp_path / "split" / "test", {"red": 4, "green": 4, "blue": 4}, seed=1)
     with pytest.raises(MvmrError, match="class 'green' is in the test split and has no image in the training split"):
         action(bundle.path, str(tmp_path / "split"))
 
 
 def test_a_class_missing_from_the_test_split_is_no_obstacle(bundle: Bundle, tmp_path: Path) -> None:
-    coloured(tmp_path / "split" / "train", {"red": 6, "green": 6, "blue": 6})
-    coloured(tmp_path / "split" / "test", {"red": 4, "blue": 4}, seed=1)
+    write_photos(tmp_path / "split" / "train", {"red": 6, "green": 6, "blue": 6})
+    write_photos(tmp_path / "split" / "test", {"red": 4, "blue": 4}, seed=1)
     assert evaluate(bundle.path, str(tmp_path / "split"), protocols=["linear"])["linear"]["top1"] == 100.0
 
 
 def test_a_training_split_of_one_class_is_one_line(bundle: Bundle, tmp_path: Path, no_features: None) -> None:
-    coloured(tmp_path / "split" / "train", {"red": 6})
-    coloured(tmp_path / "split" / "test", {"red": 4, "blue": 4}, seed=1)
+    write_photos(tmp_path / "split" / "train", {"red": 6})
+    write_photos(tmp_path / "split" / "test", {"red": 4, "blue": 4}, seed=1)
     with pytest.raises(MvmrError, match="all training images are of one class"):
         evaluate(bundle.path, str(tmp_path / "split"))
 
@@ -184,7 +184,7 @@ def test_measuring_twice_gives_the_same_and_changes_no_tensor(bundle: Bundle, ph
 
 @pytest.mark.parametrize("action", [evaluate, probe])
 def test_images_without_labels_are_one_line(bundle: Bundle, tmp_path: Path, action: Callable[..., object]) -> None:
-    coloured(tmp_path / "flat", {"red": 12})
+    write_photos(tmp_path / "flat", {"red": 12})
     for file in (tmp_path / "flat" / "red").iterdir():
         file.rename(tmp_path / "flat" / file.name)
     (tmp_path / "flat" / "red").rmdir()
@@ -201,12 +201,12 @@ def a_voc_tree(root: Path, *, train: int = 60, test: int = 40) -> str:
         (home / part).mkdir(parents=True)
     random, number = np.random.default_rng(0), 0
     for image_set, count in (("trainval", train), ("test", test)):
-        listed = []
+        lines = []
         for _ in range(count):
-            shown = random.permutation(list(COLOURS))[: random.integers(1, 4)]
+            colours = random.permutation(list(COLOURS))[: random.integers(1, 4)]
             pixels = random.integers(90, 160, (24, 24, 3))
             objects = ""
-            for quarter, colour in enumerate(shown):
+            for quarter, colour in enumerate(colours):
                 rows, columns = slice(12 * (quarter // 2), 12 * (quarter // 2) + 12), slice(12 * (quarter % 2), None)
                 pixels[rows, columns] = COLOURS[colour]
                 difficult = int(random.random() < 0.2)
@@ -214,8 +214,8 @@ def a_voc_tree(root: Path, *, train: int = 60, test: int = 40) -> str:
             name, number = f"{number:06d}", number + 1
             Image.fromarray(pixels.astype(np.uint8)).save(home / "JPEGImages" / f"{name}.jpg")
             (home / "Annotations" / f"{name}.xml").write_text(f"<annotation>{objects}</annotation>")
-            listed.append(name)
-        (home / "ImageSets" / "Main" / f"{image_set}.txt").write_text("\n".join(listed) + "\n")
+            lines.append(name)
+        (home / "ImageSets" / "Main" / f"{image_set}.txt").write_text("\n".join(lines) + "\n")
     return f"voc07:{root}"
 
 
@@ -226,17 +226,17 @@ def test_voc07_is_the_mean_over_classes_of_their_average_precision(bundle: Bundl
              for images in (train, test)]  # fmt: skip
     data = Labelled.of(*three)
     assert data.several
-    measured = Measured(bundle.student(), data)
-    values = protocols_for(data, None)["voc07"](measured)
+    measurement = Measured(bundle.student(), data)
+    values = protocols_for(data, None)["voc07"](measurement)
     expected = []
-    for column, logits in enumerate(measured.head.logits(measured.test_features).T):
-        kept = data.test_labels[:, column] != 0
-        assert not kept.all()  # the tree has difficult objects
-        expected.append(average_precision_score(data.test_labels[kept, column] == 1, logits[kept]))
+    for column, logits in enumerate(measurement.head.logits(measurement.test_features).T):
+        mask = data.test_labels[:, column] != 0
+        assert not mask.all()  # the tree has difficult objects
+        expected.append(average_precision_score(data.test_labels[mask, column] == 1, logits[mask]))
     assert values["map_area"] == pytest.approx(100 * np.mean(expected))
     assert values["map_area"] > 60
     assert abs(values["map_11point"] - values["map_area"]) < 10
-    by_adam = protocols_for(data, ["voc07-paper"])["voc07-paper"](measured)
+    by_adam = protocols_for(data, ["voc07-paper"])["voc07-paper"](measurement)
     assert by_adam["lr"] == 1e-4
     assert by_adam["map_area"] > 60
     with pytest.raises(MvmrError, match=r"protocol knn does not fit voc07:.*several labels to an image; use voc07"):
@@ -292,8 +292,8 @@ def test_more_neighbours_than_images_are_refused(bundle: Bundle, photos: Path, m
 
 
 def test_the_number_of_neighbours_can_be_chosen(bundle: Bundle, photos: Path) -> None:
-    found = evaluate(bundle.path, str(photos), protocols=["knn"], ks=[3, 7])["knn"]
-    assert set(found) == {f"top1_{kind}_k{k}" for kind in ("weighted", "plain") for k in (3, 7)}
+    figures = evaluate(bundle.path, str(photos), protocols=["knn"], ks=[3, 7])["knn"]
+    assert set(figures) == {f"top1_{kind}_k{k}" for kind in ("weighted", "plain") for k in (3, 7)}
     assert bundles.load(bundle.path).manifest.metrics[-1]["command"].endswith("--protocol knn --k 3,7")
 
 
@@ -307,9 +307,9 @@ def test_unknown_protocols_data_and_devices_are_one_line(bundle: Bundle, photos:
 
 
 def test_features_are_computed_once(bundle: Bundle, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = evaluate(bundle.path, str(photos))
+    figures = evaluate(bundle.path, str(photos))
     monkeypatch.setattr("mvmr.models.student.Student.__call__", pytest.fail)
-    assert evaluate(bundle.path, str(photos), protocols=["knn"]) == {"knn": found["knn"]}
+    assert evaluate(bundle.path, str(photos), protocols=["knn"]) == {"knn": figures["knn"]}
 
 
 def test_the_newest_bundle_is_meant_when_none_is_named(

@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
 from mvmr.errors import MvmrError
-from mvmr.evaluation.neighbours import Bank, knn_predict, nearest, neighbour_overlap, others, votes
+from mvmr.evaluation.neighbours import Bank, find_neighbours, knn_predict, nearest, neighbour_overlap, votes
 
 Split = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
@@ -58,8 +58,8 @@ def test_of_equal_votes_the_lower_class_wins() -> None:
 
 def test_votes_are_weighted_by_their_cosine() -> None:
     similarity, labels = np.array([[0.8, 0.5, 0.4]], np.float32), np.array([[0, 1, 1]])
-    found = votes(similarity, labels, 2, temperature=0.1)[0]
-    assert found[0] / found[1] == pytest.approx(np.exp(8) / (np.exp(5) + np.exp(4)), rel=1e-5)
+    totals = votes(similarity, labels, 2, temperature=0.1)[0]
+    assert totals[0] / totals[1] == pytest.approx(np.exp(8) / (np.exp(5) + np.exp(4)), rel=1e-5)
 
 
 def test_nearest_come_in_order_of_their_cosine(digits: Split) -> None:
@@ -73,20 +73,20 @@ def test_nearest_come_in_order_of_their_cosine(digits: Split) -> None:
 
 def test_a_bank_gives_the_very_cosines_and_rows_of_faiss(digits: Split) -> None:
     x, _, queries, _ = digits
-    rows, asked = x.copy(), queries.copy()
-    for each in (rows, asked):
-        faiss.normalize_L2(each)
+    rows, unit_queries = x.copy(), queries.copy()
+    for matrix in (rows, unit_queries):
+        faiss.normalize_L2(matrix)
     before = x.copy(), queries.copy()
     bank = Bank(x)
     assert len(bank) == len(x)
     for count in (1, 7, 200):
         for k in (1, 10, 150, 5000):
-            found = bank.search(queries[:count], k)
-            wanted = faiss.knn(asked[:count], rows, min(k, len(x)), metric=faiss.METRIC_INNER_PRODUCT)
-            assert all(np.array_equal(*pair) for pair in zip(found, wanted, strict=True))
-            assert all(np.array_equal(*pair) for pair in zip(found, nearest(x, queries[:count], k), strict=True))
-    assert found[0].dtype == np.float32
-    assert found[1].dtype == np.int64
+            answer = bank.search(queries[:count], k)
+            wanted = faiss.knn(unit_queries[:count], rows, min(k, len(x)), metric=faiss.METRIC_INNER_PRODUCT)
+            assert all(np.array_equal(*pair) for pair in zip(answer, wanted, strict=True))
+            assert all(np.array_equal(*pair) for pair in zip(answer, nearest(x, queries[:count], k), strict=True))
+    assert answer[0].dtype == np.float32
+    assert answer[1].dtype == np.int64
     assert np.array_equal(x, before[0])
     assert np.array_equal(queries, before[1])
 
@@ -97,11 +97,11 @@ def test_a_bank_leaves_out_the_row_that_asks(digits: Split) -> None:
     cosines, rows = Bank(x).search(x[asking], 12, without=asking)
     exact = unit(x.astype(np.float64)) @ unit(x.astype(np.float64)).T
     for row, cosine, own in zip(rows, cosines, asking, strict=True):
-        wanted = [other for other in np.argsort(-exact[own]) if other != own][:12]
+        wanted = [i for i in np.argsort(-exact[own]) if i != own][:12]
         assert row.tolist() == wanted
         np.testing.assert_allclose(cosine, exact[own, wanted], atol=1e-6)
     every = Bank(x).search(x, 12, without=np.arange(300))[1]
-    assert np.array_equal(every, others(x, 12))
+    assert np.array_equal(every, find_neighbours(x, 12))
 
 
 def test_a_bank_with_fewer_rows_than_are_asked_for_gives_all_there_are() -> None:
@@ -131,30 +131,30 @@ def test_threads_may_share_a_bank(digits: Split) -> None:
 
     def ask(number: int) -> None:
         for _ in range(50):
-            found = bank.search(queries[40 * number : 40 * number + 40], 9)
-            if not all(np.array_equal(*pair) for pair in zip(found, wanted[number], strict=True)):
+            answer = bank.search(queries[40 * number : 40 * number + 40], 9)
+            if not all(np.array_equal(*pair) for pair in zip(answer, wanted[number], strict=True)):
                 wrong.append(number)
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join(60)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
     assert not wrong
 
 
 def test_overlap_is_that_of_a_plain_loop(digits: Split) -> None:
     a = digits[0][:150]
     b = np.tanh(a @ np.random.default_rng(1).normal(size=(64, 9)).astype(np.float32) / 50)
-    k, cosines = 7, [unit(each.astype(np.float64)) @ unit(each.astype(np.float64)).T for each in (a, b)]
+    k, cosines = 7, [unit(features.astype(np.float64)) @ unit(features.astype(np.float64)).T for features in (a, b)]
     expected = []
     for row in range(len(a)):
-        lists = [sorted(set(range(len(a))) - {row}, key=lambda other: -each[row, other])[:k] for each in cosines]
+        lists = [sorted(set(range(len(a))) - {row}, key=lambda i: -matrix[row, i])[:k] for matrix in cosines]
         expected.append(len(set(lists[0]) & set(lists[1])) / k)
-    found = neighbour_overlap(a, b, k)
-    assert found.dtype == np.float64
-    np.testing.assert_allclose(found, expected)
-    assert 0.1 < found.mean() < 0.9
+    overlap = neighbour_overlap(a, b, k)
+    assert overlap.dtype == np.float64
+    np.testing.assert_allclose(overlap, expected)
+    assert 0.1 < overlap.mean() < 0.9
     assert (neighbour_overlap(a, 3 * a, k) == 1).all()
 
 
@@ -168,13 +168,13 @@ def test_overlap_of_what_is_unrelated_is_that_of_chance() -> None:
 def test_a_row_is_never_its_own_neighbour_however_many_copies_it_has(digits: Split, copies: int) -> None:
     x = digits[0][:60].copy()
     x[:copies] = x[0]
-    found = others(x, 5)
-    assert found.shape == (60, 5)
-    assert found.dtype == np.int64
-    assert not (found == np.arange(60)[:, None]).any()
-    assert all(len(set(row)) == 5 for row in found.tolist())
-    assert (found[:copies, : min(5, copies - 1)] < copies).all()  # its copies come first
-    blank = others(np.zeros((9, 4), np.float32), 8)
+    neighbours = find_neighbours(x, 5)
+    assert neighbours.shape == (60, 5)
+    assert neighbours.dtype == np.int64
+    assert not (neighbours == np.arange(60)[:, None]).any()
+    assert all(len(set(row)) == 5 for row in neighbours.tolist())
+    assert (neighbours[:copies, : min(5, copies - 1)] < copies).all()  # its copies come first
+    blank = find_neighbours(np.zeros((9, 4), np.float32), 8)
     assert [sorted(row) for row in blank.tolist()] == [[j for j in range(9) if j != i] for i in range(9)]
 
 

@@ -146,12 +146,12 @@ def test_one_positive_ranked_last_is_one_in_all(definition: Definition) -> None:
 @pytest.mark.parametrize("definition", DEFINITIONS)
 def test_difficult_images_change_nothing_wherever_they_rank(definition: Definition) -> None:
     scores, present = images(100, 3)
-    kept = present != 0
-    without = average_precision(scores[kept], present[kept], definition=definition)
+    mask = present != 0
+    without = average_precision(scores[mask], present[mask], definition=definition)
     assert average_precision(scores, present, definition=definition) == without
     for rank in (-99.0, 99.0):
-        assert average_precision(np.where(kept, scores, rank), present, definition=definition) == without
-    as_absent = average_precision(scores, np.where(kept, present, -1), definition=definition)
+        assert average_precision(np.where(mask, scores, rank), present, definition=definition) == without
+    as_absent = average_precision(scores, np.where(mask, present, -1), definition=definition)
     assert as_absent < without
 
 
@@ -176,9 +176,9 @@ def test_the_order_of_the_images_and_the_scale_of_scores_do_not_matter(definitio
 @pytest.mark.parametrize("tenths", range(1, 11))
 @pytest.mark.parametrize("positives", [10, 20, 70])
 def test_a_recall_of_exactly_so_many_tenths_reaches_the_threshold(positives: int, tenths: int) -> None:
-    found = positives * tenths // 10  # all first, then so many absent, then the other positives
+    hits = positives * tenths // 10  # all first, then so many absent, then the other positives
     absent = 1000
-    present = np.array([1] * found + [-1] * absent + [1] * (positives - found))
+    present = np.array([1] * hits + [-1] * absent + [1] * (positives - hits))
     scores = np.arange(len(present), 0, -1).astype(float)
     last = Fraction(positives, len(present))  # the precision at full recall, the highest after the gap
     expected = (tenths + 1 + (10 - tenths) * last) / 11
@@ -217,20 +217,20 @@ def test_an_unknown_definition_names_those_there_are() -> None:
 def test_the_mean_is_over_classes_and_in_percent(definition: Definition) -> None:
     pairs = [images(150, seed) for seed in range(4)]
     scores, present = (np.stack(part, axis=1) for part in zip(*pairs, strict=True))
-    mean, each = mean_average_precision(scores, present, ["cat", "dog", "cow", "sofa"], definition=definition)
-    assert list(each) == ["cat", "dog", "cow", "sofa"]
-    for name, (s, p) in zip(each, pairs, strict=True):
+    mean, by_class = mean_average_precision(scores, present, ["cat", "dog", "cow", "sofa"], definition=definition)
+    assert list(by_class) == ["cat", "dog", "cow", "sofa"]
+    for name, (s, p) in zip(by_class, pairs, strict=True):
         oracle = average_precision_score(p[p != 0] == 1, s[p != 0]) if definition == "area" else eleven_points(s, p)
-        assert each[name] == pytest.approx(100 * float(oracle), abs=1e-9)
-    assert mean == pytest.approx(sum(each.values()) / 4)
+        assert by_class[name] == pytest.approx(100 * float(oracle), abs=1e-9)
+    assert mean == pytest.approx(sum(by_class.values()) / 4)
     assert type(mean) is float
 
 
 def test_a_rare_class_weighs_as_much_as_a_frequent_one() -> None:
     present = np.array([[1, -1]] * 9 + [[-1, 1]])
     scores = np.column_stack([np.arange(10, 0, -1), np.arange(10, 0, -1)]).astype(float)
-    mean, each = mean_average_precision(scores, present, ["frequent", "rare"], definition="area")
-    assert each == {"frequent": pytest.approx(100), "rare": pytest.approx(10)}
+    mean, by_class = mean_average_precision(scores, present, ["frequent", "rare"], definition="area")
+    assert by_class == {"frequent": pytest.approx(100), "rare": pytest.approx(10)}
     assert mean == pytest.approx(55)
     flattened = 100 * average_precision(scores.ravel(), present.ravel(), definition="area")
     assert abs(mean - flattened) > 1
@@ -282,9 +282,9 @@ def test_cka_of_single_columns_is_their_squared_correlation() -> None:
     x, y = batches(50, 1, 1)
     assert linear_cka(x, y) == pytest.approx(np.corrcoef(x[:, 0], y[:, 0])[0, 1] ** 2)
     # by hand: (1, 0, -1) with (1, -2, 1) is uncorrelated, with (1, 1, -2) has 3^2 / (2 * 6)
-    one, none, some = (np.array([column], np.float64).T for column in ([1, 0, -1], [1, -2, 1], [1, 1, -2]))
-    assert linear_cka(one, none) == pytest.approx(0, abs=1e-15)
-    assert linear_cka(one, some) == pytest.approx(0.75)
+    a, b, c = (np.array([column], np.float64).T for column in ([1, 0, -1], [1, -2, 1], [1, 1, -2]))
+    assert linear_cka(a, b) == pytest.approx(0, abs=1e-15)
+    assert linear_cka(a, c) == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize("shape", [(60, 7, 5), (20, 50, 30)])

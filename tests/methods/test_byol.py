@@ -10,14 +10,14 @@ from torch import nn
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
 from mvmr.methods.byol import Byol, ByolConfig, regression_loss
-from mvmr.methods.momentum import cosine_momentum, follow, follower
+from mvmr.methods.momentum import cosine_momentum, follow, make_follower
 
 
 def test_the_loss_is_two_minus_twice_the_cosine() -> None:
-    told, wanted = np.random.default_rng(0).normal(size=(2, 9, 4))
-    cosines = [float(a @ b) / math.sqrt(float(a @ a) * float(b @ b)) for a, b in zip(told, wanted, strict=True)]
-    found = regression_loss(torch.tensor(told).float(), torch.tensor(wanted).float())
-    assert float(found) == pytest.approx(2 - 2 * sum(cosines) / 9, rel=1e-5)
+    predictions, targets = np.random.default_rng(0).normal(size=(2, 9, 4))
+    cosines = [float(a @ b) / math.sqrt(float(a @ a) * float(b @ b)) for a, b in zip(predictions, targets, strict=True)]
+    loss = regression_loss(torch.tensor(predictions).float(), torch.tensor(targets).float())
+    assert float(loss) == pytest.approx(2 - 2 * sum(cosines) / 9, rel=1e-5)
 
 
 def test_the_momentum_grows_to_one_along_a_cosine() -> None:
@@ -29,7 +29,7 @@ def test_the_momentum_grows_to_one_along_a_cosine() -> None:
 def test_a_follower_is_the_moving_average_of_what_it_followed() -> None:
     torch.manual_seed(0)
     module = nn.Linear(3, 2).double()
-    slow, momenta = follower(module), (0.9, 0.5, 0.99, 0.7)
+    slow, momenta = make_follower(module), (0.9, 0.5, 0.99, 0.7)
     expected = module.weight.detach().clone()
     for momentum in momenta:
         with torch.no_grad():
@@ -48,22 +48,22 @@ def test_the_slow_network_begins_as_the_fast_one_and_is_told_of_by_the_other_vie
     for name, value in method.slow_encoder.state_dict().items():
         assert torch.equal(value, encoder.state_dict()[name])
     first, second = torch.randint(0, 256, (2, 6, 3, 8, 8), dtype=torch.uint8)
-    one, other = method.normalise(first), method.normalise(second)
-    told = [method.predictor(method.projector(encoder(view))) for view in (one, other)]
-    wanted = [method.slow_projector(method.slow_encoder(view)) for view in (other, one)]
-    expected = sum(regression_loss(a, b) for a, b in zip(told, wanted, strict=True))
-    found = method({"first": first, "second": second}, {}).losses["regression"]
-    torch.testing.assert_close(found, expected)
+    images, other_images = method.normalise(first), method.normalise(second)
+    predictions = [method.predictor(method.projector(encoder(view))) for view in (images, other_images)]
+    slow = [method.slow_projector(method.slow_encoder(view)) for view in (other_images, images)]
+    expected = sum(regression_loss(a, b) for a, b in zip(predictions, slow, strict=True))
+    loss = method({"first": first, "second": second}, {}).losses["regression"]
+    torch.testing.assert_close(loss, expected)
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"momentum": 1.5}, r"momentum = 1\.5: must lie between 0 and 1"),
         ({"predictor": (8,)}, "the last widths of both must be there, and the same"),
         ({"projector": ()}, "the last widths of both must be there, and the same"),
     ],
 )
-def test_settings_that_can_not_be(settings: dict[str, object], said: str) -> None:
-    with pytest.raises(MvmrError, match=said):
+def test_settings_that_can_not_be(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(MvmrError, match=message):
         ByolConfig(**settings)  # type: ignore[arg-type]

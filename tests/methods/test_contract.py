@@ -88,7 +88,7 @@ def test_its_views_have_names_of_their_own(name: str) -> None:
     names = [spec.name for spec in config(name).views]
     assert names
     assert len(set(names)) == len(names)
-    assert set(config(name).standardised) <= set(config(name).targets)
+    assert set(config(name).standardised_targets) <= set(config(name).targets)
 
 
 @every
@@ -142,9 +142,9 @@ def test_looking_at_a_step_changes_nothing_and_gives_plain_numbers(name: str) ->
     method = build(name)
     outputs = method(*batch(name)).outputs
     before = {key: value.clone() for key, value in method.state_dict().items()}
-    found = [method.diagnose(outputs, torch.Generator().manual_seed(3)) for _ in range(2)]
-    assert found[0] == found[1]
-    assert all(isinstance(value, float) for value in found[0].values())
+    diagnoses = [method.diagnose(outputs, torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert diagnoses[0] == diagnoses[1]
+    assert all(isinstance(value, float) for value in diagnoses[0].values())
     assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items())
 
 

@@ -12,7 +12,7 @@ ESTIMATORS = ("biased", "unbiased")
 ORACLES = {"biased": dcor.distance_correlation, "unbiased": dcor.u_distance_correlation_sqr}
 
 
-def paired(n: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def draw_pair(n: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(n, 7))
     return x, np.tanh(x[:, :3]) + 0.5 * rng.normal(size=(n, 3))
@@ -41,7 +41,7 @@ CASES = {
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("case", CASES)
 def test_float64_agrees_with_dcor(case: str, estimator: str) -> None:
-    x, y = paired()
+    x, y = draw_pair()
     x = CASES[case](x)
     ours = distance_correlation(torch.from_numpy(x), torch.from_numpy(y), estimator=estimator)
     assert ours.dtype == torch.float64
@@ -52,7 +52,7 @@ def test_float64_agrees_with_dcor(case: str, estimator: str) -> None:
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e-3, 1.0, 1e3, 1e6, 1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_is_one_for_scaled_rotated_shifted_copies(dtype: torch.dtype, scale: float, estimator: str) -> None:
-    x = torch.from_numpy(paired()[0]).to(dtype)
+    x = torch.from_numpy(draw_pair()[0]).to(dtype)
     rotation = torch.linalg.qr(torch.randn(7, 7, dtype=dtype, generator=torch.Generator().manual_seed(1)))[0]
     copy = scale * (x @ rotation + 3.0)
     assert distance_correlation(x, copy, estimator=estimator).item() == pytest.approx(1.0, abs=1e-5)
@@ -74,7 +74,7 @@ def test_is_zero_for_a_constant_batch_with_zero_gradient(estimator: str) -> None
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_what_is_not_finite_is_never_called_independent(estimator: str, bad: float) -> None:
-    x, y = (torch.from_numpy(part).float() for part in paired(16))
+    x, y = (torch.from_numpy(part).float() for part in draw_pair(16))
     x[3, 2] = bad
     for pair in ((x, y), (y, x), (x, x), (x, torch.ones_like(y))):
         assert distance_correlation(*pair, estimator=estimator).isnan()
@@ -82,9 +82,9 @@ def test_what_is_not_finite_is_never_called_independent(estimator: str, bad: flo
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_gradient_is_finite_for_duplicate_rows(estimator: str) -> None:
-    rows = with_duplicates(paired()[0])
+    rows = with_duplicates(draw_pair()[0])
     x = torch.from_numpy(rows).float().requires_grad_()
-    y = torch.from_numpy(paired()[1]).float()
+    y = torch.from_numpy(draw_pair()[1]).float()
     distance_correlation(x, y, estimator=estimator).backward()
     assert x.grad is not None
     assert torch.isfinite(x.grad).all()
@@ -93,13 +93,13 @@ def test_gradient_is_finite_for_duplicate_rows(estimator: str) -> None:
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_gradient_is_that_of_finite_differences(estimator: str) -> None:
-    x, y = (torch.from_numpy(a[:12]).requires_grad_() for a in paired())
+    x, y = (torch.from_numpy(a[:12]).requires_grad_() for a in draw_pair())
     torch.autograd.gradcheck(lambda a, b: distance_correlation(a, b, estimator=estimator), (x, y))
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_bfloat16_is_computed_in_float32(estimator: str) -> None:
-    x, y = (torch.from_numpy(a).to(torch.bfloat16) for a in paired())
+    x, y = (torch.from_numpy(a).to(torch.bfloat16) for a in draw_pair())
     value = distance_correlation(x, y, estimator=estimator)
     assert value.dtype == torch.float32
     exact = distance_correlation(x.double(), y.double(), estimator=estimator)
@@ -114,7 +114,7 @@ def test_wide_independent_batches_show_why_the_null_is_logged() -> None:
 
 
 def test_permutation_null_is_near_zero_where_the_statistic_is_one() -> None:
-    x = torch.from_numpy(paired(200)[0])
+    x = torch.from_numpy(draw_pair(200)[0])
     a = centred_distances(x, "unbiased")
     assert correlate(a, a, "unbiased").item() == pytest.approx(1.0)
     assert abs(permutation_null(a, a, "unbiased", torch.Generator().manual_seed(0)).item()) < 0.05

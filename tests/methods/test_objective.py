@@ -14,7 +14,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def mixed(signal: Tensor, share: float, seed: int) -> Tensor:
+def mix(signal: Tensor, share: float, seed: int) -> Tensor:
     """A copy of `signal` of which only `share` is left in the noise: the dependence grows with it."""
     return share * signal + (1 - share) * draw(*signal.shape, seed=seed)
 
@@ -70,7 +70,7 @@ def test_every_term_falls_as_dependence_grows(term: str, estimator: str) -> None
     z, target = draw(128, 8), draw(128, 20, seed=1)
     losses = []
     for share in (0.0, 0.3, 0.6, 0.9):
-        za = mixed(target[:, :8] if term == "representations" else z, share, seed=2)
+        za = mix(target[:, :8] if term == "representations" else z, share, seed=2)
         losses.append(total(config, Embeddings(z, za, z, za), {"hog": target}))
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0] - 0.2
@@ -88,13 +88,13 @@ def test_a_step_down_the_gradient_raises_the_dependence_on_the_representation(sp
     za, target = draw(64, 8).requires_grad_(), draw(64, 20, seed=1)
     config = off(representations={"hog": 1.0}, space=space)
     objective = Objective(config, 8, {})
-    other = draw(64, 8, seed=3)
-    views = Embeddings(other, za, other, za)
+    z = draw(64, 8, seed=3)
+    views = Embeddings(z, za, z, za)
     before = objective(views, {"hog": target})["dcor.hog"]
     before.backward()
     assert za.grad is not None
     moved = (za - 5.0 * za.grad).detach()
-    after = objective(Embeddings(other, moved, other, moved), {"hog": target})["dcor.hog"]
+    after = objective(Embeddings(z, moved, z, moved), {"hog": target})["dcor.hog"]
     assert after < before
 
 

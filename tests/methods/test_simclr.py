@@ -20,8 +20,8 @@ def test_nt_xent_is_equation_1_over_both_views(temperature: float) -> None:
         similarities = [math.exp(float(rows[i] @ rows[k]) / temperature) for k in range(14)]
         partner = similarities[(i + 7) % 14]
         total -= math.log(partner / (sum(similarities) - similarities[i]))
-    found = nt_xent(torch.tensor(first).float(), torch.tensor(second).float(), temperature)
-    assert float(found) == pytest.approx(total / 14, rel=1e-5)
+    loss = nt_xent(torch.tensor(first).float(), torch.tensor(second).float(), temperature)
+    assert float(loss) == pytest.approx(total / 14, rel=1e-5)
 
 
 def test_views_that_agree_and_differ_from_all_others_cost_nothing() -> None:

@@ -15,7 +15,7 @@ from mvmr.errors import MvmrError
 from mvmr.models.backbone import Backbone, StudentConfig
 from mvmr.models.student import save_student
 from mvmr.models.table import backbone_of, open_backbone
-from tests.making import untrained, write_bundle
+from tests.making import build_encoder, write_bundle
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 
@@ -39,9 +39,9 @@ def images(count: int = 4) -> torch.Tensor:
     return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
 
 
-def seasoned(backbone: Backbone) -> nn.Module:
+def build_seasoned_encoder(backbone: Backbone) -> nn.Module:
     """An encoder whose batch norms have seen images."""
-    encoder = untrained(backbone)
+    encoder = build_encoder(backbone)
     with torch.no_grad():
         for part in encoder.modules():
             if isinstance(part, nn.BatchNorm2d):
@@ -53,16 +53,16 @@ def seasoned(backbone: Backbone) -> nn.Module:
 
 def test_the_encoder_gives_vectors_of_its_width(backbone: Backbone) -> None:
     with torch.no_grad():
-        assert untrained(backbone).eval()(images()).shape == (4, backbone.width)
+        assert build_encoder(backbone).eval()(images()).shape == (4, backbone.width)
 
 
 def test_one_seed_gives_the_same_weights(backbone: Backbone) -> None:
-    one, other = (untrained(backbone, seed=3).state_dict() for _ in range(2))
-    assert all(torch.equal(value, other[key]) for key, value in one.items())
+    first, second = (build_encoder(backbone, seed=3).state_dict() for _ in range(2))
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
 def test_the_last_stage_is_the_features_and_the_encoder_stays_as_it_is(backbone: Backbone) -> None:
-    encoder = seasoned(backbone)
+    encoder = build_seasoned_encoder(backbone)
     with torch.no_grad():
         stages, features = backbone.stages(encoder).eval()(images()), encoder(images())
     assert len(stages) > 3
@@ -71,36 +71,36 @@ def test_the_last_stage_is_the_features_and_the_encoder_stays_as_it_is(backbone:
 
 
 def test_what_is_served_does_what_was_trained_without_a_batch_norm(backbone: Backbone) -> None:
-    encoder = seasoned(backbone)
+    encoder = build_seasoned_encoder(backbone)
     with torch.no_grad():
-        wanted, found = encoder(images()), backbone.served(encoder)(images())
+        wanted, features = encoder(images()), backbone.copy_for_export(encoder)(images())
     scale = wanted.abs().max()
-    torch.testing.assert_close(found / scale, wanted / scale, rtol=0, atol=1e-5)
-    assert not any(isinstance(part, nn.BatchNorm2d) for part in backbone.served(encoder).modules())
+    torch.testing.assert_close(features / scale, wanted / scale, rtol=0, atol=1e-5)
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in backbone.copy_for_export(encoder).modules())
 
 
 def test_undecayed_parameters_are_there(backbone: Backbone) -> None:
-    encoder = untrained(backbone)
-    named = dict(encoder.named_parameters())
-    assert set(backbone.undecayed(encoder)) <= named.keys()
+    encoder = build_encoder(backbone)
+    parameters = dict(encoder.named_parameters())
+    assert set(backbone.no_weight_decay(encoder)) <= parameters.keys()
     if backbone.name.startswith("timm:"):
-        assert all(named[name].ndim > 1 for name in named.keys() - set(backbone.undecayed(encoder)))
+        assert all(parameters[name].ndim > 1 for name in parameters.keys() - set(backbone.no_weight_decay(encoder)))
 
 
 def test_a_bundle_gives_the_same_backbone_and_the_same_features(backbone: Backbone, tmp_path: Path) -> None:
-    encoder = seasoned(backbone)
-    made = write_bundle(tmp_path / "student", encoder, backbone, preprocess=Preprocess.for_size(SIZE))
-    assert backbone_of(bundles.load(made.path).manifest) == backbone
+    encoder = build_seasoned_encoder(backbone)
+    sample = write_bundle(tmp_path / "student", encoder, backbone, preprocess=Preprocess.for_size(SIZE))
+    assert backbone_of(bundles.load(sample.path).manifest) == backbone
     pixels = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), dtype=np.uint8)
     normalised = torch.from_numpy(Preprocess.for_size(SIZE).normalise(pixels))
     with torch.no_grad():
-        torch.testing.assert_close(made.student().embed(pixels), encoder(normalised))
+        torch.testing.assert_close(sample.student().embed(pixels), encoder(normalised))
 
 
 def test_weights_of_another_backbone_are_never_written(backbone: Backbone, tmp_path: Path) -> None:
-    other = open_backbone(CONFIGS["resnet18" if "resnet" not in backbone.name else "transformer"], SIZE)
+    another = open_backbone(CONFIGS["resnet18" if "resnet" not in backbone.name else "transformer"], SIZE)
     with pytest.raises(MvmrError, match="does not fit"):
-        save_student(tmp_path, untrained(other), backbone, preprocess=Preprocess.for_size(SIZE), training={})
+        save_student(tmp_path, build_encoder(another), backbone, preprocess=Preprocess.for_size(SIZE), training={})
 
 
 def test_a_model_that_does_not_pool_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,10 +114,10 @@ def test_a_model_that_does_not_pool_is_one_line(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_options_of_a_strangers_bundle_are_checked(tmp_path: Path) -> None:
-    made = write_bundle(tmp_path / "student")
-    for options, said in (
+    sample = write_bundle(tmp_path / "student")
+    for options, message in (
         ({}, "small_kernel = None"),
         ({"small_kernel": 1}, "small_kernel = 1: it must be"),
     ):
-        with pytest.raises(MvmrError, match=said):
-            backbone_of(type(made.manifest)(**{**vars(made.manifest), "options": options}))
+        with pytest.raises(MvmrError, match=message):
+            backbone_of(type(sample.manifest)(**{**vars(sample.manifest), "options": options}))

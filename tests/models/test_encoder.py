@@ -23,7 +23,7 @@ SMALL = Resnet(name="resnet18", small_kernel=True)
 PLAIN = Resnet(name="resnet18")
 
 
-def written(folder: Path, config: Resnet, encoder: nn.Module) -> bundle.Bundle:
+def write(folder: Path, config: Resnet, encoder: nn.Module) -> bundle.Bundle:
     return bundle.write(
         folder,
         backbone=config.name,
@@ -45,7 +45,7 @@ def plain() -> nn.Module:
 def resnet50_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = Resnet(name="resnet50")
     folder = tmp_path_factory.mktemp("resnet50")
-    return written(folder, config, config.build()).file("encoder.safetensors")
+    return write(folder, config, config.build()).file("encoder.safetensors")
 
 
 @pytest.mark.parametrize(("architecture", "width"), [("resnet18", 512), ("resnet18_025", 128), ("resnet50", 2048)])
@@ -79,7 +79,7 @@ def test_every_residual_block_starts_as_the_identity():
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         ({"backbone": "resnet5"}, "unknown student 'resnet5'; did you mean 'resnet50'"),
         ({"backbone": "timm:convnext_ato"}, "unknown timm model 'convnext_ato'; did you mean 'convnext_atto'"),
@@ -90,8 +90,8 @@ def test_every_residual_block_starts_as_the_identity():
         ({"backbone": "timm:inception_v3"}, "does not take images of 18 px"),
     ],
 )
-def test_a_student_that_there_is_not_is_one_line(config, said):
-    with pytest.raises(MvmrError, match=said) as caught:
+def test_a_student_that_there_is_not_is_one_line(config, message):
+    with pytest.raises(MvmrError, match=message) as caught:
         open_backbone(StudentConfig(**config), 18)
     assert "\n" not in str(caught.value)
 
@@ -137,8 +137,8 @@ def test_weights_load_strictly_into_timm_and_give_the_same_features(resnet50_fil
 
 def test_weights_load_into_a_detection_backbone(resnet50_file):
     detector = torchvision.models.detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
-    found = detector.backbone.body.load_state_dict(load_file(resnet50_file), strict=True)
-    assert not found.missing_keys
+    mismatch = detector.backbone.body.load_state_dict(load_file(resnet50_file), strict=True)
+    assert not mismatch.missing_keys
 
 
 def _torchvision_pth(folder: Path, plain: nn.Module) -> Path:
@@ -167,18 +167,20 @@ def _without_counters(folder: Path, plain: nn.Module) -> Path:
 
 
 def _bundle(folder: Path, plain: nn.Module) -> Path:
-    return written(folder / "b", PLAIN, plain).path
+    return write(folder / "b", PLAIN, plain).path
 
 
 @pytest.mark.parametrize(
-    "made", [_torchvision_pth, _wrapped_pth, _timm_safetensors, _without_counters, _bundle], ids=lambda f: f.__name__
+    "writer",
+    [_torchvision_pth, _wrapped_pth, _timm_safetensors, _without_counters, _bundle],
+    ids=lambda f: f.__name__,
 )
-def test_init_takes_the_weights_of(made, tmp_path, plain):
-    other = PLAIN.build()
-    other.load_state_dict({**other.state_dict(), **read_init(PLAIN, made(tmp_path, plain))})
-    tolerance = 1e-3 if made is _wrapped_pth else 0.0
+def test_init_takes_the_weights_of(writer, tmp_path, plain):
+    encoder = PLAIN.build()
+    encoder.load_state_dict({**encoder.state_dict(), **read_init(PLAIN, writer(tmp_path, plain))})
+    tolerance = 1e-3 if writer is _wrapped_pth else 0.0
     for key, value in plain.state_dict().items():
-        torch.testing.assert_close(other.state_dict()[key], value, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(encoder.state_dict()[key], value, rtol=tolerance, atol=tolerance)
 
 
 def test_init_from_another_architecture_names_the_keys(tmp_path, plain):
@@ -245,8 +247,8 @@ def test_init_from_a_folder_that_is_no_bundle_says_so(tmp_path):
 
 
 def test_init_from_a_truncated_file_says_so(tmp_path, plain):
-    whole = _timm_safetensors(tmp_path, plain).read_bytes()
-    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    content = _timm_safetensors(tmp_path, plain).read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(MvmrError, match="not a whole safetensors file"):
         read_init(PLAIN, tmp_path / "cut.safetensors")
 

@@ -15,7 +15,7 @@ from mvmr.errors import MvmrError
 from mvmr.models.student import Student, save_student
 from mvmr.models.torchvision_resnet import Resnet
 from mvmr.representations import Representation
-from tests.making import untrained
+from tests.making import build_encoder
 
 CONFIG = Resnet(name="resnet18", small_kernel=True)
 PREPROCESS = Preprocess(resize=20, crop=16, interpolation="bicubic", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
@@ -33,7 +33,7 @@ def encoder() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, encoder: nn.Module) -> bundle.Bundle:
+def sample(tmp_path_factory: pytest.TempPathFactory, encoder: nn.Module) -> bundle.Bundle:
     root = tmp_path_factory.mktemp("student")
     bundle.write(
         root / "b.partial",
@@ -50,8 +50,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, encoder: nn.Module) -> bundle
 
 
 @pytest.fixture(scope="module")
-def student(made: bundle.Bundle) -> Student:
-    return made.student()
+def student(sample: bundle.Bundle) -> Student:
+    return sample.student()
 
 
 @pytest.fixture(scope="module")
@@ -60,17 +60,17 @@ def pictures() -> list[Image.Image]:
     return [Image.fromarray(rng.integers(0, 256, (24 + i, 30, 3), dtype=np.uint8)) for i in range(5)]
 
 
-def test_bundle_holds_the_encoder_as_it_was_trained(made, encoder):
-    kept = made.student().encoder.state_dict()
-    assert kept.keys() == encoder.state_dict().keys()
-    assert all(torch.equal(kept[key], value) for key, value in encoder.state_dict().items())
-    assert made.manifest.training["recipe"] == {"train": {"betas": [0.9, 0.99]}}
-    assert "projector.safetensors" in made.manifest.files
+def test_bundle_holds_the_encoder_as_it_was_trained(sample, encoder):
+    state = sample.student().encoder.state_dict()
+    assert state.keys() == encoder.state_dict().keys()
+    assert all(torch.equal(state[key], value) for key, value in encoder.state_dict().items())
+    assert sample.manifest.training["recipe"] == {"train": {"betas": [0.9, 0.99]}}
+    assert "projector.safetensors" in sample.manifest.files
 
 
-def test_every_file_may_be_read_by_whom_the_umask_allows(made):
+def test_every_file_may_be_read_by_whom_the_umask_allows(sample):
     """safetensors writes files for their owner alone; a service runs as another user."""
-    assert len({file.stat().st_mode for file in made.path.iterdir() if file.is_file()}) == 1
+    assert len({file.stat().st_mode for file in sample.path.iterdir() if file.is_file()}) == 1
 
 
 def test_embedding_is_preprocess_normalise_encode(student, encoder, pictures):
@@ -136,11 +136,11 @@ def test_embedding_survives_somebody_training_the_encoder(student, pictures):
     assert torch.equal(student.embed(pictures), before)
 
 
-def test_student_is_a_representation_like_any_other(made, student, pictures):
+def test_student_is_a_representation_like_any_other(sample, student, pictures):
     as_one: Representation = student
     rows = as_one(torch.stack([as_one.prepare(picture) for picture in pictures]))
     assert torch.equal(rows, student.embed(pictures))
-    assert as_one.identity == made.space_id
+    assert as_one.identity == sample.space_id
     assert int(as_one.identity, 16)
     assert as_one.prepare(pictures[0]).shape == (3, 16, 16)
     assert as_one.prepare(pictures[0]).dtype == torch.uint8
@@ -174,38 +174,41 @@ def test_a_broken_file_is_named(content, student, pictures, tmp_path):
     with pytest.raises(MvmrError, match=r"cannot read image .*broken\.jpg"):
         student.embed([pictures[0], path])
     if content.startswith(b"\xff"):
-        with Image.open(path) as opened, pytest.raises(MvmrError, match="image number 1"):
-            student.embed([pictures[0], opened])
+        with Image.open(path) as file, pytest.raises(MvmrError, match="image number 1"):
+            student.embed([pictures[0], file])
 
 
-def test_the_lines_of_the_model_card_work(made, student, pictures, tmp_path, monkeypatch):
-    monkeypatch.chdir(made.path.parent)
+def test_the_lines_of_the_model_card_work(sample, student, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(sample.path.parent)
     for name in ("one.jpg", "two.jpg"):
         pictures[0].save(tmp_path / name, quality=100)
-    card = (made.path / "README.md").read_text()
-    found: dict[str, object] = {}
+    card = (sample.path / "README.md").read_text()
+    names: dict[str, object] = {}
     for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
-        exec(block.replace('"one.jpg", "two.jpg"', ", ".join(repr(str(tmp_path / n)) for n in ("one.jpg",) * 2)), found)
-    assert found["features"].shape == (2, 512)
+        exec(
+            block.replace('"one.jpg", "two.jpg"', ", ".join(repr(str(tmp_path / n)) for n in ("one.jpg",) * 2)),
+            names,
+        )
+    assert names["features"].shape == (2, 512)
     batch = torch.from_numpy(PREPROCESS.normalise(PREPROCESS.batch(pictures)))
     with torch.no_grad():
-        assert torch.equal(found["backbone"].eval()(batch), student.embed(pictures))
-    assert made.space_id in card
+        assert torch.equal(names["backbone"].eval()(batch), student.embed(pictures))
+    assert sample.space_id in card
     assert "self-supervised" in card
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
-def test_a_device_that_is_not_there_is_one_line(device, made):
+def test_a_device_that_is_not_there_is_one_line(device, sample):
     with pytest.raises(MvmrError, match="cannot use device") as caught:
-        made.student(device)
+        sample.student(device)
     assert "\n" not in str(caught.value)
 
 
-def test_weights_of_another_architecture_are_named(made, tmp_path):
+def test_weights_of_another_architecture_are_named(sample, tmp_path):
     import json
     import shutil
 
-    shutil.copytree(made.path, tmp_path / "b")
+    shutil.copytree(sample.path, tmp_path / "b")
     content = json.loads((tmp_path / "b/bundle.json").read_text())
     (tmp_path / "b/bundle.json").write_text(json.dumps(content | {"options": {"small_kernel": False}}))
     with pytest.raises(MvmrError, match=r"conv1\.weight \[64, 3, 3, 3\] instead of \[64, 3, 7, 7\]"):
@@ -216,9 +219,9 @@ def test_weights_of_another_architecture_are_named(made, tmp_path):
 
 
 def test_weights_that_do_not_fit_are_never_written(tmp_path):
-    of_another, broken = untrained(Resnet(name="resnet50")), untrained(CONFIG)
+    of_another, broken = build_encoder(Resnet(name="resnet50")), build_encoder(CONFIG)
     torch.nn.init.constant_(broken.bn1.bias, float("inf"))
-    for wrong in (of_another, torch.nn.Sequential(untrained(CONFIG)), broken):
+    for wrong in (of_another, torch.nn.Sequential(build_encoder(CONFIG)), broken):
         with pytest.raises(MvmrError, match=r"does not fit|not finite"):
             save_student(tmp_path / "b.partial", wrong, CONFIG, preprocess=PREPROCESS, training={})
     assert not (tmp_path / "b.partial").exists()
@@ -227,7 +230,7 @@ def test_weights_that_do_not_fit_are_never_written(tmp_path):
 def test_half_precision_channels_last_weights_are_stored_as_plain_float32(tmp_path, encoder):
     state = {key: value.half() if value.is_floating_point() else value for key, value in encoder.state_dict().items()}
     state["conv1.weight"] = state["conv1.weight"].to(memory_format=torch.channels_last)
-    made = bundle.write(
+    sample = bundle.write(
         tmp_path / "b",
         backbone="resnet18",
         options={"small_kernel": True},
@@ -236,13 +239,13 @@ def test_half_precision_channels_last_weights_are_stored_as_plain_float32(tmp_pa
         training={},
         encoder_state=state,
     )
-    kept = made.student().encoder.state_dict()["conv1.weight"]
-    assert kept.dtype == torch.float32
-    torch.testing.assert_close(kept, encoder.state_dict()["conv1.weight"], rtol=1e-3, atol=1e-4)
+    weight = sample.student().encoder.state_dict()["conv1.weight"]
+    assert weight.dtype == torch.float32
+    torch.testing.assert_close(weight, encoder.state_dict()["conv1.weight"], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.gpu
-def test_gpu_embeds_as_the_cpu_does(made, student, pictures):
-    features = made.student("cuda").embed(pictures)
+def test_gpu_embeds_as_the_cpu_does(sample, student, pictures):
+    features = sample.student("cuda").embed(pictures)
     assert features.device.type == "cpu"
     torch.testing.assert_close(features, student.embed(pictures), rtol=1e-2, atol=1e-2)

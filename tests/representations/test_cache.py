@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mvmr.data.image_set import Arrays, ImageSet, Numbered
+from mvmr.data.image_set import Arrays, ImageSet, numbered_names
 from mvmr.errors import MvmrError
 from mvmr.representations.cache import represent
 from mvmr.storage import row_store
@@ -125,8 +125,8 @@ def test_kill_9_loses_no_finished_row(tmp_path: Path) -> None:
 def test_another_key_or_count_or_width_computes_again(tmp_path: Path) -> None:
     path = tmp_path / "rows.npy"
     cached_rows(path, key=KEY, count=COUNT, batches=batches)
-    other = cached_rows(path, key=KEY | {"weights": "c"}, count=COUNT, batches=lambda start: iter([-ROWS]))
-    assert np.array_equal(other, -ROWS)
+    rows = cached_rows(path, key=KEY | {"weights": "c"}, count=COUNT, batches=lambda start: iter([-ROWS]))
+    assert np.array_equal(rows, -ROWS)
     fewer = cached_rows(path, key=KEY, count=4, batches=lambda start: iter([ROWS[:4]]))
     assert np.array_equal(fewer, ROWS[:4])
     narrower = cached_rows(path, key=KEY, count=4, batches=lambda start: iter([ROWS[:4, :1]]), width=1)
@@ -189,15 +189,15 @@ def test_a_full_disk_and_a_bad_folder_are_one_line(tmp_path: Path, monkeypatch: 
 
 def test_two_at_once_compute_the_rows_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path, begun, go = tmp_path / "rows.npy", threading.Event(), threading.Event()
-    found: list[np.memmap] = []
+    results: list[np.memmap] = []
 
     def slowly(start: int) -> Iterator[Tensor]:
         begun.set()
         go.wait(10)
         yield from batches(start)
 
-    first = threading.Thread(target=lambda: found.append(cached_rows(path, key=KEY, count=COUNT, batches=slowly)))
-    second = threading.Thread(target=lambda: found.append(cached_rows(path, key=KEY, count=COUNT, batches=never)))
+    first = threading.Thread(target=lambda: results.append(cached_rows(path, key=KEY, count=COUNT, batches=slowly)))
+    second = threading.Thread(target=lambda: results.append(cached_rows(path, key=KEY, count=COUNT, batches=never)))
     first.start()
     assert begun.wait(10)
     second.start()
@@ -206,8 +206,8 @@ def test_two_at_once_compute_the_rows_once(tmp_path: Path, caplog: pytest.LogCap
     go.set()
     first.join(10)
     second.join(10)
-    assert len(found) == 2
-    assert all(np.array_equal(rows, ROWS) for rows in found)
+    assert len(results) == 2
+    assert all(np.array_equal(rows, ROWS) for rows in results)
     assert "waiting for another run" in caplog.text
 
 
@@ -228,7 +228,7 @@ class MeanColour:
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (11, 8, 8, 3), dtype=np.uint8)
 IMAGES = ImageSet(
-    name="noise", split="train", source=Arrays(PIXELS, Numbered("train", len(PIXELS))), fingerprint="f" * 64
+    name="noise", split="train", source=Arrays(PIXELS, numbered_names("train", len(PIXELS))), fingerprint="f" * 64
 )
 MEANS = PIXELS.astype(np.float32).mean((1, 2))
 
@@ -253,12 +253,12 @@ def test_represent_never_reads_a_label() -> None:
 def test_represent_computes_again_for_other_weights_or_images() -> None:
     represent(IMAGES, MeanColour())
     assert len(represent(IMAGES.subset([3, 1]), MeanColour())) == 2
-    doubled = replace(IMAGES, fingerprint="e" * 64, source=Arrays(PIXELS[::-1], Numbered("train", 11)))
+    doubled = replace(IMAGES, fingerprint="e" * 64, source=Arrays(PIXELS[::-1], numbered_names("train", 11)))
     np.testing.assert_allclose(represent(doubled, MeanColour())[:, :3], MEANS[::-1], rtol=1e-5)
 
 
 class Unreadable:
-    keys = Numbered("train", len(PIXELS))
+    keys = numbered_names("train", len(PIXELS))
 
     def load(self, index: int) -> Image.Image:
         if index == 6:

@@ -77,7 +77,7 @@ def test_identity_names_the_function_its_parameters_and_the_preprocessing(name: 
     small, large = (hand_crafted(name, Preprocess.for_size(size)) for size in (32, 64))
     assert small.identity == hand_crafted(name, Preprocess.for_size(32)).identity
     assert small.identity != large.identity
-    assert len({hand_crafted(other, Preprocess.for_size(32)).identity for other in HAND_CRAFTED}) == len(HAND_CRAFTED)
+    assert len({hand_crafted(name, Preprocess.for_size(32)).identity for name in HAND_CRAFTED}) == len(HAND_CRAFTED)
 
 
 def test_unknown_names_the_nearest() -> None:

@@ -104,8 +104,8 @@ def test_a_claimed_folder_is_made_and_says_what_is_done_in_it(tmp_path: Path) ->
 
 def test_a_folder_that_cannot_be_made_is_one_line_and_other_errors_keep_their_own(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    said = r"cannot make .*file/out: Not a directory; give another --out"
-    with pytest.raises(MvmrError, match=said), claim(tmp_path / "file" / "out", "training"):
+    message = r"cannot make .*file/out: Not a directory; give another --out"
+    with pytest.raises(MvmrError, match=message), claim(tmp_path / "file" / "out", "training"):
         pass
     with pytest.raises(OSError, match="of the job"), claim(tmp_path / "out", "training"):
         raise OSError("of the job")

@@ -9,9 +9,9 @@ from mvmr.storage.runs import check_same, differences
 
 
 def test_values_that_differ_are_found_by_their_path() -> None:
-    there = {"data": "photos", "train": {"lr": 1e-3, "seed": 0}, "old": True}
-    now = {"data": "photos", "train": {"lr": 1e-4, "seed": 0}, "new": {"sizes": (1, 2)}}
-    assert differences(there, now) == {
+    old = {"data": "photos", "train": {"lr": 1e-3, "seed": 0}, "old": True}
+    new = {"data": "photos", "train": {"lr": 1e-4, "seed": 0}, "new": {"sizes": (1, 2)}}
+    assert differences(old, new) == {
         "train.lr": (1e-3, 1e-4),
         "old": (True, None),
         "new": (None, {"sizes": [1, 2]}),

@@ -16,7 +16,7 @@ def images() -> ImageSet:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(images: ImageSet, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def reference(images: ImageSet, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The bundle of that run; not to be changed."""
     torch.set_num_threads(1)
     return fit(images, tmp_path_factory.mktemp("runs") / "undisturbed", recipe(), device="cpu")

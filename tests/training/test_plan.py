@@ -36,15 +36,15 @@ def order(start: int = 0, stop: int = 9, rank: int = 0, world: int = 1, seed: in
 
 def test_an_epoch_takes_no_image_twice_and_has_an_order_of_its_own() -> None:
     epochs = [order()[i : i + 3] for i in (0, 3, 6)]
-    taken = []
+    epochs_of_indices = []
     for number, epoch in enumerate(epochs):
         assert {seen for batch in epoch for seen, _ in batch} == {number}
-        taken.append([index for batch in epoch for _, index in batch])
-        assert len(set(taken[-1])) == 24  # of 26: two wait for another epoch
-        assert set(taken[-1]) <= set(range(26))
-    assert taken[0] != taken[1] != taken[2]
-    whole = BatchOrder(24, 8, 3, seed=5, start=0, stop=3, rank=0, world=1)
-    assert sorted(index for batch in whole for _, index in batch) == list(range(24))
+        epochs_of_indices.append([index for batch in epoch for _, index in batch])
+        assert len(set(epochs_of_indices[-1])) == 24  # of 26: two wait for another epoch
+        assert set(epochs_of_indices[-1]) <= set(range(26))
+    assert epochs_of_indices[0] != epochs_of_indices[1] != epochs_of_indices[2]
+    batches = BatchOrder(24, 8, 3, seed=5, start=0, stop=3, rank=0, world=1)
+    assert sorted(index for batch in batches for _, index in batch) == list(range(24))
     assert order(seed=6) != order()
 
 
@@ -76,7 +76,7 @@ def test_steps_are_optimiser_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ({"batch_size": 0}, "batch_size = 0: must be 1 or more"),
         ({"epochs": 0}, "epochs = 0: must be 1 or more"),
@@ -89,6 +89,6 @@ def test_steps_are_optimiser_steps() -> None:
         ({"seed": 2**62}, "must lie between 0 and 4294967295"),
     ],
 )
-def test_what_no_run_can_be_made_with_is_refused(wrong: dict[str, Any], said: str) -> None:
-    with pytest.raises(MvmrError, match=said):
+def test_what_no_run_can_be_made_with_is_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(MvmrError, match=message):
         TrainConfig(**wrong)

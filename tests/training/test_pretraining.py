@@ -35,33 +35,31 @@ def raising(error: BaseException) -> Callable[..., Any]:
 # -- what comes out
 
 
-def test_a_run_leaves_a_whole_bundle_and_nothing_beside_it(undisturbed: Bundle) -> None:
-    assert sorted(os.listdir(undisturbed.path.parent)) == ["undisturbed"]
-    left = set(os.listdir(undisturbed.path))
+def test_a_run_leaves_a_whole_bundle_and_nothing_beside_it(reference: Bundle) -> None:
+    assert sorted(os.listdir(reference.path.parent)) == ["undisturbed"]
+    left = set(os.listdir(reference.path))
     assert left == {"README.md", "bundle.json", "metrics.jsonl", "run.json", "skipped.txt", *WEIGHTS}
-    said = undisturbed.manifest
-    assert (said.backbone, said.embedding_dim, said.preprocessing.crop) == ("resnet18_025", 128, 16)
-    assert said.training["method"] == "mvmr"
-    assert said.training["steps"] == 4
-    assert said.training["seed"] == 0
-    assert said.training["recipe"]["train"]["precision"] == "32-true"
-    assert steps(undisturbed.path) == [1, 2, 3, 4]
-    h = undisturbed.student().embed(np.zeros((2, 40, 30, 3), np.uint8))
+    manifest = reference.manifest
+    assert (manifest.backbone, manifest.embedding_dim, manifest.preprocessing.crop) == ("resnet18_025", 128, 16)
+    assert manifest.training["method"] == "mvmr"
+    assert manifest.training["steps"] == 4
+    assert manifest.training["seed"] == 0
+    assert manifest.training["recipe"]["train"]["precision"] == "32-true"
+    assert steps(reference.path) == [1, 2, 3, 4]
+    h = reference.student().embed(np.zeros((2, 40, 30, 3), np.uint8))
     assert h.shape == (2, 128)
     assert torch.isfinite(h).all()
 
 
-def test_two_runs_with_one_seed_are_equal_to_the_byte(undisturbed: Bundle, images: ImageSet, tmp_path: Path) -> None:
+def test_two_runs_with_one_seed_are_equal_to_the_byte(reference: Bundle, images: ImageSet, tmp_path: Path) -> None:
     again = fit(images, tmp_path / "a", recipe("train.workers=2"), device="cpu")
-    assert weights(again) == weights(undisturbed)
-    assert again.space_id == undisturbed.space_id
-    other = fit(images, tmp_path / "b", recipe("train.seed=1"), device="cpu")
-    assert weights(other) != weights(undisturbed)
+    assert weights(again) == weights(reference)
+    assert again.space_id == reference.space_id
+    another = fit(images, tmp_path / "b", recipe("train.seed=1"), device="cpu")
+    assert weights(another) != weights(reference)
 
 
-def test_the_global_random_state_neither_matters_nor_moves(
-    undisturbed: Bundle, images: ImageSet, tmp_path: Path
-) -> None:
+def test_the_global_random_state_neither_matters_nor_moves(reference: Bundle, images: ImageSet, tmp_path: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1234)
         np.random.seed(99)  # noqa: NPY002
@@ -69,30 +67,30 @@ def test_the_global_random_state_neither_matters_nor_moves(
         again = fit(images, tmp_path / "a", recipe(), device="cpu")
         assert torch.equal(before, torch.random.get_rng_state())
         assert np.random.get_state()[1].tolist() == numpys  # type: ignore[index]  # noqa: NPY002
-    assert weights(again) == weights(undisturbed)
+    assert weights(again) == weights(reference)
 
 
-def test_no_label_is_ever_read(undisturbed: Bundle, images: ImageSet, tmp_path: Path) -> None:
+def test_no_label_is_ever_read(reference: Bundle, images: ImageSet, tmp_path: Path) -> None:
     secret = replace(images, read_labels=raising(AssertionError("a label was read")), classes=("a", "b"))
     with pytest.raises(AssertionError):
         _ = secret.labels
-    assert weights(fit(secret, tmp_path / "a", recipe(), device="cpu")) == weights(undisturbed)
+    assert weights(fit(secret, tmp_path / "a", recipe(), device="cpu")) == weights(reference)
 
 
 def test_the_public_function_trains_by_name(tmp_path: Path) -> None:
-    made = mvmr.pretrain(
+    sample = mvmr.pretrain(
         "sample:digits", tmp_path / "out", recipe="paper", device="cpu",
         assign=[*TINY, "train.epochs=1", "train.batch_size=300", "train.accumulate=4", "views.size=8"],
     )  # fmt: skip
-    assert made.manifest.training["steps"] == 1
-    assert made.manifest.training["data"]["images"] == 1200
-    assert made.manifest.training["recipe"]["name"] == "paper"
+    assert sample.manifest.training["steps"] == 1
+    assert sample.manifest.training["data"]["images"] == 1200
+    assert sample.manifest.training["recipe"]["name"] == "paper"
 
 
-def test_training_starts_from_given_weights(undisturbed: Bundle, images: ImageSet, tmp_path: Path) -> None:
+def test_training_starts_from_given_weights(reference: Bundle, images: ImageSet, tmp_path: Path) -> None:
     frozen = recipe("train.epochs=1", "train.lr=1e-30")
-    kept = fit(images, tmp_path / "a", frozen, init=undisturbed.path, device="cpu")
-    ours, theirs = (each.student().encoder.state_dict() for each in (kept, undisturbed))
+    unmoved = fit(images, tmp_path / "a", frozen, init=reference.path, device="cpu")
+    ours, theirs = (bundle.student().encoder.state_dict() for bundle in (unmoved, reference))
     torch.testing.assert_close(ours["conv1.weight"], theirs["conv1.weight"])
     fresh = fit(images, tmp_path / "b", frozen, device="cpu").student().encoder.state_dict()
     assert not torch.allclose(fresh["conv1.weight"], theirs["conv1.weight"])
@@ -102,7 +100,7 @@ def test_training_starts_from_given_weights(undisturbed: Bundle, images: ImageSe
 
 
 @pytest.mark.parametrize(
-    ("place", "name", "call"),
+    ("target", "name", "call"),
     [
         (trainer, "learning_rate", 1),  # before the first step
         (trainer, "learning_rate", 4),  # after the checkpoint of step 3
@@ -112,15 +110,15 @@ def test_training_starts_from_given_weights(undisturbed: Bundle, images: ImageSe
     ],
 )
 def test_a_dead_run_ends_with_the_weights_of_an_undisturbed_one(
-    undisturbed: Bundle,
+    reference: Bundle,
     images: ImageSet,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    place: Any,
+    target: Any,
     name: str,
     call: int,
 ) -> None:
-    interrupt(monkeypatch, place, name, call, SystemExit(9))
+    interrupt(monkeypatch, target, name, call, SystemExit(9))
     with pytest.raises(SystemExit):
         fit(images, tmp_path / "out", recipe(), device="cpu")
     monkeypatch.undo()
@@ -128,9 +126,9 @@ def test_a_dead_run_ends_with_the_weights_of_an_undisturbed_one(
     with pytest.raises(MvmrError, match="holds an interrupted run: give --resume"):
         fit(images, tmp_path / "out", recipe(), device="cpu")
     done = fit(images, tmp_path / "out", recipe("train.workers=1"), resume=True, device="cpu")
-    assert weights(done) == weights(undisturbed)
+    assert weights(done) == weights(reference)
     assert steps(done.path) == [1, 2, 3, 4]
-    assert set(os.listdir(done.path)) == set(os.listdir(undisturbed.path))  # no checkpoint left behind
+    assert set(os.listdir(done.path)) == set(os.listdir(reference.path))  # no checkpoint left behind
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -138,20 +136,20 @@ def test_other_arguments_on_resume_are_named(images: ImageSet, tmp_path: Path, m
     interrupt(monkeypatch, trainer, "learning_rate", 1, SystemExit(9))
     with pytest.raises(SystemExit):
         fit(images, tmp_path / "out", recipe(), device="cpu")
-    for other, data, said in [
+    for changed_recipe, data, message in [
         (recipe("train.batch_size=4"), images, r"recipe\.train\.batch_size \(8 there, 4 now\)"),
         (recipe("views.policy=crop"), images, r"recipe\.views\.policy \('paper' there, 'crop' now\)"),
         (recipe(), images.subset(range(16)), r"data\.images \(20 there, 16 now\)"),
     ]:
-        with pytest.raises(MvmrError, match=said):
-            fit(data, tmp_path / "out", other, resume=True, device="cpu")
+        with pytest.raises(MvmrError, match=message):
+            fit(data, tmp_path / "out", changed_recipe, resume=True, device="cpu")
     with pytest.raises(MvmrError, match=r"teachers\.teacher\.name \(None there, 'brightness' now\)|method"):
         with_teacher = recipe("method.representations={teacher=1.0}")
         fit(images, tmp_path / "out", with_teacher, teachers={"teacher": Brightness()}, resume=True, device="cpu")
 
 
 def test_overwrite_replaces_a_bundle_only_when_the_new_one_is_whole(
-    undisturbed: Bundle, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reference: Bundle, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = fit(images, tmp_path / "out", recipe(), device="cpu")
     with pytest.raises(MvmrError, match="holds a finished bundle: give another --out, or --overwrite"):
@@ -159,9 +157,9 @@ def test_overwrite_replaces_a_bundle_only_when_the_new_one_is_whole(
     interrupt(monkeypatch, trainer, "learning_rate", 4, SystemExit(9))
     with pytest.raises(SystemExit):
         fit(images, tmp_path / "out", recipe("train.seed=1"), overwrite=True, device="cpu")
-    assert weights(bundles.load(tmp_path / "out")) == weights(first) == weights(undisturbed)
+    assert weights(bundles.load(tmp_path / "out")) == weights(first) == weights(reference)
     second = fit(images, tmp_path / "out", recipe("train.seed=1"), resume=True, device="cpu")
-    assert weights(second) != weights(undisturbed)
+    assert weights(second) != weights(reference)
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -179,7 +177,7 @@ def test_a_folder_that_is_no_bundle_is_never_touched(images: ImageSet, tmp_path:
 
 
 def test_recalibration_moves_statistics_alone_and_always_to_the_same_place(images: ImageSet) -> None:
-    def calibrated(workers: int, history: int) -> nn.Module:
+    def calibrate(workers: int, history: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             encoder = Resnet(name="resnet18").build()
@@ -189,7 +187,7 @@ def test_recalibration_moves_statistics_alone_and_always_to_the_same_place(image
         recalibrate(encoder, images, Preprocess.for_size(16), batch_size=8, workers=workers, device=torch.device("cpu"))
         return encoder
 
-    first, second = calibrated(0, 0), calibrated(1, 3)
+    first, second = calibrate(0, 0), calibrate(1, 3)
     assert not first.training
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 
 
 @pytest.mark.parametrize(
-    ("assign", "said"),
+    ("assign", "message"),
     [
         ("train.batch_size=1", r"batch_size = 1: the method compares the images of a batch; give 4 or more"),
         ("train.batch_size=21", r"a step takes 21 images and the data have 20: give --batch-size 20 or less"),
@@ -39,9 +39,9 @@ pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
     ],
 )
 def test_what_cannot_be_is_one_line_and_leaves_nothing(
-    images: ImageSet, tmp_path: Path, assign: str, said: str
+    images: ImageSet, tmp_path: Path, assign: str, message: str
 ) -> None:
-    with pytest.raises(MvmrError, match=said) as caught:
+    with pytest.raises(MvmrError, match=message) as caught:
         fit(images, tmp_path / "out", recipe(assign), device="cpu")
     assert "\n" not in str(caught.value)
     assert os.listdir(tmp_path) == []
@@ -61,9 +61,9 @@ def test_a_device_that_is_not_there_is_one_line(images: ImageSet, tmp_path: Path
     assert os.listdir(tmp_path) == []
 
 
-def test_init_of_another_architecture_leaves_nothing(undisturbed: Bundle, images: ImageSet, tmp_path: Path) -> None:
+def test_init_of_another_architecture_leaves_nothing(reference: Bundle, images: ImageSet, tmp_path: Path) -> None:
     with pytest.raises(MvmrError, match=r"does not fit: keys .*missing"):
-        fit(images, tmp_path / "out", recipe("student.backbone=resnet50"), init=undisturbed.path, device="cpu")
+        fit(images, tmp_path / "out", recipe("student.backbone=resnet50"), init=reference.path, device="cpu")
     assert os.listdir(tmp_path) == []
 
 
@@ -78,15 +78,15 @@ def test_a_loss_that_is_not_finite_can_be_gone_on_with_at_a_lower_rate(
 ) -> None:
     real, calls = Objective.forward, 0
 
-    def spoiled(self: Objective, views: Embeddings, targets: Any) -> dict[str, Tensor]:
+    def spoil(self: Objective, views: Embeddings, targets: Any) -> dict[str, Tensor]:
         nonlocal calls
         calls += 1
         terms = real(self, views, targets)
         return terms if calls != 4 else terms | {"dcor.pixels": terms["dcor.pixels"] * torch.inf}
 
-    monkeypatch.setattr(Objective, "forward", spoiled)
-    said = r"^dcor\.pixels is not finite at step 3 \(.*dcor\.pixels = inf, .*; the checkpoint of step 3 in .* is kept"
-    with pytest.raises(MvmrError, match=said):
+    monkeypatch.setattr(Objective, "forward", spoil)
+    text = r"^dcor\.pixels is not finite at step 3 \(.*dcor\.pixels = inf, .*; the checkpoint of step 3 in .* is kept"
+    with pytest.raises(MvmrError, match=text):
         fit(images, tmp_path / "out", recipe(), device="cpu")
     assert os.listdir(tmp_path) == ["out.partial"]
     done = fit(images, tmp_path / "out", recipe("train.lr=1e-4", "train.clip_grad=1"), resume=True, device="cpu")
@@ -103,7 +103,7 @@ def test_a_learning_rate_out_of_this_world_is_stopped(images: ImageSet, tmp_path
 
 
 def test_a_full_disk_at_the_end_keeps_the_run(
-    undisturbed: Bundle, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reference: Bundle, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.replace
 
@@ -119,9 +119,9 @@ def test_a_full_disk_at_the_end_keeps_the_run(
         fit(images, tmp_path / "out", recipe(), device="cpu")
     monkeypatch.undo()
     assert os.listdir(tmp_path) == ["out.partial"]
-    kept = {"checkpoint.pt", "metrics.jsonl", "run.json", "skipped.txt"}
-    assert set(os.listdir(tmp_path / "out.partial")) == {".lock", *kept}
-    assert weights(fit(images, tmp_path / "out", recipe(), resume=True, device="cpu")) == weights(undisturbed)
+    names = {"checkpoint.pt", "metrics.jsonl", "run.json", "skipped.txt"}
+    assert set(os.listdir(tmp_path / "out.partial")) == {".lock", *names}
+    assert weights(fit(images, tmp_path / "out", recipe(), resume=True, device="cpu")) == weights(reference)
 
 
 def a_folder(path: Path, count: int) -> None:

@@ -13,7 +13,7 @@ SHIPPED = [(package, name) for package in ("mvmr", "mvmr.distillation") for name
 FIVE = {"augmented_pixels", "pixels", "scattering", "hog", "local_std"}
 
 
-def told(name: str) -> list[str]:
+def cells_of(name: str) -> list[str]:
     """The cells of a recipe's row in docs/recipes.md."""
     (row,) = re.findall(rf"^\| `{name}` \|(.*)\|$", DOC.read_text(), re.M)
     return [cell.strip() for cell in row.split("|")]
@@ -30,7 +30,7 @@ def test_every_shipped_recipe_can_be_read(package: str, name: str) -> None:
 @pytest.mark.parametrize(("package", "name"), [pair for pair in SHIPPED if re.search("-(ssl|distill)$", pair[1])])
 def test_the_page_says_what_a_recipe_of_the_paper_says(package: str, name: str) -> None:
     recipe = load_recipe(name, package)
-    size, stem, epochs, batch, accumulation, warmup = told(name)
+    size, stem, epochs, batch, accumulation, warmup = cells_of(name)
     assert size == f"{recipe.views.size} px"
     assert (stem == "yes") == recipe.student.small_kernel
     train = recipe.train

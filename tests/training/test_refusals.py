@@ -10,7 +10,7 @@ import pytest
 import mvmr
 from mvmr.errors import MvmrError
 from tests.distill.test_run import a_teacher, photos
-from tests.making import RESNET18, untrained, write_bundle
+from tests.making import RESNET18, build_encoder, write_bundle
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 
@@ -26,33 +26,33 @@ CASES: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def undecoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def forbid_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mvmr.data.folder.check_files", pytest.fail)
     monkeypatch.setattr("mvmr.training.targets.represent", pytest.fail)
 
 
-@pytest.mark.parametrize(("arguments", "said"), CASES)
-def test_pretrain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], said: str) -> None:
-    undecoded(monkeypatch)
-    with pytest.raises(MvmrError, match=said) as caught:
+@pytest.mark.parametrize(("arguments", "message"), CASES)
+def test_pretrain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], message: str) -> None:
+    forbid_decoding(monkeypatch)
+    with pytest.raises(MvmrError, match=message) as caught:
         mvmr.pretrain(photos(tmp_path / "photos", 8), tmp_path / "out", device="cpu", **arguments)
     assert "\n" not in str(caught.value)
     assert [entry.name for entry in tmp_path.iterdir()] == ["photos"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"), [*CASES, ({"assign": ["method.name=byol"]}, "has no use for a teacher")]
+    ("arguments", "message"), [*CASES, ({"assign": ["method.name=byol"]}, "has no use for a teacher")]
 )
-def test_distill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], said: str) -> None:
-    undecoded(monkeypatch)
+def test_distill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], message: str) -> None:
+    forbid_decoding(monkeypatch)
     teacher = a_teacher(tmp_path / "clip")
-    with pytest.raises(MvmrError, match=said):
+    with pytest.raises(MvmrError, match=message):
         mvmr.distill(teacher, photos(tmp_path / "photos", 8), tmp_path / "out", device="cpu", **arguments)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["clip", "photos"]
 
 
 def test_weights_to_start_from_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = write_bundle(tmp_path / "b", untrained(RESNET18))
-    undecoded(monkeypatch)
+    sample = write_bundle(tmp_path / "b", build_encoder(RESNET18))
+    forbid_decoding(monkeypatch)
     with pytest.raises(MvmrError, match=r"does not fit: keys .* missing"):
-        mvmr.pretrain(photos(tmp_path / "photos", 8), tmp_path / "out", init=made.path, device="cpu")  # a ResNet50
+        mvmr.pretrain(photos(tmp_path / "photos", 8), tmp_path / "out", init=sample.path, device="cpu")  # a ResNet50

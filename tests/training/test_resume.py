@@ -63,10 +63,10 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("name", RUNS)
 def test_killed_it_goes_on_to_the_weights_of_an_undisturbed_run(photos: str, tmp_path: Path, name: str) -> None:
     recipe, images = load_recipe("default", "mvmr", RUNS[name]), open_images(photos, "unlabelled")
-    whole = fit(images, tmp_path / "whole", recipe, device="cpu")
+    reference = fit(images, tmp_path / "whole", recipe, device="cpu")
     command = [sys.executable, "-c", KILLED, photos, str(tmp_path / "out"), *RUNS[name]]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     assert torch.load(tmp_path / "out.partial" / "checkpoint.pt", weights_only=True)["step"] == 4
     again = fit(images, tmp_path / "out", recipe, device="cpu", resume=True)
     for file in ("encoder.safetensors", "projector.safetensors"):
-        assert (again.path / file).read_bytes() == (whole.path / file).read_bytes()
+        assert (again.path / file).read_bytes() == (reference.path / file).read_bytes()

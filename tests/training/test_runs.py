@@ -18,12 +18,12 @@ RUN: dict[str, Any] = {
 }
 
 
-def described(**train: Any) -> dict[str, Any]:
+def description(**train: Any) -> dict[str, Any]:
     return RUN | {"recipe": {**RUN["recipe"], "train": {**RUN["recipe"]["train"], **train}}}
 
 
 def start(out: Path, *, resume: bool = False, overwrite: bool = False, **train: Any) -> RunFolder:
-    run = find_run(out, described(**train), resume=resume, overwrite=overwrite)
+    run = find_run(out, description(**train), resume=resume, overwrite=overwrite)
     with claim(run):
         return run
 
@@ -86,9 +86,9 @@ def test_another_run_is_not_gone_on_with_and_the_difference_is_named(tmp_path: P
     start(tmp_path / "out")
     with pytest.raises(MvmrError) as caught:
         start(tmp_path / "out", resume=True, seed=3, batch_size=16)
-    said = str(caught.value)
-    assert "recipe.train.batch_size (8 there, 16 now); recipe.train.seed (0 there, 3 now)" in said
-    assert "give the arguments it was started with, or --overwrite to start over" in said
+    message = str(caught.value)
+    assert "recipe.train.batch_size (8 there, 16 now); recipe.train.seed (0 there, 3 now)" in message
+    assert "give the arguments it was started with, or --overwrite to start over" in message
     with pytest.raises(MvmrError, match=r"data\.images \(40 there, 41 now\)"):
         find_run(tmp_path / "out", RUN | {"data": {"name": "photos", "images": 41}}, resume=True, overwrite=False)
 
@@ -130,12 +130,12 @@ def test_a_finished_bundle_is_replaced_only_when_told(tmp_path: Path) -> None:
 def test_resuming_a_finished_run_has_nothing_to_do_but_only_if_it_is_the_same(tmp_path: Path) -> None:
     a_bundle(tmp_path / "out")
     (tmp_path / "out" / "run.json").write_text(json.dumps(RUN))
-    run = find_run(tmp_path / "out", described(workers=0), resume=True, overwrite=False)
+    run = find_run(tmp_path / "out", description(workers=0), resume=True, overwrite=False)
     assert run.published
     assert run.path == tmp_path / "out"
-    for changed in ("lr", "seed"):  # a new learning rate can steer a run, not a bundle
-        with pytest.raises(MvmrError, match=rf"out holds another run, it differs in recipe\.train\.{changed}"):
-            find_run(tmp_path / "out", described(**{changed: 1}), resume=True, overwrite=False)
+    for name in ("lr", "seed"):  # a new learning rate can steer a run, not a bundle
+        with pytest.raises(MvmrError, match=rf"out holds another run, it differs in recipe\.train\.{name}"):
+            find_run(tmp_path / "out", description(**{name: 1}), resume=True, overwrite=False)
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -229,11 +229,11 @@ def test_giving_up_leaves_nothing_unless_something_was_learned(tmp_path: Path) -
     (run.path / "skipped.txt").write_text("")
     give_up(run)
     assert list(tmp_path.iterdir()) == []
-    for kept in ("checkpoint.pt", "metrics.jsonl", "bundle.json"):
+    for name in ("checkpoint.pt", "metrics.jsonl", "bundle.json"):
         run = start(tmp_path / "out", overwrite=True)
-        (run.path / kept).write_text("")
+        (run.path / name).write_text("")
         give_up(run)
-        assert (run.path / kept).exists()
+        assert (run.path / name).exists()
 
 
 BEFORE: dict[str, Any] = {

@@ -10,7 +10,7 @@ import pytest
 from mvmr.data import ImageSet
 from mvmr.data.image_set import Arrays
 from mvmr.errors import MvmrError
-from mvmr.training.subsets import draw, listed, parse_labels
+from mvmr.training.subsets import draw, find_listed_images, parse_labels
 
 KEYS = ("train/cat/1.jpg", "train/cat/2.jpg", "train/cat/old/3.jpg", "train/dog/1.jpg", "train/dog/4.jpg")
 KINDS = (0, 0, 0, 1, 1)
@@ -25,7 +25,7 @@ def images(labels: Sequence[int], keys: Sequence[str] | None = None) -> ImageSet
     )  # fmt: skip
 
 
-def unbalanced(seed: int = 0) -> list[int]:
+def unbalanced_labels(seed: int = 0) -> list[int]:
     """Eight classes of 2, 3, 40, 40, 60, 80, 75 and 100 images, in any order: 400."""
     labels = np.repeat(np.arange(8), (2, 3, 40, 40, 60, 80, 75, 100))
     return list(np.random.default_rng(seed).permutation(labels))
@@ -34,14 +34,14 @@ def unbalanced(seed: int = 0) -> list[int]:
 # -- drawn
 
 
-@pytest.mark.parametrize(("share", "each"), [(0.001, 1), (0.01, 1), (0.03, 2), (0.1, 5), (0.5, 25), (1.0, 50)])
-def test_every_class_gives_the_same_number_or_all_it_has(share: float, each: int) -> None:
-    labels = np.array(unbalanced())
+@pytest.mark.parametrize(("share", "per_class"), [(0.001, 1), (0.01, 1), (0.03, 2), (0.1, 5), (0.5, 25), (1.0, 50)])
+def test_every_class_gives_the_same_number_or_all_it_has(share: float, per_class: int) -> None:
+    labels = np.array(unbalanced_labels())
     rows = draw(images(labels), share, seed=0)
     assert rows.dtype == np.int64
     assert (np.diff(rows) > 0).all()  # ascending, so nothing twice
     counts = np.bincount(labels[rows], minlength=8)
-    assert counts.tolist() == [min(each, have) for have in np.bincount(labels)]
+    assert counts.tolist() == [min(per_class, have) for have in np.bincount(labels)]
 
 
 def test_all_of_a_balanced_set_is_all() -> None:
@@ -49,14 +49,14 @@ def test_all_of_a_balanced_set_is_all() -> None:
 
 
 def test_a_draw_depends_on_labels_share_and_seed_alone() -> None:
-    labels = unbalanced()
+    labels = unbalanced_labels()
     np.random.seed(1)  # noqa: NPY002
     first = draw(images(labels), 0.1, seed=0)
     np.random.seed(2)  # noqa: NPY002
     other_names = images(labels, [f"other/{i}.png" for i in range(len(labels))])
     assert np.array_equal(first, draw(other_names, 0.1, seed=0))
     assert not np.array_equal(first, draw(images(labels), 0.1, seed=1))
-    assert not np.array_equal(first, draw(images(unbalanced(1)), 0.1, seed=0))
+    assert not np.array_equal(first, draw(images(unbalanced_labels(1)), 0.1, seed=0))
     assert set(first) < set(draw(images(labels), 0.2, seed=0))
 
 
@@ -114,18 +114,18 @@ def a_list(folder: Path, text: str | bytes) -> Path:
     ],
 )
 def test_names_are_found_with_and_without_their_folders(tmp_path: Path, text: str | bytes, rows: list[int]) -> None:
-    found = listed(images(KINDS, KEYS), a_list(tmp_path, text))
-    assert found.dtype == np.int64
-    assert found.tolist() == rows
+    rows_found = find_listed_images(images(KINDS, KEYS), a_list(tmp_path, text))
+    assert rows_found.dtype == np.int64
+    assert rows_found.tolist() == rows
 
 
 def test_a_whole_key_comes_before_the_end_of_another(tmp_path: Path) -> None:
     keys = ("b/1.jpg", "1.jpg", "a/b/1.jpg")
-    assert listed(images((0, 1, 1), keys), a_list(tmp_path, "b/1.jpg\n1.jpg\n")).tolist() == [0, 1]
+    assert find_listed_images(images((0, 1, 1), keys), a_list(tmp_path, "b/1.jpg\n1.jpg\n")).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (
             "cat/2.jpg\nx1\nx2\ndog/4.jpg\nx3\nx4\n",
@@ -142,17 +142,17 @@ def test_a_whole_key_comes_before_the_end_of_another(tmp_path: Path) -> None:
         (b"caf\xe9.jpg\n", r"is not UTF-8 text \(byte 3\): give a list of images"),
     ],
 )
-def test_a_list_that_does_not_fit_is_one_line(tmp_path: Path, text: str | bytes, said: str) -> None:
+def test_a_list_that_does_not_fit_is_one_line(tmp_path: Path, text: str | bytes, message: str) -> None:
     file = a_list(tmp_path, text)
-    with pytest.raises(MvmrError, match=said) as caught:
-        listed(images(KINDS, KEYS), file)
+    with pytest.raises(MvmrError, match=message) as caught:
+        find_listed_images(images(KINDS, KEYS), file)
     assert str(caught.value).startswith((str(file), f"{file}:"))
     assert "\n" not in str(caught.value)
 
 
 def test_a_list_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(MvmrError, match=r"^cannot read .*list\.txt: No such file or directory; give a list"):
-        listed(images(KINDS, KEYS), tmp_path / "list.txt")
+        find_listed_images(images(KINDS, KEYS), tmp_path / "list.txt")
 
 
 # -- what has no single label
@@ -165,8 +165,8 @@ def test_data_without_labels_or_with_several_are_refused(tmp_path: Path) -> None
         name="voc07", split="train", fingerprint="f" * 64, source=images(KINDS, KEYS).source,
         read_labels=lambda: np.ones((5, 20), np.int64),
     )  # fmt: skip
-    for data, said in ((bare, "photos has no labels"), (several, "voc07 has several labels to an image")):
-        with pytest.raises(MvmrError, match=said):
+    for data, message in ((bare, "photos has no labels"), (several, "voc07 has several labels to an image")):
+        with pytest.raises(MvmrError, match=message):
             draw(data, 0.5, 0)
-        with pytest.raises(MvmrError, match=said):
-            listed(data, file)
+        with pytest.raises(MvmrError, match=message):
+            find_listed_images(data, file)

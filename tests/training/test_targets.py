@@ -56,17 +56,17 @@ def test_the_targets_of_a_step_belong_to_its_images(images: ImageSet) -> None:
     assert without_cache.rows.keys() == {"teacher"}
     views = WithRows(Views(images, preprocess, THREE, "paper", seed=0), targets.rows)
     bare = WithRows(Views(images, preprocess, THREE, "paper", seed=0), without_cache.rows)
-    chosen = [(2, index) for index in (7, 3, 19, 0)]
-    found = targets.of(torch.utils.data.default_collate([views[item] for item in chosen]))
-    live = without_cache.of(torch.utils.data.default_collate([bare[item] for item in chosen]))
-    assert found.keys() == set(names)
-    expected = teacher(torch.stack([teacher.prepare(images.load(index)) for _, index in chosen]))
-    torch.testing.assert_close(found["teacher"], expected)
+    items = [(2, index) for index in (7, 3, 19, 0)]
+    results = targets.of(torch.utils.data.default_collate([views[item] for item in items]))
+    live = without_cache.of(torch.utils.data.default_collate([bare[item] for item in items]))
+    assert results.keys() == set(names)
+    expected = teacher(torch.stack([teacher.prepare(images.load(index)) for _, index in items]))
+    torch.testing.assert_close(results["teacher"], expected)
     for name in names:
-        torch.testing.assert_close(found[name], live[name])
-        assert found[name].dtype == torch.float32
-        assert found[name].shape[0] == 4
-        assert len(found[name].unique(dim=0)) == 4, name
+        torch.testing.assert_close(results[name], live[name])
+        assert results[name].dtype == torch.float32
+        assert results[name].shape[0] == 4
+        assert len(results[name].unique(dim=0)) == 4, name
 
 
 def test_augmented_pixels_are_another_augmentation_for_each_image(images: ImageSet) -> None:

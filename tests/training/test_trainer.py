@@ -65,19 +65,19 @@ def pixels(batch: Batch) -> dict[str, Tensor]:
 def run(
     folder: Path,
     *,
-    trained: Method | None = None,
+    method: Method | None = None,
     targets: Callable[[Batch], dict[str, Tensor]] = pixels,
     views: Dataset[Batch] | None = None,
     **train_config: Any,
 ) -> dict[str, Tensor]:
     """Train in ``folder`` with 3 steps to an epoch and return the weights."""
     folder.mkdir(exist_ok=True)
-    given = {"epochs": 4, "batch_size": 8, "workers": 0, "warmup_steps": 2, "log_steps": 1, "checkpoint_steps": 5}
-    config = TrainConfig(**(given | train_config))
+    settings = {"epochs": 4, "batch_size": 8, "workers": 0, "warmup_steps": 2, "log_steps": 1, "checkpoint_steps": 5}
+    config = TrainConfig(**(settings | train_config))
     fabric = Fabric(accelerator="cpu", devices=1, precision="32-true")
-    trained = trained or learner()
-    train(trained, views or Noise(), targets, config, fabric=fabric, folder=folder, features=lambda: torch.empty(0))
-    return trained.state_dict()
+    method = method or learner()
+    train(method, views or Noise(), targets, config, fabric=fabric, folder=folder, features=lambda: torch.empty(0))
+    return method.state_dict()
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
@@ -258,11 +258,11 @@ def test_a_loss_that_is_not_finite_names_term_and_step_and_keeps_the_checkpoint(
     broken = learner()
     broken.objective = Broken(8)
     with pytest.raises(MvmrError) as caught:
-        run(tmp_path / "a", trained=broken)
-    said = str(caught.value)
-    assert said.startswith("dcor.pixels is not finite at step 8 (invariance = ")
-    assert f"the checkpoint of step 5 in {tmp_path / 'a'} is kept: --resume with a lower learning rate" in said
-    assert "\n" not in said
+        run(tmp_path / "a", method=broken)
+    message = str(caught.value)
+    assert message.startswith("dcor.pixels is not finite at step 8 (invariance = ")
+    assert f"the checkpoint of step 5 in {tmp_path / 'a'} is kept: --resume with a lower learning rate" in message
+    assert "\n" not in message
     assert checkpoint.saved_step(tmp_path / "a") == 5
     assert same(run(tmp_path / "a"), run(tmp_path / "b"))
 
@@ -271,7 +271,7 @@ def test_before_the_first_checkpoint_there_is_nothing_to_go_on_from(tmp_path: Pa
     broken = learner()
     broken.objective = Broken(2)
     with pytest.raises(MvmrError, match=r"not finite at step 2 .*nothing was saved: --overwrite with a lower"):
-        run(tmp_path / "a", trained=broken)
+        run(tmp_path / "a", method=broken)
 
 
 def test_a_learning_rate_out_of_this_world_is_stopped(tmp_path: Path) -> None:
@@ -282,10 +282,10 @@ def test_a_learning_rate_out_of_this_world_is_stopped(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_never_holds_weights_that_are_not_finite(tmp_path: Path) -> None:
-    trained = learner()
-    trained.encoder[1].weight.register_hook(lambda gradient: gradient * math.nan)  # type: ignore[index]
+    method = learner()
+    method.encoder[1].weight.register_hook(lambda gradient: gradient * math.nan)  # type: ignore[index]
     with pytest.raises(MvmrError, match=r"encoder\.1\.weight is not finite after step 1; nothing was saved"):
-        run(tmp_path / "a", trained=trained, checkpoint_steps=1)
+        run(tmp_path / "a", method=method, checkpoint_steps=1)
     assert not (tmp_path / "a" / "checkpoint.pt").exists()
 
 
@@ -326,8 +326,8 @@ def test_two_ranks_compute_the_gradient_of_the_whole_batch(tmp_path: Path) -> No
     loss.backward()
     subprocess.run([sys.executable, Path(__file__).with_name("two_ranks.py"), tmp_path], check=True)
     for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert found["rows"] == 8
-        torch.testing.assert_close(found["loss"], loss.detach())
-        for theirs, parameter in zip(found["gradients"], alone.parameters(), strict=True):
+        result = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert result["rows"] == 8
+        torch.testing.assert_close(result["loss"], loss.detach())
+        for theirs, parameter in zip(result["gradients"], alone.parameters(), strict=True):
             torch.testing.assert_close(theirs, parameter.grad, rtol=1e-4, atol=1e-6)

@@ -117,9 +117,9 @@ def test_items_depend_on_seed_epoch_and_index_alone(images: ImageSet) -> None:
     assert same(Views(images, SMALL, THREE, "paper", seed=0)[0, 1], first)
     without = Views(images, SMALL, TWO, "paper", seed=0)[0, 1]
     assert torch.equal(without["augmented"], first["augmented"])
-    others = [views[1, 1], Views(images, SMALL, TWO, "paper", seed=1)[0, 1]]
-    assert not any(torch.equal(other["augmented"], first["augmented"]) for other in others)
-    assert all(torch.equal(other["original"], first["original"]) for other in others)
+    items = [views[1, 1], Views(images, SMALL, TWO, "paper", seed=1)[0, 1]]
+    assert not any(torch.equal(item["augmented"], first["augmented"]) for item in items)
+    assert all(torch.equal(item["original"], first["original"]) for item in items)
     assert not torch.equal(first["second"], first["augmented"])
 
 

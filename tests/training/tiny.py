@@ -53,9 +53,9 @@ class Brightness:
         return torch.stack([batch.mean((1, 2, 3)), batch.std((1, 2, 3))], dim=1)
 
 
-def interrupt(monkeypatch: pytest.MonkeyPatch, place: object, name: str, call: int, error: BaseException) -> None:
+def interrupt(monkeypatch: pytest.MonkeyPatch, target: object, name: str, call: int, error: BaseException) -> None:
     """Make the n-th call of ``place.name`` end in ``error``."""
-    real, calls = getattr(place, name), 0
+    real, calls = getattr(target, name), 0
 
     def function(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -64,4 +64,4 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, place: object, name: str, call: i
             raise error
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(place, name, function)
+    monkeypatch.setattr(target, name, function)
