@@ -33,8 +33,7 @@ from mvmr.training.recipe import Recipe, load_recipe
 
 DATA = "sample:patches"
 ROWS = ("pixels", "scattering", "random", "ssl", "student", "teacher")
-# The teacher where no real one is given: half a minute on two cores, chosen on the training part (docs/method.md).
-STAND_IN = TinyClip(width=16, steps=60)
+STAND_IN = TinyClip()  # the teacher where no real one is given: less than a minute on two cores
 _QUERIES, _NEIGHBOURS = 8, 5
 _BATCH, _ROUNDS = 64, 20  # images to a batch, and how often it is timed
 
@@ -110,7 +109,7 @@ def _run(
         distilled = train(folder / "student", recipe, teachers={"teacher": teaching})
     with _timed("evaluation", seconds):
         preprocess = distilled.manifest.preprocessing
-        networks = {
+        networks: dict[str, Student | ClipTeacher] = {
             "random": _random_encoder(recipe, preprocess, data.train, seed),
             "ssl": ssl.student(),
             "student": distilled.student(),

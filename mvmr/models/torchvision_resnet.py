@@ -20,6 +20,9 @@ from mvmr.models.folding import fold_batch_norm, plain_copy
 class _NarrowResnet18(ResNet):
     """A ResNet18 whose layers all have the same share of its channels."""
 
+    inplanes: int  # torchvision's own name for the channels of the layer before
+    bn1: nn.BatchNorm2d
+
     def __init__(self, share: float, *, zero_init_residual: bool) -> None:
         self.share = share
         super().__init__(BasicBlock, [2, 2, 2, 2], zero_init_residual=zero_init_residual)
@@ -33,7 +36,7 @@ class _NarrowResnet18(ResNet):
         return super()._make_layer(block, round(planes * self.share), blocks, stride, dilate)
 
 
-_FACTORIES: dict[str, Callable[..., nn.Module]] = {
+_FACTORIES: dict[str, Callable[..., ResNet]] = {
     "resnet18": partial(resnet18, weights=None),
     "resnet18_050": partial(_NarrowResnet18, 0.5),
     "resnet18_025": partial(_NarrowResnet18, 0.25),
@@ -68,7 +71,7 @@ class Resnet:
         return _WIDTHS[self.name]
 
     def build(self) -> nn.Module:
-        encoder: nn.Module = _FACTORIES[self.name](zero_init_residual=True)
+        encoder = _FACTORIES[self.name](zero_init_residual=True)
         encoder.fc = nn.Identity()
         if self.small_kernel:
             stem = nn.Conv2d(3, encoder.conv1.out_channels, kernel_size=3, stride=1, padding=1, bias=False)

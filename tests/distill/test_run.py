@@ -28,9 +28,9 @@ VIT = {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width"
 CONFIG: dict[str, Any] = {"embed_dim": 12, "vision_cfg": VIT, "text_cfg": TEXT}
 PREPROCESS = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "interpolation": "bicubic", "resize_mode": "shortest"}
 TINY = (
-    "student.backbone=resnet18_025", "method.projector=[16,16]", "views.size=16", "train.epochs=2", "train.batch_size=8",
-    "train.lr=1e-3", "train.warmup_steps=2", "train.workers=0", "train.precision=32-true", "train.log_steps=1",
-    "train.checkpoint_steps=1",
+    "student.backbone=resnet18_025", "method.projector=[16,16]", "views.size=16", "train.epochs=2",
+    "train.batch_size=8", "train.lr=1e-3", "train.warmup_steps=2", "train.workers=0", "train.precision=32-true",
+    "train.log_steps=1", "train.checkpoint_steps=1",
 )  # fmt: skip
 
 
