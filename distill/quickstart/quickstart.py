@@ -35,7 +35,7 @@ DATA = "sample:patches"
 ROWS = ("pixels", "scattering", "random", "ssl", "student", "teacher")
 STAND_IN = TinyClip()  # the teacher where no real one is given: less than a minute on two cores
 _QUERIES, _NEIGHBOURS = 8, 5
-_BATCH, _ROUNDS = 64, 20  # images to a batch, and how often it is timed
+_BATCH, _ROUNDS = 64, 10  # images to a batch, and how often it is timed
 
 logger = logging.getLogger(__name__)
 

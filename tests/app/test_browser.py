@@ -65,7 +65,7 @@ def test_says_what_is_loaded_and_asks_nobody_else(visitor: Visit) -> None:
     title = visitor.page.locator(".mvmr-title")
     expect(title.locator("h1")).to_have_text(re.compile("student beside teacher"))
     expect(title).to_contain_text("680 images of sample:patches, 17 classes")
-    expect(title).to_contain_text("resnet18, 512 features")
+    expect(title).to_contain_text("resnet18_025, 128 features")
     visitor.page.get_by_text("more ways to run the student").click()
     expect(title).to_contain_text("--fp16")
     assert visitor.hosts == {"127.0.0.1"}
