@@ -12,6 +12,10 @@ from typing import Any
 
 import pytest
 
+from mvmr.bundles import bundle as bundles
+from mvmr.export.export import export
+from tests.export.students import a_bundle
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SPREAD = {"median", "q25", "q75", "rounds"}
 MEMORY = {"kind", "base", "peak", "added"}
@@ -130,6 +134,26 @@ def test_probes_writes_time_memory_and_accuracy_of_every_case(tmp_path: Path) ->
         assert case["top1"] > 32
     ours, plain = (result["cases"][name]["top1"] for name in ("kNN", "kNN, scikit-learn"))
     assert abs(ours - plain) <= 2
+
+
+@pytest.mark.slow
+def test_backbones_writes_every_artifact_of_every_bundle(tmp_path: Path) -> None:
+    path = a_bundle(tmp_path / "student", backbone="resnet18_025")
+    export(path, formats=["onnx"], images=16)
+    bundles.add_metrics(
+        bundles.load(path), {"command": "c", "data": "d", "protocol": "linear", "values": {"top1": 61.5}}
+    )
+    command = [sys.executable, str(BENCHMARKS / "backbones.py"), str(path), "--rounds", "2", "--threads", "1"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "out").iterdir()
+    (row,) = json.loads(file.read_text())["rows"]
+    check_spread(row.pop("ms_per_image"))
+    size = bundles.load(path).file("onnx/encoder.fp32.onnx").stat().st_size
+    assert row == {
+        "backbone": "resnet18_025", "image_size": 32, "parameters": 702_096, "accuracy": {"linear": 61.5},
+        "artifact": "onnx", "megabytes": size / 1e6,
+    }  # fmt: skip
 
 
 @pytest.mark.slow

@@ -32,7 +32,8 @@ def a_bundle(
     change: Callable[[nn.Module], None] = lambda encoder: None,
 ) -> Path:
     """An encoder whose batch norms have seen real images."""
-    encoder, preprocess = Resnet(name=backbone).build(), Preprocess.for_size(size)
+    config, preprocess = Resnet(name=backbone), Preprocess.for_size(size)
+    encoder = config.build()
     generator = torch.Generator().manual_seed(seed)
     for part in encoder.modules():
         if isinstance(part, nn.Conv2d):
@@ -46,9 +47,8 @@ def a_bundle(
     partial = out.with_name(f"{out.name}.partial")
     partial.mkdir(parents=True)
     bundles.write(
-        partial, backbone=backbone, options={"small_kernel": False},
-        embedding_dim=512 if backbone == "resnet18" else 2048, preprocessing=preprocess, training=training,
-        encoder_state=encoder.state_dict(),
+        partial, backbone=backbone, options=config.options, embedding_dim=config.width, preprocessing=preprocess,
+        training=training, encoder_state=encoder.state_dict(),
     )  # fmt: skip
     bundles.publish(partial, out)
     return out
