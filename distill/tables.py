@@ -13,9 +13,9 @@ from mvmr.cli.commands import format_figure
 _TITLES = {
     "pixels": "raw pixels",
     "scattering": "scattering features",
-    "random": "random {student}",
-    "ssl": "{student}, self-supervised MV-MR",
-    "student": "{student}, distilled (the student)",
+    "random": "a random encoder",
+    "ssl": "self-supervised MV-MR",
+    "student": "distilled: the student",
     "teacher": "its teacher",
 }
 
@@ -30,12 +30,12 @@ def print_results(results: dict[str, Any], out: str) -> None:
     table.add_column("representation")
     for column in ("linear probe", "kNN", "parameters", "ms an image"):
         table.add_column(column, justify="right")
-    student = results["student"].removeprefix("timm:")
     for name, row in results["rows"].items():
         size = f"{row['parameters'] / 1e6:.1f} M" if "parameters" in row else ""
         accuracies = _figure(row, "linear"), _figure(row, "knn")
-        table.add_row(_TITLES[name].format(student=student), *accuracies, size, f"{row['ms']:.2f}")
+        table.add_row(_TITLES[name], *accuracies, size, f"{row['ms']:.2f}")
     console.print(table)
+    console.print(f"random encoder and students: {results['student']}")
     teacher = results["rows"]["teacher"]
     console.print(f"teacher: {results['teacher']}; zero-shot {_figure(teacher, 'zero_shot')} %")
     if results["stand_in"]:
