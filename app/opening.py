@@ -45,7 +45,7 @@ def open_workbench(
         raise MvmrError(f"k = {k}: give 1 or more neighbours to compare")
     opened = None if service is not None and bundle is None else bundles.load(bundle or bundles.newest())
     engines = Engines(opened, device=device, service=service, api_key=api_key)
-    spec = os.fspath(gallery) if gallery else _trained_on(opened)
+    spec = os.fspath(gallery) if gallery else _training_data(opened)
     images = Gallery.open(spec, background=engines.background, limit=limit, progress=progress)
     side, reason = _teacher(opened, teacher, pretrained, device)
     if progress:
@@ -84,7 +84,7 @@ def _teacher(
         return None, str(error)
 
 
-def _trained_on(bundle: Bundle | None) -> str:
+def _training_data(bundle: Bundle | None) -> str:
     data = bundle.manifest.training.get("data") if bundle is not None else None
     name = data.get("name") if isinstance(data, Mapping) else None
     if not isinstance(name, str):

@@ -57,7 +57,7 @@ def create_app(bench: Workbench) -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
 
     @app.exception_handler(MvmrError)
-    def told(request: Request, error: MvmrError) -> Response:
+    def refuse(request: Request, error: MvmrError) -> Response:
         return PlainTextResponse(str(error), 404)
 
     @app.get("/thumb/{version}/{row}")
@@ -69,12 +69,12 @@ def create_app(bench: Workbench) -> FastAPI:
         return Response(bench.gallery.thumbnail(row), media_type="image/webp", headers=_FOREVER)
 
     @app.get("/map.json")
-    def map_of(engine: str, method: str = METHODS[0], k: Annotated[int, Query(ge=1)] = bench.k) -> Response:
-        found = maps.json(engine, method, k)
+    def map_json(engine: str, method: str = METHODS[0], k: Annotated[int, Query(ge=1)] = bench.k) -> Response:
+        content = maps.json(engine, method, k)
         return (
             JSONResponse({"state": "computing"}, 202)
-            if found is None
-            else Response(found, media_type="application/json")
+            if content is None
+            else Response(content, media_type="application/json")
         )
 
     @app.get("/disagreements/{table}.csv")

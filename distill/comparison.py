@@ -62,9 +62,12 @@ def compare(
         if protocols is not None or keep_map:  # asked for, not a default
             raise
         loaded, with_text = teacher_of(opened, teacher, pretrained, device, text=False), False
-    described: dict[str, Representation] = {"teacher": loaded, "student": opened.student(device)}
-    sides = {name: Measured(each, labelled, device=device, progress=progress) for name, each in described.items()}
-    found: Comparison = {name: {} for name in sides}
+    representations: dict[str, Representation] = {"teacher": loaded, "student": opened.student(device)}
+    sides = {
+        name: Measured(representation, labelled, device=device, progress=progress)
+        for name, representation in representations.items()
+    }
+    comparison: Comparison = {name: {} for name in sides}
     if with_text or keep_map:
         space_map = fit_space_map(sides["student"].features, sides["teacher"].features)
         if keep_map:
@@ -78,24 +81,24 @@ def compare(
         for name, rows in embeddings.items():
             logits = zero_shot_logits(rows, columns)
             tops = [k for k in (1, 5) if k < len(labelled.classes)]
-            found[name][ZERO_SHOT] = {f"top{k}": top_k(logits, labelled.test_labels, k) for k in tops}
-        found["student"][ZERO_SHOT]["map_r2"] = space_map.r2
+            comparison[name][ZERO_SHOT] = {f"top{k}": top_k(logits, labelled.test_labels, k) for k in tops}
+        comparison["student"][ZERO_SHOT]["map_r2"] = space_map.r2
     for protocol, measure in measures.items():
-        for name, measured in sides.items():
-            found[name][protocol] = measure(measured)
-    for name, by_protocol in found.items():
+        for name, side in sides.items():
+            comparison[name][protocol] = measure(side)
+    for name, by_protocol in comparison.items():
         for protocol, values in by_protocol.items():
-            command, said = f"mvmr evaluate {opened.path} --data {data} --protocol {protocol}", protocol
+            command, label = f"mvmr evaluate {opened.path} --data {data} --protocol {protocol}", protocol
             if name == "teacher":
-                said = f"{protocol}, teacher {loaded.name}"
+                label = f"{protocol}, teacher {loaded.name}"
             if ks is not None and protocol == "knn":
                 command += f" --k {','.join(map(str, ks))}"
             if name == "teacher" or protocol == ZERO_SHOT:
                 command += " --table" + "".join(
-                    f" --{flag} {given}" for flag, given in (("teacher", teacher), ("pretrained", pretrained)) if given
+                    f" --{flag} {value}" for flag, value in (("teacher", teacher), ("pretrained", pretrained)) if value
                 )
-            opened = bundles.add_metrics(opened, record(command, data, said, values))
-    return found
+            opened = bundles.add_metrics(opened, record(command, data, label, values))
+    return comparison
 
 
 def _split(
@@ -106,5 +109,5 @@ def _split(
         return protocols_for(labelled, None, ks=ks), not labelled.several
     if ZERO_SHOT in protocols and labelled.several:
         raise MvmrError(f"protocol {ZERO_SHOT} takes one label to an image, {labelled.train.name} has several")
-    shared = [name for name in protocols if name != ZERO_SHOT]
-    return protocols_for(labelled, shared, ks=ks), ZERO_SHOT in protocols
+    feature_protocols = [name for name in protocols if name != ZERO_SHOT]
+    return protocols_for(labelled, feature_protocols, ks=ks), ZERO_SHOT in protocols

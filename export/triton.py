@@ -122,8 +122,8 @@ def _serving(
     size: int, gpu: bool, max_batch: int, instances: int, preferred: Sequence[int], queue_delay_us: int
 ) -> dict[str, Any]:
     if max_batch < 1 or instances < 1 or queue_delay_us < 0:
-        given = f"max_batch = {max_batch}, instances = {instances}, queue_delay_us = {queue_delay_us}"
-        raise MvmrError(f"Triton needs at least 1 image a batch, 1 instance and a delay of 0, not {given}")
+        values = f"max_batch = {max_batch}, instances = {instances}, queue_delay_us = {queue_delay_us}"
+        raise MvmrError(f"Triton needs at least 1 image a batch, 1 instance and a delay of 0, not {values}")
     if outside := [batch for batch in preferred if not 1 <= batch <= max_batch]:
         raise MvmrError(f"the preferred batch {outside[0]} is outside 1 to max_batch = {max_batch}; change one of them")
     zeros = {"data_type": "TYPE_UINT8", "dims": [size, size, 3], "zero_data": True}
@@ -155,13 +155,17 @@ def _check_space(config: Path, space_id: str) -> None:
         return
     cure = "give another folder, or move this one away"
     try:
-        found = _text_format().Parse(config.read_text(encoding="utf-8"), _schema().ModelConfig())
+        model = _text_format().Parse(config.read_text(encoding="utf-8"), _schema().ModelConfig())
     except Exception as error:  # protobuf's ParseError, of whichever protobuf is installed, or a file that is no text
         raise MvmrError(f"{config} cannot be read as a Triton config ({type(error).__name__}); {cure}") from error
-    theirs = found.parameters["bundle_space_id"].string_value  # a map: "" where there is none
-    if theirs != space_id:
-        other = f"serves another embedding space ({theirs}, not {space_id})" if theirs else "is not one of mvmr's"
-        raise MvmrError(f"the Triton model {config.parent} {other}, and its clients would not notice; {cure}")
+    current_space = model.parameters["bundle_space_id"].string_value  # a map: "" where there is none
+    if current_space != space_id:
+        problem = (
+            f"serves another embedding space ({current_space}, not {space_id})"
+            if current_space
+            else "is not one of mvmr's"
+        )
+        raise MvmrError(f"the Triton model {config.parent} {problem}, and its clients would not notice; {cure}")
 
 
 def _schema() -> Any:

@@ -42,7 +42,7 @@ def data_centre(version: str | None) -> TensorRT:
 def rtx() -> TensorRT:
     """Return what can be done here with TensorRT for RTX: exporting takes no GPU, serving does."""
     try:
-        version, found = import_module(_RTX_PROVIDER).version(), import_module(_RTX_BUILD).installed()
+        version, found = import_module(_RTX_PROVIDER).version(), import_module(_RTX_BUILD).is_installed()
     except Exception as error:  # onnxruntime, which `mvmr doctor` says more of
         return _absent(f"cannot be looked for: {type(error).__name__}: {error}")
     if not found:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mvmr.app.classify import best, names_of, suggested
+from mvmr.app.classify import best, names_of, suggest_names
 from mvmr.app.compare import Side, compare
 from mvmr.errors import MvmrError
 from mvmr.evaluation.neighbours import Bank, neighbour_overlap
@@ -64,7 +64,7 @@ def test_class_names_are_read_from_commas_and_lines() -> None:
     assert names_of(" cat,dog, a  red   car ,, cat ") == ("cat", "dog", "a red car")
     assert names_of("crane, bird\n\ncrane, machine\n") == ("crane, bird", "crane, machine")
     for classes in (("cat", "dog"), ("crane, bird", "dog"), tuple(f"class {i}" for i in range(500))):
-        assert names_of(suggested(classes)) == classes[:200]
+        assert names_of(suggest_names(classes)) == classes[:200]
     for typed, told in (("", "two class names"), ("cat", "two class names"), ("a," + "b" * 100, "longer than")):
         with pytest.raises(MvmrError, match=told):
             names_of(typed)

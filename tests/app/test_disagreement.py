@@ -19,7 +19,7 @@ from mvmr.app.gallery import Gallery
 from mvmr.app.table import to_csv
 from mvmr.app.tabs import probes as module
 from mvmr.app.tabs.disagreement import RIGHT, Fidelity, Interval, fidelity_of
-from mvmr.app.tabs.probes import Probed, Probes, Training
+from mvmr.app.tabs.probes import ProbeResult, Probes, Training
 from mvmr.bundles.bundle import Bundle
 from mvmr.bundles.preprocess import WHITE
 from mvmr.distillation.report import report as report_module
@@ -86,8 +86,8 @@ def test_every_figure_is_that_of_the_report_to_the_last_digit(bundle: Bundle, co
     training = Training.open(data, gallery.classes, background=WHITE)
     assert gallery.labels is not None
     probes = Probes(
-        teacher=Probed.of(training.probe(teacher, folder), rows["teacher"], gallery.labels),
-        student=Probed.of(training.probe(student, folder), rows["torch"], gallery.labels),
+        teacher=ProbeResult.of(training.probe(teacher, folder), rows["teacher"], gallery.labels),
+        student=ProbeResult.of(training.probe(student, folder), rows["torch"], gallery.labels),
     )
     found = fidelity_of(rows["teacher"], rows["torch"], K, gallery.labels, gallery.classes, probes=probes)
 
@@ -143,7 +143,7 @@ def a_fidelity(probes: Probes | None = None) -> Fidelity:
 def some_probes() -> Probes:
     """Labels are 0 1 0 0 1: both right, teacher only, student only, neither, both."""
     teacher, student = np.array([0, 1, 2, 1, 1]), np.array([0, 0, 0, 2, 1])
-    return Probes(Probed(teacher, 60.0), Probed(student, 60.0))
+    return Probes(ProbeResult(teacher, 60.0), ProbeResult(student, 60.0))
 
 
 def test_the_lowest_overlap_comes_first_and_equals_stay_in_their_order() -> None:

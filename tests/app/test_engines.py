@@ -150,8 +150,8 @@ def test_onnx_gives_what_its_engine_gives(exported: Bundle, tmp_path: Path, prec
     assert np.array_equal(found, Engine.load(path, precision=precision).embed(ODD))
     np.testing.assert_allclose(found, serving.embedded(serving.PREPROCESS.batch(ODD)), atol=1e-5)
     assert encoder.embed([]).shape == (0, serving.DIM)
-    assert encoder.written is not None
-    assert encoder.written.file == bundle.manifest.files[FILES[precision]]
+    assert encoder.provenance is not None
+    assert encoder.provenance.file == bundle.manifest.files[FILES[precision]]
 
 
 def test_an_identity_changes_with_student_engine_and_file(exported: Bundle, trained: Bundle, tmp_path: Path) -> None:
@@ -276,8 +276,8 @@ def test_tensorrt_for_rtx_runs_the_fp16_file_or_says_what_it_lacks(
     np.testing.assert_allclose(encoder.embed(pictures), other.embed(pictures), rtol=1e-4, atol=1e-4)
     assert plugin.runs == [3]
     assert encoder.identity != other.identity
-    assert other.written is not None
-    assert encoder.written is None  # a job on the processor computes the same file in single precision
+    assert other.provenance is not None
+    assert encoder.provenance is None  # a job on the processor computes the same file in single precision
 
 
 # -- a service

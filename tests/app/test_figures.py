@@ -36,7 +36,7 @@ from mvmr.distillation import comparison
 from mvmr.distillation.comparison import compare
 from mvmr.distillation.report import report as report_module
 from mvmr.distillation.report import subject
-from mvmr.distillation.report.images import drawn_rows
+from mvmr.distillation.report.images import draw_rows
 from mvmr.distillation.report.report import report
 from mvmr.errors import MvmrError
 from mvmr.evaluation import protocols
@@ -101,7 +101,7 @@ def test_dependence_on_the_teacher_is_that_of_the_report_to_the_last_digit(
     data, folder = str(pictures(tmp_path / "photos", 40)), tmp_path / "kept"
     said = report(bundle.path, data, out=tmp_path / "report", k=3, permutations=2, limit=limit)
     gallery, student, teacher = Gallery.open(data), Engines(bundle).get("torch"), side(corners)
-    drawn = drawn_rows(len(gallery), limit)
+    drawn = draw_rows(len(gallery), limit)
     assert len(drawn) == said["data"]["images"] == min(24, limit)
     rows = {each.key: gallery.embeddings(each, folder)[drawn] for each in (teacher, student)}
     table = by_key(
@@ -124,10 +124,10 @@ def test_dependence_on_the_teacher_is_that_of_the_report_to_the_last_digit(
 
 def test_the_images_drawn_are_those_of_the_report(tmp_path: Path) -> None:
     images = Gallery.open(str(pictures(tmp_path / "photos", 40))).images
-    keys = [images.keys[i] for i in drawn_rows(len(images), 7)]
-    assert keys == list(subject.drawn(images, 7).keys)
-    assert drawn_rows(5, 1000).tolist() == [0, 1, 2, 3, 4]
-    assert len(np.unique(drawn_rows(30_000, 1000))) == 1000
+    keys = [images.keys[i] for i in draw_rows(len(images), 7)]
+    assert keys == list(subject.draw(images, 7).keys)
+    assert draw_rows(5, 1000).tolist() == [0, 1, 2, 3, 4]
+    assert len(np.unique(draw_rows(30_000, 1000))) == 1000
 
 
 def test_three_images_are_too_few_for_dependence(tmp_path: Path) -> None:

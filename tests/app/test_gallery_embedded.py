@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mvmr.app.embedders.embedder import Encoder, Written
+from mvmr.app.embedders.embedder import Encoder, Provenance
 from mvmr.app.embedders.engines import Engines
 from mvmr.app.gallery import Gallery, cache_folder
 from mvmr.bundles import bundle as bundles
@@ -82,17 +82,17 @@ def test_embeddings_of_another_kind_are_not_taken_for_these(
     embed(exported, photos, out=tmp_path / "out.parquet")
     embed(exported, photos, out=tmp_path / "half.parquet", dtype="float16")
     gallery, half = (Gallery.open(str(tmp_path / name)) for name in ("out.parquet", "half.parquet"))
-    says = Engines(bundles.load(exported)).get("onnx-fp32").written
+    says = Engines(bundles.load(exported)).get("onnx-fp32").provenance
     assert says is not None
 
-    def computed(of: Gallery, written: Written | None) -> bool:
+    def computed(of: Gallery, provenance: Provenance | None) -> bool:
         seen: list[int] = []
 
         def forward(prepared: Sequence[Any]) -> np.ndarray:
             seen.append(len(prepared))
             return np.zeros((len(prepared), serving.DIM), np.float32)
 
-        encoder = colours(written=written, dim=serving.DIM, forward=forward, identity=f"{next(numbers):064}")
+        encoder = colours(provenance=provenance, dim=serving.DIM, forward=forward, identity=f"{next(numbers):064}")
         rows = of.embeddings(encoder, tmp_path / "rows")
         assert bool(seen) == (not rows.any())
         return bool(seen)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import GifImagePlugin, Image, ImageFile, ImageOps, TiffImagePlugin
 
-from mvmr.app.uploads import check, opened
+from mvmr.app.uploads import check, open_image
 from mvmr.bundles.preprocess import Preprocess, to_rgb
 from mvmr.data.image_bytes import Limits
 from mvmr.errors import MvmrError
@@ -31,7 +31,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 def sentence(data: bytes, **options: int) -> str:
     with pytest.raises(MvmrError) as caught:
-        opened(data, **options)
+        open_image(data, **options)
     text = str(caught.value)
     assert "\n" not in text
     assert text[0].islower()
@@ -85,7 +85,7 @@ KINDS: dict[str, tuple[Callable[[], Image.Image], str, tuple[str, ...]]] = {
 def test_any_kind_of_file_gives_the_pixels_that_training_would_have_seen(kind: str) -> None:
     make, form, notes = KINDS[kind]
     data = encoded(make(), form)
-    found = opened(data)
+    found = open_image(data)
     assert found.image.mode == "RGB"
     assert (found.width, found.height) == found.image.size == (WIDTH, HEIGHT)
     assert found.notes == notes
@@ -96,7 +96,7 @@ def test_any_kind_of_file_gives_the_pixels_that_training_would_have_seen(kind: s
 def test_sixteen_bits_show_what_eight_would() -> None:
     grey = pixels(picture().convert("L"))
     for image in (sixteen_bits(), floats()):
-        assert np.array_equal(pixels(opened(encoded(image, "TIFF")).image), np.repeat(grey[..., None], 3, axis=2))
+        assert np.array_equal(pixels(open_image(encoded(image, "TIFF")).image), np.repeat(grey[..., None], 3, axis=2))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -104,7 +104,7 @@ def test_a_photograph_stands_upright_however_the_camera_was_held(orientation: in
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(picture(), "PNG", exif=exif)
-    found = opened(data)
+    found = open_image(data)
     with Image.open(io.BytesIO(data)) as file:
         upright = ImageOps.exif_transpose(file)
     assert np.array_equal(pixels(found.image), pixels(upright))
@@ -119,14 +119,14 @@ def test_a_photograph_stands_upright_however_the_camera_was_held(orientation: in
 def test_an_animation_shows_its_first_frame_and_says_so(form: str, several: str) -> None:
     first, *others = (Image.new("RGB", (9, 7), colour) for colour in ("red", "lime", "blue"))
     options = {"lossless": True} if form == "WEBP" else {}
-    found = opened(encoded(first, form, save_all=True, append_images=others, duration=50, **options))
+    found = open_image(encoded(first, form, save_all=True, append_images=others, duration=50, **options))
     assert found.notes == (f"the first of {several}",)
     assert np.array_equal(pixels(found.image), pixels(first))
 
 
 def test_a_photograph_with_a_preview_inside_is_no_animation() -> None:
     data = encoded(picture(), "MPO", save_all=True, append_images=[picture().resize((30, 20))])
-    found = opened(data)
+    found = open_image(data)
     assert found.notes == ()
     assert found.image.size == (WIDTH, HEIGHT)
 
@@ -146,14 +146,14 @@ def test_later_frames_that_no_decoder_has_tried_are_not_gone_through(
         seek(file, frame, *rest)
 
     monkeypatch.setattr(plugin, "_seek", remember)
-    opened(data)
+    open_image(data)
     assert sought == {0}
 
 
 def test_an_animation_whose_later_frames_are_cut_off_still_shows_the_first() -> None:
     frames = [Image.fromarray(np.roll(pixels(picture()), shift, axis=1)) for shift in range(0, 30, 10)]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], loop=0)
-    whole, cut = opened(data), opened(data[: len(data) * 2 // 3])
+    whole, cut = open_image(data), open_image(data[: len(data) * 2 // 3])
     assert np.array_equal(pixels(cut.image), pixels(whole.image))
     assert cut.notes[0].startswith("the first of ")
 
@@ -162,7 +162,7 @@ def test_nothing_of_the_file_but_its_pixels_goes_on() -> None:
     exif = Image.Exif()
     exif[0x010F] = "a camera"
     exif[0x8769] = {0x9003: "2020:01:01 00:00:00"}
-    found = opened(encoded(picture(), "JPEG", exif=exif, comment=b"at home", icc_profile=b"a profile"))
+    found = open_image(encoded(picture(), "JPEG", exif=exif, comment=b"at home", icc_profile=b"a profile"))
     assert not isinstance(found.image, ImageFile.ImageFile)
     assert found.image.info == {}
     assert dict(found.image.getexif()) == {}
@@ -171,7 +171,7 @@ def test_nothing_of_the_file_but_its_pixels_goes_on() -> None:
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (3, 2)])
 def test_the_smallest_images_work(size: tuple[int, int]) -> None:
     image = Image.new("RGB", size, (10, 200, 30))
-    found = opened(encoded(image, "PNG"))
+    found = open_image(encoded(image, "PNG"))
     assert found.image.size == size
     assert (Preprocess.for_size(224).image(found.image) == (10, 200, 30)).all()
 
@@ -219,7 +219,7 @@ def test_too_many_pixels_are_refused_by_the_header_alone(width: int, height: int
 def test_the_limit_is_the_callers() -> None:
     data = encoded(picture(), "PNG")
     with pytest.raises(MvmrError, match=r"60 x 40 pixels, more than the 0\.001 million"):
-        opened(data, max_pixels=1000)
+        open_image(data, max_pixels=1000)
 
 
 @pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (3, 10_000)])
@@ -238,7 +238,7 @@ def test_bytes_flipped_at_random_never_do_more_than_spoil_the_image(form: str) -
         at = generator.integers(0, min(len(data), 400), 4)  # headers and tables are the likelier to break a parser
         broken[at] = generator.integers(0, 256, 4)
         try:
-            found = opened(broken.tobytes())
+            found = open_image(broken.tobytes())
         except MvmrError as error:
             said.append(str(error))
         else:

@@ -15,7 +15,7 @@ from mvmr.bundles.bundle import Bundle
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.data import ImageSet, open_images
 from mvmr.distillation.report.fidelity import dependence, interval, neighbours, predictions, spectrum
-from mvmr.distillation.report.stages import split, stages_of, untrained
+from mvmr.distillation.report.stages import build_untrained, split, stages_of
 from mvmr.evaluation.neighbours import neighbour_overlap
 from mvmr.evaluation.scores import linear_cka
 from mvmr.models.student import Student
@@ -344,7 +344,7 @@ def test_a_true_student_is_told_from_one_of_shuffled_embeddings_and_from_an_untr
     """On images that neither was trained on; ``dealt`` are their embeddings, dealt out to the wrong images again."""
     _, test = photographs
     rows: dict[str, np.ndarray] = {name: represent(test, each.student()) for name, each in students.items()}
-    rows["untrained"] = represent(test, untrained(students["true"], test))
+    rows["untrained"] = represent(test, build_untrained(students["true"], test))
     columns: dict[str, np.ndarray] = {"teacher": represent(test, Texture()), "dealt": represent(test, Shuffled(test))}
     cells = {(each["row"], each["column"]): each for each in dependence(rows, columns)}
     overlap = {key: interval(100 * neighbour_overlap(columns[key[1]], rows[key[0]], 10)) for key in cells}

@@ -279,7 +279,7 @@ def test_weights_of_another_architecture_name_the_keys(
 
 
 def test_no_network_is_one_sentence_with_the_file_to_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "_cached", lambda repository, files: None)
+    monkeypatch.setattr(source, "_find_cached", lambda repository, files: None)
     monkeypatch.setattr(source, "_offline", lambda: True)
     message = refusal("ViT-B-16")
     assert "weights 'datacomp_xl_s13b_b90k' of ViT-B-16 are not in the cache and there is no network" in message
@@ -292,7 +292,7 @@ def test_a_failing_download_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> 
     def refused(*args: object) -> str:
         raise ConnectionResetError("a\nlong\nstory")
 
-    monkeypatch.setattr(source, "_cached", lambda repository, files: None)
+    monkeypatch.setattr(source, "_find_cached", lambda repository, files: None)
     monkeypatch.setattr(source, "_offline", lambda: False)
     monkeypatch.setattr(source.tags, "download_pretrained", refused)
     monkeypatch.setattr(source.tags, "download_pretrained_from_hf", refused)
@@ -316,7 +316,7 @@ def test_a_name_that_does_not_resolve_means_offline(monkeypatch: pytest.MonkeyPa
 
 def test_a_hub_repository_in_the_cache_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = write_folder(tmp_path / "snapshot")
-    monkeypatch.setattr(source, "_cached", lambda repository, files: tmp_path / "snapshot" / files[0])
+    monkeypatch.setattr(source, "_find_cached", lambda repository, files: tmp_path / "snapshot" / files[0])
     teacher = ClipTeacher.load("hf-hub:someone/small")
     assert teacher.name == "hf-hub:someone/small"
     assert torch.equal(teacher(BATCH), encode(model))

@@ -24,7 +24,7 @@ _MAJOR = 11
 
 def needed() -> None:
     """Skip where there are no wheels of TensorRT for RTX."""
-    if not rtx_build.installed():
+    if not rtx_build.is_installed():
         pytest.skip("TensorRT for RTX is not installed: it has wheels for Linux on x86-64 only")
 
 

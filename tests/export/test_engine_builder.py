@@ -105,7 +105,7 @@ class Double:
     def find(self, bundle: Bundle) -> SimpleNamespace:
         return SimpleNamespace(path=bundle.file(self.NAME), sidecar={"tensorrt": "11.4.0"})
 
-    def Built(self, *, engine: bytes, timing_cache: bytes, sidecar: Mapping[str, Any]) -> SimpleNamespace:
+    def BuiltEngine(self, *, engine: bytes, timing_cache: bytes, sidecar: Mapping[str, Any]) -> SimpleNamespace:
         def to_files(report: Mapping[str, Any]) -> dict[str, bytes]:
             told = json.dumps({**sidecar, "report": report}).encode()
             return {self.NAME: engine, self.NAME.replace(".engine", ".json"): told, self.TIMING_CACHE: timing_cache}
@@ -115,7 +115,7 @@ class Double:
     def build(self, fp16: bytes, *, timing_cache: bytes | None, **options: Any) -> SimpleNamespace:
         self.built += 1
         self.caches.append(timing_cache)
-        return self.Built(engine=fp16, timing_cache=b"timed", sidecar={"tensorrt": "11.4.0"})
+        return self.BuiltEngine(engine=fp16, timing_cache=b"timed", sidecar={"tensorrt": "11.4.0"})
 
     def Engine(self, plan: bytes, sidecar: Mapping[str, Any], *, onnx_sha256: str) -> Callable[..., Any]:
         session = Session(plan, threads=1)

@@ -22,7 +22,7 @@ from mvmr.bundles.head import Head
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.data import open_images
 from mvmr.errors import MvmrError
-from mvmr.export.onnx.graph import ServedEncoder, rounded, to_onnx
+from mvmr.export.onnx.graph import ServedEncoder, emulate_half, to_onnx
 from mvmr.export.onnx.session import Session
 from mvmr.models.folding import fold_batch_norm, plain_copy
 from mvmr.models.student import Student
@@ -153,7 +153,7 @@ def test_nothing_of_this_machine_is_in_the_file(exported: Exported, precision: s
 def test_half_precision_is_near_and_rounded_is_what_torch_makes_of_it(exported: Exported) -> None:
     images = patches(32)
     wanted = in_torch(exported.student, images)
-    found = Session(rounded(exported.fp16), threads=1)(images)["embedding"]
+    found = Session(emulate_half(exported.fp16), threads=1)(images)["embedding"]
     with torch.no_grad():  # torch's own half precision, an independent way
         theirs = ServedEncoder(exported.student, half=True)(torch.from_numpy(images))[0].numpy()
     assert 1e-5 < relative(found, wanted) < 0.01
@@ -199,7 +199,7 @@ def test_rounded_overflows_where_a_gpu_would_and_a_cpu_does_not(exported: Export
                 numpy_helper.from_array((numpy_helper.to_array(tensor) * factor).astype(np.float16), tensor.name)
             )
     planted = model.SerializeToString()
-    on_cpu, on_gpu = (Session(each, threads=1)(patches(32))["embedding"] for each in (planted, rounded(planted)))
+    on_cpu, on_gpu = (Session(each, threads=1)(patches(32))["embedding"] for each in (planted, emulate_half(planted)))
     assert np.isfinite(on_cpu).all()
     assert not np.isfinite(on_gpu).all()
 

@@ -303,7 +303,7 @@ def test_libraries_and_bindings_that_are_not_a_pair(
     if libraries is None:
         without(monkeypatch, rtx_provider.PACKAGE)
     monkeypatch.setattr(rtx_build, "bindings_version", lambda: bindings)
-    assert rtx_build.installed() == bool(libraries or bindings)
+    assert rtx_build.is_installed() == bool(libraries or bindings)
     assert told in refusal(rtx_build.package)
 
 

@@ -21,7 +21,7 @@ from mvmr.bundles.preprocess import Preprocess
 from mvmr.data import open_images
 from mvmr.errors import MvmrError
 from mvmr.export.onnx.drift import INPUT, first_drift
-from mvmr.export.onnx.graph import rounded, to_onnx
+from mvmr.export.onnx.graph import emulate_half, to_onnx
 from mvmr.export.onnx.session import Session
 from mvmr.export.verification import Gates, Reference, Report, Run, verify
 from mvmr.models.student import Student
@@ -285,7 +285,7 @@ def exported() -> Exported:
 
 
 def judged(exported: Exported, model: bytes, precision: Any) -> Report:
-    ready = rounded(model) if precision == "fp16" else model
+    ready = emulate_half(model) if precision == "fp16" else model
     return verify(Session(ready, threads=1), exported.reference, gates=Gates.of(precision))
 
 
