@@ -193,18 +193,18 @@ def _parse(parser: Any, fp16_onnx: bytes, parser_name: str, log: Any) -> None:
         raise MvmrError(f"{parser_name} cannot parse the fp16 ONNX: {reason}; {cure}")
 
 
-def _refusal(error: Any) -> str:
+def _refusal(parser_error: Any) -> str:
     # The description alone may be as short as "false".
-    return f"{error.node_operator()} {error.node_name()}: {one_line(error.desc())}"
+    return f"{parser_error.node_operator()} {parser_error.node_name()}: {one_line(parser_error.desc())}"
 
 
-def _configure(trt: Any, builder: Any, shapes: Mapping[str, list[int]], workspace: int, log: Any) -> Any:
+def _configure(trt: Any, builder: Any, limits: Mapping[str, list[int]], workspace: int, log: Any) -> Any:
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
-    bounds = builder.create_optimization_profile()
-    bounds.set_shape(IMAGE, *map(tuple, shapes.values()))
-    if config.add_optimization_profile(bounds) < 0:
-        raise MvmrError(f"TensorRT refuses the input shapes {list(shapes.values())}: {log.last}; give other batches")
+    shapes = builder.create_optimization_profile()
+    shapes.set_shape(IMAGE, *map(tuple, limits.values()))
+    if config.add_optimization_profile(shapes) < 0:
+        raise MvmrError(f"TensorRT refuses the input shapes {list(limits.values())}: {log.last}; give other batches")
     return config
 
 

@@ -23,10 +23,10 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def site() -> Iterator[Site]:
-    from tests.app.map_pages import served
+    from tests.app.map_pages import serve
 
-    with served() as found:
-        yield found
+    with serve() as running_site:
+        yield running_site
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def test_an_install_without_torch_is_told_what_to_install(monkeypatch: pytest.Mo
 
 
 def test_each_tensorrt_says_what_it_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensorrt_rtx.needed()
+    tensorrt_rtx.require_wheels()
     rtx = examine().tensorrt_rtx
     assert rtx.version == rtx_provider.version()
     assert rtx.export is None  # takes no GPU
