@@ -52,16 +52,26 @@ class Opener(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """opener: a module that keeps the contract of `Opener`; platform, model: what Triton calls it, and its files."""
+    """What runs artifacts.
+
+    opener: a module that keeps the contract of `Opener`; platform, model: what Triton calls it, and its files
+    no_cpu: why it does not run without a GPU, "" where it does
+    """
 
     opener: str
     platform: str
     model: str
+    no_cpu: str = ""
 
 
 RUNTIMES: dict[str, Runtime] = {
     "onnxruntime": Runtime(opener="mvmr.export.onnx.session", platform="onnxruntime_onnx", model="model.onnx"),
-    "tensorrt": Runtime(opener="mvmr.export.tensorrt.opener", platform="tensorrt_plan", model="model.plan"),
+    "tensorrt": Runtime(
+        opener="mvmr.export.tensorrt.opener",
+        platform="tensorrt_plan",
+        model="model.plan",
+        no_cpu="a TensorRT engine runs on a GPU only",
+    ),
 }
 
 

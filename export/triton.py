@@ -50,8 +50,8 @@ def repository(
     """Put an exported student into the repository `out`, as the next version of model `name`; return <out>/<name>.
 
     Args:
-        model: an ONNX file, or a TensorRT engine: Triton must then have the GPU and the TensorRT version it names;
-            platform: the runtime that it is for.
+        model: an exported file, of which an engine takes the GPU and the version that its name says; platform: the
+            runtime that it is for.
         size, dim, heads: image side in pixels, width of the embedding, class names by head, as in the model.
         max_batch: an engine's profile must reach from 1 to this.
         instances: copies of the model that run side by side, on the GPU or on the CPU (`gpu`).
@@ -84,8 +84,8 @@ def repository(
 def _check(name: str, platform: str, gpu: bool) -> None:
     if not _NAME.fullmatch(name):
         raise MvmrError(f"a Triton model cannot be named {name!r}; use letters, digits, '.', '_' and '-'")
-    if platform == "tensorrt" and not gpu:
-        raise MvmrError("a TensorRT engine runs on a GPU only; use the fp32 or int8 ONNX for Triton on a CPU")
+    if RUNTIMES[platform].no_cpu and not gpu:
+        raise MvmrError(f"{RUNTIMES[platform].no_cpu}; use the fp32 or int8 ONNX for Triton on a CPU")
 
 
 def _add_version(folder: Path, model: Path | bytes, file: str, config: Any) -> None:

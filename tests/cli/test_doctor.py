@@ -10,9 +10,10 @@ from click.testing import CliRunner
 
 from mvmr.cli.doctor import NEEDS, examine
 from mvmr.cli.main import COMMANDS, main
-from mvmr.cli.tensorrt_check import TensorRT, data_centre
+from mvmr.cli.support import Support
 from mvmr.errors import EXTRAS
 from mvmr.export.tensorrt import rtx_build, rtx_provider
+from mvmr.export.tensorrt.check import data_centre
 from tests.export import tensorrt_rtx
 
 
@@ -68,7 +69,7 @@ def test_each_tensorrt_says_what_it_can_do(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(rtx_build, "bindings_version", lambda: None)
     assert "not installed: pip install 'mvmr[rtx]'" in str(examine().tensorrt_rtx)
-    assert str(TensorRT(version="11.4.0", export=None, serve="lacks a GPU")) == (
+    assert str(Support(version="11.4.0", export=None, serve="lacks a GPU")) == (
         "11.4.0\nexport: ready\nserve: lacks a GPU"
     )
 
