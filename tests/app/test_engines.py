@@ -3,37 +3,25 @@
 import shutil
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import save_file
 
 from mvmr.app.embedders import engines as module
 from mvmr.app.embedders.engines import Engines
-from mvmr.app.embedders.teacher import load_teacher
 from mvmr.bundles import bundle as bundles
 from mvmr.bundles.bundle import Bundle
-from mvmr.data import ImageSet, open_images
-from mvmr.distillation.teachers.clip import ClipTeacher
-from mvmr.errors import MvmrError
 from mvmr.export.artifacts import ARTIFACTS, Artifact
 from mvmr.export.runtimes import Runner, open_artifact
 from mvmr.export.tensorrt import engine as tensorrt
 from mvmr.export.tensorrt import rtx_provider
 from mvmr.representations.cache import represent
-from mvmr.serve.client import Client
-from mvmr.serve.client import Embeddings as Answer
 from mvmr.serve.engine import Engine
-from tests.distill.test_report import a_bundle
-from tests.distill.test_teacher import SMALL, build, write_folder
+from tests.app.encoders import ODD, load, patches, refusal
 from tests.export.tensorrt_double import DIM, SIDE, Double, card, engine_bundle, fp16, with_engine  # noqa: F401
 from tests.export.test_rtx import Plugin
 from tests.serve import serving
@@ -42,46 +30,6 @@ pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 FILES = {row.precision: row.file for row in ARTIFACTS.values() if row.runtime == "onnxruntime"}
 FP32, FP16, INT8 = (FILES[precision] for precision in ("fp32", "fp16", "int8"))
 KEYS = ["torch", "onnx-fp32", "onnx-fp16", "onnx-int8", "tensorrt-fp16", "tensorrt-rtx-fp16"]
-
-
-@pytest.fixture(scope="module")
-def onnx_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """With heads and a float32 ONNX, but weights that are none."""
-    return bundles.load(serving.bundle(tmp_path_factory.mktemp("served")))
-
-
-@pytest.fixture(scope="module")
-def plain_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A resnet18 at 16 px, and nothing exported."""
-    return a_bundle(tmp_path_factory.mktemp("runs") / "student")
-
-
-@pytest.fixture(scope="module")
-def images() -> ImageSet:
-    test_split = open_images("sample:patches", "test")
-    return test_split.subset(range(0, len(test_split), 5))  # 136: two whole batches and some
-
-
-def load(images: ImageSet, count: int | None = None) -> list[Image.Image]:
-    return [images.load(number) for number in range(count or len(images))]
-
-
-ODD = [
-    serving.photograph(),
-    serving.photograph("coins").convert("L"),
-    serving.photograph("chelsea").convert("CMYK"),
-    serving.photograph().convert("RGBA").resize((91, 300)),
-    serving.photograph().quantize(16),
-    Image.new("I;16", (9, 5), 40_000),
-    Image.new("RGB", (1, 1), "red"),
-]
-
-
-def refusal(call: Any, *arguments: Any, **options: Any) -> str:
-    with pytest.raises(MvmrError) as excinfo:
-        call(*arguments, **options)
-    assert "\n" not in str(excinfo.value)
-    return str(excinfo.value)
 
 
 # -- what there is
@@ -127,7 +75,8 @@ def test_neither_a_bundle_nor_a_service_is_a_mistake_of_the_caller() -> None:
 # -- what they give
 
 
-def test_torch_gives_the_digits_of_a_report(plain_bundle: Bundle, images: ImageSet) -> None:
+def test_torch_gives_the_digits_of_a_report(plain_bundle: Bundle) -> None:
+    images = patches()
     encoder = Engines(plain_bundle).get("torch")
     embeddings = encoder.embed(load(images))
     assert embeddings.dtype == np.float32
@@ -280,127 +229,3 @@ def test_tensorrt_for_rtx_runs_the_fp16_file_or_says_what_it_lacks(
     assert encoder.identity != plain.identity
     assert plain.provenance is not None
     assert encoder.provenance is None  # a job on the processor computes the same file in single precision
-
-
-# -- a service
-
-
-@pytest.fixture(scope="module")
-def service(onnx_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with serving.running(onnx_bundle.path, tmp_path_factory.mktemp("log")) as running:
-        yield running.url
-
-
-@pytest.fixture
-def remote(service: str) -> Iterator[Engines]:
-    with closing(Engines(None, service=service)) as engines:
-        yield engines
-
-
-def test_a_service_gives_what_its_engine_gives(remote: Engines, service: str, onnx_bundle: Bundle) -> None:
-    engines = remote
-    assert (engines.space_id, engines.name, engines.dim) == (onnx_bundle.space_id, "student", serving.DIM)
-    assert engines.default == "service"
-    assert [(choice.key, choice.label, choice.why, choice.nbytes) for choice in engines.choices] == [
-        ("service", f"service at {service} (fp32)", None, None)
-    ]
-    encoder = engines.get("service")
-    assert (encoder.dim, encoder.nbytes) == (serving.DIM, None)
-    large = serving.photograph().resize((3000, 2001), Image.Resampling.BICUBIC)
-    every = [*ODD, large, large.rotate(90, expand=True)]
-    engine = Engine.load(onnx_bundle.path)
-    assert np.array_equal(encoder.embed(every), engine.embed(every))
-    assert max(encoder.prepare(large).size) == 40 * 3000 // 2001  # no more is sent than is looked at
-    assert encoder.prepare(Image.new("RGB", (1, 50))).size == (1, 50)  # and nothing is enlarged here
-    assert encoder.embed([]).shape == (0, serving.DIM)
-    assert engines.heads == serving.HEADS
-    with pytest.raises(ValueError, match="0 came with 9 embeddings"):
-        engines.classify(encoder.embed(every), "animals")
-    probabilities = engines.classify(encoder.embed(every), "animals", every)
-    np.testing.assert_allclose(probabilities, engine.classify(engine.embed(every), "animals"), atol=1e-6)
-    assert "did you mean 'colours'" in refusal(engines.classify, encoder.embed(every), "colour", every)
-
-
-def test_a_service_stands_in_the_place_of_the_bundles_student(
-    plain_bundle: Bundle, service: str, onnx_bundle: Bundle
-) -> None:
-    with closing(Engines(plain_bundle, service=service)) as engines:
-        assert [choice.key for choice in engines.choices] == ["service"]
-        assert engines.space_id == onnx_bundle.space_id
-
-
-def test_a_service_that_was_given_another_model_meanwhile_is_refused(
-    remote: Engines, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encoder = remote.get("service")
-
-    def other(self: Client, images: Sequence[Image.Image]) -> Answer:
-        return Answer(np.zeros((len(images), serving.DIM), np.float32), "f" * 32, ())
-
-    monkeypatch.setattr(Client, "embed", other)
-    assert "serves another model than when the app was started" in refusal(encoder.embed, ODD[:1])
-
-
-def test_a_service_that_is_not_there_or_is_none_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mvmr.serve.client.client.sleep", lambda seconds: None)
-    assert "http://127.0.0.1:9" in refusal(Engines, None, service="http://127.0.0.1:9")
-    assert "is no URL of a service" in refusal(Engines, None, service="localhost")
-    for models in ([], [{}], [{"id": "x", "heads": 3}]):
-        monkeypatch.setattr(Client, "models", lambda self, models=models: models)
-        reason = refusal(Engines, None, service="http://name:secret@localhost:8000")
-        assert "http://localhost:8000 doesn't answer as an mvmr service does" in reason
-
-
-# -- the teacher
-
-
-def test_a_teacher_gives_the_digits_of_a_report_with_its_text_tower(tmp_path: Path, images: ImageSet) -> None:
-    write_folder(tmp_path / "small")
-    side = load_teacher(None, tmp_path / "small", None)
-    alone = ClipTeacher.load(tmp_path / "small")
-    assert np.array_equal(side.embed(load(images)), represent(images, alone))
-    assert side.has_text
-    assert side.teacher.zero_shot_classifier(["a", "b"], ["a photo of {}"]).shape == (12, 2)
-    assert (side.key, side.label, side.dim) == ("teacher", "small (open_clip_model.safetensors)", 12)
-    assert side.nbytes == (tmp_path / "small" / "open_clip_model.safetensors").stat().st_size
-    assert side.embed(ODD).shape == (len(ODD), 12)
-
-
-def test_a_teacher_without_a_text_tower_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = write_folder(tmp_path / "small")
-    tower = {key: value for key, value in model.state_dict().items() if key.startswith("visual.")}
-    save_file(tower, tmp_path / "small" / "open_clip_model.safetensors")
-    side = load_teacher(None, tmp_path / "small", None)
-    assert not side.has_text
-    assert side.embed(ODD[:1]).shape == (1, 12)
-    assert "without its text tower" in refusal(side.teacher.zero_shot_classifier, ["a", "b"], ["{}"])
-    # one whose tokenizer needs a package that is not there
-    shutil.rmtree(tmp_path / "small")
-    write_folder(tmp_path / "small")
-    monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: (_ for _ in ()).throw(ImportError("transformers")))
-    assert not load_teacher(None, tmp_path / "small", None).has_text
-
-
-def test_the_teacher_that_a_bundle_records_is_loaded(tmp_path: Path) -> None:
-    write_folder(tmp_path / "small")
-    teacher = ClipTeacher.load(tmp_path / "small")
-    recorded = {key: getattr(teacher, key) for key in ("name", "weights", "identity")}
-    bundle = a_bundle(tmp_path / "student", {"teachers": {"teacher": recorded}})
-    side = load_teacher(bundle, None, None)
-    assert side.teacher.identity == teacher.identity
-    shutil.rmtree(tmp_path / "small")
-    write_folder(tmp_path / "small", seed=1)
-    assert "is not the one" in refusal(load_teacher(bundle, None, None).load)
-    second = load_teacher(bundle, tmp_path / "small", None)
-    assert second.identity != side.identity
-    shutil.rmtree(tmp_path / "small")
-    assert "small" in refusal(load_teacher, bundle, None, None)
-
-
-def test_a_teacher_that_can_not_be_had_is_one_sentence(plain_bundle: Bundle, tmp_path: Path) -> None:
-    assert "names no teacher to compare with; give one: --teacher" in refusal(load_teacher, plain_bundle, None, None)
-    assert "name it: --teacher" in refusal(load_teacher, None, None, None)
-    assert "gone.pt of teacher ViT-B-32 does not exist" in refusal(load_teacher, None, "ViT-B-32", tmp_path / "gone.pt")
-    save_file(build(SMALL).state_dict(), tmp_path / "w.safetensors")
-    reason = refusal(load_teacher, None, "ViT-B-32", tmp_path / "w.safetensors")
-    assert "as the image tower of ViT-B-32, does not" in reason
