@@ -63,14 +63,19 @@ def open_workbench(
         no_teacher=reason,
         k=min(k, max(1, len(images) - 1)),
     )
-    if side is not None:
+    _embed_gallery(bench, progress)
+    return bench
+
+
+def _embed_gallery(bench: Workbench, progress: bool) -> None:
+    """Under both sides; a teacher that can't be had after all leaves the app without its side."""
+    if bench.teacher is not None:
         try:
             bench.rows(TEACHER, progress=progress)
         except MvmrError as error:  # its weights are not those that the bundle was distilled from
             bench.teacher, bench.no_teacher = None, str(error)
             say(f"without a teacher: {error}", shown=progress)
-    bench.rows(engines.default, progress=progress)
-    return bench
+    bench.rows(bench.engines.default, progress=progress)
 
 
 def _teacher(

@@ -77,6 +77,19 @@ def create_app(bench: Workbench) -> FastAPI:
             else Response(content, media_type="application/json")
         )
 
+    @app.get("/mvmr/plotly.min.js")
+    def plotly_js() -> Response:
+        return FileResponse(str(files("plotly") / "package_data" / "plotly.min.js"), headers=_FOREVER)
+
+    app.mount("/mvmr", StaticFiles(directory=STATIC))
+    _add_tables(app, bench)
+    _mount_page(app, bench, decoders)
+    return app
+
+
+def _add_tables(app: FastAPI, bench: Workbench) -> None:
+    """The tables as CSV, for download."""
+
     @app.get("/disagreements/{table}.csv")
     def csv(table: str, engine: str, k: Annotated[int, Query(ge=1)] = bench.k) -> Response:
         from mvmr.app.tabs.disagreement_page import tables  # here, for scikit-learn takes seconds
@@ -92,11 +105,9 @@ def create_app(bench: Workbench) -> FastAPI:
         headers = {"content-disposition": 'attachment; filename="figures.csv"'}
         return Response(table_csv(bench), media_type="text/csv; charset=utf-8", headers=headers)
 
-    @app.get("/mvmr/plotly.min.js")
-    def plotly_js() -> Response:
-        return FileResponse(str(files("plotly") / "package_data" / "plotly.min.js"), headers=_FOREVER)
 
-    app.mount("/mvmr", StaticFiles(directory=STATIC))
+def _mount_page(app: FastAPI, bench: Workbench, decoders: DecodePool) -> None:
+    """Gradio's page at the root: nothing of it loaded from elsewhere, no documentation, no paths of this machine."""
     no_docs = {"docs_url": None, "redoc_url": None, "openapi_url": None}
     theme = gr.themes.Base(
         primary_hue="blue", neutral_hue="slate", font=_SYSTEM_FONTS, font_mono=_MONO, radius_size="sm"
@@ -106,7 +117,6 @@ def create_app(bench: Workbench) -> FastAPI:
         footer_links=[], run_history=False, ssr_mode=False, mcp_server=False, pwa=False, show_error=False,
         enable_monitoring=False, max_file_size=MAX_UPLOAD, allowed_paths=[], app_kwargs=no_docs,
     )  # fmt: skip
-    return app
 
 
 def run(bench: Workbench, door: socket.socket) -> None:

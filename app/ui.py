@@ -64,6 +64,15 @@ class Query:
     name: str
     notes: tuple[str, ...] = ()
 
+    @classmethod
+    def read(cls, upload: bytes | MvmrError, decoders: DecodePool, background: Background) -> Query:
+        """Look at what a visitor has brought; raises MvmrError, a sentence for the page, where it is no image."""
+        if isinstance(upload, MvmrError):
+            raise upload
+        check(upload, decoders)
+        image = open_image(upload, background=background)
+        return cls(upload, "Your image", (f"{image.width} x {image.height} pixels", *image.notes))
+
     def image(self, background: Background) -> Image.Image | int:
         """The image in RGB, its transparent parts on the background, or its row."""
         return self.content if isinstance(self.content, int) else open_image(self.content, background=background).image
@@ -124,14 +133,9 @@ def _neighbours_tab(bench: Workbench, decoders: DecodePool, query: gr.State, eng
         if content is None:  # the visitor took the image away
             return current, _render(lambda: show(current, key, count, progress)), None
         try:
-            if isinstance(content, MvmrError):
-                raise content
-            check(content, decoders)
-            image = open_image(content, background=bench.gallery.images.background)
+            what = Query.read(content, decoders, bench.gallery.images.background)
         except MvmrError as error:
             return current, fragments.message(str(error), fragments.PROBLEM), None
-        size = f"{image.width} x {image.height} pixels"
-        what = Query(content, "Your image", (size, *image.notes))
         return what, _render(lambda: show(what, key, count, progress)), None
 
     def pick(event: gr.EventData, key: str, count: int, progress: Any = _PROGRESS) -> tuple[Any, str]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
 from mvmr.bundles import bundle as bundles
+from mvmr.bundles.bundle import Bundle
 from mvmr.distillation.teachers.recorded import teacher_of
 from mvmr.distillation.teachers.teacher import NoTextTower, TextTeacher
-from mvmr.distillation.zeroshot import fit_space_map, store_map, templates_for, zero_shot_logits
+from mvmr.distillation.zeroshot import SpaceMap, fit_space_map, store_map, templates_for, zero_shot_logits
 from mvmr.errors import MvmrError
 from mvmr.evaluation.evaluate import open_labelled, record
 from mvmr.evaluation.protocols import Labelled, Measured, Values, protocols_for
@@ -73,32 +74,49 @@ def compare(
         if keep_map:
             opened = store_map(opened, space_map, loaded)
     if with_text:
-        columns = cast(TextTeacher, loaded).zero_shot_classifier(labelled.classes, templates_for(loaded))
-        embeddings = {
-            "teacher": sides["teacher"].test_features,
-            "student": space_map(sides["student"].test_features),
-        }
-        for name, rows in embeddings.items():
-            logits = zero_shot_logits(rows, columns)
-            tops = [k for k in (1, 5) if k < len(labelled.classes)]
-            comparison[name][ZERO_SHOT] = {f"top{k}": top_k(logits, labelled.test_labels, k) for k in tops}
-        comparison["student"][ZERO_SHOT]["map_r2"] = space_map.r2
+        for name, values in _zero_shot(cast(TextTeacher, loaded), space_map, sides, labelled).items():
+            comparison[name][ZERO_SHOT] = values
     for protocol, measure in measures.items():
         for name, side in sides.items():
             comparison[name][protocol] = measure(side)
-    for name, by_protocol in comparison.items():
+    _note(opened, comparison, data, loaded.name, ks, {"teacher": teacher, "pretrained": pretrained})
+    return comparison
+
+
+def _zero_shot(
+    teacher: TextTeacher, space_map: SpaceMap, sides: Mapping[str, Measured], labelled: Labelled
+) -> dict[str, Values]:
+    """Accuracies of the teacher's text tower on its own embeddings, and on the student's features once mapped."""
+    columns = teacher.zero_shot_classifier(labelled.classes, templates_for(teacher))
+    embeddings = {"teacher": sides["teacher"].test_features, "student": space_map(sides["student"].test_features)}
+    tops = [k for k in (1, 5) if k < len(labelled.classes)]
+    accuracies: dict[str, Values] = {}
+    for name, rows in embeddings.items():
+        logits = zero_shot_logits(rows, columns)
+        accuracies[name] = {f"top{k}": top_k(logits, labelled.test_labels, k) for k in tops}
+    accuracies["student"]["map_r2"] = space_map.r2
+    return accuracies
+
+
+def _note(
+    bundle: Bundle,
+    comparison: Comparison,
+    data: str,
+    teacher: str,
+    ks: Sequence[int] | None,
+    options: Mapping[str, object],
+) -> None:
+    """Put the figures into the bundle, each with the command that measures it; options: of that, where not None."""
+    table = " --table" + "".join(f" --{name} {value}" for name, value in options.items() if value)
+    for side, by_protocol in comparison.items():
         for protocol, values in by_protocol.items():
-            command, label = f"mvmr evaluate {opened.path} --data {data} --protocol {protocol}", protocol
-            if name == "teacher":
-                label = f"{protocol}, teacher {loaded.name}"
+            command = f"mvmr evaluate {bundle.path} --data {data} --protocol {protocol}"
             if ks is not None and protocol == "knn":
                 command += f" --k {','.join(map(str, ks))}"
-            if name == "teacher" or protocol == ZERO_SHOT:
-                command += " --table" + "".join(
-                    f" --{flag} {value}" for flag, value in (("teacher", teacher), ("pretrained", pretrained)) if value
-                )
-            opened = bundles.add_metrics(opened, record(command, data, label, values))
-    return comparison
+            if side == "teacher" or protocol == ZERO_SHOT:
+                command += table
+            label = f"{protocol}, teacher {teacher}" if side == "teacher" else protocol
+            bundle = bundles.add_metrics(bundle, record(command, data, label, values))
 
 
 def _split(

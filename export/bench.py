@@ -75,28 +75,16 @@ def bench(
     opened = bundles.load(bundle)
     if not _BASE.files(opened.manifest.files):
         raise MvmrError(f"{opened.path} has no ONNX to compare with: make it with `mvmr export {opened.path} --onnx`")
-    size, random = opened.manifest.preprocessing.crop, np.random.default_rng(0)
     cases = [(count, batch) for count in (threads or (usable_cores(),)) for batch in batches]
-    rows: list[dict[str, Any]] = []
-    before = torch.get_num_threads()
-    try:
-        with track("measuring", 0, len(cases) * rounds, unit="rounds", shown=progress) as advance:
-            for number, (count, batch) in enumerate(cases):
-                torch.set_num_threads(count)
-                engines, missing = _engines(opened, compiled, device, count)
-                images = random.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
-                step = partial(_advance, advance, number * rounds, f"{count} threads, batch {batch}")
-                measurements = _measure_in_turn(engines, images, rounds, step)
-                rows += [
-                    _row(name, count, batch, measurement, measurements[BASE])
-                    for name, measurement in measurements.items()
-                ]
-    finally:
-        torch.set_num_threads(before)
+    rows, missing = _measure(opened, cases, rounds, compiled=compiled, device=device, progress=progress)
     result = {
         "benchmark": "export",
         "mvmr": __version__,
-        "bundle": {"backbone": opened.manifest.backbone, "size": size, "space_id": opened.space_id},
+        "bundle": {
+            "backbone": opened.manifest.backbone,
+            "size": opened.manifest.preprocessing.crop,
+            "space_id": opened.space_id,
+        },
         "machine": {"device": device, "cores": usable_cores()},
         "rounds": rounds,
         "rows": rows,
@@ -105,6 +93,27 @@ def bench(
     if out is not None:
         write_json(Path(out), result)
     return result
+
+
+def _measure(
+    bundle: Bundle, cases: Sequence[tuple[int, int]], rounds: int, *, compiled: bool, device: str, progress: bool
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The rows of every case, (threads, batch), and why some engines have none."""
+    size, random = bundle.manifest.preprocessing.crop, np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    before = torch.get_num_threads()
+    try:
+        with track("measuring", 0, len(cases) * rounds, unit="rounds", shown=progress) as advance:
+            for number, (count, batch) in enumerate(cases):
+                torch.set_num_threads(count)
+                engines, missing = _engines(bundle, compiled, device, count)
+                images = random.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
+                step = partial(_advance, advance, number * rounds, f"{count} threads, batch {batch}")
+                times = _measure_in_turn(engines, images, rounds, step)
+                rows += [_row(name, count, batch, measurement, times[BASE]) for name, measurement in times.items()]
+    finally:
+        torch.set_num_threads(before)
+    return rows, missing
 
 
 def _engines(bundle: Bundle, compiled: bool, device: str, threads: int) -> tuple[dict[str, Engine], dict[str, str]]:

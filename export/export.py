@@ -128,18 +128,15 @@ def _add_to_repository(
 ) -> None:
     from mvmr.export import triton
 
-    manifest = bundle.manifest
-    triton.repository(
-        bundle.file(locate(artifact, bundle)),
-        out,
+    student = triton.ExportedStudent(
         name=re.sub(r"[^A-Za-z0-9._-]+", "-", bundle.path.resolve().name).strip("._-") or "student",
         platform=artifact.runtime,
-        size=manifest.preprocessing.crop,
-        dim=manifest.embedding_dim,
+        dim=bundle.manifest.embedding_dim,
         heads={head.name: head.classes for head in heads},
         space_id=bundle.space_id,
-        preprocessing=manifest.preprocessing,
+        preprocessing=bundle.manifest.preprocessing,
         precision=artifact.precision,
-        gpu=artifact.device == "gpu" or (artifact.device == "any" and options.provider != "cpu"),
-        max_batch=options.batches[2],
     )
+    gpu = artifact.device == "gpu" or (artifact.device == "any" and options.provider != "cpu")
+    serving = triton.Serving(gpu=gpu, max_batch=options.batches[2])
+    triton.add_model(bundle.file(locate(artifact, bundle)), out, student, serving)

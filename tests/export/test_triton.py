@@ -53,12 +53,14 @@ def student(offset: float = 0.0) -> bytes:
     return model.SerializeToString()
 
 
-def export(out: Path, model: bytes | Path, **options: Any) -> Path:
-    described: dict[str, Any] = {
-        "name": "mine", "platform": "onnxruntime", "size": SIDE, "dim": DIM, "heads": HEADS, "space_id": SPACE,
-        "preprocessing": PREPROCESSING, "precision": "fp32", "gpu": False,
+def export(out: Path, model: bytes | Path, *, overwrite: bool = False, **options: Any) -> Path:
+    facts: dict[str, Any] = {
+        "name": "mine", "platform": "onnxruntime", "dim": DIM, "heads": HEADS, "space_id": SPACE,
+        "preprocessing": PREPROCESSING, "precision": "fp32",
     }  # fmt: skip
-    return triton.repository(model, out, **(described | options))
+    facts |= {key: options.pop(key) for key in facts.keys() & options.keys()}
+    serving = triton.Serving(**({"gpu": False} | options))
+    return triton.add_model(model, out, triton.ExportedStudent(**facts), serving, overwrite=overwrite)
 
 
 def config(folder: Path) -> Any:
