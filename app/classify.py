@@ -40,7 +40,7 @@ def names_of(typed: str) -> tuple[str, ...]:
 
     Raises: MvmrError for fewer than two, for too many, or for one that is too long to be a name.
     """
-    names = tuple(dict.fromkeys(" ".join(each.split()) for each in _parts(typed) if each.strip()))
+    names = tuple(dict.fromkeys(" ".join(name.split()) for name in _parts(typed) if name.strip()))
     if len(names) < 2:
         raise MvmrError("type two class names or more, with commas between them: an image is told from others")
     if len(names) > MOST_NAMES:
@@ -50,7 +50,7 @@ def names_of(typed: str) -> tuple[str, ...]:
     return names
 
 
-def suggested(classes: Sequence[str]) -> str:
+def suggest_names(classes: Sequence[str]) -> str:
     """Class names as they may be typed for `names_of`: those that it takes, at most as many as it takes."""
     fit = [name for name in classes if len(name) <= _LONGEST_NAME][:MOST_NAMES]
     return ("\n" if any("," in name for name in fit) else ", ").join(fit)

@@ -53,23 +53,23 @@ def compare(teacher: Side | None, student: Side | None, k: int, *, without: int 
     without: a row that is no neighbour: the query's own, where it is an image of the gallery.
     """
     sides = {name: side for name, side in (("teacher", teacher), ("student", student)) if side is not None}
-    own = None if without is None else np.array([without])
-    found = {name: side.bank.search(side.query[None], k, without=own) for name, side in sides.items()}
-    nearest = {name: set(rows[0].tolist()) for name, (_, rows) in found.items()}
-    places = {name: _places(side, without) for name, side in sides.items()}
+    excluded = None if without is None else np.array([without])
+    hits = {name: side.bank.search(side.query[None], k, without=excluded) for name, side in sides.items()}
+    nearest = {name: set(rows[0].tolist()) for name, (_, rows) in hits.items()}
+    ranks = {name: _ranks(side, without) for name, side in sides.items()}
     shared = set.intersection(*nearest.values()) if len(nearest) == 2 else set()
     count = min([k, *map(len, nearest.values())])
 
-    def listed(name: str, other: str) -> tuple[Neighbour, ...] | None:
-        if name not in found:
+    def list_neighbours(name: str, opposite: str) -> tuple[Neighbour, ...] | None:
+        if name not in hits:
             return None
-        cosines, rows = (each[0] for each in found[name])
+        cosines, rows = (values[0] for values in hits[name])
         return tuple(
             Neighbour(
                 row=(row := int(rows[i])),
                 rank=i + 1,
                 cosine=float(cosines[i]),
-                elsewhere=places[other][row] if other in places else None,
+                elsewhere=ranks[opposite][row] if opposite in ranks else None,
                 shared=row in shared,
             )
             for i in range(count)
@@ -77,13 +77,13 @@ def compare(teacher: Side | None, student: Side | None, k: int, *, without: int 
 
     return Comparison(
         k=count,
-        teacher=listed("teacher", "student"),
-        student=listed("student", "teacher"),
+        teacher=list_neighbours("teacher", "student"),
+        student=list_neighbours("student", "teacher"),
         overlap=100 * len(shared) / count if len(sides) == 2 and count else None,
     )
 
 
-def _places(side: Side, without: int | None) -> dict[int, int]:
+def _ranks(side: Side, without: int | None) -> dict[int, int]:
     """The place of every row of the gallery but one, 1 for the nearest."""
     _, rows = side.bank.search(side.query[None], len(side.bank))
-    return {int(row): place for place, row in enumerate(rows[0][rows[0] != without], start=1)}
+    return {int(row): rank for rank, row in enumerate(rows[0][rows[0] != without], start=1)}

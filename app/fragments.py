@@ -14,7 +14,7 @@ from PIL import Image
 from mvmr.app.classify import Guess
 from mvmr.app.compare import Neighbour
 from mvmr.app.embedders.embedder import TEACHER
-from mvmr.app.workbench import Compared, Workbench
+from mvmr.app.workbench import TimedComparison, Workbench
 
 PROBLEM, NOTE = "problem", "note"
 # Told apart by the colour-blind (Tol 2021, bright and muted), on light and on dark ground.
@@ -44,7 +44,7 @@ def header(bench: Workbench) -> str:
         gallery=gallery.name,
         drawn_of=f"{gallery.available:,}" if gallery.available > len(gallery) else "",
         classes=None if gallery.classes is None else len(gallery.classes),
-        architecture=described(bench),
+        architecture=describe_student(bench),
         space=engines.space_id[:12],
         skipped=len(gallery.skipped),
         few=bench.most if bench.most < _FEW else 0,
@@ -52,7 +52,7 @@ def header(bench: Workbench) -> str:
     )
 
 
-def described(bench: Workbench) -> str:
+def describe_student(bench: Workbench) -> str:
     """The student in a few words."""
     if bench.bundle is None:
         return f"{bench.engines.choices[0].label}, {bench.engines.dim} features"
@@ -66,7 +66,7 @@ def version(bench: Workbench) -> str:
 
 def map_source(bench: Workbench, engine: str, k: int) -> str:
     """Where the map's script finds what it draws; different after probes are fitted, for the map has a colour more."""
-    probed = int(bench.known(("probes", engine)) is not None)
+    probed = int(bench.recall(("probes", engine)) is not None)
     return render("map", engine=engine, k=k, probed=probed, version=version(bench))
 
 
@@ -77,48 +77,53 @@ def strip(bench: Workbench, rows: Iterable[int]) -> str:
 
 
 def neighbours(
-    bench: Workbench, key: str, image: Image.Image | int, name: str, notes: Sequence[str], compared: Compared
+    bench: Workbench, key: str, image: Image.Image | int, name: str, notes: Sequence[str], timed: TimedComparison
 ) -> str:
     """The query, its figures, and its neighbours on both sides."""
-    found = compared.found
-    shared = [each.row for each in found.student or () if each.shared]
+    comparison = timed.comparison
+    shared = [neighbour.row for neighbour in comparison.student or () if neighbour.shared]
     shades = {row: _SHADES[number % len(_SHADES)] for number, row in enumerate(shared)}
     student = bench.engines.get(key)
 
-    def cards(side: Sequence[Neighbour] | None, other: str) -> list[dict[str, Any]] | None:
+    def cards(side: Sequence[Neighbour] | None, opposite: str) -> list[dict[str, Any]] | None:
         if side is None:
             return None
         return [
             {
-                "row": each.row, "rank": each.rank, "cosine": each.cosine, "key": bench.gallery.keys[each.row],
-                "label": label_of(bench, each.row), "shade": shades.get(each.row), "moved": _moved(each, other),
+                "row": neighbour.row,
+                "rank": neighbour.rank,
+                "cosine": neighbour.cosine,
+                "key": bench.gallery.keys[neighbour.row],
+                "label": label_of(bench, neighbour.row),
+                "shade": shades.get(neighbour.row),
+                "moved": _describe_move(neighbour, opposite),
             }
-            for each in side
-        ]  # fmt: skip
+            for neighbour in side
+        ]
 
     size = "" if student.nbytes is None else f"{student.label}: {student.nbytes / 1e6:.1f} MB on disk"
     costs = [
-        f"{'teacher' if each == TEACHER else student.label}: {_KILO * seconds:.1f} ms for this image"
-        for each, seconds in compared.seconds.items()
+        f"{'teacher' if side == TEACHER else student.label}: {_KILO * seconds:.1f} ms for this image"
+        for side, seconds in timed.seconds.items()
     ]
     return render(
         "neighbours",
         picture=picture(bench, image),
         name=name,
         notes=list(notes),
-        k=found.k,
+        k=comparison.k,
         shared=len(shared),
-        overlap=found.overlap,
+        overlap=comparison.overlap,
         costs=[*costs, *([size] if size else [])],
-        teacher=cards(found.teacher, "student"),
+        teacher=cards(comparison.teacher, "student"),
         teacher_name="" if bench.teacher is None else bench.teacher.label,
-        student=cards(found.student, "teacher"),
+        student=cards(comparison.student, "teacher"),
         student_name=student.label,
         version=version(bench),
     )
 
 
-def classified(
+def classification(
     bench: Workbench,
     image: Image.Image | int,
     name: str,
@@ -159,18 +164,14 @@ def label_of(bench: Workbench, row: int) -> str:
     return gallery.classes[int(gallery.labels[row])]
 
 
-def _moved(each: Neighbour, other: str) -> str:
+def _describe_move(neighbour: Neighbour, opposite: str) -> str:
     """How a neighbour's place differs on the other side."""
-    if each.elsewhere is None:
+    if neighbour.elsewhere is None:
         return ""
-    if each.elsewhere == each.rank:
-        return f"same place under the {other}"
-    arrow = (
-        "\N{BLACK UP-POINTING SMALL TRIANGLE}"
-        if each.elsewhere < each.rank
-        else "\N{BLACK DOWN-POINTING SMALL TRIANGLE}"
-    )
-    return f"{arrow} {each.elsewhere} under the {other}"
+    if neighbour.elsewhere == neighbour.rank:
+        return f"same place under the {opposite}"
+    arrow = _UP if neighbour.elsewhere < neighbour.rank else _DOWN
+    return f"{arrow} {neighbour.elsewhere} under the {opposite}"
 
 
 def render(template: str, /, **values: object) -> str:

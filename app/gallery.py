@@ -26,7 +26,7 @@ from mvmr.cores import usable_cores
 from mvmr.data import ImageSet, Skipped, open_images
 from mvmr.data.image_set import background_mark, digest
 from mvmr.data.scan import Files, Packed, stat_files
-from mvmr.distillation.report.images import drawn, evaluated
+from mvmr.distillation.report.images import draw, open_evaluation_images
 from mvmr.errors import MvmrError
 from mvmr.serve.batch.manifest import MANIFEST, read_manifest
 from mvmr.serve.batch.pipeline import in_order
@@ -58,13 +58,13 @@ class Gallery:
         images: ImageSet,
         *,
         available: int | None = None,
-        written: _Written | None = None,
+        stored_rows: _StoredRows | None = None,
         embedded: bool = False,
     ) -> None:
         """Take opened images; `Gallery.open` is the way to get one."""
         if len(images) < 2:
             raise MvmrError(f"the gallery {images.name} has {len(images)} image; give a folder of 2 images or more")
-        self.images, self._written = images, written
+        self.images, self._stored_rows = images, stored_rows
         self.embedded = embedded
         self.available = len(images) if available is None else available
         single = images.labels is not None and images.labels.ndim == 1
@@ -92,14 +92,14 @@ class Gallery:
         if limit < 2:
             raise MvmrError(f"a gallery of {limit} images: give a limit of 2 or more")
         if _is_embedded(Path(spec)):
-            return cls._of_embedded(spec, background, limit)
-        whole = evaluated(
+            return cls._from_embeddings(spec, background, limit)
+        pool = open_evaluation_images(
             partial(open_images, spec, background=background, max_unreadable=max_unreadable, progress=progress)
         )
-        return cls(drawn(whole, limit), available=len(whole))
+        return cls(draw(pool, limit), available=len(pool))
 
     @classmethod
-    def _of_embedded(cls, spec: str, background: Background, limit: int) -> Gallery:
+    def _from_embeddings(cls, spec: str, background: Background, limit: int) -> Gallery:
         stored = open_embeddings(spec)
         files = _files_of(spec, stored)
         stamps = np.stack([files.sizes, files.times]).astype("<i8").tobytes()
@@ -110,13 +110,13 @@ class Gallery:
             fingerprint=digest([stamps, *files.names, *background_mark(background)]),
             background=background,
         )
-        chosen = drawn(images, limit)
-        numbers = np.arange(len(images)) if chosen.chosen is None else chosen.chosen
-        written = _Written.of(stored, numbers)
+        sample = draw(images, limit)
+        numbers = np.arange(len(images)) if sample.chosen is None else sample.chosen
+        stored_rows = _StoredRows.of(stored, numbers)
         if files.times.max() > min(file.stat().st_mtime_ns for file in stored.files):
             logger.warning("an image of %s is newer than its embedding: they are computed again", spec)
-            written = None
-        return cls(chosen, available=len(images), written=written, embedded=True)
+            stored_rows = None
+        return cls(sample, available=len(images), stored_rows=stored_rows, embedded=True)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -189,8 +189,8 @@ class Gallery:
 
     def _rows(self, encoder: Encoder, start: int) -> Iterator[Floats]:
         """Embeddings of the images from `start` on, a batch at a time."""
-        if self._written is not None and self._written.equals(encoder):
-            yield from self._written.rows(start)
+        if self._stored_rows is not None and self._stored_rows.equals(encoder):
+            yield from self._stored_rows.rows(start)
             return
         pool = ThreadPoolExecutor(usable_cores(), "gallery")
         try:
@@ -212,21 +212,21 @@ class Gallery:
         return file.getvalue()
 
 
-def cache_folder(of: Bundle | str) -> Path:
+def cache_folder(owner: Bundle | str) -> Path:
     """Where embeddings and maps are kept: beside a bundle as ``<bundle>.app/``, else, by space id, in the cache folder.
 
     of: a bundle, or the space id of a served model.
     """
-    if isinstance(of, str):
-        return cache_dir() / "app" / of[:16]
-    place = of.path.resolve()
-    if not os.access(place.parent, os.W_OK):  # as in a container
-        return cache_folder(of.space_id)
-    return place.with_name(f"{place.name}.app") / of.space_id[:16]
+    if isinstance(owner, str):
+        return cache_dir() / "app" / owner[:16]
+    path = owner.path.resolve()
+    if not os.access(path.parent, os.W_OK):  # as in a container
+        return cache_folder(owner.space_id)
+    return path.with_name(f"{path.name}.app") / owner.space_id[:16]
 
 
 @dataclass(frozen=True, eq=False)
-class _Written:
+class _StoredRows:
     """Rows that `mvmr embed` has written, of the images of a gallery.
 
     numbers: int64 [N], which of them, ascending; file: sha256 of the exported file, "" where nobody knows
@@ -237,36 +237,36 @@ class _Written:
     file: str
 
     @classmethod
-    def of(cls, stored: Stored, numbers: npt.NDArray[np.int64]) -> _Written | None:
+    def of(cls, stored: Stored, numbers: npt.NDArray[np.int64]) -> _StoredRows | None:
         """None where they are not what an encoder would make: rounded to float16, or of several exported files."""
-        files = {str(read_manifest(each)["settings"].get("exported file", "")) for each in _manifests(stored)}
+        files = {str(read_manifest(manifest)["settings"].get("exported file", "")) for manifest in _manifests(stored)}
         if len(files) > 1 or not all(map(_is_float32, stored.files)):
             return None
         return cls(stored, numbers, files.pop() if files else "")
 
     def equals(self, encoder: Encoder) -> bool:
         """Whether the encoder would make the same."""
-        theirs = encoder.written
-        if theirs is None or (theirs.space_id, theirs.precision) != (self.stored.space_id, self.stored.precision):
+        source = encoder.provenance
+        if source is None or (source.space_id, source.precision) != (self.stored.space_id, self.stored.precision):
             return False
-        return not (theirs.file and self.file) or theirs.file == self.file
+        return not (source.file and self.file) or source.file == self.file
 
     def rows(self, start: int) -> Iterator[Floats]:
         """The rows of the gallery's images from `start` on, in pieces."""
-        wanted, before = self.numbers[start:], 0
+        numbers, offset = self.numbers[start:], 0
         for paths, values in self.stored.chunks():
-            here = wanted[(wanted >= before) & (wanted < before + len(paths))] - before
-            before += len(paths)
-            if len(here):
-                yield values[here]
+            picks = numbers[(numbers >= offset) & (numbers < offset + len(paths))] - offset
+            offset += len(paths)
+            if len(picks):
+                yield values[picks]
 
 
-def _is_embedded(place: Path) -> bool:
+def _is_embedded(path: Path) -> bool:
     """Whether a gallery is given as the output of `mvmr embed`; a folder of images may hold a manifest.json, too."""
-    if place.suffix in SUFFIXES and not place.is_dir():
+    if path.suffix in SUFFIXES and not path.is_dir():
         return True
-    parts = (place / MANIFEST).is_file() and any(place.glob("part-*.parquet"))
-    return parts or any(place.glob(f"shard-*/{MANIFEST}"))
+    parts = (path / MANIFEST).is_file() and any(path.glob("part-*.parquet"))
+    return parts or any(path.glob(f"shard-*/{MANIFEST}"))
 
 
 def _files_of(spec: str, stored: Stored) -> Files:
@@ -276,10 +276,10 @@ def _files_of(spec: str, stored: Stored) -> Files:
         raise MvmrError(f"the gallery {spec} is empty: it holds no embedding; give another")
     # paths are relative to where `mvmr embed` was run: here, or where its output lies
     bases = (os.getcwdb(), os.fsencode(stored.path.resolve().parent))
-    base = next((base for base in bases if os.path.lexists(_place(base, texts[0]))), bases[0])
-    places = [_place(base, text) for text in texts]
-    root = os.path.commonpath([os.path.dirname(place) for place in places])
-    names = Packed.of(os.path.relpath(place, root) for place in places)
+    base = next((base for base in bases if os.path.lexists(_locate(base, texts[0]))), bases[0])
+    locations = [_locate(base, text) for text in texts]
+    root = os.path.commonpath([os.path.dirname(location) for location in locations])
+    names = Packed.of(os.path.relpath(location, root) for location in locations)
     files = stat_files(root, names)
     if (gone := np.flatnonzero(files.sizes < 0)).size:
         raise MvmrError(
@@ -289,17 +289,17 @@ def _files_of(spec: str, stored: Stored) -> Files:
     return files
 
 
-def _place(base: bytes, text: str) -> bytes:
+def _locate(base: bytes, text: str) -> bytes:
     """The file that a path as `mvmr embed` writes it stands for; see `mvmr.data.scan.printable`."""
     # a byte that is no UTF-8 and a letter that does not print may look the same
     pieces = _ESCAPE.split(text)
-    places = [
-        os.path.normpath(os.path.join(base, b"".join(_unescaped(pieces, bytes_first)))) for bytes_first in (True, False)
+    candidates = [
+        os.path.normpath(os.path.join(base, b"".join(_unescape(pieces, bytes_first)))) for bytes_first in (True, False)
     ]
-    return next((place for place in places if os.path.lexists(place)), places[0])
+    return next((candidate for candidate in candidates if os.path.lexists(candidate)), candidates[0])
 
 
-def _unescaped(pieces: Sequence[str], bytes_first: bool) -> Iterable[bytes]:
+def _unescape(pieces: Sequence[str], bytes_first: bool) -> Iterable[bytes]:
     for number, piece in enumerate(pieces):
         if number % 2 == 0 or piece in _ESCAPED:
             yield os.fsencode(_ESCAPED.get(piece, piece) if number % 2 else piece)

@@ -45,7 +45,7 @@ def open_workbench(
         raise MvmrError(f"k = {k}: give 1 or more neighbours to compare")
     opened = None if service is not None and bundle is None else bundles.load(bundle or bundles.newest())
     engines = Engines(opened, device=device, service=service, api_key=api_key)
-    spec = os.fspath(gallery) if gallery else _trained_on(opened)
+    spec = os.fspath(gallery) if gallery else _training_data(opened)
     images = Gallery.open(spec, background=engines.background, limit=limit, progress=progress)
     side, reason = _teacher(opened, teacher, pretrained, device)
     if progress:
@@ -63,14 +63,19 @@ def open_workbench(
         no_teacher=reason,
         k=min(k, max(1, len(images) - 1)),
     )
-    if side is not None:
+    _embed_gallery(bench, progress)
+    return bench
+
+
+def _embed_gallery(bench: Workbench, progress: bool) -> None:
+    """Under both sides; a teacher that can't be had after all leaves the app without its side."""
+    if bench.teacher is not None:
         try:
             bench.rows(TEACHER, progress=progress)
         except MvmrError as error:  # its weights are not those that the bundle was distilled from
             bench.teacher, bench.no_teacher = None, str(error)
             say(f"without a teacher: {error}", shown=progress)
-    bench.rows(engines.default, progress=progress)
-    return bench
+    bench.rows(bench.engines.default, progress=progress)
 
 
 def _teacher(
@@ -84,7 +89,7 @@ def _teacher(
         return None, str(error)
 
 
-def _trained_on(bundle: Bundle | None) -> str:
+def _training_data(bundle: Bundle | None) -> str:
     data = bundle.manifest.training.get("data") if bundle is not None else None
     name = data.get("name") if isinstance(data, Mapping) else None
     if not isinstance(name, str):

@@ -57,7 +57,7 @@ def create_app(bench: Workbench) -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
 
     @app.exception_handler(MvmrError)
-    def told(request: Request, error: MvmrError) -> Response:
+    def refuse(request: Request, error: MvmrError) -> Response:
         return PlainTextResponse(str(error), 404)
 
     @app.get("/thumb/{version}/{row}")
@@ -69,13 +69,26 @@ def create_app(bench: Workbench) -> FastAPI:
         return Response(bench.gallery.thumbnail(row), media_type="image/webp", headers=_FOREVER)
 
     @app.get("/map.json")
-    def map_of(engine: str, method: str = METHODS[0], k: Annotated[int, Query(ge=1)] = bench.k) -> Response:
-        found = maps.json(engine, method, k)
+    def map_json(engine: str, method: str = METHODS[0], k: Annotated[int, Query(ge=1)] = bench.k) -> Response:
+        content = maps.json(engine, method, k)
         return (
             JSONResponse({"state": "computing"}, 202)
-            if found is None
-            else Response(found, media_type="application/json")
+            if content is None
+            else Response(content, media_type="application/json")
         )
+
+    @app.get("/mvmr/plotly.min.js")
+    def plotly_js() -> Response:
+        return FileResponse(str(files("plotly") / "package_data" / "plotly.min.js"), headers=_FOREVER)
+
+    app.mount("/mvmr", StaticFiles(directory=STATIC))
+    _add_tables(app, bench)
+    _mount_page(app, bench, decoders)
+    return app
+
+
+def _add_tables(app: FastAPI, bench: Workbench) -> None:
+    """The tables as CSV, for download."""
 
     @app.get("/disagreements/{table}.csv")
     def csv(table: str, engine: str, k: Annotated[int, Query(ge=1)] = bench.k) -> Response:
@@ -92,11 +105,9 @@ def create_app(bench: Workbench) -> FastAPI:
         headers = {"content-disposition": 'attachment; filename="figures.csv"'}
         return Response(table_csv(bench), media_type="text/csv; charset=utf-8", headers=headers)
 
-    @app.get("/mvmr/plotly.min.js")
-    def plotly_js() -> Response:
-        return FileResponse(str(files("plotly") / "package_data" / "plotly.min.js"), headers=_FOREVER)
 
-    app.mount("/mvmr", StaticFiles(directory=STATIC))
+def _mount_page(app: FastAPI, bench: Workbench, decoders: DecodePool) -> None:
+    """Gradio's page at the root: nothing of it loaded from elsewhere, no documentation, no paths of this machine."""
     no_docs = {"docs_url": None, "redoc_url": None, "openapi_url": None}
     theme = gr.themes.Base(
         primary_hue="blue", neutral_hue="slate", font=_SYSTEM_FONTS, font_mono=_MONO, radius_size="sm"
@@ -106,7 +117,6 @@ def create_app(bench: Workbench) -> FastAPI:
         footer_links=[], run_history=False, ssr_mode=False, mcp_server=False, pwa=False, show_error=False,
         enable_monitoring=False, max_file_size=MAX_UPLOAD, allowed_paths=[], app_kwargs=no_docs,
     )  # fmt: skip
-    return app
 
 
 def run(bench: Workbench, door: socket.socket) -> None:

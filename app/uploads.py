@@ -27,7 +27,7 @@ _ANOTHER = "give a photograph as JPEG, PNG, WebP, TIFF or GIF"
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedImage:
     """An image as it is shown and embedded.
 
     image: RGB, upright, without any metadata
@@ -41,7 +41,7 @@ class Opened:
     height: int
 
 
-def opened(data: bytes, *, background: Background = WHITE, max_pixels: float = LIMITS.pixels) -> Opened:
+def open_image(data: bytes, *, background: Background = WHITE, max_pixels: float = LIMITS.pixels) -> OpenedImage:
     """Decode the file `data`; how many pixels it has is read from its header, before anything is decoded.
 
     background: what shows through a transparent image, as the student's preprocessing says
@@ -51,7 +51,7 @@ def opened(data: bytes, *, background: Background = WHITE, max_pixels: float = L
     if not data:
         raise MvmrError(f"this file is empty (0 bytes); {_ANOTHER}")
     try:
-        return _decoded(data, background, max_pixels)
+        return _decode(data, background, max_pixels)
     except MvmrError:
         raise
     except UnidentifiedImageError as error:
@@ -69,13 +69,13 @@ def check(data: bytes, decoders: DecodePool) -> None:
 
     Raises: MvmrError, a sentence for the page, for an image that takes too much time or memory, or is damaged.
     """
-    found = decoders.submit(data).result()
-    if isinstance(found, Rejected) and found.code in _ENDS:
-        what = "is damaged" if found.code == "undecodable" else "can't be opened here"
-        raise MvmrError(f"this image {what} ({found.reason}); save it again, smaller, or give another")
+    outcome = decoders.submit(data).result()
+    if isinstance(outcome, Rejected) and outcome.code in _ENDS:
+        what = "is damaged" if outcome.code == "undecodable" else "can't be opened here"
+        raise MvmrError(f"this image {what} ({outcome.reason}); save it again, smaller, or give another")
 
 
-def taken(payload: Any) -> bytes | MvmrError | None:
+def take_upload(payload: Any) -> bytes | MvmrError | None:
     """The bytes of a file that Gradio has stored for a visitor, None where there is none; or what went wrong.
 
     The file goes as soon as the browser has shown it. Payloads come from strangers: one that names a file elsewhere is
@@ -103,7 +103,7 @@ def _remove(file: Path, read: float) -> None:
             file.unlink()
 
 
-def _decoded(data: bytes, background: Background, max_pixels: float) -> Opened:
+def _decode(data: bytes, background: Background, max_pixels: float) -> OpenedImage:
     with Image.open(io.BytesIO(data), formats=decoding.select_formats(decoding.COMMON)) as file:
         width, height = file.size
         if width * height > max_pixels:
@@ -123,11 +123,11 @@ def _decoded(data: bytes, background: Background, max_pixels: float) -> Opened:
         image.info.clear()
     if turned:
         notes.append("turned upright, as its EXIF data say")
-    if note := _converted(mode):
+    if note := _conversion_note(mode):
         notes.append(note)
     if transparent and background is not None:
         notes.append(f"transparent parts {describe_background(background)}")
-    return Opened(image, tuple(notes), width, height)
+    return OpenedImage(image, tuple(notes), width, height)
 
 
 def _several(file: Image.Image) -> list[str]:
@@ -145,7 +145,7 @@ def _several(file: Image.Image) -> list[str]:
     return [f"the first of {frames} frames"] if frames > 1 else []
 
 
-def _converted(mode: str) -> str | None:
+def _conversion_note(mode: str) -> str | None:
     if mode == "CMYK":
         return "CMYK colours turned into RGB"
     if mode == "F" or mode.startswith("I"):

@@ -33,10 +33,10 @@ Advance = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Compared:
+class TimedComparison:
     """A comparison, and the seconds it took each side to embed the image; none where that was at hand."""
 
-    found: Comparison
+    comparison: Comparison
     seconds: dict[str, float]
 
 
@@ -57,7 +57,7 @@ class Workbench:
     no_teacher: str
     k: int
     ending: threading.Event = field(default_factory=threading.Event, repr=False)
-    _kept: dict[tuple[object, ...], object] = field(default_factory=dict, repr=False)
+    _memory: dict[tuple[object, ...], object] = field(default_factory=dict, repr=False)
     _locks: defaultdict[tuple[object, ...], threading.Lock] = field(
         default_factory=lambda: defaultdict(threading.Lock), repr=False
     )
@@ -73,19 +73,19 @@ class Workbench:
     def rows(self, key: str, advance: Advance | None = None, *, progress: bool = False) -> Floats:
         """Embeddings of the gallery, float32 [N, D]; computed the first time, which `advance(done, of)` hears of."""
 
-        def heard(done: int, of: int) -> None:
+        def hear(done: int, of: int) -> None:
             if self.ending.is_set():
                 raise MvmrError("the app is ending")
             if advance is not None:
                 advance(done, of)
 
         return self.once(
-            ("rows", key), lambda: self.gallery.embeddings(self.encoder(key), self.folder, heard, progress=progress)
+            ("rows", key), lambda: self.gallery.embeddings(self.encoder(key), self.folder, hear, progress=progress)
         )
 
     def ready(self, key: str) -> bool:
         """Whether the gallery's embeddings under it are at hand."""
-        return ("rows", key) in self._kept
+        return ("rows", key) in self._memory
 
     def bank(self, key: str) -> Bank:
         """The gallery under it, to be searched."""
@@ -102,19 +102,19 @@ class Workbench:
             lambda: np.asarray(100 * neighbour_overlap(self.rows(TEACHER), self.rows(key), k), np.float64),
         )
 
-    def compare(self, image: Image.Image | int, key: str, k: int, advance: Advance | None = None) -> Compared:
+    def compare(self, image: Image.Image | int, key: str, k: int, advance: Advance | None = None) -> TimedComparison:
         """The neighbours of an image, or of the gallery's image of that number, under teacher and student."""
         sides: dict[str, Side] = {}
         seconds: dict[str, float] = {}
-        for each in (TEACHER, key) if self.teacher is not None else (key,):
-            self.rows(each, advance)
+        for side in (TEACHER, key) if self.teacher is not None else (key,):
+            self.rows(side, advance)
             began = time.perf_counter()
-            query = self.embed(image, each)
+            query = self.embed(image, side)
             if not isinstance(image, int):
-                seconds[each] = time.perf_counter() - began
-            sides[each] = Side(self.bank(each), query)
+                seconds[side] = time.perf_counter() - began
+            sides[side] = Side(self.bank(side), query)
         without = image if isinstance(image, int) else None
-        return Compared(compare(sides.get(TEACHER), sides[key], k, without=without), seconds)
+        return TimedComparison(compare(sides.get(TEACHER), sides[key], k, without=without), seconds)
 
     def embed(self, image: Image.Image | int, key: str) -> Floats:
         """The embedding of an image, or of the gallery's image of that number: float32 [D]."""
@@ -140,18 +140,18 @@ class Workbench:
             except MvmrError as error:  # whoever asks for it will be told, too
                 logger.warning("%s", error)
 
-    def known(self, key: tuple[object, ...]) -> Any:
+    def recall(self, key: tuple[object, ...]) -> Any:
         """What `once` has made under a key, None where it has not yet."""
-        return self._kept.get(key)
+        return self._memory.get(key)
 
     def keep(self, key: tuple[object, ...], value: object) -> None:
-        """Keep what is `known` from now on under a key, in the place of what was."""
+        """Keep what `recall` gives from now on under a key, in the place of what was."""
         with self._locks[key]:
-            self._kept[key] = value
+            self._memory[key] = value
 
     def once(self, key: tuple[object, ...], make: Callable[[], T]) -> T:
         """What `make` returns, made once for each key, however many ask at a time."""
         with self._locks[key]:
-            if key not in self._kept:
-                self._kept[key] = make()
-            return self._kept[key]  # type: ignore[return-value]
+            if key not in self._memory:
+                self._memory[key] = make()
+            return self._memory[key]  # type: ignore[return-value]

@@ -40,8 +40,8 @@ def distill(
     specs = parse_specs(teachers)
     target = out or f"runs/{'-'.join(slug(str(spec)) for spec in specs)}-{slug(data)}"
     weights = [pretrained or default_weights(spec.what) for spec in specs if spec.kind == "open_clip"]
-    told = {"teacher": ", ".join(map(str, specs))} | ({"weights": ", ".join(weights)} if weights else {})
-    say_plan(**told, data=data, recipe=options["recipe"], out=target)
+    plan = {"teacher": ", ".join(map(str, specs))} | ({"weights": ", ".join(weights)} if weights else {})
+    say_plan(**plan, data=data, recipe=options["recipe"], out=target)
     show_result(run(teachers, data, target, pretrained=pretrained, assign=assign, progress=True, **options).path, data)
 
 
@@ -88,11 +88,11 @@ def evaluate(
     from mvmr.distillation.comparison import compare
     from mvmr.distillation.tables import print_comparison
 
-    found = compare(
+    comparison = compare(
         path, data, teacher=teacher, pretrained=pretrained, protocols=protocols, ks=neighbours, keep_map=keep_map,
         progress=True, **options,
     )  # fmt: skip
-    print_comparison(found, title=f"{path} on {data}, test split")
+    print_comparison(comparison, title=f"{path} on {data}, test split")
 
 
 @click.command()
@@ -113,15 +113,17 @@ def report(bundle: str | None, data: str, out: str | None, **options: Any) -> No
 
     path = newest_or(bundle)
     target = out or f"{path}-report"
-    found = run(path, data, out=target, progress=True, **options)
-    if found["neighbours"]:
-        overlap, untrained = (found["neighbours"][name]["mean"] for name in ("overlap", "untrained"))
+    result = run(path, data, out=target, progress=True, **options)
+    if result["neighbours"]:
+        overlap, untrained = (result["neighbours"][name]["mean"] for name in ("overlap", "untrained"))
         click.echo(f"neighbours of the teacher kept: {overlap:.1f} %, by an untrained encoder {untrained:.1f} %")
-    if found["probe"]:
-        told = {name: found["probe"][name] for name in ("teacher", "student")}
-        click.echo("linear probe: " + ", ".join(f"{name} {each['top1']:.1f} %" for name, each in told.items() if each))
-    for each in found["not_measured"]:
-        click.echo(f"not measured: {each['what']}: {each['why']}", err=True)
+    if result["probe"]:
+        probes = {name: result["probe"][name] for name in ("teacher", "student")}
+        click.echo(
+            "linear probe: " + ", ".join(f"{name} {probe['top1']:.1f} %" for name, probe in probes.items() if probe)
+        )
+    for gap in result["not_measured"]:
+        click.echo(f"not measured: {gap['what']}: {gap['why']}", err=True)
     click.echo(f"{target}/index.html")
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
 from mvmr.bundles import bundle as bundles
+from mvmr.bundles.bundle import Bundle
 from mvmr.distillation.teachers.recorded import teacher_of
 from mvmr.distillation.teachers.teacher import NoTextTower, TextTeacher
-from mvmr.distillation.zeroshot import fit_space_map, store_map, templates_for, zero_shot_logits
+from mvmr.distillation.zeroshot import SpaceMap, fit_space_map, store_map, templates_for, zero_shot_logits
 from mvmr.errors import MvmrError
 from mvmr.evaluation.evaluate import open_labelled, record
 from mvmr.evaluation.protocols import Labelled, Measured, Values, protocols_for
@@ -62,40 +63,60 @@ def compare(
         if protocols is not None or keep_map:  # asked for, not a default
             raise
         loaded, with_text = teacher_of(opened, teacher, pretrained, device, text=False), False
-    described: dict[str, Representation] = {"teacher": loaded, "student": opened.student(device)}
-    sides = {name: Measured(each, labelled, device=device, progress=progress) for name, each in described.items()}
-    found: Comparison = {name: {} for name in sides}
+    representations: dict[str, Representation] = {"teacher": loaded, "student": opened.student(device)}
+    sides = {
+        name: Measured(representation, labelled, device=device, progress=progress)
+        for name, representation in representations.items()
+    }
+    comparison: Comparison = {name: {} for name in sides}
     if with_text or keep_map:
         space_map = fit_space_map(sides["student"].features, sides["teacher"].features)
         if keep_map:
             opened = store_map(opened, space_map, loaded)
     if with_text:
-        columns = cast(TextTeacher, loaded).zero_shot_classifier(labelled.classes, templates_for(loaded))
-        embeddings = {
-            "teacher": sides["teacher"].test_features,
-            "student": space_map(sides["student"].test_features),
-        }
-        for name, rows in embeddings.items():
-            logits = zero_shot_logits(rows, columns)
-            tops = [k for k in (1, 5) if k < len(labelled.classes)]
-            found[name][ZERO_SHOT] = {f"top{k}": top_k(logits, labelled.test_labels, k) for k in tops}
-        found["student"][ZERO_SHOT]["map_r2"] = space_map.r2
+        for name, values in _zero_shot(cast(TextTeacher, loaded), space_map, sides, labelled).items():
+            comparison[name][ZERO_SHOT] = values
     for protocol, measure in measures.items():
-        for name, measured in sides.items():
-            found[name][protocol] = measure(measured)
-    for name, by_protocol in found.items():
+        for name, side in sides.items():
+            comparison[name][protocol] = measure(side)
+    _note(opened, comparison, data, loaded.name, ks, {"teacher": teacher, "pretrained": pretrained})
+    return comparison
+
+
+def _zero_shot(
+    teacher: TextTeacher, space_map: SpaceMap, sides: Mapping[str, Measured], labelled: Labelled
+) -> dict[str, Values]:
+    """Accuracies of the teacher's text tower on its own embeddings, and on the student's features once mapped."""
+    columns = teacher.zero_shot_classifier(labelled.classes, templates_for(teacher))
+    embeddings = {"teacher": sides["teacher"].test_features, "student": space_map(sides["student"].test_features)}
+    tops = [k for k in (1, 5) if k < len(labelled.classes)]
+    accuracies: dict[str, Values] = {}
+    for name, rows in embeddings.items():
+        logits = zero_shot_logits(rows, columns)
+        accuracies[name] = {f"top{k}": top_k(logits, labelled.test_labels, k) for k in tops}
+    accuracies["student"]["map_r2"] = space_map.r2
+    return accuracies
+
+
+def _note(
+    bundle: Bundle,
+    comparison: Comparison,
+    data: str,
+    teacher: str,
+    ks: Sequence[int] | None,
+    options: Mapping[str, object],
+) -> None:
+    """Put the figures into the bundle, each with the command that measures it; options: of that, where not None."""
+    table = " --table" + "".join(f" --{name} {value}" for name, value in options.items() if value)
+    for side, by_protocol in comparison.items():
         for protocol, values in by_protocol.items():
-            command, said = f"mvmr evaluate {opened.path} --data {data} --protocol {protocol}", protocol
-            if name == "teacher":
-                said = f"{protocol}, teacher {loaded.name}"
+            command = f"mvmr evaluate {bundle.path} --data {data} --protocol {protocol}"
             if ks is not None and protocol == "knn":
                 command += f" --k {','.join(map(str, ks))}"
-            if name == "teacher" or protocol == ZERO_SHOT:
-                command += " --table" + "".join(
-                    f" --{flag} {given}" for flag, given in (("teacher", teacher), ("pretrained", pretrained)) if given
-                )
-            opened = bundles.add_metrics(opened, record(command, data, said, values))
-    return found
+            if side == "teacher" or protocol == ZERO_SHOT:
+                command += table
+            label = f"{protocol}, teacher {teacher}" if side == "teacher" else protocol
+            bundle = bundles.add_metrics(bundle, record(command, data, label, values))
 
 
 def _split(
@@ -106,5 +127,5 @@ def _split(
         return protocols_for(labelled, None, ks=ks), not labelled.several
     if ZERO_SHOT in protocols and labelled.several:
         raise MvmrError(f"protocol {ZERO_SHOT} takes one label to an image, {labelled.train.name} has several")
-    shared = [name for name in protocols if name != ZERO_SHOT]
-    return protocols_for(labelled, shared, ks=ks), ZERO_SHOT in protocols
+    feature_protocols = [name for name in protocols if name != ZERO_SHOT]
+    return protocols_for(labelled, feature_protocols, ks=ks), ZERO_SHOT in protocols

@@ -48,29 +48,29 @@ def distill(
     """
     specs = parse_specs(teacher)
     names = [spec.name for spec in specs]
-    resolved = for_teachers(load_recipe(recipe, "mvmr.distillation", assign), names)
+    resolved = share_weights(load_recipe(recipe, "mvmr.distillation", assign), names)
     check_recipe(resolved, names, None if resume else init)
-    place = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    loaded = {spec.name: open_teacher(spec, pretrained, device=place) for spec in specs}
+    teacher_device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    teachers = {spec.name: open_teacher(spec, pretrained, device=teacher_device) for spec in specs}
     images = open_images(
         data, "unlabelled", background=resolved.views.background, max_unreadable=max_unreadable, progress=progress
     )
     return fit(
-        images, out, resolved, teachers=loaded, init=init, resume=resume, overwrite=overwrite,
+        images, out, resolved, teachers=teachers, init=init, resume=resume, overwrite=overwrite,
         device=device, devices=devices, progress=progress,
     )  # fmt: skip
 
 
-def for_teachers(recipe: Recipe, names: Sequence[str]) -> Recipe:
+def share_weights(recipe: Recipe, names: Sequence[str]) -> Recipe:
     """A recipe in which what is said of `teacher` holds for those that it doesn't name, its weights shared equally."""
     method = recipe.method
     unnamed = [name for name in names if name not in method.targets]
     if NAME in names or NAME not in method.targets or not unnamed or not isinstance(method, MvmrConfig):
         return recipe
 
-    def shared(weights: Mapping[str, float]) -> dict[str, float]:
-        rest = {name: weight for name, weight in weights.items() if name != NAME}
-        return rest | (dict.fromkeys(unnamed, weights[NAME] / len(unnamed)) if NAME in weights else {})
+    def share(weights: Mapping[str, float]) -> dict[str, float]:
+        shares = {name: weight for name, weight in weights.items() if name != NAME}
+        return shares | (dict.fromkeys(unnamed, weights[NAME] / len(unnamed)) if NAME in weights else {})
 
-    told = replace(method, representations=shared(method.representations), regression=shared(method.regression))
-    return replace(recipe, method=told)
+    full = replace(method, representations=share(method.representations), regression=share(method.regression))
+    return replace(recipe, method=full)

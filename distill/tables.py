@@ -49,14 +49,14 @@ def print_results(results: dict[str, Any], out: str) -> None:
     console.print("  mvmr evaluate runs/mine --data FOLDER_WITH_A_FOLDER_TO_A_CLASS", highlight=False)
 
 
-def print_comparison(found: dict[str, dict[str, dict[str, float]]], *, title: str) -> None:
+def print_comparison(comparison: dict[str, dict[str, dict[str, float]]], *, title: str) -> None:
     """Print what :func:`mvmr.distillation.comparison.compare` returned: a line to a figure, a column to a side."""
     table = Table("figure", title=title)
-    for side in found:
+    for side in comparison:
         table.add_column(side, justify="right")
-    for protocol, values in found["student"].items():
+    for protocol, values in comparison["student"].items():
         for key in values:
-            cells = [each[protocol].get(key) for each in found.values()]
+            cells = [figures[protocol].get(key) for figures in comparison.values()]
             table.add_row(f"{protocol} {key}", *("" if value is None else format_figure(key, value) for value in cells))
     Console().print(table)
 

@@ -76,7 +76,7 @@ class SpaceMap:
 
         Raises: MvmrError for features of another width, or rows that are not finite.
         """
-        rows = _table(features, "features")
+        rows = _to_rows(features, "features")
         if rows.shape[1] != self.weight.shape[1]:
             raise MvmrError(f"the map takes features {self.weight.shape[1]} wide, these are {rows.shape[1]} wide")
         return rows.astype(np.float32, copy=False) @ self.weight.T + self.bias
@@ -92,17 +92,17 @@ def fit_space_map(features: Rows, embeddings: Rows, *, seed: int = 0) -> SpaceMa
     Raises: MvmrError for unpaired rows, fewer than 10, values that are not finite, or embeddings that are all the same.
     Source: Hoerl and Kennard, "Ridge regression" (1970).
     """
-    x, y = _table(features, "features"), _table(embeddings, "embeddings")
+    x, y = _to_rows(features, "features"), _to_rows(embeddings, "embeddings")
     if len(x) != len(y):
         raise MvmrError(f"{len(x)} rows of features and {len(y)} of embeddings are no pairs; give both of each image")
     if len(x) < _FEWEST:
         raise MvmrError(f"a map to the teacher's space is fitted on {_FEWEST} images or more, here are {len(x)}")
     y = y.astype(np.float64)
     y /= np.linalg.norm(y, axis=1, keepdims=True).clip(min=1e-12)  # as torch's normalize does
-    held, rest = np.split(np.random.default_rng(seed).permutation(len(x)), [len(x) // _HELD_OUT])
+    held, fitting = np.split(np.random.default_rng(seed).permutation(len(x)), [len(x) // _HELD_OUT])
     if not np.ptp(y[held], axis=0).any():
         raise MvmrError(f"the embeddings of {len(held)} images are all the same: there is nothing to fit; check them")
-    ridge = _Ridge(x[rest], y[rest])
+    ridge = _Ridge(x[fitting], y[fitting])
     errors = ridge.errors(x[held], y[held])
     strength = min(STRENGTHS, key=errors.__getitem__)
     r2 = 1 - errors[strength] / float(np.square(y[held] - y[held].mean(0)).sum())
@@ -120,7 +120,7 @@ def zero_shot_logits(embeddings: Rows, columns: Rows) -> Floats:
     Shapes: float32 [N, C]. open_clip multiplies by 100 before a softmax.
     Raises: MvmrError for widths that don't fit one another, or values that are not finite.
     """
-    rows, classes = _table(embeddings, "embeddings"), _table(columns, "class columns")
+    rows, classes = _to_rows(embeddings, "embeddings"), _to_rows(columns, "class columns")
     if rows.shape[1] != len(classes):
         raise MvmrError(f"embeddings {rows.shape[1]} wide and class columns of length {len(classes)} do not fit")
     unit = F.normalize(torch.tensor(rows, dtype=torch.float32), dim=-1)
@@ -145,7 +145,7 @@ def store_map(bundle: Bundle, space_map: SpaceMap, teacher: Teacher) -> Bundle:
         "space_id": bundle.space_id,
     }
     arrays = {"weight": np.ascontiguousarray(space_map.weight), "bias": np.ascontiguousarray(space_map.bias)}
-    weights, description = _names(teacher.name)
+    weights, description = _file_names(teacher.name)
     text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return add_files(bundle, {weights: save(arrays), description: text.encode("utf-8", "replace")})
 
@@ -159,18 +159,18 @@ def read_map(bundle: Bundle, teacher: Teacher | str) -> tuple[SpaceMap, dict[str
         a damaged file, or a map that was fitted on other features than this bundle's.
     """
     name = teacher if isinstance(teacher, str) else teacher.name
-    listed = _names(name)
-    if listed[1] not in bundle.manifest.files:
-        stored = [file.split("/")[1] for file in bundle.manifest.files if re.fullmatch(r"maps/[^/]+/map\.json", file)]
-        raise MvmrError(f"bundle {bundle.path}: {unknown('map to teacher', name, stored)}")
-    bundle.verify(*listed)
-    space_map, record = _read(*map(bundle.file, listed))
+    files = _file_names(name)
+    if files[1] not in bundle.manifest.files:
+        names = [file.split("/")[1] for file in bundle.manifest.files if re.fullmatch(r"maps/[^/]+/map\.json", file)]
+        raise MvmrError(f"bundle {bundle.path}: {unknown('map to teacher', name, names)}")
+    bundle.verify(*files)
+    space_map, record = _read(*map(bundle.file, files))
     _check_width(space_map, bundle)
     if record["space_id"] != bundle.space_id:
-        raise MvmrError(f"{bundle.file(listed[1])} was fitted on another encoder; fit the map on this bundle")
+        raise MvmrError(f"{bundle.file(files[1])} was fitted on another encoder; fit the map on this bundle")
     if not isinstance(teacher, str) and record["teacher"]["identity"] != teacher.identity:
-        fitted = f"fitted to {name} ({record['teacher']['weights']})"
-        raise MvmrError(f"the map in {bundle.path} was {fitted}, not to {teacher.weights}; load that, or fit again")
+        origin = f"fitted to {name} ({record['teacher']['weights']})"
+        raise MvmrError(f"the map in {bundle.path} was {origin}, not to {teacher.weights}; load that, or fit again")
     return space_map, record
 
 
@@ -198,16 +198,18 @@ class _Ridge:
 
     def errors(self, x: npt.NDArray[Any], y: Doubles) -> dict[float, float]:
         """Sum of squared errors on other rows, by strength."""
-        seen, wanted = ((x - self.mean) / self.scale) @ self.basis, y - self.offset
-        return {strength: float(np.square(wanted - seen @ self._shrunk(strength)).sum()) for strength in STRENGTHS}
+        scores, targets = ((x - self.mean) / self.scale) @ self.basis, y - self.offset
+        return {
+            strength: float(np.square(targets - scores @ self._coefficients(strength)).sum()) for strength in STRENGTHS
+        }
 
     def solve(self, strength: float) -> tuple[Floats, Floats]:
         """Return weight [K, D] and bias [K] for rows that are not standardised."""
-        weight = (self.basis @ self._shrunk(strength)).T / self.scale
+        weight = (self.basis @ self._coefficients(strength)).T / self.scale
         bias = self.offset - weight @ self.mean
         return np.ascontiguousarray(weight, dtype=np.float32), bias.astype(np.float32)
 
-    def _shrunk(self, strength: float) -> Doubles:
+    def _coefficients(self, strength: float) -> Doubles:
         return self.targets / (self.squares + self.count * strength)[:, None]
 
 
@@ -223,7 +225,7 @@ def _read(weights: Path, description: Path) -> tuple[SpaceMap, dict[str, Any]]:
         raise MvmrError(f"{description} does not describe a map ({type(error).__name__}: {error})") from error
 
 
-def _names(teacher: str) -> tuple[str, str]:
+def _file_names(teacher: str) -> tuple[str, str]:
     folder = re.sub(r"[^A-Za-z0-9]+", "-", teacher)[-64:].strip("-") or "teacher"
     return f"maps/{folder}/map.safetensors", f"maps/{folder}/map.json"
 
@@ -235,7 +237,7 @@ def _check_width(space_map: SpaceMap, bundle: Bundle) -> None:
         raise MvmrError(f"the map takes {width} features but {wide}; fit it on this bundle")
 
 
-def _table(values: Rows, what: str) -> npt.NDArray[Any]:
+def _to_rows(values: Rows, what: str) -> npt.NDArray[Any]:
     """`values`, of any device, as an array of numbers [N, width], all finite."""
     array = values.detach().float().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     if array.ndim != 2:

@@ -53,9 +53,9 @@ class Artifact:
     calibrated: bool = False
     machine: str = ""
 
-    def files(self, listed: Iterable[str]) -> list[str]:
+    def files(self, names: Iterable[str]) -> list[str]:
         """Those of a bundle's files that are this artifact; several where each kind of GPU has its own."""
-        return fnmatch.filter(listed, self.file)
+        return fnmatch.filter(names, self.file)
 
 
 _TABLE = (
@@ -131,16 +131,16 @@ def report_of(name: str, *, failed: bool = False) -> str:
 
 def metadata(bundle: Bundle, heads: Sequence[Head], precision: Precision) -> dict[str, str]:
     """What an ONNX file says about itself; all values are text, lists and tables are JSON."""
-    says = bundle.manifest
+    manifest = bundle.manifest
     return {
         "mvmr_version": __version__,
         "bundle_space_id": bundle.space_id,
-        "bundle_hash": says.files[ENCODER],
-        "preprocessing": json.dumps(says.preprocessing.to_dict()),
+        "bundle_hash": manifest.files[ENCODER],
+        "preprocessing": json.dumps(manifest.preprocessing.to_dict()),
         "heads": json.dumps({head.name: head.classes for head in heads}, ensure_ascii=False),
         "precision": precision,
-        "architecture": says.backbone,
-        "embedding_dim": str(says.embedding_dim),
+        "architecture": manifest.backbone,
+        "embedding_dim": str(manifest.embedding_dim),
     }
 
 
@@ -164,11 +164,11 @@ def decode_canary(text: str) -> npt.NDArray[np.float32]:
     return np.frombuffer(base64.b64decode(text, validate=True), "<f4").astype(np.float32)
 
 
-def staleness(says: Mapping[str, str], bundle: Bundle) -> str | None:
+def staleness(entries: Mapping[str, str], bundle: Bundle) -> str | None:
     """Say how an artifact's metadata differ from the weights and the preprocessing of `bundle`; None: they agree."""
     for key, wanted in (("bundle_hash", bundle.manifest.files[ENCODER]), ("bundle_space_id", bundle.space_id)):
-        if says.get(key) != wanted:
-            return f"it is stale, made from another student: {key} {str(says.get(key))[:12]}, not {wanted[:12]}"
+        if entries.get(key) != wanted:
+            return f"it is stale, made from another student: {key} {str(entries.get(key))[:12]}, not {wanted[:12]}"
     return None
 
 

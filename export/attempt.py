@@ -61,18 +61,18 @@ class Attempt:
         """Run it over the reference's images, and judge it with every head of the bundle, in its graph or not."""
         heads = [self.bundle.head(name) for name in self.bundle.heads]
 
-        def judged(images: npt.NDArray[np.uint8]) -> Mapping[str, npt.NDArray[np.float32]]:
+        def infer(images: npt.NDArray[np.uint8]) -> Mapping[str, npt.NDArray[np.float32]]:
             outputs = run(images)
             logits = {f"{LOGITS}{head.name}": outputs[EMBEDDING] @ head.weight.T + head.bias for head in heads}
             return {**logits, **outputs}
 
-        return verify(judged, self.reference, batches=batches, gates=self.gates, progress=self.progress)
+        return verify(infer, self.reference, batches=batches, gates=self.gates, progress=self.progress)
 
-    def describe(self, figures: Report, place: str, content: bytes) -> Report:
-        """The report of a comparison; place: of the content inside the bundle."""
+    def describe(self, figures: Report, file: str, content: bytes) -> Report:
+        """The report of a comparison; file: name of the content inside the bundle."""
         row = self.artifact
-        about = {"artifact": place, "format": row.key, "precision": row.precision, "bytes": len(content)}
-        return {**about, "sha256": hashlib.sha256(content).hexdigest(), **figures, **self.circumstances}
+        subject = {"artifact": file, "format": row.key, "precision": row.precision, "bytes": len(content)}
+        return {**subject, "sha256": hashlib.sha256(content).hexdigest(), **figures, **self.circumstances}
 
     def accept(self, report: Report, files: Mapping[str, bytes]) -> Report:
         """Put the files into the bundle, and take away the report of an earlier failure."""
@@ -83,11 +83,11 @@ class Attempt:
 
     def refuse(self, report: Report, where: str) -> MvmrError:
         """The error for an artifact below its gate; its report is left in the bundle's folder, not in its list."""
-        left = self.bundle.path / report_of(report["artifact"], failed=True)
-        write_json(left, plain_json(report, "report"))
+        file = self.bundle.path / report_of(report["artifact"], failed=True)
+        write_json(file, plain_json(report, "report"))
         return MvmrError(
             f"{report['artifact']} does not do what torch does: {'; '.join(report['failures'])}; {where}; "
-            f"it was not put in place, see {left}"
+            f"it was not put in place, see {file}"
         )
 
 

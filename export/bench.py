@@ -76,25 +76,16 @@ def bench(
     opened = bundles.load(bundle)
     if not _BASE.files(opened.manifest.files):
         raise MvmrError(f"{opened.path} has no ONNX to compare with: make it with `mvmr export {opened.path} --onnx`")
-    size, random = opened.manifest.preprocessing.crop, np.random.default_rng(0)
     cases = [(count, batch) for count in (threads or (usable_cores(),)) for batch in batches]
-    rows: list[dict[str, Any]] = []
-    before = torch.get_num_threads()
-    try:
-        with track("measuring", 0, len(cases) * rounds, unit="rounds", shown=progress) as advance:
-            for number, (count, batch) in enumerate(cases):
-                torch.set_num_threads(count)
-                engines, missing = _engines(opened, compiled, device, count)
-                images = random.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
-                step = partial(_advance, advance, number * rounds, f"{count} threads, batch {batch}")
-                found = _interleaved(engines, images, rounds, step)
-                rows += [_row(name, count, batch, measured, found[BASE]) for name, measured in found.items()]
-    finally:
-        torch.set_num_threads(before)
+    rows, missing = _measure(opened, cases, rounds, compiled=compiled, device=device, progress=progress)
     result = {
         "benchmark": "export",
         "mvmr": __version__,
-        "bundle": {"backbone": opened.manifest.backbone, "size": size, "space_id": opened.space_id},
+        "bundle": {
+            "backbone": opened.manifest.backbone,
+            "size": opened.manifest.preprocessing.crop,
+            "space_id": opened.space_id,
+        },
         "machine": {"device": device, "cores": usable_cores()},
         "rounds": rounds,
         "rows": rows,
@@ -105,25 +96,46 @@ def bench(
     return result
 
 
+def _measure(
+    bundle: Bundle, cases: Sequence[tuple[int, int]], rounds: int, *, compiled: bool, device: str, progress: bool
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The rows of every case, (threads, batch), and why some engines have none."""
+    size, random = bundle.manifest.preprocessing.crop, np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    before = torch.get_num_threads()
+    try:
+        with track("measuring", 0, len(cases) * rounds, unit="rounds", shown=progress) as advance:
+            for number, (count, batch) in enumerate(cases):
+                torch.set_num_threads(count)
+                engines, missing = _engines(bundle, compiled, device, count)
+                images = random.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
+                step = partial(_advance, advance, number * rounds, f"{count} threads, batch {batch}")
+                times = _measure_in_turn(engines, images, rounds, step)
+                rows += [_row(name, count, batch, measurement, times[BASE]) for name, measurement in times.items()]
+    finally:
+        torch.set_num_threads(before)
+    return rows, missing
+
+
 def _engines(bundle: Bundle, compiled: bool, device: str, threads: int) -> tuple[dict[str, Engine], dict[str, str]]:
     student = bundle.student(device)
 
-    def eager(images: Images) -> object:
+    def run_eager(images: Images) -> object:
         return student(channels_first(images).to(student.device)).cpu()
 
-    engines: dict[str, Engine] = {"torch eager": eager}
+    engines: dict[str, Engine] = {"torch eager": run_eager}
     missing: dict[str, str] = {}
     if compiled:
         twin = bundle.student(device)
         twin.encoder = torch.compile(twin.encoder, dynamic=False)  # type: ignore[assignment]
 
-        def fused(images: Images) -> object:
+        def run_compiled(images: Images) -> object:
             return twin(channels_first(images).to(twin.device)).cpu()
 
         try:
             size = bundle.manifest.preprocessing.crop
-            fused(np.zeros((1, size, size, 3), np.uint8))
-            engines["torch compiled"] = fused
+            run_compiled(np.zeros((1, size, size, 3), np.uint8))
+            engines["torch compiled"] = run_compiled
         except Exception as error:  # a compiler that is not there, and whatever else inductor may stumble over
             missing["torch compiled"] = one_line(error)
     for row in ARTIFACTS.values():
@@ -144,31 +156,31 @@ def _advance(advance: Callable[[int, str], None], before: int, note: str, done: 
     advance(before + done, note)
 
 
-def _interleaved(
+def _measure_in_turn(
     engines: Mapping[str, Engine], images: Images, rounds: int, advance: Callable[[int], None]
 ) -> dict[str, Measurement]:
-    calls = {name: _enough(engine, images) for name, engine in engines.items()}
+    calls = {name: _count_calls(engine, images) for name, engine in engines.items()}
     names = list(engines)
     walls: dict[str, list[float]] = {name: [] for name in engines}
     processors: dict[str, list[float]] = {name: [] for name in engines}
     for number in range(rounds):
-        for place in range(len(names)):
-            name = names[(number + place) % len(names)]
-            wall, processor = _timed(engines[name], images, calls[name])
+        for turn in range(len(names)):
+            name = names[(number + turn) % len(names)]
+            wall, processor = _time_calls(engines[name], images, calls[name])
             walls[name].append(wall)
             processors[name].append(processor)
         advance(number + 1)
     return {name: Measurement(tuple(walls[name]), tuple(processors[name])) for name in names}
 
 
-def _enough(engine: Engine, images: Images) -> int:
+def _count_calls(engine: Engine, images: Images) -> int:
     """How many calls make a measurement; warms up on the way."""
     engine(images)
-    wall, _ = _timed(engine, images, 1)
+    wall, _ = _time_calls(engine, images, 1)
     return max(1, round(1000 * _SECONDS / max(1e-3, wall)))
 
 
-def _timed(engine: Engine, images: Images, calls: int) -> tuple[float, float]:
+def _time_calls(engine: Engine, images: Images, calls: int) -> tuple[float, float]:
     """Milliseconds of a call, wall and processor; an engine returns host memory, so that no work is pending."""
     wall, processor = time.perf_counter(), time.process_time()
     for _ in range(calls):
@@ -176,21 +188,21 @@ def _timed(engine: Engine, images: Images, calls: int) -> tuple[float, float]:
     return 1000 * (time.perf_counter() - wall) / calls, 1000 * (time.process_time() - processor) / calls
 
 
-def _row(name: str, threads: int, batch: int, measured: Measurement, base: Measurement) -> dict[str, Any]:
+def _row(name: str, threads: int, batch: int, measurement: Measurement, base: Measurement) -> dict[str, Any]:
     def median(values: Sequence[float]) -> float:
         return float(f"{statistics.median(values):.4g}")
 
-    def ratios(ours: Sequence[float], theirs: Sequence[float]) -> float:
-        return median([other / max(1e-9, own) for own, other in zip(ours, theirs, strict=True)])
+    def ratios(values: Sequence[float], references: Sequence[float]) -> float:
+        return median([reference / max(1e-9, value) for value, reference in zip(values, references, strict=True)])
 
     return {
         "engine": name,
         "threads": threads,
         "batch": batch,
-        "wall_ms": median(measured.wall),
-        "processor_ms": median(measured.processor),
-        "images_per_s": median([1000 * batch / wall for wall in measured.wall]),
-        "times_faster": ratios(measured.wall, base.wall),
-        "times_less_processor": ratios(measured.processor, base.processor),
-        "wall_ms_rounds": [float(f"{value:.4g}") for value in measured.wall],
+        "wall_ms": median(measurement.wall),
+        "processor_ms": median(measurement.processor),
+        "images_per_s": median([1000 * batch / wall for wall in measurement.wall]),
+        "times_faster": ratios(measurement.wall, base.wall),
+        "times_less_processor": ratios(measurement.processor, base.processor),
+        "wall_ms_rounds": [float(f"{value:.4g}") for value in measurement.wall],
     }

@@ -13,7 +13,7 @@ from mvmr.export.runtimes import PROVIDERS
 from mvmr.progress import say_plan
 
 
-def _an_option_to_each_artifact(command: Callable[..., None]) -> Callable[..., None]:
+def _add_artifact_options(command: Callable[..., None]) -> Callable[..., None]:
     for row in reversed(ARTIFACTS.values()):  # click lists the last one first
         command = click.option(f"--{row.key}", is_flag=True, help=row.purpose)(command)
     return command
@@ -21,7 +21,7 @@ def _an_option_to_each_artifact(command: Callable[..., None]) -> Callable[..., N
 
 @click.command()
 @click.argument("bundle", required=False)
-@_an_option_to_each_artifact
+@_add_artifact_options
 @click.option("--triton", metavar="DIR", help="A Triton model repository, which the last format is added to.")
 @click.option("--heads", multiple=True, metavar="all|NAME", help="Linear heads whose logits the graph gives, too.")
 @click.option("--data", help="Images to verify with; left out, the test split of what BUNDLE was trained on.")
@@ -44,8 +44,8 @@ def export(bundle: str | None, min_batch: int, opt_batch: int, max_batch: int, *
     from mvmr.export.attempt import builder_of
     from mvmr.export.export import export as run
 
-    asked = {name: options.pop(name) for name in ARTIFACTS}
-    formats = [name for name, flag in asked.items() if flag] or ["onnx"]
+    flags = {name: options.pop(name) for name in ARTIFACTS}
+    formats = [name for name, flag in flags.items() if flag] or ["onnx"]
     path = newest_or(bundle)
     say_plan(bundle=path, formats=", ".join(formats))
     reports = run(path, formats=formats, batches=(min_batch, opt_batch, max_batch), progress=True, **options)
@@ -76,14 +76,14 @@ def bench_export(bundle: str | None, out: str | None, **options: Any) -> None:
 
     path = newest_or(bundle)
     target = out or f"{path}-bench-export.json"
-    found = run(path, out=target, progress=True, **options)
-    table = Table("engine", title=f"{path}, {found['machine']['device']}, {found['machine']['cores']} cores")
+    result = run(path, out=target, progress=True, **options)
+    table = Table("engine", title=f"{path}, {result['machine']['device']}, {result['machine']['cores']} cores")
     for column in ("threads", "batch", "ms a batch", "images/s", "times faster", "times less processor"):
         table.add_column(column, justify="right")
-    for row in found["rows"]:
+    for row in result["rows"]:
         keys = ("wall_ms", "images_per_s", "times_faster", "times_less_processor")
         table.add_row(row["engine"], str(row["threads"]), str(row["batch"]), *(f"{row[key]:.3g}" for key in keys))
     Console().print(table)
-    for name, why in found["not_measured"].items():
+    for name, why in result["not_measured"].items():
         click.echo(f"not measured: {name}: {why}", err=True)
     click.echo(target)

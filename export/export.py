@@ -18,7 +18,7 @@ from mvmr.cores import usable_cores
 from mvmr.data import ImageSet
 from mvmr.export.artifacts import Artifact, check_opset, choose_artifacts
 from mvmr.export.attempt import Attempt, BuildOptions, builder_of, check_package
-from mvmr.export.images import IMAGES, to_calibrate_with, to_verify_with
+from mvmr.export.images import IMAGES, choose_calibration_images, choose_verification_images
 from mvmr.export.runtimes import locate
 from mvmr.export.verification import Gates, Reference, Report
 from mvmr.models.student import Student
@@ -75,17 +75,19 @@ def export(
     options = BuildOptions(opset=opset, provider=provider, batches=batches, workspace_gb=workspace_gb, rebuild=rebuild)
     _check_machine(rows, opened, options, triton=triton is not None)
     outputs = _choose_heads(opened, heads)
-    chosen, drawn = to_verify_with(opened, data, count=images, max_unreadable=max_unreadable, progress=progress)
+    sample, origin = choose_verification_images(
+        opened, data, count=images, max_unreadable=max_unreadable, progress=progress
+    )
     ranges = None
     if any(row.calibrated for row in rows):
-        ranges = to_calibrate_with(opened, calibration, max_unreadable=max_unreadable, progress=progress)
+        ranges = choose_calibration_images(opened, calibration, max_unreadable=max_unreadable, progress=progress)
     student = opened.student()
-    reference = _compute_reference(student, chosen, [opened.head(name) for name in opened.heads], progress)
+    reference = _compute_reference(student, sample, [opened.head(name) for name in opened.heads], progress)
     reports: dict[str, Report] = {}
     for row in rows:
         attempt = Attempt(
             artifact=row, gates=limits[row.key], options=options, bundle=opened, student=student, heads=outputs,
-            reference=reference, calibration=ranges, circumstances=drawn | _circumstances(opened), progress=progress,
+            reference=reference, calibration=ranges, circumstances=origin | _circumstances(opened), progress=progress,
         )  # fmt: skip
         reports[row.key] = builder_of(row).build(attempt)
     if triton is not None:
@@ -102,8 +104,8 @@ def _check_machine(rows: Sequence[Artifact], bundle: Bundle, options: BuildOptio
 
 
 def _choose_heads(bundle: Bundle, names: Sequence[str] | str) -> list[Head]:
-    asked = [names] if isinstance(names, str) else names
-    return [bundle.head(name) for name in dict.fromkeys(bundle.heads if "all" in asked else asked)]
+    names = [names] if isinstance(names, str) else names
+    return [bundle.head(name) for name in dict.fromkeys(bundle.heads if "all" in names else names)]
 
 
 def _compute_reference(student: Student, images: ImageSet, heads: Sequence[Head], progress: bool) -> Reference:
@@ -126,18 +128,15 @@ def _add_to_repository(
 ) -> None:
     from mvmr.export import triton
 
-    manifest = bundle.manifest
-    triton.repository(
-        bundle.file(locate(artifact, bundle)),
-        out,
+    student = triton.ExportedStudent(
         name=re.sub(r"[^A-Za-z0-9._-]+", "-", bundle.path.resolve().name).strip("._-") or "student",
         platform=artifact.runtime,
-        size=manifest.preprocessing.crop,
-        dim=manifest.embedding_dim,
+        dim=bundle.manifest.embedding_dim,
         heads={head.name: head.classes for head in heads},
         space_id=bundle.space_id,
-        preprocessing=manifest.preprocessing,
+        preprocessing=bundle.manifest.preprocessing,
         precision=artifact.precision,
-        gpu=artifact.device == "gpu" or (artifact.device == "any" and options.provider != "cpu"),
-        max_batch=options.batches[2],
     )
+    gpu = artifact.device == "gpu" or (artifact.device == "any" and options.provider != "cpu")
+    serving = triton.Serving(gpu=gpu, max_batch=options.batches[2])
+    triton.add_model(bundle.file(locate(artifact, bundle)), out, student, serving)

@@ -17,7 +17,7 @@ IMAGES, FEWEST = 256, 16
 CALIBRATION, FEWEST_CALIBRATION = 256, 100
 
 
-def to_verify_with(
+def choose_verification_images(
     bundle: Bundle,
     data: str | None = None,
     *,
@@ -39,40 +39,40 @@ def to_verify_with(
     """
     if count < FEWEST:
         raise MvmrError(f"{count} images are too few to verify with; give at least {FEWEST}")
-    name, trained_on = _trained_on(bundle)
-    ours = data in (None, name)
-    split = trained_on if ours else "unlabelled"
-    seen = _open(bundle, data, split, "--data", max_unreadable=max_unreadable, progress=progress)
+    name, trained_on = _training_data(bundle)
+    own_data = data in (None, name)
+    split = trained_on if own_data else "unlabelled"
+    fallback = _open(bundle, data, split, "--data", max_unreadable=max_unreadable, progress=progress)
     try:
         test = open_images(
-            seen.name, "test", background=seen.background, max_unreadable=max_unreadable, progress=progress
+            fallback.name, "test", background=fallback.background, max_unreadable=max_unreadable, progress=progress
         )
     except MvmrError:
-        test = seen
-    apart = set(test.keys).isdisjoint(seen.keys)
-    images = test if (apart and len(test) >= FEWEST) or len(test) >= count else seen
+        test = fallback
+    disjoint = set(test.keys).isdisjoint(fallback.keys)
+    images = test if (disjoint and len(test) >= FEWEST) or len(test) >= count else fallback
     if len(images) < FEWEST:
         raise MvmrError(f"{images.name} has {len(images)} images, verifying takes at least {FEWEST}; give more: --data")
     if len(images) < count:
         say(f"verifying with all {len(images)} images of {images.name}, fewer than {count}", shown=progress)
-    drawn = _draw(images, count, seed=0)
-    return drawn, {
+    sample = _draw(images, count, seed=0)
+    return sample, {
         "data": images.name,
         "split": images.split,
-        "held_out": images is test and apart if ours else None,
+        "held_out": images is test and disjoint if own_data else None,
         "images_wanted": count,
-        "fingerprint": drawn.fingerprint,
+        "fingerprint": sample.fingerprint,
     }
 
 
-def to_calibrate_with(
+def choose_calibration_images(
     bundle: Bundle, data: str | None = None, *, max_unreadable: float = 0.01, progress: bool = False
 ) -> ImageSet:
     """Draw the images that the ranges of int8 are taken from: of `data`, or of what the student was trained on.
 
     Raises: MvmrError for fewer than 100 of them, or training data that can't be opened any more.
     """
-    split = "unlabelled" if data else _trained_on(bundle)[1]
+    split = "unlabelled" if data else _training_data(bundle)[1]
     images = _open(bundle, data, split, "--calibration", max_unreadable=max_unreadable, progress=progress)
     if len(images) < FEWEST_CALIBRATION:
         few = f"{images.name} has {len(images)} images, int8 takes at least {FEWEST_CALIBRATION} to calibrate"
@@ -83,7 +83,7 @@ def to_calibrate_with(
 def _open(
     bundle: Bundle, data: str | None, split: Split, option: str, *, max_unreadable: float, progress: bool
 ) -> ImageSet:
-    name = data or _trained_on(bundle)[0]
+    name = data or _training_data(bundle)[0]
     if not name:
         raise MvmrError(f"bundle {bundle.path} doesn't say what it was trained on; give images: {option}")
     try:
@@ -101,8 +101,8 @@ def _draw(images: ImageSet, count: int, *, seed: int) -> ImageSet:
     return images.subset(np.sort(np.random.default_rng(seed).permutation(len(images))[:count]))
 
 
-def _trained_on(bundle: Bundle) -> tuple[str, Split]:
+def _training_data(bundle: Bundle) -> tuple[str, Split]:
     """Name ("" where a bundle doesn't say) and split of the data a student was trained on."""
     data = bundle.manifest.training.get("data")
-    known = data if isinstance(data, Mapping) else {}
-    return str(known.get("name") or ""), "train" if known.get("split") == "train" else "unlabelled"
+    record = data if isinstance(data, Mapping) else {}
+    return str(record.get("name") or ""), "train" if record.get("split") == "train" else "unlabelled"

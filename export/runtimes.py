@@ -52,16 +52,26 @@ class Opener(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """opener: a module that keeps the contract of `Opener`; platform, model: what Triton calls it, and its files."""
+    """What runs artifacts.
+
+    opener: a module that keeps the contract of `Opener`; platform, model: what Triton calls it, and its files
+    no_cpu: why it does not run without a GPU, "" where it does
+    """
 
     opener: str
     platform: str
     model: str
+    no_cpu: str = ""
 
 
 RUNTIMES: dict[str, Runtime] = {
     "onnxruntime": Runtime(opener="mvmr.export.onnx.session", platform="onnxruntime_onnx", model="model.onnx"),
-    "tensorrt": Runtime(opener="mvmr.export.tensorrt.opener", platform="tensorrt_plan", model="model.plan"),
+    "tensorrt": Runtime(
+        opener="mvmr.export.tensorrt.opener",
+        platform="tensorrt_plan",
+        model="model.plan",
+        no_cpu="a TensorRT engine runs on a GPU only",
+    ),
 }
 
 
@@ -125,16 +135,16 @@ def open_artifact(
     Raises: MvmrError for an artifact that is not there for this machine, damaged, stale or of another shape, or a
         provider that can't be had.
     """
-    opener, place = _opener(artifact.runtime), locate(artifact, bundle)
-    bundle.verify(*(name for name in (place, report_of(place)) if name in bundle.manifest.files))
+    opener, file = _opener(artifact.runtime), locate(artifact, bundle)
+    bundle.verify(*(name for name in (file, report_of(file)) if name in bundle.manifest.files))
     runner = opener.open_artifact(artifact, bundle, provider=provider, threads=threads)
-    wrong, wanted = staleness(runner.metadata, bundle), bundle.manifest
-    if wrong:
-        raise MvmrError(f"{bundle.path / place}: {wrong}; run {export_command(artifact, bundle)}")
-    if (runner.size, runner.dim) != (wanted.preprocessing.crop, wanted.embedding_dim):
+    difference, manifest = staleness(runner.metadata, bundle), bundle.manifest
+    if difference:
+        raise MvmrError(f"{bundle.path / file}: {difference}; run {export_command(artifact, bundle)}")
+    if (runner.size, runner.dim) != (manifest.preprocessing.crop, manifest.embedding_dim):
         raise MvmrError(
-            f"{bundle.path / place} makes {runner.dim} numbers of images of {runner.size} pixels, the bundle says "
-            f"{wanted.embedding_dim} of {wanted.preprocessing.crop}; run {export_command(artifact, bundle)}"
+            f"{bundle.path / file} makes {runner.dim} numbers of images of {runner.size} pixels, the bundle says "
+            f"{manifest.embedding_dim} of {manifest.preprocessing.crop}; run {export_command(artifact, bundle)}"
         )
     return runner
 

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -28,64 +29,82 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _UNFINISHED = ".partial"
 
 
-def repository(
-    model: Path | bytes,
-    out: Path,
-    *,
-    name: str,
-    platform: str,
-    size: int,
-    dim: int,
-    heads: Mapping[str, Sequence[str]],
-    space_id: str,
-    preprocessing: Preprocess,
-    precision: Precision,
-    gpu: bool,
-    max_batch: int = 64,
-    instances: int = 1,
-    preferred: Sequence[int] = (),
-    queue_delay_us: int = 0,
-    overwrite: bool = False,
+@dataclass(frozen=True, kw_only=True)
+class ExportedStudent:
+    """An exported student, as its model in the repository describes it.
+
+    name: of the model; platform: the runtime that it is for
+    dim, heads: width of the embedding, and class names by head, as in the exported file
+    """
+
+    name: str
+    platform: str
+    dim: int
+    heads: Mapping[str, Sequence[str]]
+    space_id: str
+    preprocessing: Preprocess
+    precision: Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """How Triton runs a model.
+
+    max_batch: an engine's profile must reach from 1 to this
+    instances: copies of the model that run side by side, on the GPU or on the CPU (`gpu`)
+    preferred: batch sizes worth waiting for, and queue_delay_us: how long a request may wait for them
+    """
+
+    gpu: bool
+    max_batch: int = 64
+    instances: int = 1
+    preferred: Sequence[int] = ()
+    queue_delay_us: int = 0
+
+
+def add_model(
+    model: Path | bytes, out: Path, student: ExportedStudent, serving: Serving, *, overwrite: bool = False
 ) -> Path:
-    """Put an exported student into the repository `out`, as the next version of model `name`; return <out>/<name>.
+    """Put an exported student into the repository `out`, as the next version of its model; return <out>/<name>.
 
     Args:
-        model: an ONNX file, or a TensorRT engine: Triton must then have the GPU and the TensorRT version it names;
-            platform: the runtime that it is for.
-        size, dim, heads: image side in pixels, width of the embedding, class names by head, as in the model.
-        max_batch: an engine's profile must reach from 1 to this.
-        instances: copies of the model that run side by side, on the GPU or on the CPU (`gpu`).
-        preferred: batch sizes worth waiting for, and queue_delay_us: how long a request may wait for them.
+        model: an exported file, of which an engine takes the GPU and the version that its name says.
         overwrite: replace a model of another embedding space.
 
     Raises: MvmrError for a bad name or number, a model there that is of another embedding space or not ours, missing
         packages, or a disk that is full; the versions that are there stay whole.
     """
-    _check(name, platform, gpu)
+    _check(student, serving)
     config = _schema().ModelConfig(
-        name=name,
-        platform=RUNTIMES[platform].platform,
-        **_tensors(size, dim, heads),
-        **_serving(size, gpu, max_batch, instances, preferred, queue_delay_us),
-        parameters=_parameters(space_id, preprocessing, heads, precision),
+        name=student.name,
+        platform=RUNTIMES[student.platform].platform,
+        **_tensors(student),
+        **_serving(student.preprocessing.crop, serving),
+        parameters=_parameters(student),
     )
-    folder = out / name
+    folder = out / student.name
     if not overwrite:
-        _check_space(folder / CONFIG, space_id)
+        _check_space(folder / CONFIG, student.space_id)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with hold(folder):
-            _add_version(folder, model, RUNTIMES[platform].model, config)
+            _add_version(folder, model, RUNTIMES[student.platform].model, config)
     except OSError as error:
         raise MvmrError(f"cannot write the Triton model {folder}: {error.strerror}; what was there stays") from error
     return folder
 
 
-def _check(name: str, platform: str, gpu: bool) -> None:
-    if not _NAME.fullmatch(name):
-        raise MvmrError(f"a Triton model cannot be named {name!r}; use letters, digits, '.', '_' and '-'")
-    if platform == "tensorrt" and not gpu:
-        raise MvmrError("a TensorRT engine runs on a GPU only; use the fp32 or int8 ONNX for Triton on a CPU")
+def _check(student: ExportedStudent, serving: Serving) -> None:
+    if not _NAME.fullmatch(student.name):
+        raise MvmrError(f"a Triton model cannot be named {student.name!r}; use letters, digits, '.', '_' and '-'")
+    if (reason := RUNTIMES[student.platform].no_cpu) and not serving.gpu:
+        raise MvmrError(f"{reason}; use the fp32 or int8 ONNX for Triton on a CPU")
+    most = serving.max_batch
+    if most < 1 or serving.instances < 1 or serving.queue_delay_us < 0:
+        values = f"max_batch = {most}, instances = {serving.instances}, queue_delay_us = {serving.queue_delay_us}"
+        raise MvmrError(f"Triton needs at least 1 image a batch, 1 instance and a delay of 0, not {values}")
+    if outside := [batch for batch in serving.preferred if not 1 <= batch <= most]:
+        raise MvmrError(f"the preferred batch {outside[0]} is outside 1 to max_batch = {most}; change one of them")
 
 
 def _add_version(folder: Path, model: Path | bytes, file: str, config: Any) -> None:
@@ -110,42 +129,38 @@ def _add_version(folder: Path, model: Path | bytes, file: str, config: Any) -> N
     write_text(folder / CONFIG, _text_format().MessageToString(config))
 
 
-def _tensors(size: int, dim: int, heads: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    widths = {EMBEDDING: dim} | {f"{LOGITS}{head}": len(classes) for head, classes in heads.items()}
+def _tensors(student: ExportedStudent) -> dict[str, Any]:
+    size = student.preprocessing.crop
+    widths = {EMBEDDING: student.dim} | {f"{LOGITS}{head}": len(classes) for head, classes in student.heads.items()}
     return {
         "input": [{"name": IMAGE, "data_type": "TYPE_UINT8", "dims": [size, size, 3]}],
         "output": [{"name": name, "data_type": "TYPE_FP32", "dims": [width]} for name, width in widths.items()],
     }
 
 
-def _serving(
-    size: int, gpu: bool, max_batch: int, instances: int, preferred: Sequence[int], queue_delay_us: int
-) -> dict[str, Any]:
-    if max_batch < 1 or instances < 1 or queue_delay_us < 0:
-        given = f"max_batch = {max_batch}, instances = {instances}, queue_delay_us = {queue_delay_us}"
-        raise MvmrError(f"Triton needs at least 1 image a batch, 1 instance and a delay of 0, not {given}")
-    if outside := [batch for batch in preferred if not 1 <= batch <= max_batch]:
-        raise MvmrError(f"the preferred batch {outside[0]} is outside 1 to max_batch = {max_batch}; change one of them")
+def _serving(size: int, serving: Serving) -> dict[str, Any]:
     zeros = {"data_type": "TYPE_UINT8", "dims": [size, size, 3], "zero_data": True}
     return {
-        "max_batch_size": max_batch,
-        "dynamic_batching": {"preferred_batch_size": preferred, "max_queue_delay_microseconds": queue_delay_us},
-        "instance_group": [{"count": instances, "kind": "KIND_GPU" if gpu else "KIND_CPU"}],
+        "max_batch_size": serving.max_batch,
+        "dynamic_batching": {
+            "preferred_batch_size": serving.preferred,
+            "max_queue_delay_microseconds": serving.queue_delay_us,
+        },
+        "instance_group": [{"count": serving.instances, "kind": "KIND_GPU" if serving.gpu else "KIND_CPU"}],
         "model_warmup": [
             {"name": f"batch of {batch}", "batch_size": batch, "inputs": {IMAGE: zeros}}
-            for batch in sorted({1, max_batch})
+            for batch in sorted({1, serving.max_batch})
         ],
     }
 
 
-def _parameters(
-    space_id: str, preprocessing: Preprocess, heads: Mapping[str, Sequence[str]], precision: str
-) -> dict[str, dict[str, str]]:
+def _parameters(student: ExportedStudent) -> dict[str, dict[str, str]]:
+    heads = {head: list(classes) for head, classes in student.heads.items()}
     values = {
-        "bundle_space_id": space_id,
-        "preprocessing": json.dumps(preprocessing.to_dict()),
-        "heads": json.dumps({head: list(classes) for head, classes in heads.items()}, ensure_ascii=False),
-        "precision": precision,
+        "bundle_space_id": student.space_id,
+        "preprocessing": json.dumps(student.preprocessing.to_dict()),
+        "heads": json.dumps(heads, ensure_ascii=False),
+        "precision": student.precision,
     }
     return {key: {"string_value": value} for key, value in values.items()}
 
@@ -155,13 +170,17 @@ def _check_space(config: Path, space_id: str) -> None:
         return
     cure = "give another folder, or move this one away"
     try:
-        found = _text_format().Parse(config.read_text(encoding="utf-8"), _schema().ModelConfig())
+        model = _text_format().Parse(config.read_text(encoding="utf-8"), _schema().ModelConfig())
     except Exception as error:  # protobuf's ParseError, of whichever protobuf is installed, or a file that is no text
         raise MvmrError(f"{config} cannot be read as a Triton config ({type(error).__name__}); {cure}") from error
-    theirs = found.parameters["bundle_space_id"].string_value  # a map: "" where there is none
-    if theirs != space_id:
-        other = f"serves another embedding space ({theirs}, not {space_id})" if theirs else "is not one of mvmr's"
-        raise MvmrError(f"the Triton model {config.parent} {other}, and its clients would not notice; {cure}")
+    current_space = model.parameters["bundle_space_id"].string_value  # a map: "" where there is none
+    if current_space != space_id:
+        problem = (
+            f"serves another embedding space ({current_space}, not {space_id})"
+            if current_space
+            else "is not one of mvmr's"
+        )
+        raise MvmrError(f"the Triton model {config.parent} {problem}, and its clients would not notice; {cure}")
 
 
 def _schema() -> Any:

@@ -100,11 +100,11 @@ class Gates:
 
         Raises: MvmrError for an unknown gate or no number.
         """
-        known, changes = [each.name for each in fields(cls)], {}
+        names, changes = [gate.name for gate in fields(cls)], {}
         for text in assign:
             name, _, value = text.partition("=")
-            if name not in known:
-                raise unknown("gate", name, known)
+            if name not in names:
+                raise unknown("gate", name, names)
             try:
                 changes[name] = float(value)
             except ValueError as error:
@@ -158,8 +158,8 @@ def verify(
     with track("verifying", 0, total, shown=progress) as advance:
         for size in sizes:
             count = total if size == sizes[-1] else min(total, _RUNS * size)
-            outputs[size], latency[str(size)] = _timed(run, reference.images[:count], size, advance)
-    failures = next(filter(None, (_unfit(outputs[size], reference) for size in reversed(sizes))), [])
+            outputs[size], latency[str(size)] = _time_batches(run, reference.images[:count], size, advance)
+    failures = next(filter(None, (_find_misfits(outputs[size], reference) for size in reversed(sizes))), [])
     figures: Report = dict.fromkeys(_FIGURES) | {"heads": {}}
     if not failures:
         figures = _figures(outputs[sizes[-1]], reference)
@@ -182,7 +182,7 @@ _FIGURES = (
 )  # fmt: skip
 
 
-def _timed(
+def _time_batches(
     run: Run, images: npt.NDArray[np.uint8], size: int, advance: Callable[[int, str], None]
 ) -> tuple[dict[str, Floats], float]:
     """Outputs of all images in batches of `size`, and the median milliseconds of a full batch, the first left out."""
@@ -194,31 +194,31 @@ def _timed(
         if start + size <= len(images):
             seconds.append(time.perf_counter() - began)
         advance(min(start + size, len(images)), f"batch {size}")
-    return {name: np.concatenate([each[name] for each in rows]) for name in rows[0]}, 1000 * float(np.median(seconds))
+    return {name: np.concatenate([part[name] for part in rows]) for name in rows[0]}, 1000 * float(np.median(seconds))
 
 
-def _unfit(outputs: Mapping[str, Floats], reference: Reference) -> list[str]:
+def _find_misfits(outputs: Mapping[str, Floats], reference: Reference) -> list[str]:
     """Outputs that can't be compared: missing, of another width, or not finite."""
     failures = []
     for name, wanted in reference.outputs.items():
         if name not in outputs or outputs[name].shape[1:] != wanted.shape[1:]:
-            seen = list(outputs[name].shape) if name in outputs else "missing"
-            failures.append(f"output {name} is {seen}, wanted [N, {wanted.shape[1]}]")
+            shape = list(outputs[name].shape) if name in outputs else "missing"
+            failures.append(f"output {name} is {shape}, wanted [N, {wanted.shape[1]}]")
         elif broken := int((~np.isfinite(outputs[name])).any(1).sum()):
             failures.append(f"{name} of {broken} of {len(outputs[name])} images holds NaN or infinity")
     return failures
 
 
 def _figures(outputs: Mapping[str, Floats], reference: Reference) -> Report:
-    found, wanted = (each[EMBEDDING].astype(np.float64) for each in (outputs, reference.outputs))
-    centre = wanted.mean(0)
-    plain, centred = _cosines(found, wanted), _cosines(found - centre, wanted - centre)
-    largest = float(np.abs(found - wanted).max())
-    k = min(NEIGHBOURS, len(wanted) - 1)
+    actual, expected = (side[EMBEDDING].astype(np.float64) for side in (outputs, reference.outputs))
+    centre = expected.mean(0)
+    plain, centred = _cosines(actual, expected), _cosines(actual - centre, expected - centre)
+    largest = float(np.abs(actual - expected).max())
+    k = min(NEIGHBOURS, len(expected) - 1)
     overlap = neighbour_overlap(outputs[EMBEDDING], reference.outputs[EMBEDDING], k)
     heads = {name: _head_figures(name, outputs, reference) for name in reference.heads}
-    drops = [each["reference_accuracy"] - each["accuracy"] for each in heads.values() if each["accuracy"] is not None]
-    values = (plain.min(), plain.mean(), centred.min(), centred.mean(), largest, largest / np.abs(wanted).max())
+    drops = [head["reference_accuracy"] - head["accuracy"] for head in heads.values() if head["accuracy"] is not None]
+    values = (plain.min(), plain.mean(), centred.min(), centred.mean(), largest, largest / np.abs(expected).max())
     return {
         **dict(zip(_FIGURES, map(float, values), strict=False)),
         "overlap": float(overlap.mean()),
@@ -236,19 +236,19 @@ def _cosines(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> npt.NDAr
 
 def _head_figures(name: str, outputs: Mapping[str, Floats], reference: Reference) -> Report:
     """Top-1 agreement in percent; where the images' classes are the head's, accuracies in percent, change in points."""
-    chosen, expected = (each[f"{LOGITS}{name}"].argmax(1) for each in (outputs, reference.outputs))
-    figures: Report = {"agreement": 100 * float((chosen == expected).mean())}
+    predicted, expected = (side[f"{LOGITS}{name}"].argmax(1) for side in (outputs, reference.outputs))
+    figures: Report = {"agreement": 100 * float((predicted == expected).mean())}
     figures |= dict.fromkeys(("accuracy", "reference_accuracy", "change"))
-    numbers = {each: number for number, each in enumerate(reference.heads[name])}
+    numbers = {label: number for number, label in enumerate(reference.heads[name])}
     if reference.labels is not None and reference.labels.ndim == 1 and set(reference.classes) <= numbers.keys():
-        answers = np.array([numbers[each] for each in reference.classes])[reference.labels]
-        accuracy, ours = (100 * float((each == answers).mean()) for each in (chosen, expected))
-        figures |= {"accuracy": accuracy, "reference_accuracy": ours, "change": accuracy - ours}
+        answers = np.array([numbers[label] for label in reference.classes])[reference.labels]
+        accuracy, original = (100 * float((classes == answers).mean()) for classes in (predicted, expected))
+        figures |= {"accuracy": accuracy, "reference_accuracy": original, "change": accuracy - original}
     return figures
 
 
 def _batch_difference(embeddings: Sequence[Floats], reference: Reference) -> float:
     """The largest change of a value with the batch its image is in, relative to torch's largest value."""
     last = embeddings[-1]
-    changes = (float(np.abs(each - last[: len(each)]).max()) for each in embeddings[:-1])
+    changes = (float(np.abs(rows - last[: len(rows)]).max()) for rows in embeddings[:-1])
     return max(changes, default=0.0) / float(np.abs(reference.outputs[EMBEDDING]).max())

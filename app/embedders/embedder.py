@@ -25,7 +25,7 @@ TORCH, SERVICE, TEACHER = "torch", "service", "teacher"
 
 
 @dataclass(frozen=True)
-class Written:
+class Provenance:
     """What `mvmr embed` says of embeddings that equal an encoder's: the exported file's sha256, "" if nobody knows."""
 
     space_id: str
@@ -43,7 +43,7 @@ class Encoder:
     nbytes: of the file it runs from, None where nobody knows
     prepare: an image of any mode and size -> what `forward` takes; may run in several threads
     forward: N prepared images -> float32 [N, D], not normalised
-    written: None where `mvmr embed` does not write these embeddings
+    provenance: None where `mvmr embed` does not write these embeddings
     """
 
     key: str
@@ -53,14 +53,14 @@ class Encoder:
     nbytes: int | None
     prepare: Callable[[Image.Image], Any]
     forward: Callable[[Sequence[Any]], Floats]
-    written: Written | None = None
+    provenance: Provenance | None = None
 
     def embed(self, images: Sequence[Image.Image]) -> Floats:
         """Embed N images of any mode and size: float32 [N, D], not normalised."""
         return self.forward([self.prepare(image) for image in images])
 
 
-def in_torch(representation: Representation, dim: int, device: str, prepared: Sequence[torch.Tensor]) -> Floats:
+def embed_in_torch(representation: Representation, dim: int, device: str, prepared: Sequence[torch.Tensor]) -> Floats:
     """Embed prepared images in batches of `BATCH`: float32 [N, dim]."""
     import torch  # here, for the first page comes seconds earlier without
 
@@ -78,14 +78,14 @@ def identity_of(*parts: str) -> str:
 
 def once(make: Callable[[], T]) -> Callable[[], T]:
     """A function that makes something at its first call and gives the same ever after, to any thread."""
-    made: list[T] = []
+    products: list[T] = []
     lock = threading.Lock()
 
     def get() -> T:
         with lock:
-            if not made:
-                made.append(make())
-            return made[0]
+            if not products:
+                products.append(make())
+            return products[0]
 
     return get
 

@@ -16,14 +16,14 @@ from mvmr.app.embedders.embedder import (
     SERVICE,
     TORCH,
     Encoder,
-    Written,
+    Provenance,
     device_type,
+    embed_in_torch,
     identity_of,
-    in_torch,
     key_of,
     once,
 )
-from mvmr.app.embedders.service import Served, classified
+from mvmr.app.embedders.service import ServedModel, classify_by_service
 from mvmr.bundles import bundle as bundles
 from mvmr.bundles.bundle import ENCODER, Bundle
 from mvmr.errors import MvmrError, unknown
@@ -82,12 +82,12 @@ class Engines:
         self.heads: Mapping[str, tuple[str, ...]]
         self.choices: tuple[Choice, ...] = ()
         if service is not None:
-            with Client(service, api_key=api_key, retries=1) as asking:  # one that isn't there is not waited for
-                says = Served.ask(asking, service)
+            with Client(service, api_key=api_key, retries=1) as client:  # one that isn't there is not waited for
+                model = ServedModel.ask(client, service)
             self._client = Client(service, api_key=api_key)
-            self.space_id, self.name, self.default, self.dim = says.space_id, says.name, SERVICE, says.dim
-            self.heads, self.background = says.heads, says.preprocess.background
-            self._add(SERVICE, says.label, None, None, partial(says.encoder, self._client))
+            self.space_id, self.name, self.default, self.dim = model.space_id, model.name, SERVICE, model.dim
+            self.heads, self.background = model.heads, model.preprocess.background
+            self._add(SERVICE, model.label, None, None, partial(model.encoder, self._client))
         elif bundle is not None:
             self.space_id, self.name, self.default = bundle.space_id, bundle.path.resolve().name, TORCH
             self.dim, self.background = bundle.manifest.embedding_dim, bundle.manifest.preprocessing.background
@@ -99,9 +99,9 @@ class Engines:
 
     def get(self, key: str) -> Encoder:
         """The student under an engine; raises MvmrError with the reason where it can't be had."""
-        choice = next((each for each in self.choices if each.key == key), None)
+        choice = next((choice for choice in self.choices if choice.key == key), None)
         if choice is None:
-            raise unknown("engine", key, [each.key for each in self.choices])
+            raise unknown("engine", key, [choice.key for choice in self.choices])
         if choice.why is not None:
             raise MvmrError(f"{choice.label} can't be had: {choice.why}")
         with self._locks[key]:
@@ -122,7 +122,7 @@ class Engines:
         if self._client is not None:
             if len(images) != len(embeddings):
                 raise ValueError(f"a service classifies images: {len(images)} came with {len(embeddings)} embeddings")
-            return classified(self._client, images, head, self.heads[head])
+            return classify_by_service(self._client, images, head, self.heads[head])
         return self._heads[head].probabilities(embeddings)
 
     def close(self) -> None:
@@ -131,37 +131,37 @@ class Engines:
             self._client.close()
 
     def _offer(self, bundle: Bundle, device: str) -> None:
-        self._add(TORCH, "torch float32", None, _size(bundle, ENCODER), partial(_student, bundle, device))
+        self._add(TORCH, "torch float32", None, _size(bundle, ENCODER), partial(_open_student, bundle, device))
         provider = "cuda" if device_type(device) == "cuda" else "cpu"
         for row in ARTIFACTS.values():
             self._offer_artifact(bundle, _Way(key_of(row), row.label, row, provider_on(row, provider)))
-        for name, other in PROVIDERS.items():
-            if other.label:
-                row = ARTIFACTS[other.preferred[0]]
-                way = _Way(f"{name}-{row.precision}", f"{other.label} {row.precision}", row, name, own_provider=True)
+        for name, option in PROVIDERS.items():
+            if option.label:
+                row = ARTIFACTS[option.preferred[0]]
+                way = _Way(f"{name}-{row.precision}", f"{option.label} {row.precision}", row, name, own_provider=True)
                 self._offer_artifact(bundle, way)
 
     def _offer_artifact(self, bundle: Bundle, way: _Way) -> None:
         row = way.artifact
-        place, why = None, None
+        file, why = None, None
         try:
             if not row.files(bundle.manifest.files):
                 where = f" on {row.machine}" if row.machine else ""
                 what = f"it runs the {row.precision} file" if way.own_provider else "the bundle has no such file"
                 raise MvmrError(f"{what}; run {export_command(row, bundle)}{where}, then start again")
-            place = locate(row, bundle)
+            file = locate(row, bundle)
             if way.own_provider and way.provider is not None:
                 check_provider(way.provider)
         except MvmrError as error:
             why = str(error)
-        self._add(way.key, way.label, why, _size(bundle, place), partial(_exported, bundle, way))
+        self._add(way.key, way.label, why, _size(bundle, file), partial(_open_exported, bundle, way))
 
     def _add(self, key: str, label: str, why: str | None, nbytes: int | None, make: Callable[[], Encoder]) -> None:
         self.choices += (Choice(key, label, why, nbytes),)
         self._locks[key], self._makers[key] = threading.Lock(), make
 
 
-def _student(bundle: Bundle, device: str) -> Encoder:
+def _open_student(bundle: Bundle, device: str) -> Encoder:
     student = once(lambda: bundle.student(device))  # embeddings that were computed before need no weights
     return Encoder(
         key=TORCH,
@@ -170,16 +170,16 @@ def _student(bundle: Bundle, device: str) -> Encoder:
         dim=bundle.manifest.embedding_dim,
         nbytes=_size(bundle, ENCODER),
         prepare=lambda image: student().prepare(image),
-        forward=lambda prepared: in_torch(student(), student().dim, device, prepared),
+        forward=lambda prepared: embed_in_torch(student(), student().dim, device, prepared),
     )
 
 
-def _exported(bundle: Bundle, way: _Way) -> Encoder:
-    row, now = way.artifact, bundles.load(bundle.path, verify=False)
-    if now.space_id != bundle.space_id:
+def _open_exported(bundle: Bundle, way: _Way) -> Encoder:
+    row, current = way.artifact, bundles.load(bundle.path, verify=False)
+    if current.space_id != bundle.space_id:
         raise MvmrError(f"bundle {bundle.path} has changed since it was opened; start again")
-    runner, place = open_artifact(row, now, provider=way.provider), locate(row, now)
-    step, digest = PROVIDERS[way.provider].at_once if way.provider else BATCH, now.manifest.files[place]
+    runner, file = open_artifact(row, current, provider=way.provider), locate(row, current)
+    step, digest = PROVIDERS[way.provider].at_once if way.provider else BATCH, current.manifest.files[file]
 
     def forward(prepared: Sequence[Any]) -> Floats:
         rows = [np.empty((0, runner.dim), np.float32)]
@@ -192,11 +192,13 @@ def _exported(bundle: Bundle, way: _Way) -> Encoder:
         label=way.label,
         identity=identity_of(bundle.space_id, way.key, way.provider or "", digest),
         dim=runner.dim,
-        nbytes=_size(now, place),
-        prepare=now.manifest.preprocessing.image,
+        nbytes=_size(current, file),
+        prepare=current.manifest.preprocessing.image,
         forward=forward,
         # What `mvmr embed` runs; a provider that is an engine of its own computes the same file otherwise.
-        written=Written(bundle.space_id, row.precision, digest) if way.provider and not way.own_provider else None,
+        provenance=Provenance(bundle.space_id, row.precision, digest)
+        if way.provider and not way.own_provider
+        else None,
     )
 
 

@@ -11,7 +11,7 @@ import httpx2
 import numpy as np
 from PIL import Image
 
-from mvmr.app.embedders.embedder import SERVICE, Encoder, Written, identity_of
+from mvmr.app.embedders.embedder import SERVICE, Encoder, Provenance, identity_of
 from mvmr.bundles.preprocess import Preprocess, to_rgb
 from mvmr.errors import MvmrError, summarise
 from mvmr.serve.client import Client
@@ -19,7 +19,7 @@ from mvmr.serve.engine import Floats
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """What a service says about its model."""
 
     url: str
@@ -32,23 +32,23 @@ class Served:
     heads: Mapping[str, tuple[str, ...]]
 
     @classmethod
-    def ask(cls, client: Client, url: str) -> Served:
-        shown = str(httpx2.URL(url).copy_with(userinfo=b"")).rstrip("/")
-        says = client.models()
+    def ask(cls, client: Client, url: str) -> ServedModel:
+        address = str(httpx2.URL(url).copy_with(userinfo=b"")).rstrip("/")
+        models = client.models()
         try:
             return cls(
-                url=shown,
-                name=str(says[0]["id"]),
-                space_id=str(says[0]["space_id"]),
-                dim=int(says[0]["dim"]),
-                precision=str(says[0]["precision"]),
-                engine=str(says[0]["engine"]),
-                preprocess=Preprocess.from_dict(says[0]["preprocessing"]),
-                heads={str(name): tuple(map(str, classes)) for name, classes in says[0]["heads"].items()},
+                url=address,
+                name=str(models[0]["id"]),
+                space_id=str(models[0]["space_id"]),
+                dim=int(models[0]["dim"]),
+                precision=str(models[0]["precision"]),
+                engine=str(models[0]["engine"]),
+                preprocess=Preprocess.from_dict(models[0]["preprocessing"]),
+                heads={str(name): tuple(map(str, classes)) for name, classes in models[0]["heads"].items()},
             )
         except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise MvmrError(
-                f"{shown} doesn't answer as an mvmr service does ({summarise(error)}); check the URL"
+                f"{address} doesn't answer as an mvmr service does ({summarise(error)}); check the URL"
             ) from error
 
     @property
@@ -59,10 +59,10 @@ class Served:
         def forward(prepared: Sequence[Any]) -> Floats:
             if not prepared:
                 return np.empty((0, self.dim), np.float32)
-            found = client.embed(prepared)
-            if found.space_id != self.space_id:
+            answer = client.embed(prepared)
+            if answer.space_id != self.space_id:
                 raise MvmrError(f"{self.url} serves another model than when the app was started; start the app again")
-            return found.vectors
+            return answer.vectors
 
         return Encoder(
             key=SERVICE,
@@ -70,13 +70,13 @@ class Served:
             identity=identity_of(self.space_id, SERVICE, self.url, self.precision, self.engine),
             dim=self.dim,
             nbytes=None,
-            prepare=partial(_shrunk, self.preprocess),
+            prepare=partial(_shrink, self.preprocess),
             forward=forward,
-            written=Written(self.space_id, self.precision, ""),
+            provenance=Provenance(self.space_id, self.precision, ""),
         )
 
 
-def _shrunk(preprocess: Preprocess, image: Image.Image) -> Image.Image:
+def _shrink(preprocess: Preprocess, image: Image.Image) -> Image.Image:
     """The image as the service's own preprocessing would resize it: less to send, and the same pixels in the end."""
     picture = to_rgb(image, preprocess.background)
     width, height = picture.size
@@ -87,14 +87,14 @@ def _shrunk(preprocess: Preprocess, image: Image.Image) -> Image.Image:
     return picture.resize(size, Image.Resampling[preprocess.interpolation.upper()])
 
 
-def classified(client: Client, images: Sequence[Image.Image], head: str, classes: Sequence[str]) -> Floats:
-    ranked = client.classify(images, head=head, top_k=min(len(classes), 1000))
+def classify_by_service(client: Client, images: Sequence[Image.Image], head: str, classes: Sequence[str]) -> Floats:
+    answer = client.classify(images, head=head, top_k=min(len(classes), 1000))
     columns = {name: column for column, name in enumerate(classes)}
-    found = np.zeros((len(ranked.rows), len(classes)), np.float32)
+    probabilities = np.zeros((len(answer.rows), len(classes)), np.float32)
     try:
-        for row, labels in enumerate(ranked.rows):
-            for each in labels:
-                found[row, columns[each.label]] = each.probability
+        for row, labels in enumerate(answer.rows):
+            for guess in labels:
+                probabilities[row, columns[guess.label]] = guess.probability
     except KeyError as error:
         raise MvmrError(f"the service's head {head} has other classes than before; start the app again") from error
-    return found
+    return probabilities

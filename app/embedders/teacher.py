@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mvmr.app.embedders.embedder import TEACHER, Encoder, device_type, identity_of, in_torch, once
+from mvmr.app.embedders.embedder import TEACHER, Encoder, device_type, embed_in_torch, identity_of, once
 from mvmr.bundles.bundle import Bundle
 from mvmr.errors import MvmrError, one_line
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedTeacher:
     """A teacher in memory; has_text: whether its text tower is there, for zero-shot classification."""
 
     teacher: Teacher
@@ -33,7 +33,7 @@ class TeacherSide(Encoder):
     load: gives the teacher, from the second call on the same one; raises MvmrError when it can't be had
     """
 
-    load: Callable[[], Loaded]
+    load: Callable[[], LoadedTeacher]
 
     @property
     def teacher(self) -> Teacher:
@@ -59,12 +59,12 @@ def load_teacher(
     if bundle is None and teacher is None:
         raise MvmrError("a service does not say what its student was distilled from; name it: --teacher ViT-B-16")
     load = once(lambda: _with_text(bundle, teacher, pretrained, device))
-    recorded = _recorded(bundle) if bundle is not None and teacher is None else None
-    if recorded is None:
-        found = load().teacher
-        name, weights, identity, dim = found.name, found.weights, found.identity, found.dim
+    record = _read_record(bundle) if bundle is not None and teacher is None else None
+    if record is None:
+        loaded = load().teacher
+        name, weights, identity, dim = loaded.name, loaded.weights, loaded.identity, loaded.dim
     else:
-        (name, weights, identity), dim = recorded, None
+        (name, weights, identity), dim = record, None
     return TeacherSide(
         key=TEACHER,
         label=f"{name} ({Path(weights).name})",
@@ -72,12 +72,14 @@ def load_teacher(
         dim=dim,
         nbytes=_size(name, weights),
         prepare=lambda image: load().teacher.prepare(image),
-        forward=lambda prepared: in_torch(load().teacher, load().teacher.dim, device, prepared),
+        forward=lambda prepared: embed_in_torch(load().teacher, load().teacher.dim, device, prepared),
         load=load,
     )
 
 
-def _with_text(bundle: Bundle | None, teacher: str | Path | None, pretrained: str | Path | None, device: str) -> Loaded:
+def _with_text(
+    bundle: Bundle | None, teacher: str | Path | None, pretrained: str | Path | None, device: str
+) -> LoadedTeacher:
     from mvmr.distillation.teachers.recorded import teacher_of  # here, for open_clip takes seconds
     from mvmr.distillation.teachers.table import open_teacher, parse_specs
     from mvmr.distillation.teachers.teacher import NoTextTower
@@ -88,23 +90,23 @@ def _with_text(bundle: Bundle | None, teacher: str | Path | None, pretrained: st
         return open_teacher(parse_specs(teacher or ())[0], pretrained, device=device, text=text)
 
     try:
-        return Loaded(load(text=True), has_text=True)
+        return LoadedTeacher(load(text=True), has_text=True)
     except NoTextTower:
         pass
     except MvmrError:
         raise
     except Exception as error:  # some text towers need packages or files of their own, which each fail in their own way
         logger.warning("no text tower of the teacher, so no zero-shot: %s", one_line(error))
-    return Loaded(load(text=False), has_text=False)
+    return LoadedTeacher(load(text=False), has_text=False)
 
 
-def _recorded(bundle: Bundle) -> tuple[str, str, str] | None:
+def _read_record(bundle: Bundle) -> tuple[str, str, str] | None:
     """Name, file of weights and identity of the teacher that the bundle records; None where the file is not there."""
     teachers = bundle.manifest.training.get("teachers")
-    says = teachers.get("teacher") if isinstance(teachers, Mapping) else None
-    if not isinstance(says, Mapping) or not {"name", "weights", "identity"} <= set(says):
+    record = teachers.get("teacher") if isinstance(teachers, Mapping) else None
+    if not isinstance(record, Mapping) or not {"name", "weights", "identity"} <= set(record):
         return None
-    name, weights, identity = (str(says[key]) for key in ("name", "weights", "identity"))
+    name, weights, identity = (str(record[key]) for key in ("name", "weights", "identity"))
     return (name, weights, identity) if Path(weights).is_file() else None
 
 

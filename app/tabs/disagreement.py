@@ -81,9 +81,9 @@ class Fidelity:
     ) -> Fidelity:
         """From the overlap of each image in percent, [N]; see :func:`fidelity_of`."""
         names = tuple(classes or ())
-        compared = None
+        comparison = None
         if labels is not None and probes is not None:
-            compared = predictions(labels, names, probes.student.predicted, probes.teacher.predicted, seed=SEED)
+            comparison = predictions(labels, names, probes.student.predicted, probes.teacher.predicted, seed=SEED)
         return cls(
             k=k,
             chance=100 * k / (len(overlap) - 1),
@@ -91,9 +91,9 @@ class Fidelity:
             overall=Interval(**interval(overlap, seed=SEED)),
             labels=labels,
             class_names=names,
-            classes=None if labels is None else _by_class(overlap, labels, names, compared),
+            classes=None if labels is None else _by_class(overlap, labels, names, comparison),
             probes=None if labels is None else probes,
-            agreement=None if compared is None else compared["agreement"],
+            agreement=None if comparison is None else comparison["agreement"],
         )
 
     def worst(self, of_class: str | None = None) -> Labels:
@@ -123,8 +123,8 @@ class Fidelity:
             if self.labels is not None:
                 line.append(self.class_names[self.labels[i]])
             if right is not None and self.probes is not None:
-                said = (self.probes.teacher.predicted[i], self.probes.student.predicted[i])
-                line += [*(self.class_names[number] for number in said), RIGHT[right[i]]]
+                predicted = (self.probes.teacher.predicted[i], self.probes.student.predicted[i])
+                line += [*(self.class_names[number] for number in predicted), RIGHT[right[i]]]
             lines.append(line)
         return to_csv(columns, lines)
 
@@ -134,10 +134,10 @@ class Fidelity:
         if self.probes is not None:
             columns += ["teacher's accuracy (%)", "student's accuracy (%)", *_ends("difference", "points")]
         lines: list[list[object]] = []
-        for each in self.classes or ():
-            line: list[object] = [each.name, each.images, *asdict(each.overlap).values()]
-            if each.accuracy is not None:
-                line += [each.accuracy.teacher, each.accuracy.student, *asdict(each.accuracy.difference).values()]
+        for row in self.classes or ():
+            line: list[object] = [row.name, row.images, *asdict(row.overlap).values()]
+            if row.accuracy is not None:
+                line += [row.accuracy.teacher, row.accuracy.student, *asdict(row.accuracy.difference).values()]
             lines.append(line)
         return to_csv(columns, lines)
 
@@ -171,16 +171,16 @@ def _ends(title: str, unit: str) -> list[str]:
 
 
 def _by_class(
-    overlap: Floats, labels: Labels, classes: Sequence[str], compared: Mapping[str, Any] | None
+    overlap: Floats, labels: Labels, classes: Sequence[str], comparison: Mapping[str, Any] | None
 ) -> tuple[ClassFidelity, ...]:
     accuracies = {
         row["name"]: Accuracy(row["teacher"], row["student"], Interval(row["difference"], row["low"], row["high"]))
-        for row in (compared["classes"] if compared else ())
+        for row in (comparison["classes"] if comparison else ())
     }
-    found = []
+    rows = []
     for number, name in enumerate(classes):
         own = overlap[labels == number]
         if len(own):
             mean = Interval(**interval(own, seed=SEED))
-            found.append(ClassFidelity(name, len(own), mean, accuracies.get(name)))
-    return tuple(sorted(found, key=lambda each: each.overlap.mean))
+            rows.append(ClassFidelity(name, len(own), mean, accuracies.get(name)))
+    return tuple(sorted(rows, key=lambda row: row.overlap.mean))

@@ -22,26 +22,26 @@ def disagreement(bench: Workbench, engine: str, k: int) -> str:
 
     Raises: MvmrError where there is no teacher, or not k other images.
     """
-    found = fidelity(bench, engine, k)
+    result = fidelity(bench, engine, k)
     gallery = bench.gallery
     lists = {key: bench.bank(key) for key in (TEACHER, engine)}
-    shown = min(k, 10)
+    limit = min(k, 10)
     cases: list[dict[str, Any]] = []
-    for row in found.worst()[:_WORST].tolist():
+    for row in result.worst()[:_WORST].tolist():
         own = np.array([row])
         near = {key: bank.search(bench.rows(key)[own], k, without=own)[1][0].tolist() for key, bank in lists.items()}
         shared = set(near[TEACHER]) & set(near[engine])
         cases.append({
-            "row": row, "key": gallery.keys[row], "overlap": float(found.overlap[row]),
+            "row": row, "key": gallery.keys[row], "overlap": float(result.overlap[row]),
             "label": fragments.label_of(bench, row), "shared": shared,
-            "sides": [("teacher", near[TEACHER][:shown]), ("student", near[engine][:shown])],
+            "sides": [("teacher", near[TEACHER][:limit]), ("student", near[engine][:limit])],
         })  # fmt: skip
     command = ""
     if bench.bundle is not None and not gallery.embedded:
         command = f"mvmr report {bench.path} --data {shlex.quote(gallery.name)} --k {k} --limit {len(gallery)}"
     return fragments.render(
-        "disagreements", found=found, cases=cases, engine=engine, engine_name=bench.engines.get(engine).label,
-        probed=found.probes is not None, version=fragments.version(bench), count=len(gallery),
+        "disagreements", fidelity=result, cases=cases, engine=engine, engine_name=bench.engines.get(engine).label,
+        probed=result.probes is not None, version=fragments.version(bench), count=len(gallery),
         command=command,
     )  # fmt: skip
 
@@ -50,5 +50,5 @@ def tables(bench: Workbench, table: str, engine: str, k: int) -> str:
     """One of `TABLES` as CSV; raises MvmrError for another one, and as `disagreement`."""
     if table not in TABLES:
         raise unknown("table", table, TABLES)
-    found = fidelity(bench, engine, k)
-    return found.images_csv(bench.gallery.keys) if table == "images" else found.classes_csv()
+    result = fidelity(bench, engine, k)
+    return result.images_csv(bench.gallery.keys) if table == "images" else result.classes_csv()

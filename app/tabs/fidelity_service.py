@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mvmr.app.embedders.embedder import TEACHER
 from mvmr.app.tabs.disagreement import Fidelity
-from mvmr.app.tabs.probes import Probed, Probes, Training
+from mvmr.app.tabs.probes import ProbeResult, Probes, Training
 from mvmr.app.workbench import Advance, Workbench
 from mvmr.errors import MvmrError
 
@@ -15,7 +15,7 @@ def fidelity(bench: Workbench, engine: str, k: int) -> Fidelity:
     Raises: MvmrError where there is no teacher, or not k other images.
     """
     overlap = bench.overlap(engine, k)  # refuses what can't be had, so that nothing is kept for it
-    probes: Probes | None = bench.known(("probes", engine))
+    probes: Probes | None = bench.recall(("probes", engine))
 
     def make() -> Fidelity:
         gallery = bench.gallery
@@ -40,9 +40,9 @@ def fit_probes(bench: Workbench, engine: str, advance: Advance | None = None) ->
         )
         labels = gallery.labels
 
-        def ask(key: str) -> Probed:
+        def ask(key: str) -> ProbeResult:
             head = training.probe(bench.encoder(key), bench.folder, advance)
-            return Probed.of(head, bench.rows(key), labels)
+            return ProbeResult.of(head, bench.rows(key), labels)
 
         return Probes(teacher=bench.once(("probe", TEACHER), lambda: ask(TEACHER)), student=ask(engine))
 

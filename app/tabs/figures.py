@@ -148,10 +148,10 @@ def figures(
         advance: hears how many of the encoders are done, of how many.
     """
     teacher = next((line for line in lines if line.key == TEACHER), None)
-    kept = _dependence(lines, teacher)
+    similarities = _dependence(lines, teacher)
     rows = []
     for number, line in enumerate(lines):
-        cells = _costs(line) | _timed(line, images, seconds) | kept[line.key]
+        cells = _costs(line) | _speeds(line, images, seconds) | similarities[line.key]
         cells |= {protocol: _accuracy(line, protocol, records) for protocol in ("linear", "knn")}
         rows.append(Row(line.key, line.label, {column.key: cells[column.key] for column in COLUMNS}))
         if advance is not None:
@@ -171,9 +171,9 @@ def speed(
     A first image warms it up; of several batches the first is left out, for memory is found for it.
     """
     encoder.embed([images[0]])
-    single = _repeated(lambda i: encoder.embed([images[i % len(images)]]), seconds / 2, _LATENCIES, clock)
+    single = _time_calls(lambda i: encoder.embed([images[i % len(images)]]), seconds / 2, _LATENCIES, clock)
     batch = [images[i % len(images)] for i in range(_BATCH)]
-    batches = _repeated(lambda _: encoder.embed(batch), seconds / 2, _BATCHES, clock)
+    batches = _time_calls(lambda _: encoder.embed(batch), seconds / 2, _BATCHES, clock)
     counted = batches[1:] or batches
     p50, p99 = np.percentile(1000 * np.array(single), [50, 99])
     return Speed(float(p50), float(p99), _BATCH * len(counted) / sum(counted), len(single), len(counted))
@@ -194,7 +194,7 @@ def accuracies(
 def student_parameters(bundle: Bundle) -> int:
     """Parameters of a bundle's encoder; no weights are read."""
     with torch.device("meta"):
-        return sum(each.numel() for each in backbone_of(bundle.manifest).build().parameters())
+        return sum(parameter.numel() for parameter in backbone_of(bundle.manifest).build().parameters())
 
 
 def figures_csv(rows: Sequence[Row]) -> str:
@@ -212,18 +212,18 @@ def figures_csv(rows: Sequence[Row]) -> str:
     return to_csv(columns, lines)
 
 
-def _repeated(
+def _time_calls(
     call: Callable[[int], object], seconds: float, count: tuple[int, int], clock: Callable[[], float]
 ) -> list[float]:
     """Seconds that each call took: at least and at most so many calls, and no new one when the time is over."""
     least, most = count
-    found: list[float] = []
+    durations: list[float] = []
     began = clock()
-    while len(found) < least or (len(found) < most and clock() - began < seconds):
+    while len(durations) < least or (len(durations) < most and clock() - began < seconds):
         start = clock()
-        call(len(found))
-        found.append(clock() - start)
-    return found
+        call(len(durations))
+        durations.append(clock() - start)
+    return durations
 
 
 def _costs(line: Line) -> dict[str, Cell]:
@@ -238,27 +238,27 @@ def _costs(line: Line) -> dict[str, Cell]:
     return {"parameters": parameters, "bytes": nbytes}
 
 
-def _timed(line: Line, images: Sequence[Image.Image], seconds: float) -> dict[str, Cell]:
+def _speeds(line: Line, images: Sequence[Image.Image], seconds: float) -> dict[str, Cell]:
     names = ("p50", "p99", "throughput")
     if line.encoder is None or not images:
         return dict.fromkeys(names, Cell.missing(line.why or NOT_YET))
     try:
-        found = speed(line.encoder, images, seconds=seconds)
+        measurement = speed(line.encoder, images, seconds=seconds)
     except MvmrError as error:  # a service that is gone
         return dict.fromkeys(names, Cell.missing(str(error)))
-    one = f"{HERE}: {found.calls} images one by one, decoded, with resizing and normalisation"
-    many = f"{HERE}: batches of {_BATCH} images, {found.batches} of them, with resizing and normalisation"
+    single = f"{HERE}: {measurement.calls} images one by one, decoded, with resizing and normalisation"
+    batched = f"{HERE}: batches of {_BATCH} images, {measurement.batches} of them, with resizing and normalisation"
     return {
-        "p50": Cell(found.p50, f"{_number(found.p50)} ms", one),
-        "p99": Cell(found.p99, f"{_number(found.p99)} ms", one),
-        "throughput": Cell(found.throughput, f"{_number(found.throughput)} images/s", many),
+        "p50": Cell(measurement.p50, f"{_number(measurement.p50)} ms", single),
+        "p99": Cell(measurement.p99, f"{_number(measurement.p99)} ms", single),
+        "throughput": Cell(measurement.throughput, f"{_number(measurement.throughput)} images/s", batched),
     }
 
 
 def _dependence(lines: Sequence[Line], teacher: Line | None) -> dict[str, dict[str, Cell]]:
     """dCor and CKA of every line's rows to the teacher's, by the line's key."""
     names = ("dcor", "cka")
-    found = {}
+    cells = {}
     for line in lines:
         if line is teacher:
             why = "this is the teacher"
@@ -268,15 +268,15 @@ def _dependence(lines: Sequence[Line], teacher: Line | None) -> dict[str, dict[s
             why = line.why or teacher.why or NOT_YET
             if teacher.rows is not None and len(teacher.rows) < _FEWEST:
                 why = f"the unbiased estimator takes {_FEWEST} images or more"
-        found[line.key] = dict.fromkeys(names, Cell.missing(why))
+        cells[line.key] = dict.fromkeys(names, Cell.missing(why))
     if teacher is None or teacher.rows is None or len(teacher.rows) < _FEWEST:
-        return found
+        return cells
     rows = {line.key: line.rows for line in lines if line.rows is not None and line is not teacher}
     # What comes by chance is the report's to say: of the permutations behind it one is drawn, and not looked at.
     for cell in dependence(rows, {TEACHER: teacher.rows}, permutations=1, seed=SEED) if rows else ():
         source = f"{HERE}, on {len(teacher.rows):,} images, as `mvmr report` does"
-        found[cell["row"]] = {name: Cell(cell[name], f"{cell[name]:.3f}", source) for name in names}
-    return found
+        cells[cell["row"]] = {name: Cell(cell[name], f"{cell[name]:.3f}", source) for name in names}
+    return cells
 
 
 def _accuracy(line: Line, protocol: str, records: Records) -> Cell:
@@ -285,13 +285,13 @@ def _accuracy(line: Line, protocol: str, records: Records) -> Cell:
     if not records.labelled:
         return Cell.missing(f"{records.data} has no labels to measure with, or several to an image")
     evaluated = of_teacher or line.key == TORCH  # what `mvmr evaluate` measures
-    if evaluated and (recorded := records.find(protocol, teacher=of_teacher)):
-        return Cell(recorded[0], f"{recorded[0]:.1f} %", recorded[1])
+    if evaluated and (record := records.find(protocol, teacher=of_teacher)):
+        return Cell(record[0], f"{record[0]:.1f} %", record[1])
     if line.accuracies is not None:
         value = line.accuracies[protocol]
         return Cell(value, f"{value:.1f} %", f"{HERE}, on its own features, as `{command}` does")
-    if protocol == "linear" and (recorded := records.exported(line.key)):
-        return Cell(recorded[0], f"{recorded[0]:.1f} %", recorded[1])
+    if protocol == "linear" and (record := records.find_exported(line.key)):
+        return Cell(record[0], f"{record[0]:.1f} %", record[1])
     if evaluated:
         return Cell.missing(f"`{command}` measures it")
     return Cell.missing(line.why or f"{NOT_YET}: it takes a probe on this engine's own features")

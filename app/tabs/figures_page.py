@@ -23,7 +23,7 @@ from mvmr.app.tabs.figures import (
 from mvmr.app.tabs.probes import Training
 from mvmr.app.tabs.records import Records
 from mvmr.app.workbench import Advance, Workbench
-from mvmr.distillation.report.images import drawn_rows
+from mvmr.distillation.report.images import draw_rows
 from mvmr.errors import MvmrError
 
 _IMAGES = 32  # that speed is measured with
@@ -49,7 +49,7 @@ def table_csv(bench: Workbench) -> str:
 
 def _measure(bench: Workbench, advance: Advance | None) -> None:
     """Measure every engine that can be had; one that fails leaves the others."""
-    usable, failed = [], {}
+    usable, failures = [], {}
     for key in _keys(bench):
         try:
             if _why(bench, key) is None:
@@ -57,33 +57,33 @@ def _measure(bench: Workbench, advance: Advance | None) -> None:
                 bench.encoder(key).embed([bench.gallery.load(0)])
                 usable.append(key)
         except MvmrError as error:
-            failed[key] = str(error)
-    for row in _lines(bench, usable, advance, failed):
+            failures[key] = str(error)
+    for row in _lines(bench, usable, advance, failures):
         bench.keep(("measured", row.key), {key: row.cells[key] for key in _TAKES_LONG})
 
 
 def _rows(bench: Workbench) -> list[Row]:
     """The table with all that is known by now: what was measured, and accuracies, whose records are read anew."""
     rows = _lines(bench)
-    return [replace(row, cells={**row.cells, **(bench.known(("measured", row.key)) or {})}) for row in rows]
+    return [replace(row, cells={**row.cells, **(bench.recall(("measured", row.key)) or {})}) for row in rows]
 
 
 def _lines(
     bench: Workbench,
     measured: Sequence[str] = (),
     advance: Advance | None = None,
-    failed: Mapping[str, str] = MappingProxyType({}),
+    failures: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Row]:
-    drawn = drawn_rows(len(bench.gallery), LIMIT)
+    numbers = draw_rows(len(bench.gallery), LIMIT)
     lines = [
         Line(
             key=key,
             label=_label(bench, key),
             encoder=bench.encoder(key) if key in measured else None,
-            why=_why(bench, key) or failed.get(key, ""),
+            why=_why(bench, key) or failures.get(key, ""),
             parameters=_parameters(bench, key),
             nbytes=_nbytes(bench, key),
-            rows=bench.rows(key)[drawn] if key in measured else None,
+            rows=bench.rows(key)[numbers] if key in measured else None,
             accuracies=_accuracies(bench, key),
         )
         for key in _keys(bench)
@@ -122,9 +122,9 @@ def _parameters(bench: Workbench, key: str) -> int | None:
 
 def _accuracies(bench: Workbench, key: str) -> Mapping[str, float] | None:
     """By the probes that have been fitted here; None where they have not."""
-    training: Training | None = bench.known(("training",))
+    training: Training | None = bench.recall(("training",))
     labels = bench.gallery.labels
-    if training is None or labels is None or bench.known(("probe" if key == TEACHER else "probes", key)) is None:
+    if training is None or labels is None or bench.recall(("probe" if key == TEACHER else "probes", key)) is None:
         return None
     encoder = bench.encoder(key)
     head, rows = training.probe(encoder, bench.folder), training.rows(encoder, bench.folder)
@@ -134,10 +134,10 @@ def _accuracies(bench: Workbench, key: str) -> Mapping[str, float] | None:
 def _records(bench: Workbench) -> Records:
     teacher = bench.teacher.teacher if bench.teacher is not None else None
     names = () if teacher is None else ("name", "weights", "identity")
-    said = {"teacher" if name == "name" else name: getattr(teacher, name) for name in names}
+    facts = {"teacher" if name == "name" else name: getattr(teacher, name) for name in names}
     return Records(
         bundle=bench.bundle,
         data=bench.gallery.name,
         labelled=bench.gallery.labels is not None,
-        **said,
+        **facts,
     )

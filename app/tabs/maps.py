@@ -71,8 +71,8 @@ def pca_map(teacher: Floats, student: Floats) -> Map:
         ValueError: teacher and student differ in length.
     """
     rows = _unit(teacher, student)
-    (left, shown), (right, also_shown) = _principal(rows[0]), _principal(rows[1])
-    return _laid_over("pca", left, right, (shown, also_shown))
+    (left, left_share), (right, right_share) = _principal(rows[0]), _principal(rows[1])
+    return _lay_over("pca", left, right, (left_share, right_share))
 
 
 def umap_map(teacher: Floats, student: Floats, *, seed: int = 0, neighbours: int = 15) -> Map:
@@ -88,7 +88,7 @@ def umap_map(teacher: Floats, student: Floats, *, seed: int = 0, neighbours: int
     Shapes and Raises: as :func:`pca_map`.
     """
     left, right = (_umap(rows, seed, neighbours) for rows in _unit(teacher, student))
-    return _laid_over("umap", left, right, None)
+    return _lay_over("umap", left, right, None)
 
 
 _MAKERS: Mapping[Method, Callable[[Floats, Floats], Map]] = {"pca": pca_map, "umap": umap_map}
@@ -99,26 +99,26 @@ def cached_map(method: Method, teacher: Floats, student: Floats, file: Path) -> 
 
     Shapes: as :func:`pca_map`. Raises: also MvmrError where the file cannot be written.
     """
-    if (found := stored_map(method, teacher, student, file)) is not None:
-        return found
-    made = _MAKERS[method](teacher, student)
-    with atomic(file) as temporary, temporary.open("wb") as opened:
+    if (stored := stored_map(method, teacher, student, file)) is not None:
+        return stored
+    result = _MAKERS[method](teacher, student)
+    with atomic(file) as temporary, temporary.open("wb") as stream:
         np.savez(
-            opened,
+            stream,
             key=np.array(_key(method, teacher, student)),
-            teacher=made.teacher,
-            student=made.student,
-            disparity=np.float64(made.disparity),
-            variance=np.array(made.variance or (), np.float64),
+            teacher=result.teacher,
+            student=result.student,
+            disparity=np.float64(result.disparity),
+            variance=np.array(result.variance or (), np.float64),
         )
-    return made
+    return result
 
 
 def stored_map(method: Method, teacher: Floats, student: Floats, file: Path) -> Map | None:
     """Return the map that `file` holds of these embeddings; None where there is no such file, or none to be read."""
     try:
-        with file.open("rb") as opened:  # numpy leaves open what it can't read
-            stored = np.load(opened, allow_pickle=False)
+        with file.open("rb") as stream:  # numpy leaves open what it can't read
+            stored = np.load(stream, allow_pickle=False)
             if str(stored["key"]) != _key(method, teacher, student):
                 return None
             variance = stored["variance"].tolist()
@@ -134,7 +134,7 @@ def stored_map(method: Method, teacher: Floats, student: Floats, file: Path) -> 
 
 
 def map_json(
-    drawn: Map, gallery: Labelled, overlap: Floats | None, right: npt.NDArray[np.integer] | None, *, k: int = 10
+    layout: Map, gallery: Labelled, overlap: Floats | None, right: npt.NDArray[np.integer] | None, *, k: int = 10
 ) -> dict[str, Any]:
     """Return what map.js draws, as JSON values.
 
@@ -145,29 +145,29 @@ def map_json(
     labels, classes = gallery.labels, gallery.classes or ()
     labelled = labels is not None and bool(classes)
     return {
-        "method": drawn.method,
-        "n": len(drawn.teacher),
-        **_coordinates(drawn),
-        "keys": _sendable(gallery.keys),
-        "classes": _sendable(classes) if labelled else None,
+        "method": layout.method,
+        "n": len(layout.teacher),
+        **_coordinates(layout),
+        "keys": _encodable(gallery.keys),
+        "classes": _encodable(classes) if labelled else None,
         "labels": np.asarray(labels).tolist() if labelled else None,
         "overlap": None if overlap is None else np.asarray(overlap, np.float64).tolist(),
         "right": None if right is None else np.asarray(right).tolist(),
         "k": k,
-        "disparity": drawn.disparity,
-        "variance": None if drawn.variance is None else list(drawn.variance),
+        "disparity": layout.disparity,
+        "variance": None if layout.variance is None else list(layout.variance),
     }
 
 
-def _coordinates(drawn: Map) -> dict[str, list[list[float]]]:
+def _coordinates(layout: Map) -> dict[str, list[list[float]]]:
     """Both maps as [[x..], [y..]], with the digits that can be seen."""
-    both = {"teacher": np.asarray(drawn.teacher, np.float64), "student": np.asarray(drawn.student, np.float64)}
+    both = {"teacher": np.asarray(layout.teacher, np.float64), "student": np.asarray(layout.student, np.float64)}
     width = max(float(np.abs(points).max(initial=0)) for points in both.values())
     digits = _DIGITS - 1 - floor(log10(width)) if width > 0 else 0
     return {side: points.round(digits).T.tolist() for side, points in both.items()}
 
 
-def _sendable(names: Sequence[str]) -> list[str]:
+def _encodable(names: Sequence[str]) -> list[str]:
     return [_SURROGATES.sub("\N{REPLACEMENT CHARACTER}", name) for name in names]
 
 
@@ -205,11 +205,11 @@ def _principal(rows: Floats) -> tuple[Doubles, float]:
 
 def _leading(gram: Doubles) -> tuple[Doubles, Doubles]:
     """The two largest eigenvalues, [2], and their eigenvectors, [M, 2]; zeros for a second one that is not there."""
-    found = None
+    solution = None
     if len(gram) > _SMALL:
         with suppress(ArpackNoConvergence):
-            found = eigsh(gram, 2, v0=np.random.default_rng(0).normal(size=len(gram)))
-    values, vectors = found or np.linalg.eigh(gram)
+            solution = eigsh(gram, 2, v0=np.random.default_rng(0).normal(size=len(gram)))
+    values, vectors = solution or np.linalg.eigh(gram)
     order = np.argsort(-values)[:2]
     missing = 2 - len(order)
     return np.pad(np.maximum(values[order], 0), (0, missing)), np.pad(vectors[:, order], ((0, 0), (0, missing)))
@@ -224,7 +224,7 @@ def _umap(rows: Floats, seed: int, neighbours: int) -> Doubles:
         from umap import UMAP  # numba, which it brings, takes seconds
 
     count = max(2, min(neighbours, len(rows) - 1))
-    cosines, found = nearest(rows, rows, count)
+    cosines, indices = nearest(rows, rows, count)
     distances = np.sqrt(np.maximum(2 - 2 * cosines, 0))
     # UMAP divides by the spread of where it begins, on both axes.
     noise = np.random.default_rng(seed).normal(scale=1e-4, size=scores.shape)
@@ -234,7 +234,7 @@ def _umap(rows: Floats, seed: int, neighbours: int) -> Doubles:
         init=begin,
         random_state=seed,
         n_jobs=1,
-        precomputed_knn=(found, distances, None),
+        precomputed_knn=(indices, distances, None),
         force_approximation_algorithm=True,  # else it has its own way with few images, whose neighbours are the same
     )
     with warnings.catch_warnings():
@@ -242,7 +242,7 @@ def _umap(rows: Floats, seed: int, neighbours: int) -> Doubles:
         return np.asarray(maker.fit_transform(rows), np.float64)
 
 
-def _laid_over(method: Method, teacher: Doubles, student: Doubles, variance: tuple[float, float] | None) -> Map:
+def _lay_over(method: Method, teacher: Doubles, student: Doubles, variance: tuple[float, float] | None) -> Map:
     """Move, turn and mirror the student's map to where its points are nearest to the teacher's, in the teacher's size.
 
     The scale of least squares would make a student smaller the less it agrees, which looks like a collapse and is none.

@@ -25,11 +25,11 @@ class Maps:
 
     def __init__(self, bench: Workbench) -> None:
         self._bench = bench
-        self._made: dict[str, Future[Map]] = {}
+        self._futures: dict[str, Future[Map]] = {}
         self._lock = threading.Lock()
         self._process: ProcessPoolExecutor | None = None
         self._embedding: dict[str, Future[Floats]] = {}
-        self._behind = ThreadPoolExecutor(1, "mvmr-map")
+        self._background = ThreadPoolExecutor(1, "mvmr-map")
 
     def json(self, engine: str, method: str, k: int) -> bytes | None:
         """The map as the page takes it; None while it is being made.
@@ -45,31 +45,31 @@ class Maps:
         if not (bench.ready(TEACHER) and bench.ready(engine)):
             self._begin(engine)
             return None
-        found = self._slow(engine) if method == _SLOW else self._at_once(engine)
-        if found is None:
+        layout = self._slow(engine) if method == _SLOW else self._at_once(engine)
+        if layout is None:
             return None
         from mvmr.app.tabs.fidelity_service import fidelity  # here, for scikit-learn takes seconds
 
-        compared = fidelity(bench, engine, min(k, len(bench.gallery) - 1))
-        return orjson.dumps(map_json(found, bench.gallery, compared.overlap, compared.right, k=compared.k))
+        result = fidelity(bench, engine, min(k, len(bench.gallery) - 1))
+        return orjson.dumps(map_json(layout, bench.gallery, result.overlap, result.right, k=result.k))
 
     def _begin(self, engine: str) -> None:
         """Embed the gallery behind the page, which asks again; raises MvmrError when that has failed."""
         with self._lock:
             if engine not in self._embedding:
-                self._embedding[engine] = self._behind.submit(self._bench.rows, engine)
-            begun = self._embedding[engine]
-            if begun.done() and begun.exception() is not None:
+                self._embedding[engine] = self._background.submit(self._bench.rows, engine)
+            future = self._embedding[engine]
+            if future.done() and future.exception() is not None:
                 del self._embedding[engine]
-        if begun.done():
-            begun.result()
+        if future.done():
+            future.result()
 
     def close(self) -> None:
         """End what is made behind the page, at whatever it is."""
-        self._behind.shutdown(wait=False, cancel_futures=True)
+        self._background.shutdown(wait=False, cancel_futures=True)
         if self._process is not None:
-            for each in list(self._process._processes.values()):  # there is no public way before Python 3.14
-                each.terminate()
+            for process in list(self._process._processes.values()):  # there is no public way before Python 3.14
+                process.terminate()
             self._process.shutdown(cancel_futures=True)
 
     def _at_once(self, engine: str) -> Map:
@@ -82,21 +82,21 @@ class Maps:
     def _slow(self, engine: str) -> Map | None:
         rows = self._bench.rows(TEACHER), self._bench.rows(engine)
         with self._lock:
-            if engine not in self._made:
-                file, begun = self._file(_SLOW, engine), Future[Map]()
+            if engine not in self._futures:
+                file, ready = self._file(_SLOW, engine), Future[Map]()
                 if (stored := stored_map(_SLOW, *rows, file)) is not None:
-                    begun.set_result(stored)
-                    self._made[engine] = begun
+                    ready.set_result(stored)
+                    self._futures[engine] = ready
                 else:
                     if self._process is None:
                         self._process = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-                    self._made[engine] = self._process.submit(cached_map, _SLOW, *rows, file)
-            made = self._made[engine]
-            if not made.done():
+                    self._futures[engine] = self._process.submit(cached_map, _SLOW, *rows, file)
+            future = self._futures[engine]
+            if not future.done():
                 return None
-            if made.exception() is not None:
-                del self._made[engine]  # what went wrong may be mended: the next to ask tries again
-        return made.result()
+            if future.exception() is not None:
+                del self._futures[engine]  # what went wrong may be mended: the next to ask tries again
+        return future.result()
 
     def _file(self, method: Method, engine: str) -> Path:
         return self._bench.folder / f"{method}-{engine}-{self._bench.gallery.fingerprint[:16]}.npz"

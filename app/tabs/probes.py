@@ -46,12 +46,12 @@ class Training:
         Raises:
             MvmrError: there is none that a probe can be fitted on, for the reasons that `mvmr evaluate` gives.
         """
-        found = open_labelled(data, background=background, max_unreadable=max_unreadable)
-        if found.several:
+        labelled = open_labelled(data, background=background, max_unreadable=max_unreadable)
+        if labelled.several:
             raise MvmrError(f"an image of {data} has several labels, and a probe takes one: see mvmr evaluate")
-        if tuple(classes or ()) != found.classes:
+        if tuple(classes or ()) != labelled.classes:
             raise MvmrError(f"the gallery has other classes than the training split of {data}: no probe for it")
-        return cls(images=found.train, labels=found.labels, classes=found.classes)
+        return cls(images=labelled.train, labels=labelled.labels, classes=labelled.classes)
 
     def rows(self, encoder: Encoder, folder: Path, advance: Advance | None = None) -> Floats:
         """Embeddings of the training split, float32 [M, D]; computed once and kept in `folder`."""
@@ -59,13 +59,13 @@ class Training:
 
     def probe(self, encoder: Encoder, folder: Path, advance: Advance | None = None) -> LinearHead:
         """The linear probe of one side, as `mvmr report` fits it; fitted once and kept in `folder` as JSON."""
-        of = hashlib.sha256(self.labels.astype("<i8").tobytes()).hexdigest()
-        key = {"encoder": encoder.identity, "images": self.images.fingerprint, "labels": of, "mvmr": __version__}
+        digest = hashlib.sha256(self.labels.astype("<i8").tobytes()).hexdigest()
+        key = {"encoder": encoder.identity, "images": self.images.fingerprint, "labels": digest, "mvmr": __version__}
         file = folder / f"probe-{_digest(key)}.json"
-        if (known := _read_head(file)) is not None:
-            return known
+        if (stored := _read_head(file)) is not None:
+            return stored
         head = linear_probe(self.rows(encoder, folder, advance), self.labels, len(self.classes))
-        weights = {"shape": list(head.weight.shape), "weight": _packed(head.weight), "bias": _packed(head.bias)}
+        weights = {"shape": list(head.weight.shape), "weight": _pack(head.weight), "bias": _pack(head.bias)}
         write_json(file, weights | {"chosen": dict(head.chosen)})
         return head
 
@@ -74,7 +74,7 @@ def _digest(key: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _packed(values: Floats) -> str:
+def _pack(values: Floats) -> str:
     """float32 values as text, bit for bit."""
     return base64.b64encode(values.astype("<f4").tobytes()).decode()
 
@@ -82,24 +82,24 @@ def _packed(values: Floats) -> str:
 def _read_head(file: Path) -> LinearHead | None:
     """The probe that was kept, or None where there is none, or a damaged one."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        record = json.loads(file.read_text(encoding="utf-8"))
         weight, bias = (
-            np.frombuffer(base64.b64decode(found[name], validate=True), "<f4") for name in ("weight", "bias")
+            np.frombuffer(base64.b64decode(record[name], validate=True), "<f4") for name in ("weight", "bias")
         )
-        return LinearHead(weight.reshape(found["shape"]).copy(), bias.copy(), found["chosen"])
+        return LinearHead(weight.reshape(record["shape"]).copy(), bias.copy(), record["chosen"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 @dataclass(frozen=True)
-class Probed:
+class ProbeResult:
     """What the linear probe of one side says of the gallery; predicted: int64 [N]; top1: in percent."""
 
     predicted: Labels
     top1: float
 
     @classmethod
-    def of(cls, head: LinearHead, rows: Floats, labels: Labels) -> Probed:
+    def of(cls, head: LinearHead, rows: Floats, labels: Labels) -> ProbeResult:
         """Ask a probe about rows [N, D] of the true classes `labels`, int64 [N]."""
         return cls(head.predict(rows), top_k(head.logits(rows), labels, 1))
 
@@ -108,5 +108,5 @@ class Probed:
 class Probes:
     """The probes of both sides, each fitted on the training split under its own side."""
 
-    teacher: Probed
-    student: Probed
+    teacher: ProbeResult
+    student: ProbeResult

@@ -39,31 +39,31 @@ class Records:
 
     def find(self, protocol: str, *, teacher: bool) -> tuple[float, str] | None:
         """Top-1 in percent from the newest record of it, and the command that made the record."""
-        said = f"{protocol}, teacher {self.teacher}" if teacher else protocol
+        label = f"{protocol}, teacher {self.teacher}" if teacher else protocol
         name = "top1_weighted_k5" if protocol == "knn" else "top1"
         for record in reversed(self._now().metrics if self.bundle else ()):
-            if record["protocol"] != said or name not in record["values"] or not _same(record["data"], self.data):
+            if record["protocol"] != label or name not in record["values"] or not _same(record["data"], self.data):
                 continue
-            if not teacher or self._measured_ours(record["command"]):
+            if not teacher or self._is_ours(record["command"]):
                 return float(record["values"][name]), str(record["command"])
         return None
 
-    def exported(self, key: str) -> tuple[float, str] | None:
+    def find_exported(self, key: str) -> tuple[float, str] | None:
         """Top-1 in percent of a head on the images that an export was verified with, from the report beside it."""
         artifact = next((row for row in ARTIFACTS.values() if key_of(row) == key), None)
-        place = None if artifact is None else report_of(artifact.file)
-        if self.bundle is None or place is None or place not in self.bundle.manifest.files:
+        file = None if artifact is None else report_of(artifact.file)
+        if self.bundle is None or file is None or file not in self.bundle.manifest.files:
             return None
         try:
-            report = strict_json.read(self.bundle.file(place))
-            measured = {
-                name: each["accuracy"] for name, each in report["heads"].items() if each["accuracy"] is not None
+            report = strict_json.read(self.bundle.file(file))
+            accuracies = {
+                name: entry["accuracy"] for name, entry in report["heads"].items() if entry["accuracy"] is not None
             }
-            if not measured or not _same(report["data"], self.data):
+            if not accuracies or not _same(report["data"], self.data):
                 return None
-            head = min(measured)
-            of = f"{report['images']} images of {report['data']} ({report['split']})"
-            return float(measured[head]), f"mvmr export, {place}: head {head} on {of}"
+            head = min(accuracies)
+            sample = f"{report['images']} images of {report['data']} ({report['split']})"
+            return float(accuracies[head]), f"mvmr export, {file}: head {head} on {sample}"
         except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a bundle may come from a stranger
             return None
 
@@ -71,25 +71,25 @@ class Records:
         """The bundle's manifest as it stands: what was measured since the app was started is in it."""
         assert self.bundle is not None
         try:
-            found = bundles.load(self.bundle.path, verify=False)
+            current = bundles.load(self.bundle.path, verify=False)
         except MvmrError:
             return self.bundle.manifest
-        return found.manifest if found.space_id == self.bundle.space_id else self.bundle.manifest
+        return current.manifest if current.space_id == self.bundle.space_id else self.bundle.manifest
 
-    def _measured_ours(self, command: str) -> bool:
+    def _is_ours(self, command: str) -> bool:
         """Whether a record of a teacher of this name is of these weights, and not of others."""
-        given = dict(re.findall(r"--(teacher|pretrained) (\S+)", command))
-        if "teacher" in given:
+        options = dict(re.findall(r"--(teacher|pretrained) (\S+)", command))
+        if "teacher" in options:
             try:
-                taken = given.get("pretrained") or default_tag(self.teacher)
+                weights = options.get("pretrained") or default_tag(self.teacher)
             except MvmrError:  # a folder with its own weights
-                return _same(given["teacher"], os.path.dirname(self.weights))
-            return _same(taken, self.weights)
-        recorded = None if self.bundle is None else self.bundle.manifest.training.get("teachers")
-        described = recorded.get("teacher") if isinstance(recorded, Mapping) else None
-        return isinstance(described, Mapping) and described.get("identity") == self.identity
+                return _same(options["teacher"], os.path.dirname(self.weights))
+            return _same(weights, self.weights)
+        records = None if self.bundle is None else self.bundle.manifest.training.get("teachers")
+        record = records.get("teacher") if isinstance(records, Mapping) else None
+        return isinstance(record, Mapping) and record.get("identity") == self.identity
 
 
-def _same(ours: str, theirs: str) -> bool:
+def _same(first: str, second: str) -> bool:
     """Whether two names are of the same data or file; paths may be written in several ways."""
-    return os.path.abspath(ours) == os.path.abspath(theirs)
+    return os.path.abspath(first) == os.path.abspath(second)

@@ -81,16 +81,16 @@ def stages_chart(dependence: Mapping[str, Any], columns: Sequence[str], *, name:
 
     def draw(axes: Axes) -> None:
         for number, column in enumerate(columns):
-            there = [stage for stage in stages if (stage, column) in cells]
-            found = [cells[stage, column] for stage in there]
-            places = [stages.index(stage) for stage in there]
+            own_stages = [stage for stage in stages if (stage, column) in cells]
+            own_cells = [cells[stage, column] for stage in own_stages]
+            positions = [stages.index(stage) for stage in own_stages]
             mark, colour = _MARKERS[number % len(_MARKERS)], _LIGHT[_SERIES[number % len(_SERIES)]]
-            said = "student, dCor" if len(columns) == 1 else column
-            axes.plot(places, [cell["dcor"] for cell in found], marker=mark, color=colour, label=_short(said))
+            title = "student, dCor" if len(columns) == 1 else column
+            axes.plot(positions, [cell["dcor"] for cell in own_cells], marker=mark, color=colour, label=_short(title))
             if len(columns) == 1:
-                cka = [cell["cka"] for cell in found]
-                axes.plot(places, cka, marker="s", color=_LIGHT["indigo"], linestyle="--", label="student, CKA")
-                _references(axes, found, places, cells.get(("untrained", column)))
+                cka = [cell["cka"] for cell in own_cells]
+                axes.plot(positions, cka, marker="s", color=_LIGHT["indigo"], linestyle="--", label="student, CKA")
+                _references(axes, own_cells, positions, cells.get(("untrained", column)))
         axes.set_xticks(range(len(stages)), [_short(stage.removeprefix("student.")) for stage in stages])
         axes.set_xlabel("stage of the student, input to output")
         axes.set_ylabel("dCor" if len(columns) > 1 else "dCor, CKA")
@@ -101,14 +101,16 @@ def stages_chart(dependence: Mapping[str, Any], columns: Sequence[str], *, name:
 
 
 def _references(
-    axes: Axes, found: Sequence[Mapping[str, Any]], places: Sequence[int], untrained: Mapping[str, Any] | None
+    axes: Axes, cells: Sequence[Mapping[str, Any]], positions: Sequence[int], untrained: Mapping[str, Any] | None
 ) -> None:
-    low, high = [cell["null_low"] for cell in found], [cell["null_high"] for cell in found]
-    axes.fill_between(places, low, high, color=_LIGHT["untrained"], alpha=0.35, linewidth=0, label="null of dCor, 95 %")
-    for value, line, said in (("dcor", "-.", "dCor"), ("cka", ":", "CKA")):
+    low, high = [cell["null_low"] for cell in cells], [cell["null_high"] for cell in cells]
+    axes.fill_between(
+        positions, low, high, color=_LIGHT["untrained"], alpha=0.35, linewidth=0, label="null of dCor, 95 %"
+    )
+    for value, line, title in (("dcor", "-.", "dCor"), ("cka", ":", "CKA")):
         if untrained is not None:
             axes.axhline(
-                untrained[value], color=_LIGHT["untrained"], linestyle=line, label=f"untrained encoder, {said}"
+                untrained[value], color=_LIGHT["untrained"], linestyle=line, label=f"untrained encoder, {title}"
             )
 
 
@@ -127,11 +129,11 @@ def dots_chart(
     def draw(axes: Axes) -> None:
         for number, row in enumerate(rows):
             axes.plot([row["low"], row["high"]], [number, number], color=_LIGHT["student"], alpha=0.55)
-        places = range(len(rows))
-        axes.plot([row[value] for row in rows], places, "o", color=_LIGHT["student"], label="class, 95 % interval")
-        for (said, place), style in zip(lines.items(), ("-", "-.", ":"), strict=False):
-            axes.axvline(place, color=_LIGHT["muted"], linestyle=style, linewidth=1.1, label=said)
-        axes.set_yticks(places, [_short(row["name"]) for row in rows])
+        positions = range(len(rows))
+        axes.plot([row[value] for row in rows], positions, "o", color=_LIGHT["student"], label="class, 95 % interval")
+        for (title, position), style in zip(lines.items(), ("-", "-.", ":"), strict=False):
+            axes.axvline(position, color=_LIGHT["muted"], linestyle=style, linewidth=1.1, label=title)
+        axes.set_yticks(positions, [_short(row["name"]) for row in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_xlabel(unit)
         axes.grid(axis="y", visible=False)
@@ -169,16 +171,16 @@ def training_charts(records: Sequence[Mapping[str, Any]]) -> dict[str, Markup]:
     terms = [key for key in keys if key not in _NOT_TERMS and not key.startswith(_NOT_TERM_GROUPS)]
     unbiased = [key for key in keys if key.startswith("unbiased.")]
     same = all(record.get("rank_h") == record.get("rank_z") for record in records)  # no projector: z is h
-    drawn = {
+    panels = {
         "loss": (["loss", *terms], "loss and its terms"),
         "dcor": (unbiased, "unbiased dCor in the batch"),
         "rank": (["rank_h"] if same else ["rank_h", "rank_z"], "effective rank in the batch"),
     }
     charts = {}
-    for name, (chosen, unit) in drawn.items():
+    for name, (series, unit) in panels.items():
         curves = {
             key: [(record["step"], record[key]) for record in records if {"step", key} <= record.keys()]
-            for key in chosen
+            for key in series
         }
         if any(curves.values()):
             charts[name] = _curves_chart(curves, unit=unit, name=name, log=name == "loss")
@@ -190,12 +192,12 @@ def _curves_chart(curves: Mapping[str, Sequence[tuple[float, float]]], *, unit: 
     positive = all(value > 0 for pairs in curves.values() for _, value in pairs)
 
     def draw(axes: Axes) -> None:
-        for number, (said, pairs) in enumerate(curves.items()):
+        for number, (title, pairs) in enumerate(curves.items()):
             steps, values = [step for step, _ in pairs], [value for _, value in pairs]
             colour, style, width = _LIGHT[_SERIES[number % len(_SERIES)]], ("-", "--", "-.")[number % 3], 1.7
-            if said.endswith(".null"):
+            if title.endswith(".null"):
                 colour, style, width = _LIGHT["untrained"], ":", 1.1
-            axes.plot(steps, values, linewidth=width, color=colour, linestyle=style, label=_short(said))
+            axes.plot(steps, values, linewidth=width, color=colour, linestyle=style, label=_short(title))
         if log and positive:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
@@ -214,15 +216,15 @@ def _legend(axes: Axes) -> None:
 
 
 def _chart(draw: Callable[[Axes], None], *, name: str, label: str, height: float) -> Markup:
-    written = io.StringIO()
+    buffer = io.StringIO()
     style: dict[Any, Any] = {key: value for key, value in mpl.rcParamsDefault.items() if key != "backend"}
     with mpl.rc_context(style | _STYLE), warnings.catch_warnings():
         # Text is set by the reader's browser, with the reader's fonts; only its size is estimated here.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         draw(figure.subplots())
-        figure.savefig(written, format="svg", metadata={"Date": None})
-    return _inline(written.getvalue(), name, label)
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return _inline(buffer.getvalue(), name, label)
 
 
 def _inline(svg: str, name: str, label: str) -> Markup:

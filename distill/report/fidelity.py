@@ -38,11 +38,11 @@ def interval(values: np.ndarray, *, seed: int = 0) -> Figures:
     mean = float(values.mean())
     if np.ptp(values) == 0:
         return {"mean": mean, "low": mean, "high": mean}
-    found = bootstrap(
+    bounds = bootstrap(
         (values,), np.mean, n_resamples=_RESAMPLES, batch=max(1, _AT_ONCE // len(values)), method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval  # fmt: skip
-    return {"mean": mean, "low": float(found.low), "high": float(found.high)}
+    return {"mean": mean, "low": float(bounds.low), "high": float(bounds.high)}
 
 
 def dependence(
@@ -68,9 +68,9 @@ def dependence(
     Source: Szekely and Rizzo (2014), as :mod:`mvmr.methods.dependence`; Phipson and Smyth, "Permutation p-values
     should never be zero" (2010); Kornblith et al. (2019), as :func:`mvmr.evaluation.scores.linear_cka`.
     """
-    known = {name: _short(each) for name, each in {**columns, **rows}.items()}
-    centred = {name: centred_distances(torch.from_numpy(each), "unbiased") for name, each in known.items()}
-    by_chance = _permuted(
+    tables = {name: _short(values) for name, values in {**columns, **rows}.items()}
+    centred = {name: centred_distances(torch.from_numpy(values), "unbiased") for name, values in tables.items()}
+    by_chance = _permute(
         [centred[name] for name in rows], [centred[name] for name in columns], permutations, seed, progress
     )
     cells = []
@@ -81,7 +81,7 @@ def dependence(
             p = (1 + np.count_nonzero(null >= value)) / (1 + permutations)
             cells.append({
                 "row": row, "column": column, "dcor": value, "null_mean": float(null.mean()), "null_low": float(low),
-                "null_high": float(high), "p": float(p), "cka": linear_cka(known[row], known[column]),
+                "null_high": float(high), "p": float(p), "cka": linear_cka(tables[row], tables[column]),
             })  # fmt: skip
     return cells
 
@@ -112,7 +112,7 @@ def neighbours(
     worst: list[tuple[int, str | None]] = [(int(i), None) for i in np.argsort(overlap, kind="stable")[:_WORST]]
     if by_class is not None and labels is not None:
         worst = []
-        for name in (each["name"] for each in by_class):
+        for name in (entry["name"] for entry in by_class):
             own = np.flatnonzero(labels == classes.index(name))
             lowest = own[np.argsort(overlap[own], kind="stable")[:_WORST_OF_A_CLASS]]
             worst += [(int(i), name) for i in lowest]
@@ -124,7 +124,7 @@ def neighbours(
         "classes": by_class,
         "worst": [
             {"image": i, "class": name, "overlap": float(overlap[i])}
-            | {side: found[i].tolist() for side, found in lists.items()}
+            | {side: nearest[i].tolist() for side, nearest in lists.items()}
             for i, name in worst[:_WORST]
         ],
     }
@@ -154,16 +154,16 @@ def predictions(
         if theirs is None:
             row |= dict.fromkeys(("teacher", "difference", "low", "high"))
         else:
-            found = interval(right[own] - theirs[own], seed=seed)
-            row |= {"teacher": float(theirs[own].mean()), "difference": found["mean"]}
-            row |= {end: found[end] for end in ("low", "high")}
+            difference = interval(right[own] - theirs[own], seed=seed)
+            row |= {"teacher": float(theirs[own].mean()), "difference": difference["mean"]}
+            row |= {end: difference[end] for end in ("low", "high")}
         rows.append(row)
     numbers = np.arange(len(classes))
     return {
         "agreement": None if teacher is None else float(100 * (student == teacher).mean()),
         "confusion": {
-            side: None if each is None else confusion_matrix(labels, each, labels=numbers).tolist()
-            for side, each in (("student", student), ("teacher", teacher))
+            side: None if predicted is None else confusion_matrix(labels, predicted, labels=numbers).tolist()
+            for side, predicted in (("student", student), ("teacher", teacher))
         },
         "classes": sorted(rows, key=lambda row: row["student"] if theirs is None else row["difference"]),
     }
@@ -213,7 +213,7 @@ def _short(rows: np.ndarray) -> np.ndarray:
     return vectors * np.sqrt(values.clip(min=0))
 
 
-def _permuted(
+def _permute(
     rows: Sequence[Tensor], columns: Sequence[Tensor], permutations: int, seed: int, progress: bool
 ) -> np.ndarray:
     """Distance correlations with the images of the columns permuted: [permutations, rows, columns].
@@ -221,14 +221,14 @@ def _permuted(
     In float32, for most of the time goes into moving matrices; what is lost is far below the spread of the null.
     """
     generator = torch.Generator().manual_seed(seed)
-    left = torch.stack([_unit(each).flatten() for each in rows])
-    right = [_unit(each) for each in columns]
+    left = torch.stack([_unit(matrix).flatten() for matrix in rows])
+    right = [_unit(matrix) for matrix in columns]
     null = np.empty((permutations, len(rows), len(columns)))
     with track("permutations", 0, permutations, unit="permutations", shown=progress) as advance:
         for number in range(permutations):
             order = torch.randperm(len(right[0]), generator=generator)
-            for column, each in enumerate(right):
-                null[number, :, column] = left @ each[order][:, order].flatten()
+            for column, matrix in enumerate(right):
+                null[number, :, column] = left @ matrix[order][:, order].flatten()
             advance(number + 1, "")
     return null
 

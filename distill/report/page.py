@@ -59,7 +59,7 @@ def write_page(report: Report, thumbnail: Callable[[int], Image.Image], path: Pa
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": _percent, "number": _number, "signed": _signed, "small": _small}
+    environment.filters |= {"percent": _percent, "number": _number, "signed": _with_sign, "small": _small}
     source = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     text = environment.from_string(source).render(
         report=report,
@@ -99,17 +99,18 @@ def _tiles(report: Report) -> list[Tile]:
     tiles += _dependence_tiles(report)
     tiles += _probe_tiles(report)
     spectrum = report["spectrum"]
-    others = [who for who in ("teacher", "untrained") if spectrum.get(who) is not None]
+    references = [who for who in ("teacher", "untrained") if spectrum.get(who) is not None]
     tiles.append(
         Tile(
             title="Effective rank",
             value=_number(spectrum["student"]["effective_rank"], 1),
             unit=f"of {spectrum['student']['dim']}",
             beside=", ".join(
-                f"{_WHO[who]} {_number(spectrum[who]['effective_rank'], 1)} of {spectrum[who]['dim']}" for who in others
+                f"{_WHO[who]} {_number(spectrum[who]['effective_rank'], 1)} of {spectrum[who]['dim']}"
+                for who in references
             ),
             reading="How many directions the embeddings really use; far fewer than the teacher's would be a collapse."
-            if "teacher" in others
+            if "teacher" in references
             else "How many directions the embeddings really use; near 1 would be a collapse.",
         )
     )
@@ -117,9 +118,9 @@ def _tiles(report: Report) -> list[Tile]:
 
 
 def _overlap_tile(report: Report) -> Tile:
-    found = report["neighbours"]
-    overlap, untrained, k = found["overlap"], found["untrained"], found["k"]
-    chance = 100 * found["chance"]
+    neighbours = report["neighbours"]
+    overlap, untrained, k = neighbours["overlap"], neighbours["untrained"], neighbours["k"]
+    chance = 100 * neighbours["chance"]
     return Tile(
         title=f"Neighbour overlap@{k}",
         value=_percent(overlap["mean"]),
@@ -129,7 +130,7 @@ def _overlap_tile(report: Report) -> Tile:
         reading=f"Of the teacher's {k} nearest neighbours of an image, the student finds "
         f"{_number(overlap['mean'] / 100 * k, 1)} on average.",
         level=overlap["mean"] / 100,
-        marks={"untrained encoder": untrained["mean"] / 100, "chance": found["chance"]},
+        marks={"untrained encoder": untrained["mean"] / 100, "chance": neighbours["chance"]},
     )
 
 
@@ -172,8 +173,8 @@ def _probe_tiles(report: Report) -> list[Tile]:
     if probe is None:
         return []
     student, teacher = probe["student"]["top1"], (probe["teacher"] or {}).get("top1")
-    tested = sum(each["images"] for each in probe["classes"])
-    below = "" if teacher is None else f" {_signed(student - teacher)} points to the teacher's."
+    tested = sum(row["images"] for row in probe["classes"])
+    below = "" if teacher is None else f" {_with_sign(student - teacher)} points to the teacher's."
     tiles = [
         Tile(
             title="Linear probe, top-1",
@@ -200,25 +201,25 @@ def _probe_tiles(report: Report) -> list[Tile]:
 
 def _summary(report: Report) -> list[tuple[str, str]]:
     """The three questions of the reader, each with its answer in words."""
-    kept, lost = [], []
+    successes, losses = [], []
     neighbours, probe = report["neighbours"], report["probe"]
     if neighbours is not None:
-        kept.append(
+        successes.append(
             f"{_percent(neighbours['overlap']['mean'])} % of the teacher's {neighbours['k']} nearest neighbours "
             f"(untrained encoder {_percent(neighbours['untrained']['mean'])} %)"
         )
         if neighbours["classes"]:
             worst = neighbours["classes"][:_NAMED]
-            named = ", ".join(f"{each['name']} ({_percent(each['mean'])} %)" for each in worst)
-            lost.append(f"Neighbours are kept least for {named}.")
+            named = ", ".join(f"{row['name']} ({_percent(row['mean'])} %)" for row in worst)
+            losses.append(f"Neighbours are kept least for {named}.")
     if probe is not None and probe["teacher"] is not None:
         student, teacher = probe["student"]["top1"], probe["teacher"]["top1"]
-        kept.append(f"a linear probe of {_percent(student)} % beside the teacher's {_percent(teacher)} %")
-        lost.insert(0, _fallen(probe["classes"]))
+        successes.append(f"a linear probe of {_percent(student)} % beside the teacher's {_percent(teacher)} %")
+        losses.insert(0, _describe_losses(probe["classes"]))
     data = report["data"]
     answers = [
-        ("Kept", "; ".join(kept) + "." if kept else ""),
-        ("Lost", " ".join(lost)),
+        ("Kept", "; ".join(successes) + "." if successes else ""),
+        ("Lost", " ".join(losses)),
         (
             "Before you ship",
             f"These figures hold for {data['images']} images of {data['name']} ({data['split']}). Measure on images of "
@@ -228,17 +229,17 @@ def _summary(report: Report) -> list[tuple[str, str]]:
     return [(term, answer) for term, answer in answers if answer]
 
 
-def _fallen(classes: Sequence[Mapping[str, Any]]) -> str:
-    fallen = [each for each in classes if each["high"] is not None and each["high"] < 0]
-    risen = sum(each["low"] is not None and each["low"] > 0 for each in classes)
+def _describe_losses(classes: Sequence[Mapping[str, Any]]) -> str:
+    losers = [row for row in classes if row["high"] is not None and row["high"] < 0]
+    winners = sum(row["low"] is not None and row["low"] > 0 for row in classes)
     by_chance = f"chance alone would give about {_number(0.025 * len(classes), 1)} each"
-    if not fallen:
+    if not losers:
         return f"No class of {len(classes)} has its whole 95 % interval below the teacher's accuracy."
-    named = ", ".join(f"{each['name']} ({_signed(each['difference'])} points)" for each in fallen[:_NAMED])
-    more = f" and {len(fallen) - _NAMED} more" if len(fallen) > _NAMED else ""
+    named = ", ".join(f"{row['name']} ({_with_sign(row['difference'])} points)" for row in losers[:_NAMED])
+    more = f" and {len(losers) - _NAMED} more" if len(losers) > _NAMED else ""
     return (
-        f"{len(fallen)} of {len(classes)} classes have their whole 95 % interval below the teacher's accuracy, "
-        f"and {risen} above it ({by_chance}). Below: {named}{more}."
+        f"{len(losers)} of {len(classes)} classes have their whole 95 % interval below the teacher's accuracy, "
+        f"and {winners} above it ({by_chance}). Below: {named}{more}."
     )
 
 
@@ -288,14 +289,14 @@ def _confusions(report: Report) -> list[tuple[str, str, int, int | None]]:
         return []
     student, teacher = probe["confusion"]["student"], probe["confusion"]["teacher"]
     wrong = [
-        (-count, true, said)
+        (-count, true, predicted)
         for true, row in enumerate(student)
-        for said, count in enumerate(row)
-        if count and true != said
+        for predicted, count in enumerate(row)
+        if count and true != predicted
     ]
     return [
-        (names[true], names[said], -count, None if teacher is None else teacher[true][said])
-        for count, true, said in sorted(wrong)[:_CONFUSIONS]
+        (names[true], names[predicted], -count, None if teacher is None else teacher[true][predicted])
+        for count, true, predicted in sorted(wrong)[:_CONFUSIONS]
     ]
 
 
@@ -312,10 +313,10 @@ def _cell(report: Report, row: str, column: str) -> Mapping[str, Any] | None:
 def _data_uri(image: Image.Image) -> str:
     small = image.convert("RGB")
     small.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    written = {"jpeg": io.BytesIO(), "png": io.BytesIO()}
-    small.save(written["jpeg"], "JPEG", quality=85, optimize=True)
-    small.save(written["png"], "PNG", optimize=True)
-    kind, content = min(written.items(), key=lambda item: len(item[1].getvalue()))
+    files = {"jpeg": io.BytesIO(), "png": io.BytesIO()}
+    small.save(files["jpeg"], "JPEG", quality=85, optimize=True)
+    small.save(files["png"], "PNG", optimize=True)
+    kind, content = min(files.items(), key=lambda item: len(item[1].getvalue()))
     return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
@@ -328,7 +329,7 @@ def _percent(value: float) -> str:
     return _number(value, 1)
 
 
-def _signed(value: float) -> str:
+def _with_sign(value: float) -> str:
     text = _percent(value)
     return text if text.startswith("\N{MINUS SIGN}") or text == "0.0" else f"+{text}"
 

@@ -18,7 +18,7 @@ from mvmr.cores import usable_cores
 from mvmr.distillation.report.fidelity import Figures, dependence, neighbours, predictions, spectrum
 from mvmr.distillation.report.images import SEED
 from mvmr.distillation.report.page import write_page
-from mvmr.distillation.report.stages import split, stages_of, untrained
+from mvmr.distillation.report.stages import build_untrained, split, stages_of
 from mvmr.distillation.report.subject import Subject
 from mvmr.errors import MvmrError
 from mvmr.evaluation.protocols import Measured
@@ -78,23 +78,23 @@ def report(
         opened, data, teacher=teacher, pretrained=pretrained,
         limit=limit, k=k, device=device, max_unreadable=max_unreadable, progress=progress,
     )  # fmt: skip
-    measured = _features(subject, device, progress)
+    features = _features(subject, device, progress)
     options = {"teacher": teacher, "pretrained": pretrained, "k": k, "permutations": permutations, "limit": limit}
-    found = {
+    content = {
         "schema": SCHEMA,
         "mvmr_version": __version__,
         "command": _command(opened.path, {"data": data, "out": out}, options),
-        **subject.described(),
-        "dependence": _dependence(measured, permutations, progress),
-        "neighbours": _neighbours(subject, measured, k),
+        **subject.describe(),
+        "dependence": _dependence(features, permutations, progress),
+        "neighbours": _neighbours(subject, features, k),
         "probe": _probe(subject, device, progress),
-        "spectrum": {name: spectrum(rows) for name, rows in _sides(measured).items()},
+        "spectrum": {name: spectrum(rows) for name, rows in _sides(features).items()},
         "training": subject.training,
         "not_measured": [{"what": what, "why": why} for what, why in {**subject.missing, **_NEVER}.items()],
     }
-    write_json(folder / JSON, found)
-    write_page(found, subject.images.load, folder / PAGE)
-    return found
+    write_json(folder / JSON, content)
+    write_page(content, subject.images.load, folder / PAGE)
+    return content
 
 
 def _features(subject: Subject, device: str, progress: bool) -> dict[str, np.ndarray]:
@@ -103,30 +103,30 @@ def _features(subject: Subject, device: str, progress: bool) -> dict[str, np.nda
     workers = 0 if images.native_size else usable_cores()  # arrays in memory need no help
     rows = partial(represent, images, device=device, workers=workers, progress=progress)
     stages, widths = stages_of(backbone_of(subject.bundle.manifest), subject.student)
-    found: dict[str, np.ndarray] = {f"student.{name}": part for name, part in split(rows(stages), widths).items()}
-    found["untrained"] = rows(untrained(subject.bundle, images, device=device, workers=workers, seed=SEED))
+    features: dict[str, np.ndarray] = {f"student.{name}": part for name, part in split(rows(stages), widths).items()}
+    features["untrained"] = rows(build_untrained(subject.bundle, images, device=device, workers=workers, seed=SEED))
     if subject.teacher is not None:
-        found["teacher"] = rows(subject.teacher)
-    return found | {name: rows(hand_crafted(name, preprocess)) for name in HAND_CRAFTED}
+        features["teacher"] = rows(subject.teacher)
+    return features | {name: rows(hand_crafted(name, preprocess)) for name in HAND_CRAFTED}
 
 
-def _sides(measured: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _sides(features: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Whose features are compared: the student's last stage, the teacher, if there is one, and an untrained encoder."""
-    student = [rows for name, rows in measured.items() if name.startswith("student.")][-1]
-    return {"student": student} | {name: measured[name] for name in ("teacher", "untrained") if name in measured}
+    student = [rows for name, rows in features.items() if name.startswith("student.")][-1]
+    return {"student": student} | {name: features[name] for name in ("teacher", "untrained") if name in features}
 
 
-def _dependence(measured: Mapping[str, np.ndarray], permutations: int, progress: bool) -> Figures:
-    rows = {name: each for name, each in measured.items() if name not in HAND_CRAFTED}
-    columns = {name: measured[name] for name in ("teacher", *HAND_CRAFTED) if name in measured}
+def _dependence(features: Mapping[str, np.ndarray], permutations: int, progress: bool) -> Figures:
+    rows = {name: values for name, values in features.items() if name not in HAND_CRAFTED}
+    columns = {name: features[name] for name in ("teacher", *HAND_CRAFTED) if name in features}
     cells = dependence(rows, columns, permutations=permutations, seed=SEED, progress=progress)
     return {"permutations": permutations, "rows": list(rows), "columns": list(columns), "cells": cells}
 
 
-def _neighbours(subject: Subject, measured: Mapping[str, np.ndarray], k: int) -> Figures | None:
+def _neighbours(subject: Subject, features: Mapping[str, np.ndarray], k: int) -> Figures | None:
     if subject.teacher is None:
         return None
-    teacher, student, reference = (_sides(measured)[name] for name in ("teacher", "student", "untrained"))
+    teacher, student, reference = (_sides(features)[name] for name in ("teacher", "student", "untrained"))
     return neighbours(teacher, student, reference, k, labels=subject.labels, classes=subject.classes or (), seed=SEED)
 
 
@@ -135,31 +135,31 @@ def _probe(subject: Subject, device: str, progress: bool) -> Figures | None:
     data = subject.labelled
     if data is None:
         return None
-    found: Figures = {"student": None, "teacher": None}
+    figures: Figures = {"student": None, "teacher": None}
     predicted: dict[str, np.ndarray] = {}
     for name, representation in {"student": subject.student, "teacher": subject.teacher}.items():
         if representation is not None:
-            measured = Measured(representation, data, device=device, progress=progress)
-            found[name], predicted[name] = measured.linear(), measured.head.predict(measured.test_features)
-    return found | predictions(
+            side = Measured(representation, data, device=device, progress=progress)
+            figures[name], predicted[name] = side.linear(), side.head.predict(side.test_features)
+    return figures | predictions(
         data.test_labels, data.classes, predicted["student"], predicted.get("teacher"), seed=SEED
     )
 
 
-def _command(path: Path, given: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+def _command(path: Path, arguments: Mapping[str, Any], options: Mapping[str, Any]) -> str:
     """What to type for the same report; an option at its default is left out."""
     defaults = signature(report).parameters
     changed = {name: value for name, value in options.items() if value != defaults[name].default}
-    flags = [word for name, value in {**given, **changed}.items() for word in (f"--{name}", str(value))]
+    flags = [word for name, value in {**arguments, **changed}.items() for word in (f"--{name}", str(value))]
     return shlex.join(["mvmr", "report", str(path), *flags])
 
 
 def _refuse_other_files(folder: Path) -> None:
     try:
-        held = sorted(os.listdir(folder))
+        names = sorted(os.listdir(folder))
     except FileNotFoundError:
         return
     except OSError as error:
         raise MvmrError(f"cannot write a report to {folder}: {error.strerror}; give another folder") from error
-    if other := [name for name in held if name not in (JSON, PAGE)]:
-        raise MvmrError(f"{folder} holds {other[0]!r}, which is no part of a report; give a folder of its own")
+    if strangers := [name for name in names if name not in (JSON, PAGE)]:
+        raise MvmrError(f"{folder} holds {strangers[0]!r}, which is no part of a report; give a folder of its own")

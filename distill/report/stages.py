@@ -43,7 +43,7 @@ def stages_of(backbone: Backbone, student: Student) -> tuple[Student, dict[str, 
     module = Stages(backbone, student.encoder).eval()
     blank = torch.zeros(1, 3, student.preprocess.crop, student.preprocess.crop, device=student.device)
     with torch.no_grad():
-        widths = {name: each.shape[1] for name, each in module.stages(blank).items()}
+        widths = {name: rows.shape[1] for name, rows in module.stages(blank).items()}
     identity = hashlib.sha256(f"stages of {student.identity}".encode()).hexdigest()
     stages = Student(
         module, student.preprocess, dim=sum(widths.values()), name=f"{student.name}-stages", identity=identity
@@ -57,18 +57,21 @@ def split(rows: np.ndarray, widths: Mapping[str, int]) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(part) for name, part in zip(widths, parts, strict=True)}
 
 
-def untrained(bundle: Bundle, images: ImageSet, *, device: str = "cpu", workers: int = 0, seed: int = 0) -> Student:
+def build_untrained(
+    bundle: Bundle, images: ImageSet, *, device: str = "cpu", workers: int = 0, seed: int = 0
+) -> Student:
     """An encoder like the bundle's before its first step, its batch-norm statistics set on ``images``.
 
     The global random state is left alone.
     """
-    says, backbone = bundle.manifest, backbone_of(bundle.manifest)
+    manifest, backbone = bundle.manifest, backbone_of(bundle.manifest)
+    preprocess = manifest.preprocessing
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = backbone.build().to(device).requires_grad_(False)
-    recalibrate(encoder, images, says.preprocessing, batch_size=_BATCH, workers=workers, device=torch.device(device))
-    described = repr((backbone, says.preprocessing, seed, _BATCH, images.fingerprint))
-    identity = hashlib.sha256(described.encode()).hexdigest()
+    recalibrate(encoder, images, preprocess, batch_size=_BATCH, workers=workers, device=torch.device(device))
+    description = repr((backbone, preprocess, seed, _BATCH, images.fingerprint))
+    identity = hashlib.sha256(description.encode()).hexdigest()
     return Student(
-        encoder, says.preprocessing, dim=says.embedding_dim, name=f"untrained-{says.backbone}", identity=identity
+        encoder, preprocess, dim=manifest.embedding_dim, name=f"untrained-{manifest.backbone}", identity=identity
     )

@@ -14,7 +14,7 @@ import numpy as np
 
 from mvmr.bundles.bundle import Bundle
 from mvmr.data import ImageSet, open_images
-from mvmr.distillation.report.images import SEED, Open, drawn, evaluated
+from mvmr.distillation.report.images import SEED, Open, draw, open_evaluation_images
 from mvmr.distillation.teachers.recorded import teacher_of
 from mvmr.distillation.teachers.teacher import Teacher
 from mvmr.errors import MvmrError
@@ -73,9 +73,9 @@ class Subject:
         open_split: Open = partial(
             open_images, data, background=background, max_unreadable=max_unreadable, progress=progress
         )
-        whole = evaluated(open_split)
-        images = _some_of(whole, limit, k)
-        single = whole.labels is not None and whole.labels.ndim == 1
+        pool = open_evaluation_images(open_split)
+        images = _choose(pool, limit, k)
+        single = pool.labels is not None and pool.labels.ndim == 1
         unlabelled = "the probe" if single else "the probe, and figures by label"
         load = partial(teacher_of, bundle, teacher, pretrained, device, text=False)
         return cls(
@@ -83,19 +83,19 @@ class Subject:
             student=bundle.student(device),
             teacher=_attempt("all that takes a teacher", load, missing) if teacher is None else load(),
             images=images,
-            available=len(whole),
+            available=len(pool),
             labels=images.labels if single else None,
             classes=images.classes if single else None,
-            labelled=_attempt(unlabelled, partial(_labelled, open_split, whole), missing),
+            labelled=_attempt(unlabelled, partial(_open_labelled, open_split, pool), missing),
             training=_attempt("training curves", partial(_records, bundle.path / METRICS), missing),
             missing=missing,
         )
 
-    def described(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """The parts of report.json that name what was measured: bundle, teacher and data."""
         training = self.bundle.manifest.training
 
-        def said(*keys: str) -> Any:  # a bundle may come from a stranger, or be made by hand
+        def look_up(*keys: str) -> Any:  # a bundle may come from a stranger, or be made by hand
             value: Any = training
             for key in keys:
                 value = value.get(key) if isinstance(value, Mapping) else None
@@ -107,10 +107,10 @@ class Subject:
                 "space_id": self.bundle.space_id,
                 "backbone": self.bundle.manifest.backbone,
                 "embedding_dim": self.bundle.manifest.embedding_dim,
-                "method": str(said("method") or "not recorded"),
-                "recipe": str(said("recipe", "name") or "not recorded"),
-                "trained_on": str(said("data", "name") or "not recorded"),
-                "steps": said("steps") if isinstance(said("steps"), int) else None,
+                "method": str(look_up("method") or "not recorded"),
+                "recipe": str(look_up("recipe", "name") or "not recorded"),
+                "trained_on": str(look_up("data", "name") or "not recorded"),
+                "steps": look_up("steps") if isinstance(look_up("steps"), int) else None,
             },
             "teacher": None
             if self.teacher is None
@@ -126,19 +126,19 @@ class Subject:
         }
 
 
-def _some_of(images: ImageSet, limit: int, k: int) -> ImageSet:
+def _choose(images: ImageSet, limit: int, k: int) -> ImageSet:
     """The images of a report; refused where there are too few of them."""
     count, fewest = min(len(images), limit), max(_FEWEST, k + 1)
     if k < 1 or count < fewest:
-        of = f"{count} of the {len(images)}" if count < len(images) else f"{count}"
+        amount = f"{count} of the {len(images)}" if count < len(images) else f"{count}"
         raise MvmrError(
-            f"{of} images of {images.name} and k = {k} nearest neighbours: a report takes k of 1 or more, and "
+            f"{amount} images of {images.name} and k = {k} nearest neighbours: a report takes k of 1 or more, and "
             f"{fewest} images or more"
         )
-    return drawn(images, limit)
+    return draw(images, limit)
 
 
-def _labelled(open_split: Open, test: ImageSet) -> Labelled:
+def _open_labelled(open_split: Open, test: ImageSet) -> Labelled:
     if test.labels is not None and test.labels.ndim > 1:
         raise MvmrError(f"an image of {test.name} has several labels, and these take one: see mvmr evaluate")
     return Labelled.of(test if test.labels is None else open_split("train"), test)
@@ -148,8 +148,8 @@ def _records(file: Path) -> list[dict[str, Any]]:
     """Records of the training, evenly thinned; the first and the last stay. Values that aren't finite are left out."""
     try:
         records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        kept = np.unique(np.linspace(0, len(records) - 1, _RECORDS).round().astype(int))
-        return [{key: value for key, value in records[i].items() if math.isfinite(value)} for i in kept]
+        numbers = np.unique(np.linspace(0, len(records) - 1, _RECORDS).round().astype(int))
+        return [{key: value for key, value in records[i].items() if math.isfinite(value)} for i in numbers]
     except OSError as error:
         raise MvmrError(f"the bundle holds no {file.name} ({error.strerror})") from error
     except (ValueError, TypeError, AttributeError, IndexError) as error:

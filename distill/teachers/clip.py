@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mvmr.bundles import weights
-from mvmr.distillation.teachers.clip_source import Source, find_source
+from mvmr.distillation.teachers.clip_source import TeacherSource, find_source
 from mvmr.distillation.teachers.teacher import NoTextTower
 
 
@@ -49,7 +49,7 @@ class ClipTeacher:
     preprocess_cfg: PreprocessCfg
     prepare: Prepare
 
-    def __init__(self, source: Source, visual: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, source: TeacherSource, visual: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         """Take a tower whose weights are loaded; `ClipTeacher.load` is the way to get one."""
         self.name, self.weights = source.name, source.weights
         self.dim = int(source.model_cfg["embed_dim"])
@@ -65,7 +65,7 @@ class ClipTeacher:
     @property
     def parameters(self) -> int:
         """How many parameters the image tower has."""
-        return sum(each.numel() for each in self._visual.parameters())
+        return sum(parameter.numel() for parameter in self._visual.parameters())
 
     @classmethod
     def load(
@@ -127,7 +127,7 @@ def load(what: str, pretrained: str | Path | None = None, *, device: str | torch
     return ClipTeacher.load(what, pretrained, device=device, text=text)
 
 
-def _identity(visual: nn.Module, source: Source, preprocess: PreprocessCfg, dtype: torch.dtype) -> str:
+def _identity(visual: nn.Module, source: TeacherSource, preprocess: PreprocessCfg, dtype: torch.dtype) -> str:
     text = json.dumps([source.model_cfg, asdict(preprocess), str(dtype)], sort_keys=True)
     digest = hashlib.sha256(text.encode())
     for key, tensor in sorted(visual.state_dict().items()):
@@ -149,19 +149,19 @@ class _Tower(nn.Module):
         self.visual = _build_vision_tower(model_cfg["embed_dim"], vision, model_cfg.get("quick_gelu", False))
 
 
-def _image_tower(source: Source) -> nn.Module:
+def _image_tower(source: TeacherSource) -> nn.Module:
     model = _Tower(source.model_cfg)
     state = convert_state_dict(model, weights.read(source.file))
     if not any(key.startswith("visual.") for key in state):
         state = {f"visual.{key}": value for key, value in state.items()}  # the tower's own state dict
     with contextlib.suppress(RuntimeError):  # of another architecture: `fit` says so
         resize_pos_embed(state, model)
-    given = {key: value for key, value in state.items() if key.startswith("visual.")}
-    weights.fit(model, given, origin=f"{source.file}, as the image tower of {source.name},")
+    tower = {key: value for key, value in state.items() if key.startswith("visual.")}
+    weights.fit(model, tower, origin=f"{source.file}, as the image tower of {source.name},")
     return model.visual
 
 
-def _both_towers(source: Source) -> nn.Module:
+def _both_towers(source: TeacherSource) -> nn.Module:
     _image_tower(source)  # says more exactly what does not fit than loading the whole model would
     folder = source.open_clip_name.startswith(LOCAL_DIR_PREFIX)
     try:

@@ -25,7 +25,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class TeacherSource:
     """All that is needed to build a teacher.
 
     name, weights: for people; open_clip_name: for open_clip
@@ -49,13 +49,13 @@ def default_tag(name: str) -> str:
     Raises: MvmrError for an unknown model, or one without published weights.
     """
     model = _model(name)
-    known = open_clip.list_pretrained_tags_by_model(model)
-    if not known:
+    published = open_clip.list_pretrained_tags_by_model(model)
+    if not published:
         raise MvmrError(f"open_clip knows no weights for {model}; give a file: --pretrained FILE")
     for prefix in DEFAULT_TAGS:
-        if matching := [tag for tag in known if tag.startswith(prefix)]:
+        if matching := [tag for tag in published if tag.startswith(prefix)]:
             return str(matching[-1])
-    return str(known[0])
+    return str(published[0])
 
 
 def default_weights(name: str | Path) -> str:
@@ -68,53 +68,53 @@ def default_weights(name: str | Path) -> str:
     return f"{default_tag(str(name))} (the default; another by --pretrained TAG or FILE)"
 
 
-def find_source(name: str | Path, pretrained: str | Path | None) -> Source:
+def find_source(name: str | Path, pretrained: str | Path | None) -> TeacherSource:
     """Resolve what a user typed; see `Teacher.load` for the forms. Downloads weights not yet in the cache.
 
     Raises: MvmrError, as `Teacher.load` says.
     """
     text = str(name)
     if text.startswith(HF_HUB_PREFIX):
-        folder, shown = _hub_folder(text.removeprefix(HF_HUB_PREFIX)), text
+        folder, label = _hub_folder(text.removeprefix(HF_HUB_PREFIX)), text
     elif Path(name).is_dir():
-        folder, shown = Path(name), Path(name).resolve().name
+        folder, label = Path(name), Path(name).resolve().name
     else:
         return _built_in(_model(text), pretrained)
     if pretrained is not None:
         raise MvmrError(f"teacher {name} is a folder with its own weights; leave out --pretrained {pretrained}")
-    return _from_folder(folder, shown)
+    return _from_folder(folder, label)
 
 
 def _model(name: str) -> str:
-    known = open_clip.list_models()
+    models = open_clip.list_models()
     model = name.replace("/", "-")  # "ViT-B/16", as OpenAI wrote it
-    if model not in known:
-        if os.sep in name and nearest(model, known) is None:
+    if model not in models:
+        if os.sep in name and nearest(model, models) is None:
             raise MvmrError(f"teacher {name} is neither a folder here nor a model of open_clip's, such as ViT-B-16")
-        raise unknown("teacher", name, known)
+        raise unknown("teacher", name, models)
     return model
 
 
-def _built_in(model: str, pretrained: str | Path | None) -> Source:
+def _built_in(model: str, pretrained: str | Path | None) -> TeacherSource:
     model_cfg: dict[str, Any] = open_clip.get_model_config(model)
-    given = str(pretrained or default_tag(model))
-    if tags.is_pretrained_cfg(model, given):
-        tag_cfg = tags.get_pretrained_cfg(model, given)
+    weights = str(pretrained or default_tag(model))
+    if tags.is_pretrained_cfg(model, weights):
+        tag_cfg = tags.get_pretrained_cfg(model, weights)
         # open_clip only warns where the model's name promises another activation than the weights were trained with.
         model_cfg["quick_gelu"] = model_cfg.get("quick_gelu", False) or tag_cfg.get("quick_gelu", False)
-        preprocess, file = _preprocess(tag_cfg), _fetch(model, given, tag_cfg)
-    elif Path(given).is_file():
-        preprocess, file = _shared_preprocess(model), Path(given)
-    elif Path(given).suffix in WEIGHT_SUFFIXES or os.sep in given:
-        raise MvmrError(f"weights file {given} of teacher {model} does not exist")
+        preprocess, file = _preprocess(tag_cfg), _fetch(model, weights, tag_cfg)
+    elif Path(weights).is_file():
+        preprocess, file = _shared_preprocess(model), Path(weights)
+    elif Path(weights).suffix in WEIGHT_SUFFIXES or os.sep in weights:
+        raise MvmrError(f"weights file {weights} of teacher {model} does not exist")
     else:
-        raise unknown(f"weights of {model}:", given, open_clip.list_pretrained_tags_by_model(model))
-    return Source(
-        name=model, weights=given, open_clip_name=model, model_cfg=model_cfg, preprocess=preprocess, file=file
+        raise unknown(f"weights of {model}:", weights, open_clip.list_pretrained_tags_by_model(model))
+    return TeacherSource(
+        name=model, weights=weights, open_clip_name=model, model_cfg=model_cfg, preprocess=preprocess, file=file
     )
 
 
-def _from_folder(folder: Path, name: str) -> Source:
+def _from_folder(folder: Path, name: str) -> TeacherSource:
     config = folder / HF_CONFIG_NAME
     try:
         content = strict_json.read(config)
@@ -125,10 +125,10 @@ def _from_folder(folder: Path, name: str) -> Source:
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MvmrError(f"{config} is not a configuration of open_clip's hub format: {error!r}") from error
-    file = next((folder / known for known in WEIGHT_FILES if (folder / known).is_file()), None)
+    file = next((folder / candidate for candidate in WEIGHT_FILES if (folder / candidate).is_file()), None)
     if file is None:
         raise MvmrError(f"teacher folder {folder} has no weights; put {' or '.join(WEIGHT_FILES[:2])} there")
-    return Source(
+    return TeacherSource(
         name=name,
         weights=str(file),
         open_clip_name=f"{LOCAL_DIR_PREFIX}{folder}",
@@ -147,14 +147,16 @@ def _shared_preprocess(model: str) -> dict[str, Any]:
 
     Else open_clip's default. (open_clip itself always takes its default, which is wrong for, say, SigLIP.)
     """
-    every = [_preprocess(tags.get_pretrained_cfg(model, tag)) for tag in open_clip.list_pretrained_tags_by_model(model)]
-    return every[0] if every and all(one == every[0] for one in every) else _preprocess({})
+    configs = [
+        _preprocess(tags.get_pretrained_cfg(model, tag)) for tag in open_clip.list_pretrained_tags_by_model(model)
+    ]
+    return configs[0] if configs and all(config == configs[0] for config in configs) else _preprocess({})
 
 
 def _fetch(model: str, tag: str, tag_cfg: dict[str, Any]) -> Path:
     repository, file = os.path.split(tag_cfg.get("hf_hub", ""))
     wanted = [Path(file).with_suffix(".safetensors").name, file] if file else [HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME]
-    if repository and (cached := _cached(repository, wanted)):
+    if repository and (cached := _find_cached(repository, wanted)):
         return cached
     where = f"{wanted[0]} of {repository} on the Hugging Face Hub" if repository else str(tag_cfg.get("url"))
     advice = f"fetch {where} on a machine with network and give it here: --pretrained FILE"
@@ -171,7 +173,7 @@ def _fetch(model: str, tag: str, tag_cfg: dict[str, Any]) -> Path:
 def _hub_folder(repository: str) -> Path:
     """Return the folder of a repository's downloaded configuration and weights."""
     wanted = [HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME]
-    config, weights = _cached(repository, [HF_CONFIG_NAME]), _cached(repository, wanted)
+    config, weights = _find_cached(repository, [HF_CONFIG_NAME]), _find_cached(repository, wanted)
     if config and weights:
         return config.parent
     advice = f"fetch {HF_CONFIG_NAME} and {wanted[0]} of it into one folder and give that: --teacher FOLDER"
@@ -186,7 +188,7 @@ def _hub_folder(repository: str) -> Path:
         ) from error
 
 
-def _cached(repository: str, files: list[str]) -> Path | None:
+def _find_cached(repository: str, files: list[str]) -> Path | None:
     for file in files:
         if isinstance(path := huggingface_hub.try_to_load_from_cache(repository, file), str):
             return Path(path)

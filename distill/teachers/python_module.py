@@ -25,41 +25,43 @@ def load(what: str, *, device: str | torch.device, text: bool) -> NetworkTeacher
 
     Raises: MvmrError where there is no such module or factory, it raises, or what it returns is not that.
     """
-    place, colon, factory = what.rpartition(":")
-    if not colon or not place or not factory:
+    package, colon, factory = what.rpartition(":")
+    if not colon or not package or not factory:
         raise MvmrError(f"teacher python:{what}: give python:PACKAGE.MODULE:FACTORY")
     if text:
         raise NoTextTower(f"teacher python:{what} has no text tower: zero-shot takes a CLIP, such as ViT-B-16")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # the `mvmr` command has its own folder there instead
     try:
-        module = importlib.import_module(place)
+        module = importlib.import_module(package)
     except ModuleNotFoundError as error:
         raise MvmrError(
             f"teacher python:{what}: there is no module {error.name!r}, looked from {os.getcwd()}"
         ) from error
     except Exception as error:  # a user's own code
-        raise MvmrError(f"teacher python:{what}: {place} can't be imported ({summarise(error)})") from error
+        raise MvmrError(f"teacher python:{what}: {package} can't be imported ({summarise(error)})") from error
     if not callable(make := getattr(module, factory, None)):
-        raise unknown(f"function of {place}", factory, [name for name in vars(module) if callable(vars(module)[name])])
+        raise unknown(
+            f"function of {package}", factory, [name for name in vars(module) if callable(vars(module)[name])]
+        )
     try:
-        made = make()
+        product = make()
     except Exception as error:  # as above
         raise MvmrError(f"teacher python:{what}: {factory}() failed ({summarise(error)})") from error
-    network, prepare = _parts(made, what)
+    network, prepare = _parts(product, what)
     return NetworkTeacher(
         network, prepare, kind="python", what=what, name=f"python:{what}", weights="its own",
-        described={"python": what}, device=device,
+        description={"python": what}, device=device,
     )  # fmt: skip
 
 
-def _parts(made: Any, what: str) -> tuple[nn.Module, Callable[[Image.Image], Tensor]]:
-    pair = made if isinstance(made, tuple) and len(made) == 2 else (made, getattr(made, "prepare", None))
+def _parts(product: Any, what: str) -> tuple[nn.Module, Callable[[Image.Image], Tensor]]:
+    pair = product if isinstance(product, tuple) and len(product) == 2 else (product, getattr(product, "prepare", None))
     network, prepare = pair
     if not isinstance(network, nn.Module) or not callable(prepare):
-        seen = f"a {type(made).__name__}" + ("" if callable(prepare) else " without prepare(image)")
+        kind = f"a {type(product).__name__}" + ("" if callable(prepare) else " without prepare(image)")
         raise MvmrError(
-            f"teacher python:{what} returns {seen}; return a torch module that has a method prepare(image), or "
+            f"teacher python:{what} returns {kind}; return a torch module that has a method prepare(image), or "
             "(module, prepare)"
         )
     return network, prepare

@@ -16,10 +16,10 @@ _KEYS = {"name", "weights", "identity"}
 
 def recorded_teachers(bundle: Bundle) -> dict[str, Mapping[str, Any]]:
     """What a bundle says of its teachers, by the name its recipe calls them; only what can be made sense of."""
-    said = bundle.manifest.training.get("teachers")
-    if not isinstance(said, Mapping):
+    records = bundle.manifest.training.get("teachers")
+    if not isinstance(records, Mapping):
         return {}
-    return {name: each for name, each in said.items() if isinstance(each, Mapping) and set(each) >= _KEYS}
+    return {name: record for name, record in records.items() if isinstance(record, Mapping) and set(record) >= _KEYS}
 
 
 def teacher_of(
@@ -37,30 +37,30 @@ def teacher_of(
     if not recorded:
         raise MvmrError(f"bundle {bundle.path} names no teacher to compare with; give one: --teacher ViT-B-16")
     if name is None and len(recorded) > 1 and NAME not in recorded:
-        known = ", ".join(recorded)
-        raise MvmrError(f"bundle {bundle.path} was distilled from several teachers ({known}); give one: --teacher NAME")
-    return _reopened(bundle, recorded[str(name or (NAME if NAME in recorded else next(iter(recorded))))], device, text)
+        names = ", ".join(recorded)
+        raise MvmrError(f"bundle {bundle.path} was distilled from several teachers ({names}); give one: --teacher NAME")
+    return _reopen(bundle, recorded[str(name or (NAME if NAME in recorded else next(iter(recorded))))], device, text)
 
 
-def _reopened(bundle: Bundle, described: Mapping[str, Any], device: str, text: bool) -> Teacher:
-    file = Path(described["weights"])
+def _reopen(bundle: Bundle, record: Mapping[str, Any], device: str, text: bool) -> Teacher:
+    file = Path(record["weights"])
     if file.suffix and len(file.parts) > 1 and not file.exists():  # a tag is neither
         raise MvmrError(
             f"the teacher that {bundle.path} was distilled from is not at {file} any more (looked from {Path.cwd()}); "
             "say where: --teacher NAME|FOLDER, and --pretrained FILE"
         )
-    kind = str(described.get("kind", "open_clip"))
+    kind = str(record.get("kind", "open_clip"))
     if kind not in KINDS:
         raise unknown(f"kind of teacher in {bundle.path}", kind, KINDS)
     if kind != "open_clip":
-        loaded = open_teacher(Spec(NAME, kind, str(described["what"])), device=device, text=text)
+        teacher = open_teacher(Spec(NAME, kind, str(record["what"])), device=device, text=text)
     elif (file.parent / "open_clip_config.json").is_file():  # a folder in open_clip's hub format
-        loaded = open_teacher(Spec(NAME, kind, str(file.parent)), device=device, text=text)
+        teacher = open_teacher(Spec(NAME, kind, str(file.parent)), device=device, text=text)
     else:
-        loaded = open_teacher(Spec(NAME, kind, described["name"]), described["weights"], device=device, text=text)
-    if loaded.identity != described["identity"]:
+        teacher = open_teacher(Spec(NAME, kind, record["name"]), record["weights"], device=device, text=text)
+    if teacher.identity != record["identity"]:
         raise MvmrError(
-            f"teacher {described['name']} with weights {described['weights']} is not the one {bundle.path} was "
+            f"teacher {record['name']} with weights {record['weights']} is not the one {bundle.path} was "
             "distilled from (other weights, or another preprocessing); give the right one: --teacher, --pretrained"
         )
-    return loaded
+    return teacher

@@ -32,12 +32,12 @@ def parse_specs(specs: str | Path | Iterable[str | Path]) -> list[Spec]:
 
     Raises: MvmrError for a name that is none, or given twice.
     """
-    given = [specs] if isinstance(specs, str | Path) else list(specs)
-    if not given:
+    texts = [specs] if isinstance(specs, str | Path) else list(specs)
+    if not texts:
         raise MvmrError("no teacher is given: --teacher ViT-B-16")
-    parsed = [Spec.parse(text, tuple(KINDS)) for text in given]
+    parsed = [Spec.parse(text, tuple(KINDS)) for text in texts]
     for number, spec in enumerate(parsed):
-        if spec.name in [other.name for other in parsed[:number]]:
+        if spec.name in [earlier.name for earlier in parsed[:number]]:
             raise MvmrError(f"two teachers are called {spec.name}: give each a name, such as clip=ViT-B-16")
     return parsed
 

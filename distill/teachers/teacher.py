@@ -75,23 +75,23 @@ class Spec:
 
         Raises: MvmrError for a name that is none.
         """
-        name, equals, rest = str(text).partition("=")
+        name, equals, model = str(text).partition("=")
         if not equals or "/" in name or ":" in name:  # a path or a spec may hold one, too
-            name, rest = NAME, str(text)
+            name, model = NAME, str(text)
         if not _NAME.fullmatch(name):
             raise MvmrError(f"teacher {text}: {name!r} is no name; give letters and digits, such as clip=ViT-B-16")
-        kind, colon, what = rest.partition(":")
+        kind, colon, what = model.partition(":")
         if colon and kind in kinds:
             return cls(name, kind, what)
-        return cls(name, kinds[0], rest)
+        return cls(name, kinds[0], model)
 
     def __str__(self) -> str:
         return self.what if self.kind == "open_clip" else f"{self.kind}:{self.what}"
 
 
-def identity_of(network: nn.Module, prepare: Callable[[Image.Image], Tensor], described: Mapping[str, Any]) -> str:
+def identity_of(network: nn.Module, prepare: Callable[[Image.Image], Tensor], description: Mapping[str, Any]) -> str:
     """The identity of a network: of its weights, what it is described as, and what it makes of two images' pixels."""
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode())
     for key, tensor in sorted(network.state_dict().items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -106,7 +106,7 @@ def canaries() -> list[Image.Image]:
     return [Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)) for shape in ((64, 96, 3), (300, 200, 3))]
 
 
-def probed(network: nn.Module, prepare: Callable[[Image.Image], Tensor], name: str) -> int:
+def measure_width(network: nn.Module, prepare: Callable[[Image.Image], Tensor], name: str) -> int:
     """The width of a network's embeddings, after a look at what it makes of two images, together and alone.
 
     Raises: MvmrError where they are no rows of one width, [B, D], in floating point and finite.
@@ -116,12 +116,12 @@ def probed(network: nn.Module, prepare: Callable[[Image.Image], Tensor], name: s
         prepared = [prepare(image) for image in images]
     except Exception as error:  # a user's own code
         raise MvmrError(f"teacher {name}: its preprocessing failed ({summarise(error)})") from error
-    if not all(isinstance(each, Tensor) and each.ndim == 3 for each in prepared):
-        seen = prepared[0]
-        told = list(seen.shape) if isinstance(seen, Tensor) else type(seen).__name__
-        raise MvmrError(f"teacher {name}: its preprocessing gives {told}, not a tensor [C, H, W]")
+    if not all(isinstance(tensor, Tensor) and tensor.ndim == 3 for tensor in prepared):
+        first = prepared[0]
+        description = list(first.shape) if isinstance(first, Tensor) else type(first).__name__
+        raise MvmrError(f"teacher {name}: its preprocessing gives {description}, not a tensor [C, H, W]")
     if prepared[0].shape != prepared[1].shape:
-        shapes = " and ".join(str(list(each.shape)) for each in prepared)
+        shapes = " and ".join(str(list(tensor.shape)) for tensor in prepared)
         raise MvmrError(f"teacher {name}: its preprocessing gives {shapes} for two images; all must have one shape")
     try:
         with torch.no_grad():
@@ -130,8 +130,8 @@ def probed(network: nn.Module, prepare: Callable[[Image.Image], Tensor], name: s
         raise MvmrError(f"teacher {name} failed on two images ({summarise(error)})") from error
     for rows, count in ((both, 2), (alone, 1)):
         if not isinstance(rows, Tensor) or rows.ndim != 2 or len(rows) != count or not rows.is_floating_point():
-            given = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
-            raise MvmrError(f"teacher {name} gives {given} for a batch of {count}, not rows of floats [{count}, D]")
+            kind = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+            raise MvmrError(f"teacher {name} gives {kind} for a batch of {count}, not rows of floats [{count}, D]")
     if both.shape[1] != alone.shape[1]:
         widths = f"{both.shape[1]} numbers in one batch and {alone.shape[1]} in another"
         raise MvmrError(f"teacher {name} gives rows of {widths}")
@@ -146,24 +146,24 @@ class NetworkTeacher:
     Not an `nn.Module`, on purpose: kept as an attribute of one, it stays out of that module's parameters, checkpoints
     and `train()`.
 
-    Raises: MvmrError, as `probed`.
+    Raises: MvmrError, as `measure_width`.
     """
 
     def __init__(
         self, network: nn.Module, prepare: Callable[[Image.Image], Tensor], *, kind: str, what: str, name: str,
-        weights: str, described: Mapping[str, Any], device: str | torch.device,
+        weights: str, description: Mapping[str, Any], device: str | torch.device,
     ) -> None:  # fmt: skip
         self.name, self.weights, self.prepare = name, weights, prepare
         self.origin = {"kind": kind, "what": what}  # recorded in the bundle
         self._network = network.cpu().float().eval().requires_grad_(False)
-        self.dim = probed(self._network, prepare, name)
-        self.identity = identity_of(self._network, prepare, described)
+        self.dim = measure_width(self._network, prepare, name)
+        self.identity = identity_of(self._network, prepare, description)
         self._device = torch.device(device)
         self._network.to(self._device)
 
     @property
     def parameters(self) -> int:
-        return sum(each.numel() for each in self._network.parameters())
+        return sum(parameter.numel() for parameter in self._network.parameters())
 
     @torch.no_grad()
     def __call__(self, batch: Tensor) -> Tensor:

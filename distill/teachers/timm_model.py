@@ -35,9 +35,9 @@ def load(what: str, *, device: str | torch.device, text: bool) -> NetworkTeacher
         for an image, or `text`, which none has.
     """
     name, _, file = what.partition(":")
-    known = name.partition(".")[0]
-    if known not in timm.list_models():
-        raise unknown("timm model", known, timm.list_models())
+    architecture = name.partition(".")[0]
+    if architecture not in timm.list_models():
+        raise unknown("timm model", architecture, timm.list_models())
     if text:
         raise NoTextTower(f"teacher timm:{name} has no text tower: zero-shot takes a CLIP, such as ViT-B-16")
     if file and not Path(file).is_file():
@@ -53,5 +53,5 @@ def load(what: str, *, device: str | torch.device, text: bool) -> NetworkTeacher
     prepare = _Prepare(network)
     return NetworkTeacher(
         network, prepare, kind="timm", what=what, name=f"timm:{name}", weights=file or "timm's own",
-        described={"timm": name, "preprocessing": prepare.config}, device=device,
+        description={"timm": name, "preprocessing": prepare.config}, device=device,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from mvmr.export.artifacts import EMBEDDING, Precision, canary, encode_canary, m
 from mvmr.export.attempt import Attempt, BuildOptions, check_package, to_json
 from mvmr.export.attempt import summarise as summarise
 from mvmr.export.onnx.drift import first_drift
-from mvmr.export.onnx.graph import rounded, to_onnx
+from mvmr.export.onnx.graph import emulate_half, to_onnx
 from mvmr.export.onnx.session import Session, check_provider
 from mvmr.export.verification import Report
 from mvmr.progress import say
@@ -36,17 +36,17 @@ def verify_file(attempt: Attempt, model: bytes, provider: str, **more: object) -
 
     more: JSON values, added to the report.
     """
-    session, place = Session(model, provider=provider), attempt.artifact.file
+    session, file = Session(model, provider=provider), attempt.artifact.file
     figures = attempt.compare(session)
     if attempt.artifact.precision == "fp16" and provider == "cpu":
         # a CPU computes fp16 files in float32: nothing overflows there that would on a GPU
-        as_file, figures = figures, attempt.compare(Session(rounded(model)))
+        as_file, figures = figures, attempt.compare(Session(emulate_half(model)))
         figures |= {"latency_ms": as_file["latency_ms"], "rounded": True, "file_on_cpu": as_file}
         figures |= {"failures": [*dict.fromkeys((*as_file["failures"], *figures["failures"]))]}
-    if stale := staleness(session.metadata, attempt.bundle):
-        figures["failures"].insert(0, stale)
+    if reason := staleness(session.metadata, attempt.bundle):
+        figures["failures"].insert(0, reason)
     figures["passed"] = not figures["failures"]
-    report = attempt.describe(figures, place, model)
+    report = attempt.describe(figures, file, model)
     report |= {"opset": attempt.options.opset, "provider": provider, **more}
     report["canary"] = encode_canary(session(canary(attempt.student.preprocess.crop))[EMBEDDING][0])
     if not report["passed"]:
@@ -54,4 +54,4 @@ def verify_file(attempt: Attempt, model: bytes, provider: str, **more: object) -
         report["drift"] = drift
         error = "not finite" if drift["error"] is None else f"relative error {drift['error']:.2g}"
         raise attempt.refuse(report, f"it drifts first at {drift['layer']} ({error})")
-    return attempt.accept(report, {place: model, report_of(place): to_json(report)})
+    return attempt.accept(report, {file: model, report_of(file): to_json(report)})

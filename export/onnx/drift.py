@@ -14,7 +14,7 @@ from onnx import TensorProto
 from torch import nn
 
 from mvmr.export.artifacts import EMBEDDING, IMAGE
-from mvmr.export.onnx.graph import convolutions, rounded
+from mvmr.export.onnx.graph import convolutions, emulate_half
 from mvmr.models.student import Student
 
 INPUT = "the normalised input"
@@ -36,35 +36,40 @@ def first_drift(model: bytes, student: Student, images: npt.NDArray[np.uint8]) -
         None: not finite) and layers, the error of each.
     """
     few = images[:_FEW]
-    expected, found = _torch_layers(student, few), _onnx_layers(model, few)
-    errors = {name: _relative_rms(found[name], expected[name]) for name in expected if name in found}
-    usual = _QUANTISING if b"QuantizeLinear" in model else _ROUNDING
+    expected, actual = _torch_layers(student, few), _onnx_layers(model, few)
+    errors = {name: _relative_rms(actual[name], expected[name]) for name in expected if name in actual}
+    tolerance = _QUANTISING if b"QuantizeLinear" in model else _ROUNDING
     jumps, before = {}, 0.0
     for name, error in errors.items():
         # after the first layer that overflows, nothing can be told
-        jumps[name] = (error + usual) / (before + usual) if np.isfinite(before) else 0.0
+        jumps[name] = (error + tolerance) / (before + tolerance) if np.isfinite(before) else 0.0
         before = error
     layer = max(jumps, key=jumps.__getitem__)
     names = list(errors)
-    said = {name: float(error) if np.isfinite(error) else None for name, error in errors.items()}
-    place = names.index(layer)
-    return {"layer": layer, "error": said[layer], "before": said[names[place - 1]] if place else 0.0, "layers": said}
+    finite = {name: float(error) if np.isfinite(error) else None for name, error in errors.items()}
+    position = names.index(layer)
+    return {
+        "layer": layer,
+        "error": finite[layer],
+        "before": finite[names[position - 1]] if position else 0.0,
+        "layers": finite,
+    }
 
 
 def _torch_layers(student: Student, images: npt.NDArray[np.uint8]) -> dict[str, Floats]:
-    seen: dict[str, Floats] = {INPUT: student.preprocess.normalise(images)}
+    outputs: dict[str, Floats] = {INPUT: student.preprocess.normalise(images)}
     encoder = student.copy_for_export()
 
     def keep(name: str) -> Callable[[nn.Module, object, torch.Tensor], None]:
         # copied at once: the ReLU behind it works in place
-        return lambda module, args, output: seen.__setitem__(name, output.numpy().copy())
+        return lambda module, args, output: outputs.__setitem__(name, output.numpy().copy())
 
     for name, part in encoder.named_modules():
         if isinstance(part, nn.Conv2d):
             part.register_forward_hook(keep(name))
     with torch.no_grad():
-        embedding = encoder(torch.from_numpy(seen[INPUT])).numpy()
-    return {**seen, EMBEDDING: embedding}
+        embedding = encoder(torch.from_numpy(outputs[INPUT])).numpy()
+    return {**outputs, EMBEDDING: embedding}
 
 
 def _onnx_layers(model: bytes, images: npt.NDArray[np.uint8]) -> dict[str, Floats]:
@@ -72,7 +77,7 @@ def _onnx_layers(model: bytes, images: npt.NDArray[np.uint8]) -> dict[str, Float
     layers = convolutions(proto)
     names = {INPUT: next(iter(layers.values())).input[0]} | {name: node.output[0] for name, node in layers.items()}
     half = any(tensor.data_type == TensorProto.FLOAT16 for tensor in proto.graph.initializer)
-    proto = onnx.ModelProto.FromString(rounded(model)) if half else proto
+    proto = onnx.ModelProto.FromString(emulate_half(model)) if half else proto
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names.values())
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 4
@@ -84,8 +89,8 @@ def _onnx_layers(model: bytes, images: npt.NDArray[np.uint8]) -> dict[str, Float
     return {name: cast(Floats, output) for name, output in zip(wanted, outputs, strict=True)}
 
 
-def _relative_rms(found: Floats, expected: Floats) -> float:
-    difference = found.astype(np.float64) - expected
+def _relative_rms(actual: Floats, expected: Floats) -> float:
+    difference = actual.astype(np.float64) - expected
     if not np.isfinite(difference).all():
         return float("inf")
     scale = float(np.sqrt(np.square(expected, dtype=np.float64).mean()))

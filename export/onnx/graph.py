@@ -34,8 +34,8 @@ class ServedEncoder(nn.Module):
         self.encoder = student.copy_for_export()
         self.dtype = torch.float16 if half else torch.float32
         self.encoder.to(self.dtype)
-        says = student.preprocess
-        mean, std = (torch.tensor(each, dtype=torch.float64) for each in (says.mean, says.std))
+        preprocess = student.preprocess
+        mean, std = (torch.tensor(values, dtype=torch.float64) for values in (preprocess.mean, preprocess.std))
         # one multiplication and one addition for each value, where (x / 255 - mean) / std takes three operations
         self.scale = nn.Buffer((1 / (255 * std)).float().view(3, 1, 1))
         self.shift = nn.Buffer((-mean / std).float().view(3, 1, 1))
@@ -77,9 +77,9 @@ def to_onnx(
     check_opset(opset)
     if precision == "int8":
         raise ValueError("int8 is made from an fp32 file: see mvmr.export.onnx.int8")
-    copy_for_export = ServedEncoder(student, heads, half=precision == "fp16").eval()
+    encoder = ServedEncoder(student, heads, half=precision == "fp16").eval()
     names = [EMBEDDING, *(f"{LOGITS}{head.name}" for head in heads)]
-    model = _traced(copy_for_export, student.preprocess.crop, names, opset)
+    model = _trace(encoder, student.preprocess.crop, names, opset)
     _name_layers(model.graph)
     _forget_this_machine(model)
     check_graph(model, opset)
@@ -89,13 +89,13 @@ def to_onnx(
     return content
 
 
-def _traced(copy_for_export: ServedEncoder, size: int, outputs: list[str], opset: int) -> onnx.ModelProto:
+def _trace(encoder: ServedEncoder, size: int, outputs: list[str], opset: int) -> onnx.ModelProto:
     """What torch's exporter makes of it, in silence."""
-    said = io.StringIO()
-    with warnings.catch_warnings(), redirect_stdout(said), redirect_stderr(said), torch.no_grad():
+    log = io.StringIO()
+    with warnings.catch_warnings(), redirect_stdout(log), redirect_stderr(log), torch.no_grad():
         warnings.simplefilter("ignore")  # a deprecation inside torch is not the user's; what counts is checked after
         program = torch.onnx.export(
-            copy_for_export,
+            encoder,
             (torch.zeros(2, size, size, 3, dtype=torch.uint8),),
             dynamo=True,
             external_data=False,
@@ -106,7 +106,7 @@ def _traced(copy_for_export: ServedEncoder, size: int, outputs: list[str], opset
             verbose=False,
         )
     if program is None:
-        raise ValueError(f"torch exported nothing: {said.getvalue()}")
+        raise ValueError(f"torch exported nothing: {log.getvalue()}")
     model: onnx.ModelProto = program.model_proto
     return model
 
@@ -116,9 +116,9 @@ def check_graph(model: onnx.ModelProto, opset: int) -> None:
 
     Raises: ValueError: another opset, a batch norm left, a batch that is not free; and what onnx's checker finds.
     """
-    found = {entry.domain: entry.version for entry in model.opset_import}
-    if found != {"": opset}:
-        raise ValueError(f"the exporter wrote opset {found} where {opset} was asked for")
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    if opsets != {"": opset}:
+        raise ValueError(f"the exporter wrote opset {opsets} where {opset} was asked for")
     if any(node.op_type == "BatchNormalization" for node in model.graph.node):
         raise ValueError("the exported graph still holds batch norm")
     for value in (*model.graph.input, *model.graph.output):
@@ -127,7 +127,7 @@ def check_graph(model: onnx.ModelProto, opset: int) -> None:
     onnx.checker.check_model(model, full_check=True)
 
 
-def rounded(model: bytes) -> bytes:
+def emulate_half(model: bytes) -> bytes:
     """A float32 graph that gives what the fp16 graph `model` gives on hardware with half precision.
 
     onnxruntime's CPU provider computes fp16 graphs in float32 from node to node, so that nothing overflows and no
@@ -143,17 +143,17 @@ def rounded(model: bytes) -> bytes:
     nodes = []
     for node in graph.node:
         nodes.append(node)
-        for place, name in enumerate(node.output):
+        for index, name in enumerate(node.output):
             if name not in half:
                 continue
             if node.op_type == "Cast":
                 node.attribute[0].i = TensorProto.FLOAT
-            node.output[place] = f"{name}.exact"
+            node.output[index] = f"{name}.exact"
             nodes.append(helper.make_node("Cast", [f"{name}.exact"], [f"{name}.half"], to=TensorProto.FLOAT16))
             nodes.append(helper.make_node("Cast", [f"{name}.half"], [name], to=TensorProto.FLOAT))
-    copied = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:], graph.value_info[:]
-    graph.node.extend(copied)
+    graph.node.extend(copies)
     content: bytes = proto.SerializeToString()
     return content
 
@@ -164,9 +164,9 @@ def convolutions(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
 
 
 def _linear(head: Head) -> nn.Module:
-    made = nn.Linear(head.weight.shape[1], head.weight.shape[0])
-    made.weight, made.bias = (nn.Parameter(torch.tensor(each)) for each in (head.weight, head.bias))
-    return made.requires_grad_(False)
+    layer = nn.Linear(head.weight.shape[1], head.weight.shape[0])
+    layer.weight, layer.bias = (nn.Parameter(torch.tensor(values)) for values in (head.weight, head.bias))
+    return layer.requires_grad_(False)
 
 
 def _name_layers(graph: onnx.GraphProto) -> None:

@@ -61,8 +61,8 @@ def quantise(
         MvmrError: fewer than 100 images, or of another type or size; a layer that isn't there; all layers kept in
             float; a file that is not fp32, or whose weights are mostly not in convolutions; a full disk.
     """
-    ready = _Calibrated.of(fp32, calibration, keep_float, progress=progress)
-    return ready.quantise(ready.layers.keys() - set(keep_float))
+    graph = _CalibratedGraph.of(fp32, calibration, keep_float, progress=progress)
+    return graph.quantise(graph.layers.keys() - set(keep_float))
 
 
 def search(
@@ -86,15 +86,15 @@ def search(
     Raises:
         MvmrError: as :func:`quantise`, before anything is computed.
     """
-    ready = _Calibrated.of(fp32, calibration, progress=progress)
-    sample = ready.images[:: len(ready.images) // _TO_RANK][:_TO_RANK]
+    graph = _CalibratedGraph.of(fp32, calibration, progress=progress)
+    sample = graph.images[:: len(graph.images) // _TO_RANK][:_TO_RANK]
     return keep_worst(
-        ready.quantise, list(ready.layers), judge, sample, Session(fp32)(sample)[EMBEDDING], progress=progress
+        graph.quantise, list(graph.layers), judge, sample, Session(fp32)(sample)[EMBEDDING], progress=progress
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Calibrated:
+class _CalibratedGraph:
     """A float graph with the ranges of its activations, to be quantised in whole or in part.
 
     source: the file as it came; graph: the same, made ready by onnxruntime
@@ -110,24 +110,24 @@ class _Calibrated:
     @classmethod
     def of(
         cls, fp32: bytes, calibration: Iterable[Images], keep_float: Collection[str] = (), *, progress: bool
-    ) -> _Calibrated:
+    ) -> _CalibratedGraph:
         source = onnx.ModelProto.FromString(fp32)
         side = _side(source)
         _check_share(source)
         images = _gather(calibration, side)
-        with _undisturbed() as folder:
+        with _quiet_workspace() as folder:
             (folder / "float.onnx").write_bytes(fp32)
             quant_pre_process(folder / "float.onnx", folder / "ready.onnx", skip_symbolic_shape=True)
             graph = onnx.load(folder / "ready.onnx")
             layers = _layers(graph.graph)
-            _check_kept(keep_float, layers)
+            _check_float_layers(keep_float, layers)
             ranges = _ranges(folder / "ready.onnx", images, progress)
         return cls(source=source, graph=graph, ranges=ranges, layers=layers, images=images)
 
     def quantise(self, layers: Collection[str]) -> bytes:
         """The file with these layers in int8, the others in float."""
         nodes = [node for name in self.layers if name in layers for node in self.layers[name]]
-        with _undisturbed():
+        with _quiet_workspace():
             quantiser = QDQQuantizer(
                 copy.deepcopy(self.graph), True, False, QuantType.QInt8, QuantType.QUInt8, copy.deepcopy(self.ranges),
                 nodes, [], list(_OPERATORS), {},
@@ -135,17 +135,17 @@ class _Calibrated:
             quantiser.quantize_model()
             quantiser.model.topological_sort()
         model: onnx.ModelProto = quantiser.model.model
-        self._as_it_came(model)
+        self._take_back_additions(model)
         _widen(model.graph, self.images.shape[2])
         onnx.checker.check_model(model, full_check=True)
         return model.SerializeToString(deterministic=True)
 
-    def _as_it_came(self, model: onnx.ModelProto) -> None:
+    def _take_back_additions(self, model: onnx.ModelProto) -> None:
         """Take back what onnxruntime has added: operator sets that nothing uses, metadata of its own, shapes."""
         del model.opset_import[:], model.metadata_props[:], model.graph.value_info[:]
         model.opset_import.extend(self.source.opset_import)
-        says = {entry.key: entry.value for entry in self.source.metadata_props} | {"precision": "int8"}
-        for key, value in says.items():
+        entries = {entry.key: entry.value for entry in self.source.metadata_props} | {"precision": "int8"}
+        for key, value in entries.items():
             model.metadata_props.add(key=key, value=value)
 
 
@@ -174,7 +174,7 @@ def _ranges(model: Path, images: Images, progress: bool) -> TensorsData:
 def _side(model: onnx.ModelProto) -> int:
     """Side of the images in pixels; raises MvmrError for a file that is not a student's in fp32."""
     weights = {tensor.name for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT}
-    shapes = [each.type.tensor_type.shape.dim for each in model.graph.input if each.name == IMAGE]
+    shapes = [entry.type.tensor_type.shape.dim for entry in model.graph.input if entry.name == IMAGE]
     if not shapes or not any(node.op_type == "Conv" and node.input[1] in weights for node in model.graph.node):
         raise MvmrError("int8 is made from the fp32 ONNX of a student, this file is none; make one by `mvmr export`")
     return int(shapes[0][1].dim_value)
@@ -183,9 +183,11 @@ def _side(model: onnx.ModelProto) -> int:
 def _check_share(model: onnx.ModelProto) -> None:
     """Refuse a network whose weights mostly stay in float whatever is done: a transformer's."""
     graph = model.graph
-    of_convolutions = {node.input[1] for node in graph.node if node.op_type == "Conv"}
-    sizes = {each.name: int(np.prod(each.dims)) for each in graph.initializer if each.data_type == TensorProto.FLOAT}
-    share = sum(size for name, size in sizes.items() if name in of_convolutions) / max(1, sum(sizes.values()))
+    in_convolutions = {node.input[1] for node in graph.node if node.op_type == "Conv"}
+    sizes = {
+        tensor.name: int(np.prod(tensor.dims)) for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT
+    }
+    share = sum(size for name, size in sizes.items() if name in in_convolutions) / max(1, sum(sizes.values()))
     if share < _LEAST_SHARE:
         raise MvmrError(
             f"int8 quantises convolutions, which hold {100 * share:.0f} % of this student's weights: it would cost "
@@ -197,8 +199,8 @@ def _gather(calibration: Iterable[Images], side: int) -> Images:
     images = [np.empty((0, side, side, 3), np.uint8)]
     for part in calibration:
         if part.dtype != np.uint8 or part.shape[1:] != (side, side, 3):
-            told = f"uint8 [n, {side}, {side}, 3], these are {part.dtype} {list(part.shape)}"
-            raise MvmrError(f"int8 calibrates on images of {told}; prepare them by the bundle's preprocessing")
+            mismatch = f"uint8 [n, {side}, {side}, 3], these are {part.dtype} {list(part.shape)}"
+            raise MvmrError(f"int8 calibrates on images of {mismatch}; prepare them by the bundle's preprocessing")
         images.append(part)
     if (count := sum(map(len, images))) < FEWEST:
         raise MvmrError(f"int8 takes at least {FEWEST} real images to calibrate, got {count}; give more: --calibration")
@@ -211,19 +213,19 @@ def _layers(graph: onnx.GraphProto) -> dict[str, list[str]]:
     layers: dict[str, list[str]] = {}
     owner: dict[str, str] = {}
     for node in graph.node:
-        before = {owner[name] for name in node.input if name in owner}
+        owners = {owner[name] for name in node.input if name in owner}
         if node.op_type == "Conv" and node.input[1] in weights:
             layers[node.name] = []
             owner[node.output[0]] = node.name
-        elif node.op_type in _OPERATORS and before:
-            owner[node.output[0]] = max(before, key=list(layers).index)
+        elif node.op_type in _OPERATORS and owners:
+            owner[node.output[0]] = max(owners, key=list(layers).index)
         else:
             continue
         layers[owner[node.output[0]]].append(node.name)
     return layers
 
 
-def _check_kept(keep_float: Collection[str], layers: Collection[str]) -> None:
+def _check_float_layers(keep_float: Collection[str], layers: Collection[str]) -> None:
     for name in keep_float:
         if name not in layers:
             raise unknown("layer", name, layers)
@@ -244,7 +246,7 @@ def _widen(graph: onnx.GraphProto, side: int) -> None:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[Path]:
+def _quiet_workspace() -> Iterator[Path]:
     """A folder for onnxruntime's intermediate files, gone afterwards; its remarks reach only loggers set up before.
 
     It logs by `logging.info` and the like, which install a handler to standard error where there is none.

@@ -32,12 +32,14 @@ def build(attempt: Attempt) -> Report:
         return attempt.compare(Session(model))
 
     float_model = builder.write(attempt, "fp32")
-    model, kept, trail = search(float_model, _prepared(attempt, images), judge, progress=attempt.progress)
-    calibrated = {"data": images.name, "split": images.split, "images": len(images)}
-    return builder.verify_file(attempt, model, "cpu", kept_float=kept, search=trail, calibration=calibrated)
+    model, float_layers, trail = search(
+        float_model, _prepare_batches(attempt, images), judge, progress=attempt.progress
+    )
+    calibration = {"data": images.name, "split": images.split, "images": len(images)}
+    return builder.verify_file(attempt, model, "cpu", kept_float=float_layers, search=trail, calibration=calibration)
 
 
-def _prepared(attempt: Attempt, images: ImageSet) -> Iterator[npt.NDArray[np.uint8]]:
+def _prepare_batches(attempt: Attempt, images: ImageSet) -> Iterator[npt.NDArray[np.uint8]]:
     for start in range(0, len(images), _AT_ONCE):
         part = range(start, min(start + _AT_ONCE, len(images)))
         yield attempt.student.preprocess.batch(images.load(index) for index in part)

@@ -39,47 +39,47 @@ def keep_worst(
         The first file that passes or, if none does, the one with the least noise; the layers it keeps in float, the
         worst first; and every step, as :func:`mvmr.export.onnx.int8.search` says.
     """
-    ranked: dict[str, float] = {}
+    ranking: dict[str, float] = {}
     best: tuple[bytes, list[str]] = b"", []
     trail: list[Step] = []
     for count in (0, *(2**power for power in range((len(layers) - 1).bit_length()))):
         if count == 1:
-            ranked = _ranked(quantise, layers, sample, wanted, progress)
-        kept = list(ranked)[:count]
-        model = quantise([name for name in layers if name not in kept])
-        step = {"kept_float": {name: ranked[name] for name in kept}, **_measure(model, sample, wanted)}
+            ranking = _rank(quantise, layers, sample, wanted, progress)
+        worst = list(ranking)[:count]
+        model = quantise([name for name in layers if name not in worst])
+        step = {"kept_float": {name: ranking[name] for name in worst}, **_measure(model, sample, wanted)}
         if not trail or step["noise"] < min(earlier["noise"] for earlier in trail):
-            best = model, kept
+            best = model, worst
         verdict = dict(judge(model))
         trail.append({**step, "passed": bool(verdict["passed"]), "verdict": verdict})
         if verdict["passed"]:
-            return model, kept, trail
+            return model, worst, trail
     return *best, trail
 
 
-def noise(found: Floats, wanted: Floats) -> float:
+def noise(actual: Floats, wanted: Floats) -> float:
     """Squared error of embeddings [N, D] over the variance of those wanted: 0 for a copy, 1 for their mean."""
     signal = float(np.square(wanted - wanted.mean(0), dtype=np.float64).sum())
-    return float(np.square(found - wanted, dtype=np.float64).sum()) / max(signal, np.finfo(np.float64).tiny)
+    return float(np.square(actual - wanted, dtype=np.float64).sum()) / max(signal, np.finfo(np.float64).tiny)
 
 
-def _ranked(
+def _rank(
     quantise: Quantise, layers: Sequence[str], sample: Images, wanted: Floats, progress: bool
 ) -> dict[str, float]:
     """The noise of each layer when it alone is quantised, the most first."""
-    alone = {}
+    noises = {}
     with track("int8, layer by layer", 0, len(layers), unit="layers", shown=progress) as advance:
         for done, name in enumerate(layers, 1):
-            alone[name] = noise(Session(quantise([name]))(sample)[EMBEDDING], wanted)
+            noises[name] = noise(Session(quantise([name]))(sample)[EMBEDDING], wanted)
             advance(done, name)
-    return dict(sorted(alone.items(), key=lambda item: -item[1]))
+    return dict(sorted(noises.items(), key=lambda item: -item[1]))
 
 
 def _measure(model: bytes, sample: Images, wanted: Floats) -> Step:
     session, seconds = Session(model), []
-    found = session(sample)[EMBEDDING]
+    embedding = session(sample)[EMBEDDING]
     for image in sample:
         began = time.perf_counter()
         session(image[None])
         seconds.append(time.perf_counter() - began)
-    return {"bytes": len(model), "latency_ms": 1000 * float(np.median(seconds)), "noise": noise(found, wanted)}
+    return {"bytes": len(model), "latency_ms": 1000 * float(np.median(seconds)), "noise": noise(embedding, wanted)}

@@ -41,7 +41,7 @@ _ERRORS_ONLY = 4  # of onnxruntime's log: what fails is raised
 # Texts of a model that name another file: of weights (the key "location", the only one onnxruntime looks for), or of an
 # engine that a provider has compiled. `mvmr export` writes neither, and no bundle lists the hash of such a file. In
 # protobuf a text's length, 8 or 9 here, stands before it; a padded length ends in a zero byte.
-_ELSEWHERE = {
+_EXTERNAL_REFERENCES = {
     "weights": re.compile(rb"location(?<=[\x08\x00]location)"),
     "a compiled engine": re.compile(rb"EPContext(?<=[\x09\x00]EPContext)"),
 }
@@ -79,7 +79,7 @@ class Session:
             raise MvmrError(f"{model} is not there; make it with `mvmr export`")
         self._session = _start(model, self.name, provider, threads, options)
         # TensorRT for RTX has compiled for so many images; a larger batch goes through in parts.
-        self._most = rtx_provider.BATCHES[2] if provider == rtx_provider.NAME else None
+        self._largest_batch = rtx_provider.BATCHES[2] if provider == rtx_provider.NAME else None
         self._check_contract()
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         self.heads: dict[str, tuple[str, ...]] = self._read_heads()
@@ -107,7 +107,7 @@ class Session:
         names = [output.name for output in self._session.get_outputs()]
         if not len(images):
             return {name: np.empty((0, width), np.float32) for name, width in self._widths().items()}
-        step = self._most or len(images)
+        step = self._largest_batch or len(images)
         parts = [
             self._session.run(names, {IMAGE: images[start : start + step]}) for start in range(0, len(images), step)
         ]
@@ -118,25 +118,35 @@ class Session:
         return {output.name: output.shape[1] for output in self._session.get_outputs()}
 
     def _check_contract(self) -> None:
-        inputs = [(each.name, each.type, each.shape[3:], len(each.shape)) for each in self._session.get_inputs()]
+        inputs = [
+            (tensor.name, tensor.type, tensor.shape[3:], len(tensor.shape)) for tensor in self._session.get_inputs()
+        ]
         if inputs != [(IMAGE, "tensor(uint8)", [3], 4)] or not isinstance(self._session.get_inputs()[0].shape[1], int):
-            told = ", ".join(f"{each.name} {each.type} {each.shape}" for each in self._session.get_inputs())
-            raise MvmrError(f"{self.name} takes {told} instead of {IMAGE} uint8 [N, S, S, 3]; make it by `mvmr export`")
+            signature = ", ".join(
+                f"{tensor.name} {tensor.type} {tensor.shape}" for tensor in self._session.get_inputs()
+            )
+            raise MvmrError(
+                f"{self.name} takes {signature} instead of {IMAGE} uint8 [N, S, S, 3]; make it by `mvmr export`"
+            )
         outputs = {
-            each.name: (each.type, len(each.shape), isinstance(each.shape[-1], int))
-            for each in self._session.get_outputs()
+            tensor.name: (tensor.type, len(tensor.shape), isinstance(tensor.shape[-1], int))
+            for tensor in self._session.get_outputs()
         }
         if EMBEDDING not in outputs or set(outputs.values()) != {("tensor(float)", 2, True)}:
-            told = ", ".join(f"{each.name} {each.type} {each.shape}" for each in self._session.get_outputs())
-            raise MvmrError(f"{self.name} gives {told} instead of {EMBEDDING} float32 [N, D]; make it by `mvmr export`")
+            signature = ", ".join(
+                f"{tensor.name} {tensor.type} {tensor.shape}" for tensor in self._session.get_outputs()
+            )
+            raise MvmrError(
+                f"{self.name} gives {signature} instead of {EMBEDDING} float32 [N, D]; make it by `mvmr export`"
+            )
 
     def _read_heads(self) -> dict[str, tuple[str, ...]]:
-        heads = {name: tuple(classes) for name, classes in self._read("heads").items() if _is_names(classes)}
+        heads = {name: tuple(classes) for name, classes in self._read("heads").items() if _are_names(classes)}
         wanted = {f"{LOGITS}{name}": len(classes) for name, classes in heads.items()}
-        found = {name: width for name, width in self._widths().items() if name != EMBEDDING}
-        if wanted != found:
-            told = f"gives {shorten(found)} where its metadata say {shorten(wanted)}"
-            raise MvmrError(f"{self.name} {told}; export it again")
+        widths = {name: width for name, width in self._widths().items() if name != EMBEDDING}
+        if wanted != widths:
+            mismatch = f"gives {shorten(widths)} where its metadata say {shorten(wanted)}"
+            raise MvmrError(f"{self.name} {mismatch}; export it again")
         return heads
 
     def _read(self, key: str) -> dict[str, Any]:
@@ -149,8 +159,8 @@ class Session:
             raise MvmrError(f"{self.name} has no metadata {key!r} of mvmr's; make it by `mvmr export`") from error
 
 
-def _is_names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def locate(artifact: Artifact, bundle: Bundle) -> str:
@@ -178,14 +188,14 @@ def check_provider(provider: str) -> None:
         raise MvmrError(f"onnxruntime {onnxruntime.__version__} here has no {provider}: {_CURES[provider]}")
 
 
-def _elsewhere(model: Path | bytes) -> str | None:
+def _external_reference(model: Path | bytes) -> str | None:
     """What a model refers to in other files, None where it stands alone."""
     if isinstance(model, bytes):
-        return next((what for what, text in _ELSEWHERE.items() if text.search(model)), None)
+        return next((reference for reference, text in _EXTERNAL_REFERENCES.items() if text.search(model)), None)
     if not model.stat().st_size:  # which can't be mapped
         return None
     with model.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return next((what for what, text in _ELSEWHERE.items() if text.search(content)), None)
+        return next((reference for reference, text in _EXTERNAL_REFERENCES.items() if text.search(content)), None)
 
 
 def _options(provider: str, model: Path | bytes) -> dict[str, str]:
@@ -204,16 +214,16 @@ def _start(
     model: Path | bytes, name: str, provider: str, threads: int | None, options: Mapping[str, str] | None
 ) -> onnxruntime.InferenceSession:
     check_provider(provider)
-    if what := _elsewhere(model):
-        raise MvmrError(f"{name} refers to {what} in another file, which no bundle vouches for; export it again")
+    if reference := _external_reference(model):
+        raise MvmrError(f"{name} refers to {reference} in another file, which no bundle vouches for; export it again")
     settings = onnxruntime.SessionOptions()
     settings.add_session_config_entry("session.load_model_format", "ONNX")  # not its own, which is not looked into
     settings.intra_op_num_threads = threads or usable_cores()
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads must not burn a core
     settings.log_severity_level = _ERRORS_ONLY
-    wanted = [(PROVIDERS[provider], dict(options or _options(provider, model)))]
+    providers = [(PROVIDERS[provider], dict(options or _options(provider, model)))]
     if provider == "tensorrt":
-        wanted.append((PROVIDERS["cuda"], _options("cuda", model)))
+        providers.append((PROVIDERS["cuda"], _options("cuda", model)))
     elif provider == rtx_provider.NAME:
         # The images' size must be known before it compiles: the file is looked at, and checked, on the processor.
         rtx_provider.add_to(settings, model, size=Session(model, threads=1).size, options=options or {})
@@ -221,20 +231,20 @@ def _start(
         session = onnxruntime.InferenceSession(
             model if isinstance(model, bytes) else str(model),
             settings,
-            providers=None if provider == rtx_provider.NAME else wanted,  # a plug-in's stand in the settings
+            providers=None if provider == rtx_provider.NAME else providers,  # a plug-in's stand in the settings
             enable_fallback=0,
         )
     except Exception as error:  # onnxruntime raises a dozen kinds, all of them derived from Exception alone
         reason = " ".join(str(error).split())
         if "opset" in reason:
-            known = f"onnxruntime {onnxruntime.__version__} doesn't know the opset of {name}"
-            raise MvmrError(f"{known}; upgrade onnxruntime, or export again with --opset 20") from error
+            problem = f"onnxruntime {onnxruntime.__version__} doesn't know the opset of {name}"
+            raise MvmrError(f"{problem}; upgrade onnxruntime, or export again with --opset 20") from error
         if "fallback to CPU EP has been explicitly disabled" in reason:
             raise MvmrError(
                 f"{provider} leaves a part of {name} to the processor; use cpu, or another provider"
             ) from error
-        told = reason.removeprefix("[ONNXRuntimeError] : ")[:200]
-        raise MvmrError(f"onnxruntime cannot load {name} on {provider} ({told}); export it again") from error
+        summary = reason.removeprefix("[ONNXRuntimeError] : ")[:200]
+        raise MvmrError(f"onnxruntime cannot load {name} on {provider} ({summary}); export it again") from error
     # Where a provider's libraries are missing, onnxruntime goes on without it and says nothing.
     if session.get_providers()[0] != PROVIDERS[provider]:
         raise MvmrError(f"onnxruntime fell back to {session.get_providers()[0]} from {provider}: {_CURES[provider]}")

@@ -26,7 +26,7 @@ Batches = tuple[int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Built:
+class BuiltEngine:
     """An engine fresh from the builder, the timing cache to keep for the next build, and where it came from.
 
     sidecar: JSON values: precision, gpu, compute_capability, driver, cuda, tensorrt, profile, workspace_gb,
@@ -44,10 +44,10 @@ class Built:
 
     def to_files(self, report: Mapping[str, Any]) -> dict[str, bytes]:
         """Return the files to put into a bundle, by path; `report` (of the verification) goes into the sidecar."""
-        said = json.dumps({**self.sidecar, "report": dict(report)}, indent=2, ensure_ascii=False, allow_nan=False)
+        text = json.dumps({**self.sidecar, "report": dict(report)}, indent=2, ensure_ascii=False, allow_nan=False)
         return {
             self.name: self.engine,
-            report_of(self.name): f"{said}\n".encode(),
+            report_of(self.name): f"{text}\n".encode(),
             TIMING_CACHE: self.timing_cache,
         }
 
@@ -68,7 +68,7 @@ def build(
     workspace_gb: float = 4.0,
     timing_cache: bytes | None = None,
     trt: Any = None,
-) -> Built:
+) -> BuiltEngine:
     """Build an engine for this machine's GPU from the bundle's fp16 ONNX, with TensorRT's own builder (10.x or 11.x).
 
     Args:
@@ -81,7 +81,7 @@ def build(
     Raises: MvmrError for batches out of order, a file that is no fp16 ONNX of mvmr of this size, no CUDA device, no
         TensorRT, a file TensorRT cannot parse, or a build that fails; the last two in TensorRT's own words.
     """
-    described = describe(fp16_onnx, size, batches, workspace_gb)
+    description = describe(fp16_onnx, size, batches, workspace_gb)
     gpu = device()
     trt = trt or package(gpu)
     engine, cache = plan(trt, fp16_onnx, size, batches, workspace_gb, timing_cache=timing_cache or b"")
@@ -90,9 +90,9 @@ def build(
         **gpu.to_json(),
         "tensorrt": str(trt.__version__),
         "engine_sha256": hashlib.sha256(engine).hexdigest(),
-        **described,
+        **description,
     }
-    return Built(engine=engine, timing_cache=cache, sidecar=sidecar)
+    return BuiltEngine(engine=engine, timing_cache=cache, sidecar=sidecar)
 
 
 def describe(fp16_onnx: bytes, size: int, batches: Batches, workspace_gb: float) -> dict[str, Any]:
@@ -100,11 +100,11 @@ def describe(fp16_onnx: bytes, size: int, batches: Batches, workspace_gb: float)
 
     Raises: MvmrError for batches out of order, no workspace, or a file that is no fp16 ONNX of mvmr of this size.
     """
-    wanted = profile(batches, size)
+    shapes = profile(batches, size)
     if not workspace_gb > 0:
         raise MvmrError(f"a TensorRT workspace of {workspace_gb:g} GiB is too small; give more than 0 (--workspace-gb)")
     return {
-        "profile": wanted,
+        "profile": shapes,
         "workspace_gb": workspace_gb,
         "onnx_sha256": hashlib.sha256(fp16_onnx).hexdigest(),
         **_origin(fp16_onnx, size),
@@ -176,40 +176,40 @@ def _origin(fp16_onnx: bytes, size: int) -> dict[str, str | None]:
         model = onnx.load_model_from_string(fp16_onnx)
     except Exception as error:  # protobuf's DecodeError, of whichever protobuf is installed
         raise MvmrError(f"what the engine is built from is no ONNX ({one_line(error)}); {_FP16}") from error
-    says = {entry.key: entry.value for entry in model.metadata_props}
-    if says.get("precision") != "fp16":
-        found = f"an ONNX of mvmr in {says['precision']}" if "precision" in says else "no ONNX of mvmr"
-        raise MvmrError(f"the engine takes its precision from its ONNX, and this is {found}; {_FP16}")
+    entries = {entry.key: entry.value for entry in model.metadata_props}
+    if entries.get("precision") != "fp16":
+        kind = f"an ONNX of mvmr in {entries['precision']}" if "precision" in entries else "no ONNX of mvmr"
+        raise MvmrError(f"the engine takes its precision from its ONNX, and this is {kind}; {_FP16}")
     shape = [axis.dim_value for axis in model.graph.input[0].type.tensor_type.shape.dim[1:]]
     if shape != [size, size, 3]:
         raise MvmrError(f"the fp16 ONNX takes images of {shape}, not {[size, size, 3]}; {_FP16}")
-    return {key: says.get(key) for key in ("bundle_hash", "bundle_space_id")}
+    return {key: entries.get(key) for key in ("bundle_hash", "bundle_space_id")}
 
 
-def _parse(parser: Any, fp16_onnx: bytes, who: str, log: Any) -> None:
+def _parse(parser: Any, fp16_onnx: bytes, parser_name: str, log: Any) -> None:
     if not parser.parse(fp16_onnx):
-        said = "; ".join(_refusal(parser.get_error(index)) for index in range(parser.num_errors)) or log.last
+        reason = "; ".join(_refusal(parser.get_error(index)) for index in range(parser.num_errors)) or log.last
         cure = "install a newer TensorRT, or export with a lower --opset"
-        raise MvmrError(f"{who} cannot parse the fp16 ONNX: {said}; {cure}")
+        raise MvmrError(f"{parser_name} cannot parse the fp16 ONNX: {reason}; {cure}")
 
 
-def _refusal(refused: Any) -> str:
+def _refusal(parser_error: Any) -> str:
     # The description alone may be as short as "false".
-    return f"{refused.node_operator()} {refused.node_name()}: {one_line(refused.desc())}"
+    return f"{parser_error.node_operator()} {parser_error.node_name()}: {one_line(parser_error.desc())}"
 
 
-def _configure(trt: Any, builder: Any, wanted: Mapping[str, list[int]], workspace: int, log: Any) -> Any:
+def _configure(trt: Any, builder: Any, limits: Mapping[str, list[int]], workspace: int, log: Any) -> Any:
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
     shapes = builder.create_optimization_profile()
-    shapes.set_shape(IMAGE, *map(tuple, wanted.values()))
+    shapes.set_shape(IMAGE, *map(tuple, limits.values()))
     if config.add_optimization_profile(shapes) < 0:
-        raise MvmrError(f"TensorRT refuses the input shapes {list(wanted.values())}: {log.last}; give other batches")
+        raise MvmrError(f"TensorRT refuses the input shapes {list(limits.values())}: {log.last}; give other batches")
     return config
 
 
-def _attach_timing_cache(config: Any, kept: bytes) -> Any:
-    cache = config.create_timing_cache(kept)
+def _attach_timing_cache(config: Any, content: bytes) -> Any:
+    cache = config.create_timing_cache(content)
     if cache is None or not config.set_timing_cache(cache, False):
         # Timed on another GPU or by another TensorRT: begin again.
         cache = config.create_timing_cache(b"")

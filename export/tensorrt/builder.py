@@ -28,7 +28,7 @@ _FP16 = ARTIFACTS["fp16"]
 def check(bundle: Bundle, options: BuildOptions, *, triton: bool) -> None:
     """Refuse batches that can't be, and a machine with neither TensorRT and its GPU nor TensorRT for RTX."""
     tensorrt.profile(options.batches, bundle.manifest.preprocessing.crop)
-    if not _rtx_stands_in(triton=triton):
+    if not _takes_rtx(triton=triton):
         return
     rtx_build.package()
     with suppress(NotHere):  # then it is built, and not verified
@@ -37,7 +37,7 @@ def check(bundle: Bundle, options: BuildOptions, *, triton: bool) -> None:
 
 def build(attempt: Attempt) -> Report:
     """Build the engine of the fp16 ONNX in the bundle, which has been verified by now."""
-    return _have_rtx_build(attempt) if _rtx_stands_in() else _build_engine(attempt)
+    return _build_with_rtx(attempt) if _takes_rtx() else _build_engine(attempt)
 
 
 def summarise(report: Report, bundle: Path) -> str:
@@ -51,12 +51,12 @@ def summarise(report: Report, bundle: Path) -> str:
     )
 
 
-def _rtx_stands_in(*, triton: bool = False) -> bool:
+def _takes_rtx(*, triton: bool = False) -> bool:
     """Whether TensorRT or its GPU is not here, but TensorRT for RTX; raises NotHere where that is not either."""
     try:
         tensorrt.package(tensorrt.device())
     except NotHere:
-        if triton or not rtx_build.installed():  # Triton takes TensorRT's engines
+        if triton or not rtx_build.is_installed():  # Triton takes TensorRT's engines
             raise
         return True
     return False
@@ -67,26 +67,26 @@ def _build_engine(attempt: Attempt) -> Report:
     cache = bundle.file(tensorrt.TIMING_CACHE).read_bytes() if tensorrt.TIMING_CACHE in bundle.manifest.files else None
     if not options.rebuild and tensorrt.needs_rebuild(bundle, batches=options.batches) is None:
         stored = tensorrt.find(bundle)
-        built = tensorrt.Built(engine=stored.path.read_bytes(), timing_cache=cache or b"", sidecar=stored.sidecar)
+        built = tensorrt.BuiltEngine(engine=stored.path.read_bytes(), timing_cache=cache or b"", sidecar=stored.sidecar)
     else:
         built = tensorrt.build(
             bundle.file(_FP16.file).read_bytes(), size=attempt.student.preprocess.crop, batches=options.batches,
             workspace_gb=options.workspace_gb, timing_cache=cache,
         )  # fmt: skip
     low, _, high = options.batches
-    loaded = tensorrt.Engine(built.engine, built.sidecar, onnx_sha256=bundle.manifest.files[_FP16.file])
-    figures = attempt.compare(any_batch(loaded, low, high), sorted({max(size, low) for size in (1, 3, high)}))
+    engine = tensorrt.Engine(built.engine, built.sidecar, onnx_sha256=bundle.manifest.files[_FP16.file])
+    figures = attempt.compare(any_batch(engine, low, high), sorted({max(size, low) for size in (1, 3, high)}))
     report = attempt.describe(figures | {"provider": "tensorrt"}, built.name, built.engine)
     if not report["passed"]:
         raise attempt.refuse(report, "its layers can't be looked into; the fp16 ONNX it was built from has passed")
     return attempt.accept(report, built.to_files(report))
 
 
-def _have_rtx_build(attempt: Attempt) -> Report:
+def _build_with_rtx(attempt: Attempt) -> Report:
     """Have TensorRT for RTX build the fp16 ONNX; where it finds a GPU, verify the file as it will be served."""
     bundle, options = bundles.load(attempt.bundle.path), attempt.options
     model = bundle.file(_FP16.file).read_bytes()
-    built = rtx_build.build(
+    facts = rtx_build.build(
         model, size=attempt.student.preprocess.crop, batches=options.batches, workspace_gb=options.workspace_gb
     )
     try:
@@ -95,10 +95,10 @@ def _have_rtx_build(attempt: Attempt) -> Report:
         figures: Report = {"passed": None, "not_run": str(error)}
     else:
         figures = attempt.compare(open_artifact(_FP16, bundle, provider=RTX))
-    report = {**built, **attempt.describe(figures, _FP16.file, model), "provider": RTX}
+    report = {**facts, **attempt.describe(figures, _FP16.file, model), "provider": RTX}
     if report["passed"] is False:
         raise attempt.refuse(report, "the same file has passed on the processor")
-    bundles.add_files(attempt.bundle, {rtx_build.report_name(built["tensorrt_rtx"]): to_json(report)})
-    how = f"TensorRT for RTX {built['tensorrt_rtx']} builds it in {built['engine_seconds']:.1f} s"
+    bundles.add_files(attempt.bundle, {rtx_build.report_name(facts["tensorrt_rtx"]): to_json(report)})
+    how = f"TensorRT for RTX {facts['tensorrt_rtx']} builds it in {facts['engine_seconds']:.1f} s"
     say(f"{bundle.path / _FP16.file}: {how}", shown=attempt.progress)
     return report

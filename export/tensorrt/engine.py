@@ -21,7 +21,7 @@ from mvmr.export.artifacts import ARTIFACTS, EMBEDDING, IMAGE, report_of
 from mvmr.export.tensorrt.build import BATCHES as BATCHES
 from mvmr.export.tensorrt.build import TIMING_CACHE as TIMING_CACHE
 from mvmr.export.tensorrt.build import Batches, engine_name
-from mvmr.export.tensorrt.build import Built as Built
+from mvmr.export.tensorrt.build import BuiltEngine as BuiltEngine
 from mvmr.export.tensorrt.build import build as build
 from mvmr.export.tensorrt.build import profile as profile
 from mvmr.export.tensorrt.build import tensorrt_provider_options as tensorrt_provider_options
@@ -36,7 +36,7 @@ _CUDA = "cuda"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored:
+class StoredEngine:
     """An engine of a bundle that fits this machine; `Engine.load` takes all but its name in the bundle."""
 
     name: str
@@ -56,7 +56,7 @@ def needs_rebuild(bundle: Bundle, *, batches: Batches | None = None, trt: Any = 
     return _lack(bundle, gpu, str((trt or package(gpu)).__version__), batches)
 
 
-def find(bundle: Bundle, *, trt: Any = None) -> Stored:
+def find(bundle: Bundle, *, trt: Any = None) -> StoredEngine:
     """Return the bundle's engine for this machine.
 
     Raises: MvmrError saying why there is none and how to make it, or for no CUDA device or no TensorRT.
@@ -67,7 +67,7 @@ def find(bundle: Bundle, *, trt: Any = None) -> Stored:
         raise _rebuild(reason, bundle.path)
     name = engine_name(gpu.compute_capability, version)
     onnx_sha256 = bundle.manifest.files[ONNX]
-    return Stored(name=name, path=bundle.file(name), sidecar=_sidecar(bundle, name), onnx_sha256=onnx_sha256)
+    return StoredEngine(name=name, path=bundle.file(name), sidecar=_sidecar(bundle, name), onnx_sha256=onnx_sha256)
 
 
 class Engine:
@@ -151,11 +151,11 @@ class Engine:
     def _check(self, images: npt.NDArray[np.uint8]) -> None:
         side, (low, high) = self.size, self.batches
         if images.dtype != np.uint8 or images.shape[1:] != (side, side, 3):
-            found = f"{images.dtype} {list(images.shape)}"
-            raise MvmrError(f"the engine takes images as uint8 [N, {side}, {side}, 3], not {found}; prepare them so")
+            actual = f"{images.dtype} {list(images.shape)}"
+            raise MvmrError(f"the engine takes images as uint8 [N, {side}, {side}, 3], not {actual}; prepare them so")
         if not low <= len(images) <= high:
-            split = f"a batch of {len(images)} is outside the engine's profile, {low} to {high} images; split it"
-            raise MvmrError(f"{split}, or rebuild: mvmr export BUNDLE --trt --rebuild --min-batch N --max-batch N")
+            reason = f"a batch of {len(images)} is outside the engine's profile, {low} to {high} images; split it"
+            raise MvmrError(f"{reason}, or rebuild: mvmr export BUNDLE --trt --rebuild --min-batch N --max-batch N")
 
 
 def _lack(bundle: Bundle, gpu: Device, version: str, batches: Batches | None) -> str | None:
@@ -163,9 +163,9 @@ def _lack(bundle: Bundle, gpu: Device, version: str, batches: Batches | None) ->
     if ONNX not in files:
         return f"bundle {bundle.path} has no {ONNX}, which engines are built from"
     if name not in files or report_of(name) not in files:
-        here = f"{gpu.name}, compute capability {gpu.compute_capability}, TensorRT {release(version)}"
-        others = ", ".join(Path(file).name for file in sorted(files) if file.endswith(".engine"))
-        return f"bundle {bundle.path} has no engine for this machine ({here}); it has {others or 'none'}"
+        machine = f"{gpu.name}, compute capability {gpu.compute_capability}, TensorRT {release(version)}"
+        engines = ", ".join(Path(file).name for file in sorted(files) if file.endswith(".engine"))
+        return f"bundle {bundle.path} has no engine for this machine ({machine}); it has {engines or 'none'}"
     sidecar = _sidecar(bundle, name)
     size = bundle.manifest.preprocessing.crop
     if batches and sidecar.get("profile") != profile(batches, size):
@@ -197,8 +197,8 @@ def _outputs(engine: Any, trt: Any, name: str) -> tuple[str, ...]:
     types = {tensor: trt.DataType.UINT8 if tensor in inputs else trt.DataType.FLOAT for tensor in tensors}
     wrong = [tensor for tensor, wanted in types.items() if engine.get_tensor_dtype(tensor) != wanted]
     if inputs != [IMAGE] or EMBEDDING not in tensors or wrong:
-        found = ", ".join(f"{tensor} of the wrong type" if tensor in wrong else tensor for tensor in tensors)
-        raise _rebuild(f"{name} should take `{IMAGE}` as uint8 and give `{EMBEDDING}` as float32, but has {found}")
+        listing = ", ".join(f"{tensor} of the wrong type" if tensor in wrong else tensor for tensor in tensors)
+        raise _rebuild(f"{name} should take `{IMAGE}` as uint8 and give `{EMBEDDING}` as float32, but has {listing}")
     return tuple(tensor for tensor in tensors if tensor not in inputs)
 
 

@@ -46,9 +46,9 @@ def open_artifact(
     Raises: MvmrError as `mvmr.export.tensorrt.engine.find` and `Engine` do.
     """
     stored = tensorrt.find(bundle)
-    loaded = tensorrt.Engine.load(stored.path, stored.sidecar, onnx_sha256=stored.onnx_sha256)
-    run = any_batch(loaded, *loaded.batches)
-    return EngineRunner(size=loaded.size, dim=loaded.dim, metadata=stored.sidecar, run=run)
+    engine = tensorrt.Engine.load(stored.path, stored.sidecar, onnx_sha256=stored.onnx_sha256)
+    run = any_batch(engine, *engine.batches)
+    return EngineRunner(size=engine.size, dim=engine.dim, metadata=stored.sidecar, run=run)
 
 
 def check_provider(provider: str) -> None:
@@ -61,19 +61,19 @@ def any_batch(run: Run, low: int, high: int) -> Run:
 
     Where images lack, copies of the first are added, and cut off again.
     """
-    one_at_a_time = threading.Lock()
+    lock = threading.Lock()
 
-    def part(images: npt.NDArray[np.uint8]) -> Outputs:
-        lacking = max(0, low - len(images))
-        with one_at_a_time:
-            outputs = run(np.concatenate([images, np.repeat(images[:1], lacking, axis=0)]))
+    def run_part(images: npt.NDArray[np.uint8]) -> Outputs:
+        padding = max(0, low - len(images))
+        with lock:
+            outputs = run(np.concatenate([images, np.repeat(images[:1], padding, axis=0)]))
         return {name: rows[: len(images)] for name, rows in outputs.items()}
 
-    def batch(images: npt.NDArray[np.uint8]) -> Outputs:
+    def run_batch(images: npt.NDArray[np.uint8]) -> Outputs:
         if not len(images):
             blank = np.zeros((1, *images.shape[1:]), images.dtype)
-            return {name: rows[:0] for name, rows in part(blank).items()}
-        parts = [part(images[start : start + high]) for start in range(0, len(images), high)]
+            return {name: rows[:0] for name, rows in run_part(blank).items()}
+        parts = [run_part(images[start : start + high]) for start in range(0, len(images), high)]
         return {name: np.concatenate([outputs[name] for outputs in parts]) for name in parts[0]}
 
-    return batch
+    return run_batch

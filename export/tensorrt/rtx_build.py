@@ -33,7 +33,7 @@ def bindings_version() -> str | None:
     return None
 
 
-def installed() -> bool:
+def is_installed() -> bool:
     """Whether anything of TensorRT for RTX is here: its libraries or their bindings."""
     return rtx_provider.version() is not None or bindings_version() is not None
 
@@ -44,19 +44,19 @@ def package() -> Any:
     Raises: MvmrError where one of the two is missing, they are not of one release, or they cannot be loaded.
     """
     libraries, bindings = rtx_provider.version(), bindings_version()
-    if not installed():
+    if not is_installed():
         raise MvmrError(f"TensorRT for RTX is not installed here: {rtx_provider.INSTALL} (Linux on x86-64)")
     if libraries is None:
         raise MvmrError(
             f"the bindings of TensorRT for RTX {bindings} are here without onnxruntime's plug-in, which brings its "
             f"libraries: pip install {_LIBRARIES}"
         )
-    fitting = f"pip install '{_DISTRIBUTIONS[0]}=={libraries}.*'"
+    cure = f"pip install '{_DISTRIBUTIONS[0]}=={libraries}.*'"
     if bindings is None:
-        raise MvmrError(f"TensorRT for RTX {libraries} is here without its Python bindings: {fitting}")
+        raise MvmrError(f"TensorRT for RTX {libraries} is here without its Python bindings: {cure}")
     if release(bindings) != libraries:
-        told = f"TensorRT for RTX {libraries} is here with the bindings of {bindings}, which don't fit it"
-        raise MvmrError(f"{told}: {fitting}")
+        mismatch = f"TensorRT for RTX {libraries} is here with the bindings of {bindings}, which don't fit it"
+        raise MvmrError(f"{mismatch}: {cure}")
     try:
         import_module(rtx_provider.PACKAGE)  # loads the libraries, which the bindings look for by name
         return import_module(BINDINGS)
@@ -82,10 +82,10 @@ def build(
 
     Raises: MvmrError as `package` and `mvmr.export.tensorrt.build.build` do, but for the GPU.
     """
-    described = describe(fp16_onnx, size, batches, workspace_gb)
+    description = describe(fp16_onnx, size, batches, workspace_gb)
     trt, began = trt or package(), time.perf_counter()
     # No timing cache: it has no effect on these engines, and its use is deprecated.
     engine, _ = plan(trt, fp16_onnx, size, batches, workspace_gb, timing_cache=None)
     seconds = round(time.perf_counter() - began, 3)
-    said = {"precision": "fp16", "tensorrt_rtx": str(trt.__version__), "engine_bytes": len(engine)}
-    return {**said, "engine_seconds": seconds, **described}
+    facts = {"precision": "fp16", "tensorrt_rtx": str(trt.__version__), "engine_bytes": len(engine)}
+    return {**facts, "engine_seconds": seconds, **description}

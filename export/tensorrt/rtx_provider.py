@@ -39,14 +39,14 @@ def version() -> str | None:
     """
     if util.find_spec(PACKAGE) is None:
         return None
-    found = [_LIBRARY.fullmatch(file.name) for folder in folders() for file in folder.iterdir()]
-    return max((match[1] for match in found if match), key=_numbers, default=None)
+    matches = [_LIBRARY.fullmatch(file.name) for folder in folders() for file in folder.iterdir()]
+    return max((match[1] for match in matches if match), key=_numbers, default=None)
 
 
 def folders() -> list[Path]:
     """Where the plug-in's libraries are; empty where it is not installed."""
     spec = util.find_spec(PACKAGE)
-    return [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
+    return [Path(location) for location in (spec.submodule_search_locations or ())] if spec else []
 
 
 def device() -> Any:
@@ -55,16 +55,16 @@ def device() -> Any:
     Raises: NotHere, before anything long, where the plug-in is not installed, or there is no NVIDIA driver or no GPU
         that it takes; MvmrError where it does not fit this onnxruntime.
     """
-    here = version()
-    if here is None:
+    release = version()
+    if release is None:
         raise NotHere(f"the provider {NAME} is not installed here: {INSTALL} (Linux on x86-64), or use cpu")
-    _register(here)
-    for each in onnxruntime.get_ep_devices():
-        if each.ep_name == PROVIDER:
-            return each  # one of several: the plug-in takes one device to a session
+    _register(release)
+    for gpu in onnxruntime.get_ep_devices():
+        if gpu.ep_name == PROVIDER:
+            return gpu  # one of several: the plug-in takes one device to a session
     raise NotHere(
-        f"TensorRT for RTX {here} finds no GPU here; it takes NVIDIA's of compute capability 8.0, 8.6, 8.9, 12.0 and "
-        "later with a driver that works, see nvidia-smi; or use cpu"
+        f"TensorRT for RTX {release} finds no GPU here; it takes NVIDIA's of compute capability 8.0, 8.6, 8.9, 12.0 "
+        "and later with a driver that works, see nvidia-smi; or use cpu"
     )
 
 
@@ -77,9 +77,11 @@ def add_to(settings: onnxruntime.SessionOptions, model: Path | bytes, *, size: i
     """
     gpu = device()
     shapes = {name: f"{IMAGE}:{n}x{size}x{size}x3" for name, n in zip(("min", "opt", "max"), BATCHES, strict=True)}
-    ours = {f"nv_profile_{name}_shapes": shape for name, shape in shapes.items()}
+    defaults = {f"nv_profile_{name}_shapes": shape for name, shape in shapes.items()}
     settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    settings.add_provider_for_devices([gpu], ours | {"nv_runtime_cache_path": str(kernels_of(model, gpu)), **options})
+    settings.add_provider_for_devices(
+        [gpu], defaults | {"nv_runtime_cache_path": str(kernels_of(model, gpu)), **options}
+    )
 
 
 def kernels_of(model: Path | bytes, gpu: Any) -> Path:
@@ -89,21 +91,21 @@ def kernels_of(model: Path | bytes, gpu: Any) -> Path:
     """
     content = model if isinstance(model, bytes) else model.read_bytes()
     name = f"rtx{version()}-gpu{gpu.device.device_id:04x}-{hashlib.sha256(content).hexdigest()[:12]}"
-    elsewhere = cache_dir() / NAME / name
-    for folder in [elsewhere] if isinstance(model, bytes) else [model.parent / name, elsewhere]:
+    fallback = cache_dir() / NAME / name
+    for folder in [fallback] if isinstance(model, bytes) else [model.parent / name, fallback]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError:  # a bundle that is mounted read-only
             continue
         if os.access(folder, os.W_OK):
             return folder
-    raise MvmrError(f"cannot make {elsewhere} for compiled kernels; set MVMR_CACHE to a folder that can be written to")
+    raise MvmrError(f"cannot make {fallback} for compiled kernels; set MVMR_CACHE to a folder that can be written to")
 
 
 @cache
-def _register(here: str) -> None:
+def _register(release: str) -> None:
     """Load the plug-in into onnxruntime, once to a process: it cannot be registered twice."""
-    if any(each.ep_name == PROVIDER for each in onnxruntime.get_ep_devices()):
+    if any(gpu.ep_name == PROVIDER for gpu in onnxruntime.get_ep_devices()):
         return  # by the program that we are a part of
     try:
         plugin = import_module(PACKAGE)
@@ -112,11 +114,11 @@ def _register(here: str) -> None:
         reason = " ".join(str(error).split())
         if driver := re.search(r"(libcuda|libnvidia-ml)\.so\S*: cannot open", reason):
             raise NotHere(
-                f"TensorRT for RTX {here} needs an NVIDIA GPU and its driver; {driver[1]}.so.1 is not here: "
+                f"TensorRT for RTX {release} needs an NVIDIA GPU and its driver; {driver[1]}.so.1 is not here: "
                 "install the driver (in a container: the NVIDIA container toolkit), or use cpu"
             ) from error
         raise MvmrError(
-            f"onnxruntime {onnxruntime.__version__} cannot load TensorRT for RTX {here} ({reason[-200:]}); "
+            f"onnxruntime {onnxruntime.__version__} cannot load TensorRT for RTX {release} ({reason[-200:]}); "
             f"pip install --upgrade onnxruntime {_DISTRIBUTION}, or use cpu"
         ) from error
 

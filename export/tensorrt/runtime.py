@@ -34,11 +34,11 @@ def device() -> Device:
     """
     import torch
 
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as notices:
         warnings.simplefilter("always")
-        found = torch.cuda.is_available() and torch.version.cuda is not None
-    if not found:
-        why = f" ({one_line(caught[0].message)})" if caught else ""
+        usable = torch.cuda.is_available() and torch.version.cuda is not None
+    if not usable:
+        why = f" ({one_line(notices[0].message)})" if notices else ""
         raise NotHere(
             f"TensorRT needs an NVIDIA GPU and its driver, and torch finds no CUDA device here{why}; build the engine "
             "where there is one, or use `mvmr export --fp16`: onnxruntime's CUDA provider runs that without TensorRT, "
@@ -62,9 +62,9 @@ def package(gpu: Device) -> Any:
         return import_module("tensorrt")
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "tensorrt"
-        wrong = "is not installed" if missing else f"cannot be loaded ({one_line(error)})"
+        problem = "is not installed" if missing else f"cannot be loaded ({one_line(error)})"
         raise (NotHere if missing else MvmrError)(
-            f"the package tensorrt {wrong}: pip install tensorrt-cu{gpu.cuda.partition('.')[0]} (it fetches its "
+            f"the package tensorrt {problem}: pip install tensorrt-cu{gpu.cuda.partition('.')[0]} (it fetches its "
             "libraries from NVIDIA's own package index); `mvmr export --fp16` needs no TensorRT"
         ) from error
 

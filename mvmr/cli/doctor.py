@@ -20,8 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mvmr import __version__
+from mvmr.cli.support import Support
 from mvmr.cli.table import COMMANDS
-from mvmr.cli.tensorrt_check import TensorRT, data_centre, rtx
 from mvmr.cores import usable_cores
 from mvmr.errors import EXTRAS
 from mvmr.storage.atomic import cache_dir
@@ -88,8 +88,8 @@ class Report:
     devices: tuple[Device, ...]
     extras: dict[str, dict[str, str | None]]
     onnxruntime: tuple[str, ...] | None
-    tensorrt: TensorRT
-    tensorrt_rtx: TensorRT
+    tensorrt: Support
+    tensorrt_rtx: Support
     cache: Cache
     commands: dict[str, str | None]
     problems: tuple[str, ...]
@@ -97,6 +97,7 @@ class Report:
 
 def examine() -> Report:
     """Look at this machine and return what was found; never raises for what is missing or broken."""
+    tensorrt = import_module("mvmr.export.tensorrt.check")  # by name: export stands above the core
     problems: list[str] = []
     extras = {extra: {package: _version(package) for package in packages} for extra, packages in EXTRAS.items()}
     return Report(
@@ -105,8 +106,8 @@ def examine() -> Report:
         devices=_devices(problems),
         extras=extras,
         onnxruntime=_onnx_providers(problems),
-        tensorrt=data_centre(_version("tensorrt")),
-        tensorrt_rtx=rtx(),
+        tensorrt=tensorrt.data_centre(_version("tensorrt")),
+        tensorrt_rtx=tensorrt.rtx(),
         cache=_cache(),
         commands={name: _lacks(entry.extra, extras) for name, entry in COMMANDS.items()},
         problems=tuple(problems),

@@ -78,8 +78,8 @@ def running(*arguments: str, cwd: Path | None = None, **environment: str) -> Ite
         assert process.stderr is not None
         for line in process.stderr:
             app.log.append(line)
-            if found := re.search(r"the app is at (http://\S+)", line):
-                app.url = found[1]
+            if match := re.search(r"the app is at (http://\S+)", line):
+                app.url = match[1]
                 started.set()
         started.set()
 
@@ -128,22 +128,22 @@ def visit(browser: Browser, url: str, *, width: int = 1366, height: int = 850, d
     )
     page = context.new_page()
     page.set_default_timeout(30_000)
-    seen = Visit(page)
+    visitor = Visit(page)
 
     def heard(message: ConsoleMessage) -> None:
-        if message.type == "error" and not any(each in message.text for each in _HARMLESS):
-            seen.errors.append(message.text)
+        if message.type == "error" and not any(text in message.text for text in _HARMLESS):
+            visitor.errors.append(message.text)
 
     page.on("console", heard)
-    page.on("pageerror", lambda error: seen.errors.append(str(error)))
-    page.on("response", lambda got: seen.errors.append(f"{got.status} {got.url}") if got.status >= 400 else None)
-    page.on("request", lambda asked: seen.hosts.add(re.sub(r"^\w+://([^/:]*).*", r"\1", asked.url)))
+    page.on("pageerror", lambda error: visitor.errors.append(str(error)))
+    page.on("response", lambda got: visitor.errors.append(f"{got.status} {got.url}") if got.status >= 400 else None)
+    page.on("request", lambda request: visitor.hosts.add(re.sub(r"^\w+://([^/:]*).*", r"\1", request.url)))
     page.goto(url)
     page.wait_for_selector(".mvmr-title h1")
     page.wait_for_selector("#strip .pick")
     try:
-        yield seen
-        assert not seen.errors, seen.errors
+        yield visitor
+        assert not visitor.errors, visitor.errors
     finally:
         context.close()
 

@@ -1,4 +1,4 @@
-"""What tests of the app in a real browser share: the browser, and the page of the two linked maps with its visitors."""
+"""What tests of the app share: bundles, the browser, and the page of the two linked maps with its visitors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,25 @@ import pytest
 if TYPE_CHECKING:  # else a test without a browser would import playwright, too
     from playwright.sync_api import Browser
 
+    from mvmr.bundles.bundle import Bundle
     from tests.app.map_pages import Opened, Site
+
+
+@pytest.fixture(scope="module")
+def onnx_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """With heads and a float32 ONNX, but weights that are none."""
+    from mvmr.bundles import bundle as bundles
+    from tests.serve import serving
+
+    return bundles.load(serving.bundle(tmp_path_factory.mktemp("served")))
+
+
+@pytest.fixture(scope="module")
+def plain_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A resnet18 at 16 px, and nothing exported."""
+    from tests.distill.test_report import a_bundle
+
+    return a_bundle(tmp_path_factory.mktemp("runs") / "student")
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +41,10 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def site() -> Iterator[Site]:
-    from tests.app.map_pages import served
+    from tests.app.map_pages import serve
 
-    with served() as found:
-        yield found
+    with serve() as running_site:
+        yield running_site
 
 
 @pytest.fixture

@@ -26,11 +26,11 @@ def pictures(folder: Path, count: int, start: int = 0) -> Path:
     return folder
 
 
-def refused(spec: Path | str, **options: Any) -> str:
-    with pytest.raises(MvmrError) as caught:
+def refusal(spec: Path | str, **options: Any) -> str:
+    with pytest.raises(MvmrError) as excinfo:
         Gallery.open(str(spec), **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    assert "\n" not in str(excinfo.value)
+    return str(excinfo.value)
 
 
 def colours(count: list[int] | None = None, **changes: Any) -> Encoder:
@@ -45,9 +45,9 @@ def colours(count: list[int] | None = None, **changes: Any) -> Encoder:
             count.append(len(prepared))
         return np.stack(prepared)
 
-    made = Encoder(key="x", label="X", identity="a" * 64, dim=5, nbytes=None, prepare=prepare, forward=forward)
-    return replace(made, **changes)
+    encoder = Encoder(key="x", label="X", identity="a" * 64, dim=5, nbytes=None, prepare=prepare, forward=forward)
+    return replace(encoder, **changes)
 
 
-def expected(gallery: Gallery) -> np.ndarray:
+def embed_all(gallery: Gallery) -> np.ndarray:
     return colours().embed([gallery.load(number) for number in range(len(gallery))])

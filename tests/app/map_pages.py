@@ -39,10 +39,10 @@ body { margin: 0; padding: 12px; font-family: sans-serif }</style>
 <div id="tab"><div id="map"></div></div>
 <script type="module">
 import { mount } from "./static/map.js";
-window.told = [];
+window.selections = [];
 window.start = (start) => {
   const options = { start, data: "map.json?engine=torch&k=10", thumbs: "thumb/", names: { teacher: "ViT-B-16" } };
-  options.onselect = (ids) => told.push(ids);
+  options.onselect = (ids) => selections.push(ids);
   window.handle = mount(document.getElementById("map"), options);
 };
 if (location.hash === "#hidden") document.getElementById("tab").style.display = "none";
@@ -67,8 +67,8 @@ def content(count: int = 64, *, method: str = "pca", kinds: int = 4, **changes: 
         classes=tuple(f"kind {i}" for i in range(kinds)),
     )
     variance = (31.25, 28.5) if method == "pca" else None
-    drawn = Map("pca" if method == "pca" else "umap", teacher, student, 0.25, variance)
-    sent = map_json(drawn, gallery, np.arange(count) % 11 * 10.0, np.arange(count) % 4, k=10)
+    layout = Map("pca" if method == "pca" else "umap", teacher, student, 0.25, variance)
+    sent = map_json(layout, gallery, np.arange(count) % 11 * 10.0, np.arange(count) % 4, k=10)
     return sent | changes
 
 
@@ -78,11 +78,11 @@ class Site:
 
     maps: dict[str, Any]  # method -> its JSON; (status, kind, text) for another answer
     url: str = ""
-    asked: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
     fails: bool = False  # it answers with an error, which a browser writes to its console
 
     def thumbs(self) -> list[int]:
-        return [int(path.rpartition("/")[2]) for path in self.asked if path.startswith("/thumb/")]
+        return [int(path.rpartition("/")[2]) for path in self.requests if path.startswith("/thumb/")]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -93,14 +93,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         site: Site = self.server.site  # type: ignore[attr-defined]
-        site.asked.append(self.path)
+        site.requests.append(self.path)
         path = urlsplit(self.path)
         name = path.path.rpartition("/")[2]
         status, kind, body = 200, "text/html; charset=utf-8", PAGE.encode()
         if name == "map.json":
-            kind, asked = "application/json", parse_qs(path.query)
-            assert (asked["engine"], asked["k"]) == (["torch"], ["10"])
-            answer = site.maps[asked["method"][0]]
+            kind, query = "application/json", parse_qs(path.query)
+            assert (query["engine"], query["k"]) == (["torch"], ["10"])
+            answer = site.maps[query["method"][0]]
             if isinstance(answer, tuple):
                 status, kind, text = answer
                 site.fails |= status >= 400
@@ -124,7 +124,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def served() -> Iterator[Site]:
+def serve() -> Iterator[Site]:
     """A server of the page, with the map of a small gallery whose UMAP is being computed."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     site = Site({"pca": content(), "umap": (202, "application/json", '{"state": "computing"}')})
@@ -147,14 +147,14 @@ def visiting(browser: Browser, site: Site) -> Iterator[Opened]:
     """Open the page as a new visitor; at the end no visitor's console may hold an error or a warning."""
     contexts, wrong = [], []
 
-    def opened(
+    def open_page(
         path: str = "", *, width: int = 1100, height: int = 800, ready: bool = True, script: str = "", **more: Any
     ) -> Page:
         context = browser.new_context(viewport={"width": width, "height": height}, **more)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(30_000)
-        page.on("console", lambda said: wrong.append(said.text) if said.type in {"error", "warning"} else None)
+        page.on("console", lambda line: wrong.append(line.text) if line.type in {"error", "warning"} else None)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         if script:
             page.add_init_script(script)
@@ -163,12 +163,12 @@ def visiting(browser: Browser, site: Site) -> Iterator[Opened]:
             page.wait_for_selector("[data-ready=pca]")
         return page
 
-    yield opened
+    yield open_page
     for context in contexts:
         context.close()
     # Reading pixels back, as a screenshot does, is slow, and Chromium says so.
     forgiven = ("GPU stall due to ReadPixels", *(["Failed to load resource"] if site.fails else []))
-    assert [text for text in wrong if not any(each in text for each in forgiven)] == []
+    assert [text for text in wrong if not any(words in text for words in forgiven)] == []
 
 
 def place(page: Page, side: str, image: int) -> tuple[float, float]:
@@ -200,27 +200,27 @@ def draw(page: Page, corners: list[tuple[float, float]]) -> None:
     page.mouse.up()
 
 
-def selected(page: Page, expected: list[int]) -> None:
+def expect_selection(page: Page, expected: list[int]) -> None:
     """Wait until these are selected, and see that both maps mark them."""
     text = ",".join(map(str, expected))
     page.wait_for_function("text => document.getElementById('map').dataset.selected === text", arg=text)
-    marked = page.evaluate(
-        "[...document.querySelectorAll('.map-plot')].map(each => each.data[0].selectedpoints ?? null)"
+    numbers = page.evaluate(
+        "[...document.querySelectorAll('.map-plot')].map(plot => plot.data[0].selectedpoints ?? null)"
     )
-    assert marked == [expected or None] * 2
+    assert numbers == [expected or None] * 2
 
 
 def cards(page: Page) -> list[int]:
-    return [int(each.get_attribute("data-image") or -1) for each in page.query_selector_all(".map-card")]
+    return [int(card.get_attribute("data-image") or -1) for card in page.query_selector_all(".map-card")]
 
 
 def pixels(page: Page, side: str, images: list[int]) -> np.ndarray:
     """Colours that are seen where the points of these images are: [N, 3]."""
     page.mouse.move(0, 0)
     page.wait_for_timeout(300)
-    places = [place(page, side, image) for image in images]
-    seen = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("RGB"))
-    return np.array([seen[round(y), round(x)] for x, y in places]).astype(int)
+    positions = [place(page, side, image) for image in images]
+    screenshot = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("RGB"))
+    return np.array([screenshot[round(y), round(x)] for x, y in positions]).astype(int)
 
 
 def saturation(colours: np.ndarray) -> list[float]:

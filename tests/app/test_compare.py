@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mvmr.app.classify import best, names_of, suggested
+from mvmr.app.classify import best, names_of, suggest_names
 from mvmr.app.compare import Side, compare
 from mvmr.errors import MvmrError
 from mvmr.evaluation.neighbours import Bank, neighbour_overlap
@@ -21,32 +21,32 @@ def ranks(rows: np.ndarray, query: np.ndarray, without: int | None) -> list[int]
 
 @pytest.mark.parametrize("row", [0, 17, 39])
 def test_neighbours_and_their_places_are_those_of_plain_sorting(row: int) -> None:
-    found = compare(Side(Bank(TEACHER), TEACHER[row]), Side(Bank(STUDENT), STUDENT[row]), 5, without=row)
+    comparison = compare(Side(Bank(TEACHER), TEACHER[row]), Side(Bank(STUDENT), STUDENT[row]), 5, without=row)
     teacher, student = ranks(TEACHER, TEACHER[row], row), ranks(STUDENT, STUDENT[row], row)
-    assert found.teacher is not None
-    assert found.student is not None
-    assert [each.row for each in found.teacher] == teacher[:5]
-    assert [each.row for each in found.student] == student[:5]
-    assert [each.elsewhere for each in found.teacher] == [1 + student.index(i) for i in teacher[:5]]
-    assert [each.elsewhere for each in found.student] == [1 + teacher.index(i) for i in student[:5]]
+    assert comparison.teacher is not None
+    assert comparison.student is not None
+    assert [neighbour.row for neighbour in comparison.teacher] == teacher[:5]
+    assert [neighbour.row for neighbour in comparison.student] == student[:5]
+    assert [neighbour.elsewhere for neighbour in comparison.teacher] == [1 + student.index(i) for i in teacher[:5]]
+    assert [neighbour.elsewhere for neighbour in comparison.student] == [1 + teacher.index(i) for i in student[:5]]
     shared = set(teacher[:5]) & set(student[:5])
-    assert {each.row for each in found.student if each.shared} == shared
-    assert found.overlap == 20 * len(shared)
-    assert found.overlap == pytest.approx(100 * neighbour_overlap(TEACHER, STUDENT, 5)[row])
+    assert {neighbour.row for neighbour in comparison.student if neighbour.shared} == shared
+    assert comparison.overlap == 20 * len(shared)
+    assert comparison.overlap == pytest.approx(100 * neighbour_overlap(TEACHER, STUDENT, 5)[row])
 
 
 def test_an_image_from_elsewhere_may_be_nearest_to_any_row() -> None:
-    found = compare(Side(Bank(TEACHER), TEACHER[3]), Side(Bank(STUDENT), STUDENT[3]), 4)
-    assert found.teacher is not None
-    assert (found.teacher[0].row, found.teacher[0].elsewhere, found.teacher[0].shared) == (3, 1, True)
-    assert found.teacher[0].cosine == pytest.approx(1, abs=1e-6)
+    comparison = compare(Side(Bank(TEACHER), TEACHER[3]), Side(Bank(STUDENT), STUDENT[3]), 4)
+    assert comparison.teacher is not None
+    assert (comparison.teacher[0].row, comparison.teacher[0].elsewhere, comparison.teacher[0].shared) == (3, 1, True)
+    assert comparison.teacher[0].cosine == pytest.approx(1, abs=1e-6)
 
 
 def test_one_side_alone_and_a_small_gallery() -> None:
     alone = compare(None, Side(Bank(STUDENT), STUDENT[3]), 4)
     assert (alone.teacher, alone.overlap) == (None, None)
     assert alone.student is not None
-    assert all(each.elsewhere is None and not each.shared for each in alone.student)
+    assert all(neighbour.elsewhere is None and not neighbour.shared for neighbour in alone.student)
     few = compare(Side(Bank(TEACHER[:3]), TEACHER[1]), Side(Bank(STUDENT[:3]), STUDENT[1]), 10, without=1)
     assert few.k == 2
     assert few.overlap == 100
@@ -64,14 +64,14 @@ def test_class_names_are_read_from_commas_and_lines() -> None:
     assert names_of(" cat,dog, a  red   car ,, cat ") == ("cat", "dog", "a red car")
     assert names_of("crane, bird\n\ncrane, machine\n") == ("crane, bird", "crane, machine")
     for classes in (("cat", "dog"), ("crane, bird", "dog"), tuple(f"class {i}" for i in range(500))):
-        assert names_of(suggested(classes)) == classes[:200]
-    for typed, told in (("", "two class names"), ("cat", "two class names"), ("a," + "b" * 100, "longer than")):
-        with pytest.raises(MvmrError, match=told):
+        assert names_of(suggest_names(classes)) == classes[:200]
+    for typed, message in (("", "two class names"), ("cat", "two class names"), ("a," + "b" * 100, "longer than")):
+        with pytest.raises(MvmrError, match=message):
             names_of(typed)
     with pytest.raises(MvmrError, match="300 class names"):
         names_of(",".join(map(str, range(300))))
 
 
 def test_the_best_classes_come_first_and_equal_ones_in_their_order() -> None:
-    found = best(np.array([0.1, 0.4, 0.1, 0.4], np.float32), ("a", "b", "c", "d"), 3)
-    assert [each.name for each in found] == ["b", "d", "a"]
+    guesses = best(np.array([0.1, 0.4, 0.1, 0.4], np.float32), ("a", "b", "c", "d"), 3)
+    assert [guess.name for guess in guesses] == ["b", "d", "a"]

@@ -19,7 +19,7 @@ from mvmr.app.gallery import Gallery
 from mvmr.app.table import to_csv
 from mvmr.app.tabs import probes as module
 from mvmr.app.tabs.disagreement import RIGHT, Fidelity, Interval, fidelity_of
-from mvmr.app.tabs.probes import Probed, Probes, Training
+from mvmr.app.tabs.probes import ProbeResult, Probes, Training
 from mvmr.bundles.bundle import Bundle
 from mvmr.bundles.preprocess import WHITE
 from mvmr.distillation.report import report as report_module
@@ -33,12 +33,12 @@ pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 K = 3
 
 
-def pictures(folder: Path, each: int = 20, extra: Sequence[str] = ()) -> Path:
+def pictures(folder: Path, count: int = 20, extra: Sequence[str] = ()) -> Path:
     """Noisy pictures of three colours, with a folder to each, some of them hard to tell apart."""
     random = np.random.default_rng(0)
     for name, colour in COLOURS.items():
         (folder / name).mkdir(parents=True)
-        for number in range(each):
+        for number in range(count):
             pixels = np.array(colour) + random.integers(-180, 180, (3, 4, 3))
             image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).resize((24, 18), Image.Resampling.BICUBIC)
             image.save(folder / name / f"{number}.png")
@@ -80,39 +80,39 @@ def corners(monkeypatch: pytest.MonkeyPatch) -> Corners:
 
 def test_every_figure_is_that_of_the_report_to_the_last_digit(bundle: Bundle, corners: Corners, tmp_path: Path) -> None:
     data, folder = str(pictures(tmp_path / "photos", 40)), tmp_path / "kept"
-    said = report(bundle.path, data, out=tmp_path / "report", k=K, permutations=2)
+    content = report(bundle.path, data, out=tmp_path / "report", k=K, permutations=2)
     gallery, student, teacher = Gallery.open(data), Engines(bundle).get("torch"), side(corners)
-    rows = {each.key: gallery.embeddings(each, folder) for each in (teacher, student)}
+    rows = {encoder.key: gallery.embeddings(encoder, folder) for encoder in (teacher, student)}
     training = Training.open(data, gallery.classes, background=WHITE)
     assert gallery.labels is not None
     probes = Probes(
-        teacher=Probed.of(training.probe(teacher, folder), rows["teacher"], gallery.labels),
-        student=Probed.of(training.probe(student, folder), rows["torch"], gallery.labels),
+        teacher=ProbeResult.of(training.probe(teacher, folder), rows["teacher"], gallery.labels),
+        student=ProbeResult.of(training.probe(student, folder), rows["torch"], gallery.labels),
     )
-    found = fidelity_of(rows["teacher"], rows["torch"], K, gallery.labels, gallery.classes, probes=probes)
+    fidelity = fidelity_of(rows["teacher"], rows["torch"], K, gallery.labels, gallery.classes, probes=probes)
 
     assert len(gallery) == 24
-    assert vars(found.overall) == said["neighbours"]["overlap"]
-    assert found.chance == pytest.approx(100 * said["neighbours"]["chance"], abs=1e-12)
-    assert found.classes is not None
-    assert [{"name": each.name, "images": each.images, **vars(each.overlap)} for each in found.classes] == (
-        said["neighbours"]["classes"]
+    assert vars(fidelity.overall) == content["neighbours"]["overlap"]
+    assert fidelity.chance == pytest.approx(100 * content["neighbours"]["chance"], abs=1e-12)
+    assert fidelity.classes is not None
+    assert [{"name": row.name, "images": row.images, **vars(row.overlap)} for row in fidelity.classes] == (
+        content["neighbours"]["classes"]
     )
-    for each in said["neighbours"]["worst"]:
-        assert found.overlap[each["image"]] == each["overlap"]
-    accuracies = {each.name: each.accuracy for each in found.classes}
-    assert len(accuracies) == len(said["probe"]["classes"]) == 3
-    for row in said["probe"]["classes"]:
+    for row in content["neighbours"]["worst"]:
+        assert fidelity.overlap[row["image"]] == row["overlap"]
+    accuracies = {row.name: row.accuracy for row in fidelity.classes}
+    assert len(accuracies) == len(content["probe"]["classes"]) == 3
+    for row in content["probe"]["classes"]:
         own = accuracies[row["name"]]
         assert own is not None
         assert (own.teacher, own.student) == (row["teacher"], row["student"])
         assert own.difference == Interval(row["difference"], row["low"], row["high"])
-    assert probes.teacher.top1 == said["probe"]["teacher"]["top1"]
-    assert probes.student.top1 == said["probe"]["student"]["top1"]
-    assert found.agreement == said["probe"]["agreement"]
+    assert probes.teacher.top1 == content["probe"]["teacher"]["top1"]
+    assert probes.student.top1 == content["probe"]["student"]["top1"]
+    assert fidelity.agreement == content["probe"]["agreement"]
     # else the equalities above would hold for a student that is its teacher, too
-    assert 0 < found.overall.mean < 100
-    assert 0 < found.agreement < 100
+    assert 0 < fidelity.overall.mean < 100
+    assert 0 < fidelity.agreement < 100
 
 
 def test_without_labels_the_figures_are_those_of_the_report_too(
@@ -121,13 +121,13 @@ def test_without_labels_the_figures_are_those_of_the_report_too(
     (tmp_path / "flat").mkdir()
     for number, file in enumerate(sorted(pictures(tmp_path / "photos", 5).glob("*/*.png"))):
         file.rename(tmp_path / "flat" / f"{number:02d}.png")
-    said = report(bundle.path, str(tmp_path / "flat"), out=tmp_path / "report", k=K, permutations=2)
+    content = report(bundle.path, str(tmp_path / "flat"), out=tmp_path / "report", k=K, permutations=2)
     gallery, student = Gallery.open(str(tmp_path / "flat")), Engines(bundle).get("torch")
-    rows = [gallery.embeddings(each, tmp_path / "kept") for each in (side(corners), student)]
-    found = fidelity_of(*rows, K, gallery.labels, gallery.classes)
-    assert vars(found.overall) == said["neighbours"]["overlap"]
-    assert (found.classes, found.right, found.agreement) == (None, None, None)
-    assert [int(i) for i in found.worst()[:12]] == [each["image"] for each in said["neighbours"]["worst"]]
+    rows = [gallery.embeddings(row, tmp_path / "kept") for row in (side(corners), student)]
+    fidelity = fidelity_of(*rows, K, gallery.labels, gallery.classes)
+    assert vars(fidelity.overall) == content["neighbours"]["overlap"]
+    assert (fidelity.classes, fidelity.right, fidelity.agreement) == (None, None, None)
+    assert [int(i) for i in fidelity.worst()[:12]] == [row["image"] for row in content["neighbours"]["worst"]]
     with pytest.raises(MvmrError, match="has no labels"):
         Training.open(str(tmp_path / "flat"), gallery.classes, background=WHITE)
 
@@ -143,37 +143,37 @@ def a_fidelity(probes: Probes | None = None) -> Fidelity:
 def some_probes() -> Probes:
     """Labels are 0 1 0 0 1: both right, teacher only, student only, neither, both."""
     teacher, student = np.array([0, 1, 2, 1, 1]), np.array([0, 0, 0, 2, 1])
-    return Probes(Probed(teacher, 60.0), Probed(student, 60.0))
+    return Probes(ProbeResult(teacher, 60.0), ProbeResult(student, 60.0))
 
 
 def test_the_lowest_overlap_comes_first_and_equals_stay_in_their_order() -> None:
-    found = a_fidelity()
-    assert found.worst().tolist() == [1, 3, 0, 4, 2]
-    assert found.worst("cat").tolist() == [3, 0, 2]
-    assert found.worst("eel").tolist() == []
-    assert found.chance == 50
-    assert found.overall.mean == 40
-    assert found.overall.low < 40 < found.overall.high
-    assert found.classes is not None
-    assert [(each.name, each.images, each.overlap.mean) for each in found.classes] == [("dog", 2, 25), ("cat", 3, 50)]
-    assert all(each.accuracy is None for each in found.classes)
+    fidelity = a_fidelity()
+    assert fidelity.worst().tolist() == [1, 3, 0, 4, 2]
+    assert fidelity.worst("cat").tolist() == [3, 0, 2]
+    assert fidelity.worst("eel").tolist() == []
+    assert fidelity.chance == 50
+    assert fidelity.overall.mean == 40
+    assert fidelity.overall.low < 40 < fidelity.overall.high
+    assert fidelity.classes is not None
+    assert [(row.name, row.images, row.overlap.mean) for row in fidelity.classes] == [("dog", 2, 25), ("cat", 3, 50)]
+    assert all(row.accuracy is None for row in fidelity.classes)
 
 
 def test_a_student_like_its_teacher_keeps_all_and_one_that_knows_nothing_is_at_chance() -> None:
     teacher = features(400, 8, 0)
-    same, other = (fidelity_of(teacher, rows, 10) for rows in (3 * teacher, features(400, 8, 1)))
+    same, stranger = (fidelity_of(teacher, rows, 10) for rows in (3 * teacher, features(400, 8, 1)))
     assert same.overall == Interval(100, 100, 100)
-    assert other.overall.low < other.chance < other.overall.high
+    assert stranger.overall.low < stranger.chance < stranger.overall.high
 
 
 def test_which_side_is_right_is_told_image_by_image() -> None:
-    found = a_fidelity(some_probes())
-    assert found.right is not None
-    assert found.right.dtype == np.uint8
-    assert [RIGHT[i] for i in found.right] == ["both", "teacher only", "student only", "neither", "both"]
-    assert found.agreement == 40
-    assert found.classes is not None
-    dog, cat = found.classes
+    fidelity = a_fidelity(some_probes())
+    assert fidelity.right is not None
+    assert fidelity.right.dtype == np.uint8
+    assert [RIGHT[i] for i in fidelity.right] == ["both", "teacher only", "student only", "neither", "both"]
+    assert fidelity.agreement == 40
+    assert fidelity.classes is not None
+    dog, cat = fidelity.classes
     assert cat.accuracy is not None
     assert dog.accuracy is not None
     assert (cat.accuracy.teacher, cat.accuracy.student) == (pytest.approx(100 / 3), pytest.approx(200 / 3))
@@ -193,33 +193,33 @@ def test_a_probe_is_fitted_once_for_a_side_and_again_when_what_it_was_fitted_on_
     corners: Corners, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, folder = pictures(tmp_path / "photos"), tmp_path / "kept"
-    fitted: list[int] = []
+    calls: list[int] = []
     real = module.linear_probe
-    monkeypatch.setattr(module, "linear_probe", lambda *given: fitted.append(1) or real(*given))
+    monkeypatch.setattr(module, "linear_probe", lambda *arguments: calls.append(1) or real(*arguments))
     first = Training.open(str(data), sorted(COLOURS), background=WHITE).probe(side(corners), folder)
-    again = Training.open(str(data), sorted(COLOURS), background=WHITE).probe(side(corners), folder)
-    assert len(fitted) == 1
-    assert np.array_equal(first.weight, again.weight)
-    assert np.array_equal(first.bias, again.bias)
-    assert first.chosen == again.chosen
-    assert again.weight.dtype == np.float32
+    second = Training.open(str(data), sorted(COLOURS), background=WHITE).probe(side(corners), folder)
+    assert len(calls) == 1
+    assert np.array_equal(first.weight, second.weight)
+    assert np.array_equal(first.bias, second.bias)
+    assert first.chosen == second.chosen
+    assert second.weight.dtype == np.float32
 
-    (kept,) = folder.glob("probe-*.json")
-    whole = kept.read_text()
-    for damaged in ("", whole[:-30], "[]", json.dumps(json.loads(whole) | {"shape": [7, 7]})):
-        kept.write_text(damaged)
+    (file,) = folder.glob("probe-*.json")
+    text = file.read_text()
+    for damaged in ("", text[:-30], "[]", json.dumps(json.loads(text) | {"shape": [7, 7]})):
+        file.write_text(damaged)
         mended = Training.open(str(data), sorted(COLOURS), background=WHITE).probe(side(corners), folder)
         assert np.array_equal(first.weight, mended.weight)
-        assert kept.read_text() == whole
-    assert len(fitted) == 5
+        assert file.read_text() == text
+    assert len(calls) == 5
 
-    other = Corners()
-    other.identity = "d" * 64
-    Training.open(str(data), sorted(COLOURS), background=WHITE).probe(side(other), folder)
-    assert len(fitted) == 6
+    newcomer = Corners()
+    newcomer.identity = "d" * 64
+    Training.open(str(data), sorted(COLOURS), background=WHITE).probe(side(newcomer), folder)
+    assert len(calls) == 6
     (data / "red" / "0.png").rename(data / "blue" / "99.png")
     Training.open(str(data), sorted(COLOURS), background=WHITE).probe(side(corners), folder)
-    assert len(fitted) == 7
+    assert len(calls) == 7
 
 
 def test_a_probe_for_a_gallery_of_other_classes_is_refused(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_images_are_written_worst_first_with_what_both_sides_say() -> None:
     keys = ["a.png", "b.png", "c.png", "d.png", "e.png"]
     plain, full = a_fidelity().images_csv(keys), a_fidelity(some_probes()).images_csv(keys)
     assert plain.splitlines()[0] == "image,overlap@2 (%),class"
-    assert [each["image"] for each in lines(plain)] == ["b.png", "d.png", "a.png", "e.png", "c.png"]
+    assert [row["image"] for row in lines(plain)] == ["b.png", "d.png", "a.png", "e.png", "c.png"]
     assert lines(full)[0] == {
         "image": "b.png", "overlap@2 (%)": "0.0", "class": "dog", "teacher says": "dog", "student says": "cat",
         "right": "teacher only",
@@ -250,22 +250,22 @@ def test_images_are_written_worst_first_with_what_both_sides_say() -> None:
 
 
 def test_classes_are_written_with_their_intervals_in_full() -> None:
-    found = a_fidelity(some_probes())
-    assert found.classes is not None
-    for line, each in zip(lines(found.classes_csv()), found.classes, strict=True):
+    fidelity = a_fidelity(some_probes())
+    assert fidelity.classes is not None
+    for line, row in zip(lines(fidelity.classes_csv()), fidelity.classes, strict=True):
         numbers = {name: float(value) for name, value in line.items() if name != "class"}
-        assert line["class"] == each.name
-        assert each.accuracy is not None
+        assert line["class"] == row.name
+        assert row.accuracy is not None
         assert numbers == {
-            "images": each.images,
-            "overlap@2 (%)": each.overlap.mean,
-            "overlap@2, low (%)": each.overlap.low,
-            "overlap@2, high (%)": each.overlap.high,
-            "teacher's accuracy (%)": each.accuracy.teacher,
-            "student's accuracy (%)": each.accuracy.student,
-            "difference (points)": each.accuracy.difference.mean,
-            "difference, low (points)": each.accuracy.difference.low,
-            "difference, high (points)": each.accuracy.difference.high,
+            "images": row.images,
+            "overlap@2 (%)": row.overlap.mean,
+            "overlap@2, low (%)": row.overlap.low,
+            "overlap@2, high (%)": row.overlap.high,
+            "teacher's accuracy (%)": row.accuracy.teacher,
+            "student's accuracy (%)": row.accuracy.student,
+            "difference (points)": row.accuracy.difference.mean,
+            "difference, low (points)": row.accuracy.difference.low,
+            "difference, high (points)": row.accuracy.difference.high,
         }
     assert len(lines(a_fidelity().classes_csv())[0]) == 5
 

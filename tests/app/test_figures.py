@@ -36,7 +36,7 @@ from mvmr.distillation import comparison
 from mvmr.distillation.comparison import compare
 from mvmr.distillation.report import report as report_module
 from mvmr.distillation.report import subject
-from mvmr.distillation.report.images import drawn_rows
+from mvmr.distillation.report.images import draw_rows
 from mvmr.distillation.report.report import report
 from mvmr.errors import MvmrError
 from mvmr.evaluation import protocols
@@ -53,10 +53,10 @@ PICTURE = Image.new("RGB", (9, 7))
 def corners(monkeypatch: pytest.MonkeyPatch) -> Corners:
     """The teacher of every bundle; no page of a report, and no processes that load a dozen images."""
     teacher = Corners()
-    for each in (subject, comparison):
-        monkeypatch.setattr(each, "teacher_of", lambda *_, **__: teacher)
-    for each in (report_module, protocols):
-        monkeypatch.setattr(each, "usable_cores", lambda: 0)
+    for patched in (subject, comparison):
+        monkeypatch.setattr(patched, "teacher_of", lambda *_, **__: teacher)
+    for patched in (report_module, protocols):
+        monkeypatch.setattr(patched, "usable_cores", lambda: 0)
     monkeypatch.setattr(report_module, "write_page", lambda *_: None)
     return teacher
 
@@ -68,8 +68,8 @@ def bundle(tmp_path: Path) -> Bundle:
 
 
 def records_of(bundle: Bundle | None, data: str, *, labelled: bool = True, **teacher: str) -> Records:
-    said = {"teacher": Corners.name, "weights": Corners.weights, "identity": Corners.identity} | teacher
-    return Records(bundle=bundle, data=data, labelled=labelled, **said)
+    facts = {"teacher": Corners.name, "weights": Corners.weights, "identity": Corners.identity} | teacher
+    return Records(bundle=bundle, data=data, labelled=labelled, **facts)
 
 
 def by_key(rows: Sequence[Row]) -> dict[str, Row]:
@@ -99,11 +99,11 @@ def test_dependence_on_the_teacher_is_that_of_the_report_to_the_last_digit(
     bundle: Bundle, corners: Corners, tmp_path: Path, limit: int
 ) -> None:
     data, folder = str(pictures(tmp_path / "photos", 40)), tmp_path / "kept"
-    said = report(bundle.path, data, out=tmp_path / "report", k=3, permutations=2, limit=limit)
+    content = report(bundle.path, data, out=tmp_path / "report", k=3, permutations=2, limit=limit)
     gallery, student, teacher = Gallery.open(data), Engines(bundle).get("torch"), side(corners)
-    drawn = drawn_rows(len(gallery), limit)
-    assert len(drawn) == said["data"]["images"] == min(24, limit)
-    rows = {each.key: gallery.embeddings(each, folder)[drawn] for each in (teacher, student)}
+    numbers = draw_rows(len(gallery), limit)
+    assert len(numbers) == content["data"]["images"] == min(24, limit)
+    rows = {encoder.key: gallery.embeddings(encoder, folder)[numbers] for encoder in (teacher, student)}
     table = by_key(
         figures(
             [Line(key=key, label=key, encoder=None, rows=rows[key]) for key in ("teacher", "torch")],
@@ -111,12 +111,14 @@ def test_dependence_on_the_teacher_is_that_of_the_report_to_the_last_digit(
         )
     )
     (wanted,) = [
-        cell for cell in said["dependence"]["cells"] if (cell["row"], cell["column"]) == ("student.layer4", "teacher")
+        cell
+        for cell in content["dependence"]["cells"]
+        if (cell["row"], cell["column"]) == ("student.layer4", "teacher")
     ]
     cells = table["torch"].cells
     assert (cells["dcor"].value, cells["cka"].value) == (wanted["dcor"], wanted["cka"])
     assert cells["dcor"].text == f"{wanted['dcor']:.3f}"
-    assert f"on {len(drawn)} images" in cells["cka"].source
+    assert f"on {len(numbers)} images" in cells["cka"].source
     assert 0 < wanted["dcor"] < 1
     for name in ("dcor", "cka"):
         assert table["teacher"].cells[name] == Cell.missing("this is the teacher")
@@ -124,10 +126,10 @@ def test_dependence_on_the_teacher_is_that_of_the_report_to_the_last_digit(
 
 def test_the_images_drawn_are_those_of_the_report(tmp_path: Path) -> None:
     images = Gallery.open(str(pictures(tmp_path / "photos", 40))).images
-    keys = [images.keys[i] for i in drawn_rows(len(images), 7)]
-    assert keys == list(subject.drawn(images, 7).keys)
-    assert drawn_rows(5, 1000).tolist() == [0, 1, 2, 3, 4]
-    assert len(np.unique(drawn_rows(30_000, 1000))) == 1000
+    keys = [images.keys[i] for i in draw_rows(len(images), 7)]
+    assert keys == list(subject.draw(images, 7).keys)
+    assert draw_rows(5, 1000).tolist() == [0, 1, 2, 3, 4]
+    assert len(np.unique(draw_rows(30_000, 1000))) == 1000
 
 
 def test_three_images_are_too_few_for_dependence(tmp_path: Path) -> None:
@@ -147,21 +149,21 @@ def test_what_evaluate_has_measured_is_read_from_the_bundle_and_else_measured_th
     gallery, teacher, student = Gallery.open(data), side(corners), Engines(bundle).get("torch")
     training = Training.open(data, gallery.classes, background=WHITE)
     assert gallery.labels is not None
-    here = {}
-    for each in (teacher, student):
-        head, train = training.probe(each, folder), training.rows(each, folder)
-        rows = gallery.embeddings(each, folder)
-        here[each.key] = accuracies(head, train, training.labels, rows, gallery.labels, len(training.classes))
-    lines = [Line(key=key, label=key, encoder=None, accuracies=here[key]) for key in ("teacher", "torch")]
-    lines.append(Line(key="onnx-int8", label="ONNX int8", encoder=None, accuracies=here["torch"]))
+    accuracy = {}
+    for encoder in (teacher, student):
+        head, train = training.probe(encoder, folder), training.rows(encoder, folder)
+        rows = gallery.embeddings(encoder, folder)
+        accuracy[encoder.key] = accuracies(head, train, training.labels, rows, gallery.labels, len(training.classes))
+    lines = [Line(key=key, label=key, encoder=None, accuracies=accuracy[key]) for key in ("teacher", "torch")]
+    lines.append(Line(key="onnx-int8", label="ONNX int8", encoder=None, accuracies=accuracy["torch"]))
     records = records_of(bundle, data)  # opened before anything was measured, as by a running app
 
     before = by_key(figures(lines, records))
     assert all("measured here" in before[key].cells["knn"].source for key in before)
-    said = compare(bundle.path, data, protocols=["linear", "knn"])
+    comparison = compare(bundle.path, data, protocols=["linear", "knn"])
     after = by_key(figures(lines, records))
     for ours, theirs in (("torch", "student"), ("teacher", "teacher")):
-        linear, knn = said[theirs]["linear"]["top1"], said[theirs]["knn"]["top1_weighted_k5"]
+        linear, knn = comparison[theirs]["linear"]["top1"], comparison[theirs]["knn"]["top1_weighted_k5"]
         for rows_of in (before, after):
             assert (rows_of[ours].cells["linear"].value, rows_of[ours].cells["knn"].value) == (linear, knn)
         table = " --table" if theirs == "teacher" else ""
@@ -172,7 +174,7 @@ def test_what_evaluate_has_measured_is_read_from_the_bundle_and_else_measured_th
     assert 34 < after["torch"].cells["linear"].value < 100  # type: ignore[operator]
 
 
-def noted(bundle: Bundle, protocol: str, value: float, *, command: str = "mvmr evaluate", data: str = "photos") -> None:
+def note(bundle: Bundle, protocol: str, value: float, *, command: str = "mvmr evaluate", data: str = "photos") -> None:
     name = "top1_weighted_k5" if protocol.startswith("knn") else "top1"
     bundles.add_metrics(bundle, record(command, data, protocol, {name: value}))
 
@@ -183,12 +185,12 @@ def test_the_newest_record_of_the_same_data_counts(
     monkeypatch.chdir(tmp_path)
     records = records_of(bundle, "photos")
     assert records.find("linear", teacher=False) is None
-    noted(bundle, "linear", 50)
-    noted(bundle, "linear", 60, command="mvmr probe")
-    noted(bundle, "linear", 70, data="paintings")
-    noted(bundle, "linear-paper", 80)
-    noted(bundle, "linear", 10, data="\0")
-    noted(bundle, "linear, teacher corners", 90)
+    note(bundle, "linear", 50)
+    note(bundle, "linear", 60, command="mvmr probe")
+    note(bundle, "linear", 70, data="paintings")
+    note(bundle, "linear-paper", 80)
+    note(bundle, "linear", 10, data="\0")
+    note(bundle, "linear, teacher corners", 90)
     bundles.add_metrics(bundle, record("mvmr evaluate --k 9", "photos", "knn", {"top1_weighted_k9": 1.0}))
     assert records.find("linear", teacher=False) == (60, "mvmr probe")
     assert records.find("knn", teacher=False) is None
@@ -219,26 +221,33 @@ def test_a_teacher_of_the_same_name_with_other_weights_is_another(
 ) -> None:
     records = records_of(bundle, "photos", **teacher)
     command = f"mvmr evaluate b --data photos --protocol linear --table{flags}"
-    noted(bundle, f"linear, teacher {records.teacher}", 75, command=command)
+    note(bundle, f"linear, teacher {records.teacher}", 75, command=command)
     assert records.find("linear", teacher=True) == ((75, command) if ours else None)
 
 
-def exported(bundle: Bundle, report_: object) -> Records:
+def with_report(bundle: Bundle, report_: object) -> Records:
     text = report_ if isinstance(report_, str) else json.dumps(report_)
     return records_of(bundles.add_files(bundle, {"onnx/encoder.int8.json": text.encode()}), "photos")
 
 
 def test_the_accuracy_of_an_export_is_read_from_the_report_beside_it(bundle: Bundle) -> None:
-    said: dict[str, Any] = {
+    content: dict[str, Any] = {
         "data": "photos", "split": "test", "images": 256,
         "heads": {"other": {"accuracy": None}, "photos": {"accuracy": 79.25}},
     }  # fmt: skip
     line = Line(key="onnx-int8", label="ONNX int8", encoder=None)
-    (row,) = figures([line], exported(bundle, said))
+    (row,) = figures([line], with_report(bundle, content))
     source = "mvmr export, onnx/encoder.int8.json: head photos on 256 images of photos (test)"
     assert row.cells["linear"] == Cell(79.25, "79.2 %", source)
-    for other in (said | {"data": "paintings"}, said | {"heads": {}}, {}, [], "[", said | {"heads": {"a": 1}}):
-        (row,) = figures([line], exported(bundle, other))
+    for variant in (
+        content | {"data": "paintings"},
+        content | {"heads": {}},
+        {},
+        [],
+        "[",
+        content | {"heads": {"a": 1}},
+    ):
+        (row,) = figures([line], with_report(bundle, variant))
         assert row.cells["linear"].value is None
 
 
@@ -248,13 +257,13 @@ def test_the_accuracy_of_an_export_is_read_from_the_report_beside_it(bundle: Bun
 def test_times_are_those_of_the_clock() -> None:
     # a first call to warm up, then 1, 3, 1, 3 ... seconds a call
     encoder = Slow(3.0, 1.0)
-    found = speed(encoder, [PICTURE] * 3, seconds=400, clock=encoder.clock)
+    times = speed(encoder, [PICTURE] * 3, seconds=400, clock=encoder.clock)
     assert encoder.sizes[:101] == [1] * 101
-    assert (found.calls, found.p50, found.p99) == (100, 2000, 3000)
+    assert (times.calls, times.p50, times.p99) == (100, 2000, 3000)
     # batches of 32, of 32, 96, 32 and 96 seconds: the first is left out, and the time is over after the fourth
     assert encoder.sizes[101:] == [32] * 4
-    assert found.batches == 3
-    assert found.throughput == pytest.approx(3 * 32 / (96 + 32 + 96))
+    assert times.batches == 3
+    assert times.throughput == pytest.approx(3 * 32 / (96 + 32 + 96))
 
 
 def test_a_slow_encoder_is_measured_over_few_calls_and_a_fast_one_not_for_ever() -> None:
@@ -266,15 +275,15 @@ def test_a_slow_encoder_is_measured_over_few_calls_and_a_fast_one_not_for_ever()
         5,
         1,  # type: ignore[arg-type]
     )
-    found = speed(fast, [PICTURE], seconds=4, clock=fast.clock)
-    assert (found.calls, found.batches) == (1000, 99)
+    times = speed(fast, [PICTURE], seconds=4, clock=fast.clock)
+    assert (times.calls, times.batches) == (1000, 99)
 
 
 def test_the_images_are_resized_and_normalised_within_the_time() -> None:
-    seen: list[int] = []
+    counts: list[int] = []
 
     def prepare(image: Image.Image) -> int:
-        seen.append(image.width)
+        counts.append(image.width)
         return image.width
 
     encoder = Encoder(
@@ -282,14 +291,14 @@ def test_the_images_are_resized_and_normalised_within_the_time() -> None:
         forward=lambda prepared: np.zeros((len(prepared), 1), np.float32),
     )  # fmt: skip
     images = [Image.new("RGB", (width, 5)) for width in (11, 22, 33)]
-    found = speed(encoder, images, seconds=0.01)
-    assert len(seen) == 1 + found.calls + 32 * (found.batches + 1)
-    assert seen[:8] == [11, 11, 22, 33, 11, 22, 33, 11][: 1 + found.calls]
-    assert seen[-32:] == ([11, 22, 33] * 11)[:32]
+    times = speed(encoder, images, seconds=0.01)
+    assert len(counts) == 1 + times.calls + 32 * (times.batches + 1)
+    assert counts[:8] == [11, 11, 22, 33, 11, 22, 33, 11][: 1 + times.calls]
+    assert counts[-32:] == ([11, 22, 33] * 11)[:32]
 
 
 def test_parameters_are_those_of_the_student(bundle: Bundle) -> None:
-    counted = sum(each.numel() for each in bundle.student().encoder.parameters())
+    counted = sum(parameter.numel() for parameter in bundle.student().encoder.parameters())
     assert student_parameters(bundle) == counted == 11_176_512
 
 

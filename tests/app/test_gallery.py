@@ -23,7 +23,7 @@ from mvmr.data.image_set import Arrays, numbered_names
 from mvmr.distillation.report.subject import Subject
 from mvmr.errors import MvmrError
 from mvmr.representations.cache import represent
-from tests.app.galleries import colours, expected, picture, pictures, refused
+from tests.app.galleries import colours, embed_all, picture, pictures, refusal
 from tests.distill.test_report import a_bundle
 from tests.serve import serving
 
@@ -66,7 +66,7 @@ def test_a_folder_without_classes_is_a_gallery_of_all_its_images(tmp_path: Path)
     assert list(gallery.keys) == [f"deep/inside/{number:03}.png" for number in range(7)]
     assert gallery.labels is None
     assert gallery.classes is None
-    assert [each.key for each in gallery.skipped] == ["broken.png"]
+    assert [file.key for file in gallery.skipped] == ["broken.png"]
     assert np.array_equal(np.asarray(gallery.load(2)), np.asarray(picture(2)))
 
 
@@ -82,12 +82,12 @@ def test_images_of_several_labels_have_none_to_show() -> None:
 
 def test_what_can_not_be_a_gallery_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert "nothing" in refused(tmp_path / "empty")
-    assert "does not exist" in refused(tmp_path / "gone")
-    assert "no images" in refused(pictures(tmp_path / "one", 1))
-    assert "give a limit of 2 or more" in refused(pictures(tmp_path / "many", 3), limit=1)
-    assert "did you mean 'sample:patches'" in refused("sample:patch")
-    assert "no embeddings at" in refused(tmp_path / "gone.parquet")
+    assert "nothing" in refusal(tmp_path / "empty")
+    assert "does not exist" in refusal(tmp_path / "gone")
+    assert "no images" in refusal(pictures(tmp_path / "one", 1))
+    assert "give a limit of 2 or more" in refusal(pictures(tmp_path / "many", 3), limit=1)
+    assert "did you mean 'sample:patches'" in refusal("sample:patch")
+    assert "no embeddings at" in refusal(tmp_path / "gone.parquet")
     assert len(Gallery.open(str(pictures(tmp_path / "two", 2)))) == 2
 
 
@@ -125,38 +125,38 @@ def test_a_thumbnail_is_the_image_made_small(tmp_path: Path) -> None:
 def test_embeddings_of_torch_are_those_of_a_report_to_the_last_digit(bundle: Bundle, tmp_path: Path) -> None:
     gallery = Gallery.open(str(pictures(tmp_path / "photos", 150)))
     encoder = Engines(bundle).get("torch")
-    heard: list[tuple[int, int]] = []
-    found = gallery.embeddings(encoder, cache_folder(bundle), lambda done, of: heard.append((done, of)))
-    assert found.dtype == np.float32
-    assert np.array_equal(found, represent(gallery.images, bundle.student()))
-    assert heard == [(64, 150), (128, 150), (150, 150)]
-    again = gallery.embeddings(encoder, cache_folder(bundle), lambda *_: pytest.fail("computed twice"))
-    assert np.array_equal(again, found)
+    steps: list[tuple[int, int]] = []
+    embeddings = gallery.embeddings(encoder, cache_folder(bundle), lambda done, of: steps.append((done, of)))
+    assert embeddings.dtype == np.float32
+    assert np.array_equal(embeddings, represent(gallery.images, bundle.student()))
+    assert steps == [(64, 150), (128, 150), (150, 150)]
+    second = gallery.embeddings(encoder, cache_folder(bundle), lambda *_: pytest.fail("computed twice"))
+    assert np.array_equal(second, embeddings)
     assert [file.suffix for file in cache_folder(bundle).iterdir() if file.stem.endswith(gallery.fingerprint[:16])] == [
         ".npy"
     ]
 
 
-@pytest.mark.parametrize("kept", [0, 1, 63, 64, 65.5, 149])
-def test_a_stopped_run_goes_on_and_ends_with_the_same_digits(bundle: Bundle, tmp_path: Path, kept: float) -> None:
+@pytest.mark.parametrize("share", [0, 1, 63, 64, 65.5, 149])
+def test_a_stopped_run_goes_on_and_ends_with_the_same_digits(bundle: Bundle, tmp_path: Path, share: float) -> None:
     gallery = Gallery.open(str(pictures(tmp_path / "photos", 150)))
-    seen: list[int] = []
+    counts: list[int] = []
     student = Engines(bundle).get("torch")
 
     def forward(prepared: Sequence[Any]) -> np.ndarray:
-        seen.append(len(prepared))
+        counts.append(len(prepared))
         return student.forward(prepared)
 
     encoder = replace(student, forward=forward)
-    whole = np.array(gallery.embeddings(encoder, tmp_path / "rows"))
+    reference = np.array(gallery.embeddings(encoder, tmp_path / "rows"))
     (file,) = (tmp_path / "rows").glob("*.npy")
     content = file.read_bytes()
-    header = len(content) - whole.nbytes
+    header = len(content) - reference.nbytes
     file.unlink()
-    file.with_name(f"{file.name}.partial").write_bytes(content[: header + int(kept * 4 * whole.shape[1])])
-    seen.clear()
-    assert np.array_equal(gallery.embeddings(encoder, tmp_path / "rows"), whole)
-    assert seen == [64, 64, 22][int(kept) // 64 :]
+    file.with_name(f"{file.name}.partial").write_bytes(content[: header + int(share * 4 * reference.shape[1])])
+    counts.clear()
+    assert np.array_equal(gallery.embeddings(encoder, tmp_path / "rows"), reference)
+    assert counts == [64, 64, 22][int(share) // 64 :]
 
 
 @pytest.mark.slow
@@ -177,7 +177,7 @@ Gallery.open("photos").embeddings(colours(), Path("rows"), advance)
     assert done.returncode == -signal.SIGKILL
     gallery = Gallery.open(str(tmp_path / "photos"))
     count: list[int] = []
-    assert np.array_equal(gallery.embeddings(colours(count), tmp_path / "rows"), expected(gallery))
+    assert np.array_equal(gallery.embeddings(colours(count), tmp_path / "rows"), embed_all(gallery))
     assert count == [22]
 
 
@@ -190,7 +190,7 @@ def test_a_changed_image_or_another_encoder_is_computed_anew(tmp_path: Path) -> 
     changed = Gallery.open(str(photos))
     assert changed.fingerprint != gallery.fingerprint
     after = changed.embeddings(colours(count), tmp_path / "rows")
-    assert np.array_equal(after, expected(changed))
+    assert np.array_equal(after, embed_all(changed))
     assert np.flatnonzero((before != after).any(1)).tolist() == [3]
     changed.embeddings(colours(count, identity="b" * 64), tmp_path / "rows")
     assert count == [64, 6] * 3
@@ -200,16 +200,16 @@ def test_a_changed_image_or_another_encoder_is_computed_anew(tmp_path: Path) -> 
 
 def test_those_who_ask_at_once_wait_for_one_computation(tmp_path: Path) -> None:
     gallery, count = Gallery.open(str(pictures(tmp_path / "photos", 70))), []
-    found: list[np.ndarray] = []
+    arrays: list[np.ndarray] = []
     ask = [
-        threading.Thread(target=lambda: found.append(gallery.embeddings(colours(count), tmp_path / "rows")))
+        threading.Thread(target=lambda: arrays.append(gallery.embeddings(colours(count), tmp_path / "rows")))
         for _ in range(4)
     ]
-    for each in ask:
-        each.start()
-    for each in ask:
-        each.join(60)
-    assert [np.array_equal(rows, expected(gallery)) for rows in found] == [True] * 4
+    for thread in ask:
+        thread.start()
+    for thread in ask:
+        thread.join(60)
+    assert [np.array_equal(rows, embed_all(gallery)) for rows in arrays] == [True] * 4
     assert count == [64, 6]
 
 
@@ -223,5 +223,5 @@ def test_an_image_that_is_gone_by_then_is_named_and_the_rest_stays(tmp_path: Pat
         gallery.embeddings(colours(count), tmp_path / "rows")
     (photos / "066.png").write_bytes(content)
     os.utime(photos / "066.png", ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert np.array_equal(gallery.embeddings(colours(count), tmp_path / "rows"), expected(gallery))
+    assert np.array_equal(gallery.embeddings(colours(count), tmp_path / "rows"), embed_all(gallery))
     assert count == [64, 6]

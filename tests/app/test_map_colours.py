@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.app.map_pages import LIGHT, VILE, Opened, Site, click, content, pixels, place, selected
+from tests.app.map_pages import LIGHT, VILE, Opened, Site, click, content, expect_selection, pixels, place
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 
 def test_colours_by_class_by_overlap_and_by_who_is_right(visit: Opened) -> None:
     page = visit()
-    options = [each.inner_text() for each in page.query_selector_all(".map-by option")]
+    options = [element.inner_text() for element in page.query_selector_all(".map-by option")]
     assert options == ["class", "neighbour overlap@10", "which side is right"]
-    assert [each.inner_text().split("\n") for each in page.query_selector_all(".map-entry")] == [
+    assert [element.inner_text().split("\n") for element in page.query_selector_all(".map-entry")] == [
         [f"kind {i}", "16"] for i in range(4)
     ]
     assert len(np.unique(pixels(page, "teacher", [0, 1, 2, 3]), axis=0)) == 4
@@ -41,7 +41,7 @@ def test_colours_by_class_by_overlap_and_by_who_is_right(visit: Opened) -> None:
 def test_an_entry_of_the_legend_selects_its_images(visit: Opened) -> None:
     page = visit()
     page.click(".map-entry:has-text('kind 2')")
-    selected(page, list(range(2, 64, 4)))
+    expect_selection(page, list(range(2, 64, 4)))
 
 
 def test_of_many_classes_the_most_frequent_have_colours_and_the_others_can_be_selected(
@@ -51,19 +51,19 @@ def test_of_many_classes_the_most_frequent_have_colours_and_the_others_can_be_se
     names = [*(f"kind {i}" for i in range(24)), VILE]
     site.maps["pca"] = content(len(labels), labels=labels, classes=names)
     page = visit()
-    assert [each.inner_text().split("\n")[0] for each in page.query_selector_all(".map-entry")] == names[5:]
-    options = [each.inner_text() for each in page.query_selector_all(".map-other option")]
+    assert [element.inner_text().split("\n")[0] for element in page.query_selector_all(".map-entry")] == names[5:]
+    options = [element.inner_text() for element in page.query_selector_all(".map-other option")]
     assert options == ["5 other classes…", *(f"kind {i} (1)" for i in range(5))]
     page.select_option(".map-other select", "3")
-    selected(page, [3])
+    expect_selection(page, [3])
     assert page.input_value(".map-other select") == "5 other classes…"
     page.click(".map-entry:last-of-type")
-    selected(page, [i for i, label in enumerate(labels) if label == 24])
+    expect_selection(page, [i for i, label in enumerate(labels) if label == 24])
     assert page.evaluate("window.vile") is None
     for dark in ("remove", "add"):
         page.evaluate(f"document.body.classList.{dark}('dark')")
         dots = page.evaluate(
-            "[...document.querySelectorAll('.map-legend .map-dot')].map(each => getComputedStyle(each).backgroundColor)"
+            "[...document.querySelectorAll('.map-legend .map-dot')].map(dot => getComputedStyle(dot).backgroundColor)"
         )
         assert len(set(dots)) == 21
 
@@ -72,7 +72,7 @@ def test_names_are_text(visit: Opened, site: Site) -> None:
     site.maps["pca"] = content(4, keys=[VILE, "a/b/", "", "x" * 500], classes=[VILE, "1", "2", "3"])
     page = visit()
     page.evaluate("handle.select([0, 1, 2, 3])")
-    selected(page, [0, 1, 2, 3])
+    expect_selection(page, [0, 1, 2, 3])
     assert VILE in page.inner_text(".map-card >> nth=0")
     x, y = place(page, "teacher", 0)
     page.mouse.move(x + 1, y)
@@ -85,9 +85,9 @@ def test_names_are_text(visit: Opened, site: Site) -> None:
 def test_only_what_the_data_has_is_offered(visit: Opened, site: Site) -> None:
     site.maps["pca"] = content(labels=None, classes=None, right=None)
     page = visit()
-    assert [each.inner_text() for each in page.query_selector_all(".map-by option")] == ["neighbour overlap@10"]
+    assert [element.inner_text() for element in page.query_selector_all(".map-by option")] == ["neighbour overlap@10"]
     click(page, "teacher", 7)
-    selected(page, [7])
+    expect_selection(page, [7])
     assert page.inner_text(".map-card").split("\n") == ["image 007.png", "overlap 70.0\N{NO-BREAK SPACE}%"]
 
     site.maps["pca"] = content(labels=None, classes=None, right=None, overlap=None)
@@ -95,7 +95,7 @@ def test_only_what_the_data_has_is_offered(visit: Opened, site: Site) -> None:
     assert not bare.is_visible(".map-by")
     assert bare.inner_text(".map-legend") == ""
     click(bare, "teacher", 7)
-    selected(bare, [7])
+    expect_selection(bare, [7])
     assert np.abs(pixels(bare, "student", [7])[0] - LIGHT["shared"]).max() < 40
 
 

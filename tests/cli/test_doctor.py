@@ -10,10 +10,11 @@ from click.testing import CliRunner
 
 from mvmr.cli.doctor import examine
 from mvmr.cli.main import main
+from mvmr.cli.support import Support
 from mvmr.cli.table import COMMANDS
-from mvmr.cli.tensorrt_check import TensorRT, data_centre
 from mvmr.errors import EXTRAS
 from mvmr.export.tensorrt import rtx_build, rtx_provider
+from mvmr.export.tensorrt.check import data_centre
 from tests.export import tensorrt_rtx
 
 
@@ -57,7 +58,7 @@ def test_an_install_without_torch_is_told_what_to_install(monkeypatch: pytest.Mo
 
 
 def test_each_tensorrt_says_what_it_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensorrt_rtx.needed()
+    tensorrt_rtx.require_wheels()
     rtx = examine().tensorrt_rtx
     assert rtx.version == rtx_provider.version()
     assert rtx.export is None  # takes no GPU
@@ -70,7 +71,7 @@ def test_each_tensorrt_says_what_it_can_do(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(rtx_build, "bindings_version", lambda: None)
     assert "not installed: pip install 'mvmr[rtx]'" in str(examine().tensorrt_rtx)
-    assert str(TensorRT(version="11.4.0", export=None, serve="lacks a GPU")) == (
+    assert str(Support(version="11.4.0", export=None, serve="lacks a GPU")) == (
         "11.4.0\nexport: ready\nserve: lacks a GPU"
     )
 

@@ -15,8 +15,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from mvmr.app.opening import open_workbench
-from mvmr.app.ui import Asked
-from mvmr.app.uploads import opened
+from mvmr.app.ui import Query
+from mvmr.app.uploads import open_image
 from mvmr.bundles import bundle as bundles
 from mvmr.bundles.preprocess import WHITE, Preprocess, to_rgb
 from mvmr.data import ImageSet, open_images
@@ -128,7 +128,7 @@ def test_every_room_sees_the_same_pixels(content: bytes, tmp_path: Path) -> None
     served = prepare(content, NOW)  # the service and the batch job
     assert isinstance(served, Prepared)
     np.testing.assert_array_equal(served.pixels, wanted)
-    np.testing.assert_array_equal(NOW.image(opened(content).image), wanted)  # the app
+    np.testing.assert_array_equal(NOW.image(open_image(content).image), wanted)  # the app
     with Image.open(io.BytesIO(content)) as file:
         np.testing.assert_array_equal(NOW.image(file), wanted)  # torch, and the engine in a program
         (sent,) = next(pack([file], 1, 10**9))
@@ -159,8 +159,8 @@ def test_the_background_may_be_another(content: bytes, tmp_path: Path) -> None:
     images = open_images(tmp_path / "photos", "unlabelled", background=(0, 0, 0))
     np.testing.assert_array_equal(black.image(images.load(0)), black.image(wanted))
     assert Preprocess.from_dict(black.to_dict()) == black
-    assert "black" not in opened(content, background=(0, 0, 0)).notes[-1]
-    assert "laid on RGB 0, 0, 0" in opened(content, background=(0, 0, 0)).notes[-1]
+    assert "black" not in open_image(content, background=(0, 0, 0)).notes[-1]
+    assert "laid on RGB 0, 0, 0" in open_image(content, background=(0, 0, 0)).notes[-1]
 
 
 # -- bundles of before
@@ -201,7 +201,7 @@ def test_it_embeds_as_before_bit_for_bit(old: bundles.Bundle, content: bytes, tm
     served = prepare(content, BEFORE)
     assert isinstance(served, Prepared)
     np.testing.assert_array_equal(served.pixels, BEFORE.image(as_before(content)))
-    shown = opened(content, background=None)
+    shown = open_image(content, background=None)
     assert torch.equal(student.embed([shown.image]), wanted)
     assert not any("transparent" in note for note in shown.notes)
 
@@ -216,7 +216,7 @@ def test_the_app_shows_it_what_it_was_shown_before(old: bundles.Bundle, content:
         file.rename(photos / f"{name}{file.suffix}")
     bundle = bundles.load(shutil.copytree(old.path, tmp_path / "student"))
     bench = open_workbench(bundle.path, gallery=photos)
-    uploaded = Asked(content, "upload").image(bench.gallery.images.background)
+    uploaded = Query(content, "upload").image(bench.gallery.images.background)
     assert isinstance(uploaded, Image.Image)
     for shown in (uploaded, bench.gallery.images.load(0)):
         np.testing.assert_array_equal(np.asarray(shown), np.asarray(as_before(content)))
@@ -302,7 +302,7 @@ def test_a_background_of_another_type_is_refused(background: Any, tmp_path: Path
 
 
 def test_an_opaque_upload_has_no_note() -> None:
-    assert opened(encoded(photograph().convert("RGBA"), "PNG")).notes == ()
+    assert open_image(encoded(photograph().convert("RGBA"), "PNG")).notes == ()
 
 
 @pytest.mark.parametrize("background", [(0, 0, 300), (-1, 0, 0)])

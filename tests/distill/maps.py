@@ -25,8 +25,8 @@ def rows(count: int, width: int, seed: int = 0) -> np.ndarray:
 def noisy_targets(features: np.ndarray, width: int = 6, noise: float = 0.5) -> np.ndarray:
     rng = np.random.default_rng(1)
     standard = StandardScaler().fit_transform(features)
-    made = standard @ rng.normal(size=(features.shape[1], width)) / np.sqrt(features.shape[1])
-    return (made + noise * rng.normal(size=made.shape) + 1.5).astype(np.float32) * 7
+    targets = standard @ rng.normal(size=(features.shape[1], width)) / np.sqrt(features.shape[1])
+    return (targets + noise * rng.normal(size=targets.shape) + 1.5).astype(np.float32) * 7
 
 
 def a_map(outputs: int = 12, inputs: int = WIDTH, value: float = 1.0) -> SpaceMap:
@@ -35,8 +35,8 @@ def a_map(outputs: int = 12, inputs: int = WIDTH, value: float = 1.0) -> SpaceMa
 
 
 def refusal(function: Any, *args: Any) -> str:
-    with pytest.raises(MvmrError) as caught:
+    with pytest.raises(MvmrError) as excinfo:
         function(*args)
-    message = str(caught.value)
+    message = str(excinfo.value)
     assert "\n" not in message
     return message

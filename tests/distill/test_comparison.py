@@ -26,7 +26,7 @@ BRIEF = ("train.epochs=2", "train.batch_size=64")
 
 
 @pytest.fixture(scope="module")
-def made(few_patches: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bundle]:
+def tiny_pair(few_patches: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bundle]:
     """A tiny CLIP that knows something, and a student of it that has just begun."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("made")
@@ -35,9 +35,9 @@ def made(few_patches: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     return teacher, distill(str(teacher), DATA, folder / "student", recipe="quickstart", assign=BRIEF, device="cpu")
 
 
-def test_both_are_measured_alike_and_the_figures_are_kept(made: tuple[Path, Bundle]) -> None:
-    folder, student = made
-    found = compare(student.path, DATA, protocols=["zeroshot", "linear"], keep_map=True)
+def test_both_are_measured_alike_and_the_figures_are_kept(tiny_pair: tuple[Path, Bundle]) -> None:
+    folder, student = tiny_pair
+    comparison = compare(student.path, DATA, protocols=["zeroshot", "linear"], keep_map=True)
     train, test = open_images(DATA, "train"), open_images(DATA, "test")
 
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
@@ -53,67 +53,69 @@ def test_both_are_measured_alike_and_the_figures_are_kept(made: tuple[Path, Bund
         zero_shot = (torch.nn.functional.normalize(y, dim=-1) @ classifier).argmax(1).numpy()
     assert train.labels is not None
     assert test.labels is not None
-    assert found["teacher"]["zeroshot"]["top1"] == pytest.approx(100 * (zero_shot == test.labels).mean(), abs=0.3)
+    assert comparison["teacher"]["zeroshot"]["top1"] == pytest.approx(100 * (zero_shot == test.labels).mean(), abs=0.3)
     probe = linear_probe(x.numpy(), train.labels, 17)
     linear = 100 * (probe.predict(y.numpy()) == test.labels).mean()
     # one by one or in batches, embeddings are rounded otherwise, which may tip the choice between two regularisations
-    assert found["teacher"]["linear"]["top1"] == pytest.approx(linear, abs=1.0)
-    h, asked = (student.student().embed([images.load(i) for i in range(len(images))]) for images in (train, test))
-    mapped = zero_shot_logits(fit_space_map(h, x)(asked), classifier).argmax(1)
-    assert found["student"]["zeroshot"]["top1"] == pytest.approx(100 * (mapped == test.labels).mean(), abs=0.5)
+    assert comparison["teacher"]["linear"]["top1"] == pytest.approx(linear, abs=1.0)
+    h, queries = (student.student().embed([images.load(i) for i in range(len(images))]) for images in (train, test))
+    mapped = zero_shot_logits(fit_space_map(h, x)(queries), classifier).argmax(1)
+    assert comparison["student"]["zeroshot"]["top1"] == pytest.approx(100 * (mapped == test.labels).mean(), abs=0.5)
 
     now = bundles.load(student.path)
-    kept = {record["protocol"]: record["values"] for record in now.manifest.metrics}
-    assert kept["linear"] == found["student"]["linear"]
-    assert kept["linear, teacher teacher"] == found["teacher"]["linear"]
-    assert kept["zeroshot"] == found["student"]["zeroshot"]
+    records = {record["protocol"]: record["values"] for record in now.manifest.metrics}
+    assert records["linear"] == comparison["student"]["linear"]
+    assert records["linear, teacher teacher"] == comparison["teacher"]["linear"]
+    assert records["zeroshot"] == comparison["student"]["zeroshot"]
     space_map, record = read_map(now, ClipTeacher.load(folder))
-    assert record["r2"] == space_map.r2 == found["student"]["zeroshot"]["map_r2"]
-    again = compare(student.path, DATA, protocols=["zeroshot", "linear"])
-    assert again == found
+    assert record["r2"] == space_map.r2 == comparison["student"]["zeroshot"]["map_r2"]
+    second = compare(student.path, DATA, protocols=["zeroshot", "linear"])
+    assert second == comparison
     assert len(bundles.load(student.path).manifest.metrics) == len(now.manifest.metrics)
 
 
-def test_the_command_prints_both_sides(made: tuple[Path, Bundle]) -> None:
-    arguments = ["evaluate", str(made[1].path), "--data", DATA, "--protocol", "knn,zeroshot"]
-    shown = CliRunner().invoke(main, [*arguments, "--table"])
-    assert shown.exit_code == 0, shown.output
-    assert "zeroshot top1" in shown.stdout
-    assert "knn top1_plain_k20" in shown.stdout
+def test_the_command_prints_both_sides(tiny_pair: tuple[Path, Bundle]) -> None:
+    arguments = ["evaluate", str(tiny_pair[1].path), "--data", DATA, "--protocol", "knn,zeroshot"]
+    result = CliRunner().invoke(main, [*arguments, "--table"])
+    assert result.exit_code == 0, result.output
+    assert "zeroshot top1" in result.stdout
+    assert "knn top1_plain_k20" in result.stdout
     refused = CliRunner().invoke(main, arguments)
     assert refused.exit_code == 2
     assert "zeroshot go with --table" in refused.stderr
 
 
-def test_another_teacher_than_the_recorded_one_is_not_taken_for_it(made: tuple[Path, Bundle], tmp_path: Path) -> None:
-    folder, student = made
+def test_another_teacher_than_the_recorded_one_is_not_taken_for_it(
+    tiny_pair: tuple[Path, Bundle], tmp_path: Path
+) -> None:
+    folder, student = tiny_pair
     file = folder / "open_clip_model.safetensors"
     before = file.read_bytes()
-    other = train_tiny_clip(
+    stranger = train_tiny_clip(
         open_images(DATA, "train"), tmp_path / "other",
         config=TinyClip(image_size=32, width=8, steps=1, text_width=32), seed=1,
     )  # fmt: skip
     try:
-        file.write_bytes((other / "open_clip_model.safetensors").read_bytes())
+        file.write_bytes((stranger / "open_clip_model.safetensors").read_bytes())
         with pytest.raises(MvmrError, match=r"is not the one .*student was distilled from"):
             compare(student.path, DATA)
     finally:
         file.write_bytes(before)
-    explicit = compare(student.path, DATA, teacher=other, protocols=["knn"])
+    explicit = compare(student.path, DATA, teacher=stranger, protocols=["knn"])
     assert explicit["teacher"]["knn"] != explicit["student"]["knn"]
     records = {record["protocol"]: record for record in bundles.load(student.path).manifest.metrics}
-    assert records["knn, teacher other"]["command"].endswith(f"--protocol knn --table --teacher {other}")
+    assert records["knn, teacher other"]["command"].endswith(f"--protocol knn --table --teacher {stranger}")
 
 
-def test_a_bundle_without_a_teacher_is_one_line(made: tuple[Path, Bundle], tmp_path: Path) -> None:
-    _, student = made
+def test_a_bundle_without_a_teacher_is_one_line(tiny_pair: tuple[Path, Bundle], tmp_path: Path) -> None:
+    _, student = tiny_pair
     with pytest.raises(MvmrError, match="unknown protocol 'zeroshoot'"):
         compare(student.path, DATA, protocols=["zeroshoot"])
     (tmp_path / "alone.partial").mkdir()
-    says = student.manifest
+    manifest = student.manifest
     bundles.write(
-        tmp_path / "alone.partial", backbone=says.backbone, options=says.options,
-        embedding_dim=says.embedding_dim, preprocessing=says.preprocessing, training={"teachers": {}},
+        tmp_path / "alone.partial", backbone=manifest.backbone, options=manifest.options,
+        embedding_dim=manifest.embedding_dim, preprocessing=manifest.preprocessing, training={"teachers": {}},
         encoder_state=student.student().encoder.state_dict(),
     )  # fmt: skip
     bundles.publish(tmp_path / "alone.partial", tmp_path / "alone")

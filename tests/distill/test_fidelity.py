@@ -15,7 +15,7 @@ from mvmr.bundles.bundle import Bundle
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.data import ImageSet, open_images
 from mvmr.distillation.report.fidelity import dependence, interval, neighbours, predictions, spectrum
-from mvmr.distillation.report.stages import split, stages_of, untrained
+from mvmr.distillation.report.stages import build_untrained, split, stages_of
 from mvmr.evaluation.neighbours import neighbour_overlap
 from mvmr.evaluation.scores import linear_cka
 from mvmr.models.student import Student
@@ -28,8 +28,8 @@ pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 
 
 def cell(rows: dict[str, np.ndarray], columns: dict[str, np.ndarray], permutations: int = 99) -> dict[str, float]:
-    (found,) = dependence(rows, columns, permutations=permutations)
-    return found
+    (figures,) = dependence(rows, columns, permutations=permutations)
+    return figures
 
 
 def random_rows(n: int, *widths: int, seed: int = 0) -> list[np.ndarray]:
@@ -44,50 +44,50 @@ def random_rows(n: int, *widths: int, seed: int = 0) -> list[np.ndarray]:
 def test_dependence_is_that_of_the_dcor_package_and_of_the_rows_as_they_are(width: int) -> None:
     x, noise = random_rows(50, 6, width)
     wide = np.tanh(x @ random_rows(6, width, seed=1)[0]) + 0.5 * noise + 30  # far from the origin, as pixels are
-    found = cell({"student": x}, {"pixels": wide})
-    assert found["dcor"] == pytest.approx(
+    figures = cell({"student": x}, {"pixels": wide})
+    assert figures["dcor"] == pytest.approx(
         dcor.u_distance_correlation_sqr(x.astype(float), wide.astype(float)), abs=1e-6
     )
-    assert found["cka"] == pytest.approx(linear_cka(x, wide), abs=1e-9)
-    assert found["dcor"] > 0.3
-    assert found["p"] == 1 / 100
+    assert figures["cka"] == pytest.approx(linear_cka(x, wide), abs=1e-9)
+    assert figures["dcor"] > 0.3
+    assert figures["p"] == 1 / 100
 
 
 def test_of_unrelated_rows_p_is_uniform_and_the_null_covers() -> None:
     parts = random_rows(40, *[3] * 20)
     cells = dependence(
-        {f"r{i}": each for i, each in enumerate(parts[:10])}, {f"c{i}": each for i, each in enumerate(parts[10:])},
+        {f"r{i}": entry for i, entry in enumerate(parts[:10])}, {f"c{i}": entry for i, entry in enumerate(parts[10:])},
         permutations=199,
     )  # fmt: skip
-    p = np.array([each["p"] for each in cells])
+    p = np.array([entry["p"] for entry in cells])
     assert len(p) == 100
     assert 0.4 < p.mean() < 0.6
     assert 3 <= np.count_nonzero(p <= 0.1) <= 20
-    inside = [each["null_low"] <= each["dcor"] <= each["null_high"] for each in cells]
+    inside = [entry["null_low"] <= entry["dcor"] <= entry["null_high"] for entry in cells]
     assert np.mean(inside) > 0.88
-    assert all(abs(each["null_mean"]) < 0.02 for each in cells)
+    assert all(abs(entry["null_mean"]) < 0.02 for entry in cells)
 
 
 def test_the_null_is_the_statistic_of_permuted_rows() -> None:
     x, y = random_rows(12, 2, 2)
-    found = cell({"a": x}, {"b": y}, permutations=4000)
+    figures = cell({"a": x}, {"b": y}, permutations=4000)
     generator = np.random.default_rng(1)
     by_hand = [
         dcor.u_distance_correlation_sqr(x.astype(float), generator.permutation(y.astype(float))) for _ in range(2000)
     ]
     low, high = np.percentile(by_hand, [2.5, 97.5])
-    assert found["null_mean"] == pytest.approx(np.mean(by_hand), abs=0.02)
-    assert found["null_low"] == pytest.approx(low, abs=0.03)
-    assert found["null_high"] == pytest.approx(high, abs=0.06)
-    assert found["p"] == pytest.approx(np.mean(np.array(by_hand) >= found["dcor"]), abs=0.04)
+    assert figures["null_mean"] == pytest.approx(np.mean(by_hand), abs=0.02)
+    assert figures["null_low"] == pytest.approx(low, abs=0.03)
+    assert figures["null_high"] == pytest.approx(high, abs=0.06)
+    assert figures["p"] == pytest.approx(np.mean(np.array(by_hand) >= figures["dcor"]), abs=0.04)
 
 
 def test_features_that_have_collapsed_depend_on_nothing() -> None:
     x, wide = random_rows(30, 3, 500)
     for constant in (np.full((30, 3), 0.1, np.float32), np.full((30, 500), 0.1, np.float32)):
-        found = cell({"student": constant}, {"teacher": x})
-        assert (found["dcor"], found["cka"], found["p"]) == (0, 0, 1)
-        assert (found["null_low"], found["null_high"]) == (0, 0)
+        figures = cell({"student": constant}, {"teacher": x})
+        assert (figures["dcor"], figures["cka"], figures["p"]) == (0, 0, 1)
+        assert (figures["null_low"], figures["null_high"]) == (0, 0)
         assert spectrum(constant)["values"] == [0] * min(constant.shape)
     assert cell({"student": wide}, {"teacher": x})["p"] > 0.01
 
@@ -95,13 +95,13 @@ def test_features_that_have_collapsed_depend_on_nothing() -> None:
 def test_a_table_names_its_cells_and_is_the_same_twice() -> None:
     a, b, c = random_rows(20, 4, 5, 6)
     table = dependence({"student": a, "teacher": b}, {"teacher": b, "pixels": c}, permutations=20)
-    assert [(each["row"], each["column"]) for each in table] == [
+    assert [(entry["row"], entry["column"]) for entry in table] == [
         ("student", "teacher"), ("student", "pixels"), ("teacher", "teacher"), ("teacher", "pixels"),
     ]  # fmt: skip
     assert table == dependence({"student": a, "teacher": b}, {"teacher": b, "pixels": c}, permutations=20)
-    other = dependence({"student": a, "teacher": b}, {"teacher": b, "pixels": c}, permutations=20, seed=1)
-    assert [each["dcor"] for each in other] == [each["dcor"] for each in table]
-    assert [each["null_mean"] for each in other] != [each["null_mean"] for each in table]
+    reseeded = dependence({"student": a, "teacher": b}, {"teacher": b, "pixels": c}, permutations=20, seed=1)
+    assert [entry["dcor"] for entry in reseeded] == [entry["dcor"] for entry in table]
+    assert [entry["null_mean"] for entry in reseeded] != [entry["null_mean"] for entry in table]
 
 
 # -- a student that is its teacher
@@ -110,16 +110,16 @@ def test_a_table_names_its_cells_and_is_the_same_twice() -> None:
 def test_the_teacher_itself_is_wholly_faithful() -> None:
     x, reference = random_rows(60, 9, 9)
     labels = np.arange(60) % 3
-    found = cell({"student": x}, {"teacher": x})
-    assert found["dcor"] == pytest.approx(1)
-    assert found["cka"] == pytest.approx(1)
+    figures = cell({"student": x}, {"teacher": x})
+    assert figures["dcor"] == pytest.approx(1)
+    assert figures["cka"] == pytest.approx(1)
     near = neighbours(x, x, reference, 5, labels=labels, classes=["a", "b", "c"])
     assert near["overlap"] == {"mean": 100, "low": 100, "high": 100}
-    assert all(each["teacher"] == each["student"] for each in near["worst"])
+    assert all(entry["teacher"] == entry["student"] for entry in near["worst"])
     assert near["untrained"]["mean"] < 25
     guessed = predictions(labels, ["a", "b", "c"], labels, labels)
     assert guessed["agreement"] == 100
-    assert all((each["difference"], each["low"], each["high"]) == (0, 0, 0) for each in guessed["classes"])
+    assert all((entry["difference"], entry["low"], entry["high"]) == (0, 0, 0) for entry in guessed["classes"])
 
 
 # -- neighbours
@@ -133,42 +133,44 @@ def test_neighbours_are_told_by_class_the_worst_first() -> None:
     classes = [*"abcdefg", "alone", "absent"]
     student = teacher.copy()
     student[labels == 2] = replaced[labels == 2]
-    found = neighbours(teacher, student, reference, 4, labels=labels, classes=classes)
+    figures = neighbours(teacher, student, reference, 4, labels=labels, classes=classes)
     overlap = 100 * neighbour_overlap(teacher, student, 4)
-    assert found["overlap"]["mean"] == pytest.approx(overlap.mean())
-    assert found["chance"] == 4 / 79
-    assert found["untrained"]["mean"] == pytest.approx(100 * neighbour_overlap(teacher, reference, 4).mean())
-    means = [each["mean"] for each in found["classes"]]
+    assert figures["overlap"]["mean"] == pytest.approx(overlap.mean())
+    assert figures["chance"] == 4 / 79
+    assert figures["untrained"]["mean"] == pytest.approx(100 * neighbour_overlap(teacher, reference, 4).mean())
+    means = [entry["mean"] for entry in figures["classes"]]
     assert means == sorted(means)
-    assert found["classes"][0]["name"] == "c"
-    assert {each["name"]: each["images"] for each in found["classes"]} == dict.fromkeys("bcdef", 10) | {
+    assert figures["classes"][0]["name"] == "c"
+    assert {entry["name"]: entry["images"] for entry in figures["classes"]} == dict.fromkeys("bcdef", 10) | {
         "a": 9, "g": 20, "alone": 1,
     }  # fmt: skip
-    for each in found["classes"]:
-        assert each["mean"] == pytest.approx(overlap[labels == classes.index(each["name"])].mean())
-        assert each["low"] <= each["mean"] <= each["high"]
-    alone = next(each for each in found["classes"] if each["name"] == "alone")
+    for entry in figures["classes"]:
+        assert entry["mean"] == pytest.approx(overlap[labels == classes.index(entry["name"])].mean())
+        assert entry["low"] <= entry["mean"] <= entry["high"]
+    alone = next(entry for entry in figures["classes"] if entry["name"] == "alone")
     assert alone["low"] == alone["mean"] == alone["high"] == overlap[0]
-    listed = [each["class"] for each in found["worst"]]
-    assert listed[:2] == ["c", "c"]
-    assert len(listed) == 12
-    assert max(listed.count(name) for name in listed) == 2
-    for each in found["worst"]:
-        assert classes[labels[each["image"]]] == each["class"]
-        assert each["overlap"] == overlap[each["image"]]
-        assert len(set(each["teacher"]) & set(each["student"])) == each["overlap"] / 100 * 4
-        assert each["image"] not in each["teacher"] + each["student"]
-        cosines = teacher[each["teacher"]] @ teacher[each["image"]] / np.linalg.norm(teacher[each["teacher"]], axis=1)
+    names = [entry["class"] for entry in figures["worst"]]
+    assert names[:2] == ["c", "c"]
+    assert len(names) == 12
+    assert max(names.count(name) for name in names) == 2
+    for entry in figures["worst"]:
+        assert classes[labels[entry["image"]]] == entry["class"]
+        assert entry["overlap"] == overlap[entry["image"]]
+        assert len(set(entry["teacher"]) & set(entry["student"])) == entry["overlap"] / 100 * 4
+        assert entry["image"] not in entry["teacher"] + entry["student"]
+        cosines = (
+            teacher[entry["teacher"]] @ teacher[entry["image"]] / np.linalg.norm(teacher[entry["teacher"]], axis=1)
+        )
         assert (np.diff(cosines) <= 0).all()  # nearest first
 
 
 def test_without_labels_the_worst_images_are_named() -> None:
     teacher, student, reference = random_rows(40, 5, 5, 5)
-    found = neighbours(teacher, student, reference, 6)
+    figures = neighbours(teacher, student, reference, 6)
     overlap = 100 * neighbour_overlap(teacher, student, 6)
-    assert found["classes"] is None
-    assert [each["overlap"] for each in found["worst"]] == sorted(overlap)[:12]
-    assert {each["class"] for each in found["worst"]} == {None}
+    assert figures["classes"] is None
+    assert [entry["overlap"] for entry in figures["worst"]] == sorted(overlap)[:12]
+    assert {entry["class"] for entry in figures["worst"]} == {None}
 
 
 # -- intervals, the probe, the spectrum
@@ -179,8 +181,8 @@ def test_an_interval_is_scipys() -> None:
     expected = bootstrap(
         (values[:, 0],), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(3)
     ).confidence_interval
-    found = interval(values[:, 0], seed=3)
-    assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high), abs=1e-7)
+    bounds = interval(values[:, 0], seed=3)
+    assert (bounds["low"], bounds["high"]) == pytest.approx((expected.low, expected.high), abs=1e-7)
     # of two values a resample is both, one twice or the other twice: the outer quarters reach past 2.5 %
     assert interval(np.array([0.0, 100.0])) == {"mean": 50, "low": 0, "high": 100}
     assert interval(np.array([37.5])) == {"mean": 37.5, "low": 37.5, "high": 37.5}
@@ -190,35 +192,35 @@ def test_an_interval_is_scipys() -> None:
 
 def test_an_interval_covers_the_mean_about_as_often_as_it_says() -> None:
     samples = np.random.default_rng(0).exponential(size=(150, 40))
-    found = [interval(sample) for sample in samples]
-    assert 0.87 <= np.mean([each["low"] <= 1 <= each["high"] for each in found]) <= 0.99
+    intervals = [interval(sample) for sample in samples]
+    assert 0.87 <= np.mean([bounds["low"] <= 1 <= bounds["high"] for bounds in intervals]) <= 0.99
 
 
 def test_predictions_by_hand() -> None:
     labels = np.array([0, 0, 0, 0, 1, 1, 2])
     teacher = np.array([0, 0, 0, 1, 1, 1, 0])
     student = np.array([0, 1, 1, 1, 1, 1, 2])
-    found = predictions(labels, ["x", "y", "z", "none"], student, teacher)
-    assert found["agreement"] == pytest.approx(100 * 4 / 7)
-    assert found["confusion"]["student"] == [[1, 3, 0, 0], [0, 2, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
-    assert found["confusion"]["teacher"] == [[3, 1, 0, 0], [0, 2, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
-    x, y, z = found["classes"]
+    figures = predictions(labels, ["x", "y", "z", "none"], student, teacher)
+    assert figures["agreement"] == pytest.approx(100 * 4 / 7)
+    assert figures["confusion"]["student"] == [[1, 3, 0, 0], [0, 2, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+    assert figures["confusion"]["teacher"] == [[3, 1, 0, 0], [0, 2, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    x, y, z = figures["classes"]
     assert (x["name"], x["images"], x["student"], x["teacher"], x["difference"]) == ("x", 4, 25, 75, -50)
     assert (x["low"], x["high"]) == (-100, 0)
     assert y == {"name": "y", "images": 2, "student": 100, "teacher": 100, "difference": 0, "low": 0, "high": 0}
     assert z == {"name": "z", "images": 1, "student": 100, "teacher": 0, "difference": 100, "low": 100, "high": 100}
     alone = predictions(labels, ["x", "y", "z", "none"], student, None)
     assert (alone["agreement"], alone["confusion"]["teacher"]) == (None, None)
-    assert [(each["name"], each["difference"]) for each in alone["classes"]] == [("x", None), ("y", None), ("z", None)]
+    assert [(row["name"], row["difference"]) for row in alone["classes"]] == [("x", None), ("y", None), ("z", None)]
 
 
 def test_a_spectrum_has_the_singular_values_of_the_centred_features() -> None:
     basis = np.linalg.qr(random_rows(50, 3)[0] - random_rows(50, 3)[0].mean(0))[0]
-    found = spectrum((basis * [4, 2, 1] + 7).astype(np.float32))
-    assert found["dim"] == 3
-    assert found["values"] == pytest.approx([1, 0.5, 0.25], abs=1e-5)
+    figures = spectrum((basis * [4, 2, 1] + 7).astype(np.float32))
+    assert figures["dim"] == 3
+    assert figures["values"] == pytest.approx([1, 0.5, 0.25], abs=1e-5)
     share = np.array([4, 2, 1]) / 7
-    assert found["effective_rank"] == pytest.approx(np.exp(-(share * np.log(share)).sum()), abs=1e-4)
+    assert figures["effective_rank"] == pytest.approx(np.exp(-(share * np.log(share)).sum()), abs=1e-4)
     assert len(spectrum(random_rows(600, 700)[0])["values"]) == 512
 
 
@@ -255,14 +257,14 @@ def test_stages_are_what_leaves_the_modules_averaged_and_the_last_is_the_feature
     before, batch = state(student.encoder), torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 16, 16)))
     batch = batch.to(torch.uint8)
     stages, widths = stages_of(backbone, student)
-    found = split(stages(batch).numpy(), widths)
-    assert list(found) == list(STAGES)
-    np.testing.assert_array_equal(found["layer4"], student(batch).numpy())
+    parts = split(stages(batch).numpy(), widths)
+    assert list(parts) == list(STAGES)
+    np.testing.assert_array_equal(parts["layer4"], student(batch).numpy())
 
-    seen: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     hooks = [
         student.encoder.get_submodule("maxpool" if name == "stem" else name).register_forward_hook(
-            lambda _, __, output, name=name: seen.update({name: output.clone()})
+            lambda _, __, output, name=name: outputs.update({name: output.clone()})
         )
         for name in STAGES
     ]
@@ -270,7 +272,7 @@ def test_stages_are_what_leaves_the_modules_averaged_and_the_last_is_the_feature
     for hook in hooks:
         hook.remove()
     for name in STAGES:
-        np.testing.assert_allclose(found[name], seen[name].mean((2, 3)).numpy(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(parts[name], outputs[name].mean((2, 3)).numpy(), rtol=1e-5, atol=1e-6)
     assert state(student.encoder) == before
     assert not any(module._forward_hooks for module in student.encoder.modules())
     assert stages.identity != student.identity
@@ -343,10 +345,10 @@ def test_a_true_student_is_told_from_one_of_shuffled_embeddings_and_from_an_untr
 ) -> None:
     """On images that neither was trained on; ``dealt`` are their embeddings, dealt out to the wrong images again."""
     _, test = photographs
-    rows: dict[str, np.ndarray] = {name: represent(test, each.student()) for name, each in students.items()}
-    rows["untrained"] = represent(test, untrained(students["true"], test))
+    rows: dict[str, np.ndarray] = {name: represent(test, entry.student()) for name, entry in students.items()}
+    rows["untrained"] = represent(test, build_untrained(students["true"], test))
     columns: dict[str, np.ndarray] = {"teacher": represent(test, Texture()), "dealt": represent(test, Shuffled(test))}
-    cells = {(each["row"], each["column"]): each for each in dependence(rows, columns)}
+    cells = {(entry["row"], entry["column"]): entry for entry in dependence(rows, columns)}
     overlap = {key: interval(100 * neighbour_overlap(columns[key[1]], rows[key[0]], 10)) for key in cells}
     chance = 100 * 10 / (len(test) - 1)
 
@@ -377,8 +379,8 @@ def test_of_the_images_of_its_training_a_student_of_shuffled_embeddings_knows_li
 ) -> None:
     """Little, and not nothing: a report on the images of the training flatters, so a test split is taken."""
     train, _ = photographs
-    found = {
+    figures = {
         name: cell({"student": represent(train, students[name].student())}, {"teacher": represent(train, teacher)})
         for name, teacher in {"true": Texture(), "shuffled": Shuffled(train)}.items()
     }
-    assert found["shuffled"]["dcor"] < 0.1 * found["true"]["dcor"]
+    assert figures["shuffled"]["dcor"] < 0.1 * figures["true"]["dcor"]

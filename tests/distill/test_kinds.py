@@ -107,7 +107,7 @@ def spec(request: pytest.FixtureRequest, here: Path) -> str:
     return f"timm:resnet10t:{small_timm(here)}" if request.param == "timm" else "python:my_teachers:colours"
 
 
-def opened(spec: str) -> Teacher:
+def load_teacher(spec: str) -> Teacher:
     return open_teacher(parse_specs(spec)[0])
 
 
@@ -116,30 +116,30 @@ def rows(teacher: Teacher) -> Tensor:
 
 
 def test_it_gives_a_row_of_its_width_for_an_image_of_any_size(spec: str) -> None:
-    teacher = opened(spec)
-    found = rows(teacher)
-    assert (found.shape, found.dtype) == ((2, teacher.dim), torch.float32)
-    assert found.isfinite().all()
-    assert not found.requires_grad
+    teacher = load_teacher(spec)
+    embeddings = rows(teacher)
+    assert (embeddings.shape, embeddings.dtype) == ((2, teacher.dim), torch.float32)
+    assert embeddings.isfinite().all()
+    assert not embeddings.requires_grad
     alone = torch.cat([teacher(teacher.prepare(image)[None]) for image in canaries()])
-    torch.testing.assert_close(alone, found, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(alone, embeddings, rtol=1e-4, atol=1e-5)
     assert teacher.parameters > 0
     assert teacher.name
     assert teacher.weights
 
 
 def test_the_same_teacher_has_the_same_identity_and_embeddings(spec: str) -> None:
-    one, other = opened(spec), opened(spec)
-    assert len(one.identity) == 64
-    assert one.identity == other.identity
-    assert torch.equal(rows(one), rows(other))
+    first, second = load_teacher(spec), load_teacher(spec)
+    assert len(first.identity) == 64
+    assert first.identity == second.identity
+    assert torch.equal(rows(first), rows(second))
 
 
 def test_a_student_is_distilled_from_it_and_finds_it_again(spec: str, here: Path) -> None:
-    made = mvmr.distill(spec, photos(here / "photos", 16), here / "out", assign=TINY, device="cpu")
-    found = teacher_of(bundles.load(made.path), None, None, "cpu", text=False)
-    assert found.identity == opened(spec).identity == recorded_teachers(made)["teacher"]["identity"]
-    assert (bundles.load(made.path).path / "metrics.jsonl").read_text().count("regression.teacher") == 4
+    student = mvmr.distill(spec, photos(here / "photos", 16), here / "out", assign=TINY, device="cpu")
+    teacher = teacher_of(bundles.load(student.path), None, None, "cpu", text=False)
+    assert teacher.identity == load_teacher(spec).identity == recorded_teachers(student)["teacher"]["identity"]
+    assert (bundles.load(student.path).path / "metrics.jsonl").read_text().count("regression.teacher") == 4
 
 
 # -- timm, and a user's own
@@ -154,7 +154,7 @@ def test_a_timm_model_is_timms_own_with_timms_preprocessing(tmp_path: Path) -> N
     batch = torch.stack([transform(image) for image in canaries()])
     with torch.no_grad():
         wanted = model(batch)
-    torch.testing.assert_close(rows(opened(f"timm:resnet10t:{file}")), wanted)
+    torch.testing.assert_close(rows(load_teacher(f"timm:resnet10t:{file}")), wanted)
 
 
 def mvmr_weights(file: Path) -> dict[str, Tensor]:
@@ -164,8 +164,8 @@ def mvmr_weights(file: Path) -> dict[str, Tensor]:
 
 
 def test_other_weights_or_other_pixels_are_another_teacher(here: Path) -> None:
-    identities = {opened(f"timm:resnet10t:{small_timm(here, seed)}").identity for seed in range(2)}
-    identities |= {opened(f"python:my_teachers:{name}").identity for name in ("colours", "pair")}
+    identities = {load_teacher(f"timm:resnet10t:{small_timm(here, seed)}").identity for seed in range(2)}
+    identities |= {load_teacher(f"python:my_teachers:{name}").identity for name in ("colours", "pair")}
     assert len(identities) == 4
 
 
@@ -176,7 +176,7 @@ def test_neither_has_a_text_tower(here: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "said"),
+    ("what", "message"),
     [
         ("python:my_teachers", r"give python:PACKAGE\.MODULE:FACTORY"),
         ("python:my_teacher:colours", "there is no module 'my_teacher', looked from /"),
@@ -198,15 +198,15 @@ def test_neither_has_a_text_tower(here: Path) -> None:
         ("a b=ViT-B-16", "'a b' is no name"),
     ],
 )
-def test_what_can_not_teach_is_one_line(here: Path, what: str, said: str) -> None:
-    with pytest.raises(MvmrError, match=said) as caught:
-        opened(what)
-    assert "\n" not in str(caught.value)
+def test_what_can_not_teach_is_one_line(here: Path, what: str, message: str) -> None:
+    with pytest.raises(MvmrError, match=message) as excinfo:
+        load_teacher(what)
+    assert "\n" not in str(excinfo.value)
 
 
 def test_weights_of_another_model_name_the_keys(here: Path) -> None:
     with pytest.raises(MvmrError, match=r"as weights of timm:resnet18, does not fit: keys .* missing"):
-        opened(f"timm:resnet18:{small_timm(here)}")
+        load_teacher(f"timm:resnet18:{small_timm(here)}")
 
 
 def test_weights_of_a_spec_are_not_given_twice(here: Path) -> None:
@@ -218,8 +218,8 @@ def test_weights_of_a_spec_are_not_given_twice(here: Path) -> None:
 
 
 def test_specs_have_names_kinds_and_what_is_loaded() -> None:
-    found = parse_specs(["clip=ViT-B-16", "dino=timm:vit_small_patch16_224.dino:a=b.pth", "hf-hub:org/repo"])
-    assert found == [
+    specs = parse_specs(["clip=ViT-B-16", "dino=timm:vit_small_patch16_224.dino:a=b.pth", "hf-hub:org/repo"])
+    assert specs == [
         Spec("clip", "open_clip", "ViT-B-16"),
         Spec("dino", "timm", "vit_small_patch16_224.dino:a=b.pth"),
         Spec("teacher", "open_clip", "hf-hub:org/repo"),
@@ -231,40 +231,40 @@ def test_specs_have_names_kinds_and_what_is_loaded() -> None:
 
 def test_a_student_of_two_teachers_learns_from_both_and_finds_each_again(here: Path) -> None:
     specs = [f"clip={a_teacher(here / 'clip')}", "mine=python:my_teachers:colours"]
-    made = mvmr.distill(specs, photos(here / "photos", 16), here / "out", assign=TINY, device="cpu")
-    said = made.manifest.training
-    assert said["recipe"]["method"]["regression"] == {"clip": 0.5, "mine": 0.5}
-    assert list(recorded_teachers(made)) == ["clip", "mine"]
+    student = mvmr.distill(specs, photos(here / "photos", 16), here / "out", assign=TINY, device="cpu")
+    training = student.manifest.training
+    assert training["recipe"]["method"]["regression"] == {"clip": 0.5, "mine": 0.5}
+    assert list(recorded_teachers(student)) == ["clip", "mine"]
     for spec in parse_specs(specs):
-        assert teacher_of(made, spec.name, None, "cpu", text=False).identity == open_teacher(spec).identity
+        assert teacher_of(student, spec.name, None, "cpu", text=False).identity == open_teacher(spec).identity
     with pytest.raises(MvmrError, match=r"distilled from several teachers \(clip, mine\); give one: --teacher NAME"):
-        teacher_of(made, None, None, "cpu", text=False)
-    text = (made.path / "metrics.jsonl").read_text()
+        teacher_of(student, None, None, "cpu", text=False)
+    text = (student.path / "metrics.jsonl").read_text()
     assert text.count('"regression.clip"') == text.count('"regression.mine"') == 4
-    again = mvmr.distill(specs, str(here / "photos"), here / "out", assign=TINY, device="cpu", resume=True)
-    assert again.space_id == made.space_id
+    second = mvmr.distill(specs, str(here / "photos"), here / "out", assign=TINY, device="cpu", resume=True)
+    assert second.space_id == student.space_id
 
 
 def test_weights_given_by_hand_stay_and_the_rest_is_shared(here: Path) -> None:
     specs = [f"clip={a_teacher(here / 'clip')}", "mine=python:my_teachers:colours"]
     assign = (*TINY, "method.regression={clip=2.0,teacher=1.0}")
-    made = mvmr.distill(specs, photos(here / "photos", 16), here / "out", assign=assign, device="cpu")
-    assert made.manifest.training["recipe"]["method"]["regression"] == {"clip": 2.0, "mine": 1.0}
+    student = mvmr.distill(specs, photos(here / "photos", 16), here / "out", assign=assign, device="cpu")
+    assert student.manifest.training["recipe"]["method"]["regression"] == {"clip": 2.0, "mine": 1.0}
 
 
 @pytest.mark.parametrize(
-    ("assign", "said"),
+    ("assign", "message"),
     [
         ("method.regression={clip=1.0,dino=1.0}", "unknown representation 'dino'"),
         ("method.regression={clip=1.0}", "recipe default has no use for a mine"),
     ],
 )
 def test_a_teacher_that_is_not_given_or_not_used_is_refused_before_anything_is_computed(
-    here: Path, monkeypatch: pytest.MonkeyPatch, assign: str, said: str
+    here: Path, monkeypatch: pytest.MonkeyPatch, assign: str, message: str
 ) -> None:
     specs = [f"clip={a_teacher(here / 'clip')}", "mine=python:my_teachers:colours"]
     monkeypatch.setattr("mvmr.training.targets.represent", pytest.fail)
-    with pytest.raises(MvmrError, match=said):
+    with pytest.raises(MvmrError, match=message):
         mvmr.distill(specs, photos(here / "photos", 16), here / "out", assign=[*TINY, assign], device="cpu")
     assert not (here / "out.partial").exists()
 
@@ -273,8 +273,8 @@ def test_the_command_takes_several(here: Path) -> None:
     photos(here / "photos", 16)
     command = [sys.executable, "-m", "mvmr", "distill", "--teacher", f"clip={a_teacher(here / 'clip')}"]
     command += ["--teacher", "mine=python:my_teachers:colours", "--data", "photos", "--out", "out", "--device", "cpu"]
-    command += [part for each in TINY for part in ("--set", each)]
+    command += [part for setting in TINY for part in ("--set", setting)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "python:my_teachers:colours" in done.stderr
-    told = subprocess.run([sys.executable, "-m", "mvmr", "info", "out"], capture_output=True, text=True, check=True)
-    assert "python:my_teachers:colours" in told.stdout
+    info = subprocess.run([sys.executable, "-m", "mvmr", "info", "out"], capture_output=True, text=True, check=True)
+    assert "python:my_teachers:colours" in info.stdout

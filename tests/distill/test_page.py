@@ -77,9 +77,12 @@ def _neighbours(rng: np.random.Generator, classes: Sequence[str], images: int) -
     ]
     worst = []
     for number in range(12):
-        image, *rest = rng.choice(images, size=18, replace=False).tolist()
-        shared = rest[: number % 3]
-        teacher, student = shared + rest[2 : 12 - len(shared)], rest[10 : 17 - len(shared)] + rest[7:10] + shared
+        image, *neighbours = rng.choice(images, size=18, replace=False).tolist()
+        shared = neighbours[: number % 3]
+        teacher, student = (
+            shared + neighbours[2 : 12 - len(shared)],
+            neighbours[10 : 17 - len(shared)] + neighbours[7:10] + shared,
+        )
         worst.append({
             "image": image, "class": rows[min(number // 2, len(rows) - 1)]["name"],
             "overlap": 10.0 * len(set(teacher) & set(student)), "teacher": teacher, "student": student,
@@ -130,8 +133,8 @@ def without_teacher(report: Report) -> None:
     if report["probe"] is not None:
         report["probe"] |= {"teacher": None, "agreement": None}
         report["probe"]["confusion"]["teacher"] = None
-        for each in report["probe"]["classes"]:
-            each |= dict.fromkeys(("teacher", "difference", "low", "high"))
+        for row in report["probe"]["classes"]:
+            row |= dict.fromkeys(("teacher", "difference", "low", "high"))
     del report["spectrum"]["teacher"]
     report["not_measured"].append({"what": "all that takes a teacher", "why": "the bundle names none"})
 
@@ -192,11 +195,11 @@ def picture(number: int) -> Image.Image:
 
 @pytest.fixture
 def page(tmp_path: Path, no_fsync: None) -> Callable[[Report], Page]:
-    def written(report: Report) -> Page:
+    def write(report: Report) -> Page:
         write_page(report, picture, tmp_path / "index.html")
         return Page((tmp_path / "index.html").read_text(encoding="utf-8"))
 
-    return written
+    return write
 
 
 CLASSES = ["air & sea", "brick", VILE, "$\\frac$ & $x$", "猫", "bell\x07"] + [f"class {i}" for i in range(11)]
@@ -237,8 +240,8 @@ def test_names_are_text(full: tuple[str, Page]) -> None:
     for name in (VILE, "air & sea", "runs/R&D/student", "$\\frac$ & $x$", "猫", "bell\N{REPLACEMENT CHARACTER}"):
         assert name in page.text
     assert any(VILE in image["alt"] for image in page.all("img"))
-    drawn = [text for svg in re.findall(r"<svg.*?</svg>", html, re.S) for text in Page(svg).parts]
-    assert {"air & sea", VILE, "$\\frac$ & $x$", "猫"} <= set(drawn)
+    labels = [text for svg in re.findall(r"<svg.*?</svg>", html, re.S) for text in Page(svg).parts]
+    assert {"air & sea", VILE, "$\\frac$ & $x$", "猫"} <= set(labels)
 
 
 def test_every_link_finds_its_place_and_ids_are_unique(full: tuple[str, Page]) -> None:
@@ -266,12 +269,12 @@ def test_images_and_charts_say_what_they_show(full: tuple[str, Page], report: Re
 
 def test_shared_neighbours_are_marked_in_both_rows(full: tuple[str, Page], report: Report) -> None:
     _, page = full
-    marked = [image["alt"] for image in page.all("img") if image.get("class") == "shared"]
+    names = [image["alt"] for image in page.all("img") if image.get("class") == "shared"]
     expected = [
         (side, number) for entry in report["neighbours"]["worst"] for side in ("teacher", "student")
         for number in entry[side] if number in entry["teacher"] and number in entry["student"]
     ]  # fmt: skip
-    assert [(alt.partition("'")[0], int(re.findall(r"image (\d+), shared", alt)[0])) for alt in marked] == expected
+    assert [(alt.partition("'")[0], int(re.findall(r"image (\d+), shared", alt)[0])) for alt in names] == expected
     assert expected
 
 
@@ -279,54 +282,54 @@ def test_every_figure_is_on_the_page(full: tuple[str, Page], report: Report) -> 
     _, page = full
     for cell in report["dependence"]["cells"]:
         if cell["row"] != cell["column"]:
-            said = "null 0.000 [-0.018, 0.021] p " + ("0.005" if cell["p"] < 0.1 else "0.3")
-            expected = f"{cell['dcor']:.2f} {said} · CKA {cell['cka']:.2f}".replace("-", MINUS)
+            text = "null 0.000 [-0.018, 0.021] p " + ("0.005" if cell["p"] < 0.1 else "0.3")
+            expected = f"{cell['dcor']:.2f} {text} · CKA {cell['cka']:.2f}".replace("-", MINUS)
             assert expected in page.text
-    for each in report["neighbours"]["classes"]:
-        assert f"{_seen(each['name'])} {each['mean']:.1f} [{each['low']:.1f}, {each['high']:.1f}] 40" in page.text
-    for each in report["probe"]["classes"]:
-        difference, low, high = (f"{each[key]:+.1f}".replace("-", MINUS) for key in ("difference", "low", "high"))
-        row = f"{_seen(each['name'])} {difference} [{low}, {high}] {each['student']:.1f} {each['teacher']:.1f} 40"
-        assert row in page.text
+    for row in report["neighbours"]["classes"]:
+        assert f"{_printable(row['name'])} {row['mean']:.1f} [{row['low']:.1f}, {row['high']:.1f}] 40" in page.text
+    for row in report["probe"]["classes"]:
+        difference, low, high = (f"{row[key]:+.1f}".replace("-", MINUS) for key in ("difference", "low", "high"))
+        line = f"{_printable(row['name'])} {difference} [{low}, {high}] {row['student']:.1f} {row['teacher']:.1f} 40"
+        assert line in page.text
     matrices = [
         [count for row in report["probe"]["confusion"][side] for count in row] for side in ("teacher", "student")
     ]
     titles = [int(cell["title"].rpartition(" ")[2]) for cell in page.all("td") if "title" in cell]
     assert titles == [count for matrix in matrices for count in matrix if count]
-    for said in ("61.2 % 95 % interval [59.1, 63.3]", "untrained encoder 21.0 %, chance 1.5 %", "84.3 %", "79.4 %",
+    for text in ("61.2 % 95 % interval [59.1, 63.3]", "untrained encoder 21.0 %, chance 1.5 %", "84.3 %", "79.4 %",
                  "teacher 80.6 %", "31.4 of 512", "teacher 28.2 of 192, untrained encoder 12.6 of 512",
                  "840 steps", "680 of 680", report["command"], "one bundle is one seed"):  # fmt: skip
-        assert said in page.text
+        assert text in page.text
 
 
-def _seen(name: str) -> str:
+def _printable(name: str) -> str:
     return name.replace("\x07", "\N{REPLACEMENT CHARACTER}")
 
 
 def test_the_summary_names_the_classes_that_fell_beyond_their_interval(full: tuple[str, Page], report: Report) -> None:
     _, page = full
-    fallen = [each["name"] for each in report["probe"]["classes"] if each["high"] < 0]
-    assert 0 < len(fallen) < 17
-    risen = sum(each["low"] > 0 for each in report["probe"]["classes"])
-    said = (
-        f"{len(fallen)} of 17 classes have their whole 95 % interval below the teacher's accuracy, and {risen} above it"
+    losers = [row["name"] for row in report["probe"]["classes"] if row["high"] < 0]
+    assert 0 < len(losers) < 17
+    winners = sum(row["low"] > 0 for row in report["probe"]["classes"])
+    below = f"{len(losers)} of 17 classes have their whole 95 % interval below the teacher's accuracy"
+    assert (
+        f"{below}, and {winners} above it (chance alone would give about 0.4 each). Below: {losers[0]} (" in page.text
     )
-    assert f"{said} (chance alone would give about 0.4 each). Below: {fallen[0]} (" in page.text
-    assert [row.get("class") for row in page.all("tr")].count("fallen") == len(fallen)
+    assert [row.get("class") for row in page.all("tr")].count("fallen") == len(losers)
 
 
 def test_the_same_report_gives_the_same_bytes_and_each_image_is_asked_for_once(
     full: tuple[str, Page], report: Report, tmp_path: Path
 ) -> None:
-    asked: list[int] = []
+    numbers: list[int] = []
 
     def thumbnail(number: int) -> Image.Image:
-        asked.append(number)
+        numbers.append(number)
         return picture(number)
 
     write_page(copy.deepcopy(report), thumbnail, tmp_path / "again.html")
     assert (tmp_path / "again.html").read_text(encoding="utf-8") == full[0]
-    assert len(asked) == len(set(asked)) > 100
+    assert len(numbers) == len(set(numbers)) > 100
 
 
 def test_thumbnails_are_small_and_in_the_smaller_format(full: tuple[str, Page]) -> None:
@@ -343,12 +346,12 @@ def test_thumbnails_are_small_and_in_the_smaller_format(full: tuple[str, Page]) 
 def test_without_a_teacher_the_page_says_so(page: Callable[[Report], Page], report: Report) -> None:
     alone = copy.deepcopy(report)
     without_teacher(alone)
-    found = page(alone)
-    assert found.text.count("Reason: the bundle names none.") == 3
-    assert "dCor with scattering" in found.text
-    assert "79.4 %" in found.text
-    assert "overlap@" not in found.text
-    assert found.all("img") == []
+    document = page(alone)
+    assert document.text.count("Reason: the bundle names none.") == 3
+    assert "dCor with scattering" in document.text
+    assert "79.4 %" in document.text
+    assert "overlap@" not in document.text
+    assert document.all("img") == []
 
 
 def test_without_labels_and_records_the_page_says_so(page: Callable[[Report], Page], report: Report) -> None:
@@ -356,12 +359,12 @@ def test_without_labels_and_records_the_page_says_so(page: Callable[[Report], Pa
     without_labels(bare)
     bare["training"] = None
     bare["not_measured"].append({"what": "training curves", "why": "metrics.jsonl is not there"})
-    found = page(bare)
-    assert "A probe takes labels. Reason: the data has none." in found.text
-    assert "no records of its training. Reason: metrics.jsonl is not there." in found.text
-    assert "61.2 %" in found.text
-    assert "class None" not in " ".join(image["alt"] for image in found.all("img"))
-    assert len(found.all("img")) > 100
+    document = page(bare)
+    assert "A probe takes labels. Reason: the data has none." in document.text
+    assert "no records of its training. Reason: metrics.jsonl is not there." in document.text
+    assert "61.2 %" in document.text
+    assert "class None" not in " ".join(image["alt"] for image in document.all("img"))
+    assert len(document.all("img")) > 100
 
 
 def test_one_class_one_image(page: Callable[[Report], Page]) -> None:
@@ -373,21 +376,21 @@ def test_one_class_one_image(page: Callable[[Report], Page]) -> None:
     small["training"] = small["training"][:1]
     small["spectrum"]["untrained"]["values"] = [0.0] * 8  # constant embeddings
     small["probe"]["classes"][0] |= {"low": -2.5, "high": 2.5}
-    found = page(small)
-    assert "No class of 1 has its whole 95 % interval below" in found.text
-    assert [image["alt"] for image in found.all("img")] == [
+    document = page(small)
+    assert "No class of 1 has its whole 95 % interval below" in document.text
+    assert [image["alt"] for image in document.all("img")] == [
         "query, image 3, class only", "teacher's neighbour 1: image 1", "student's neighbour 1: image 2",
     ]  # fmt: skip
 
 
 def test_very_many_classes_are_a_chart_of_the_worst_and_a_list_of_confusions(page: Callable[[Report], Page]) -> None:
     many = synthetic([f"kind {number}." for number in range(60)], 680)
-    found = page(many)
-    assert "The 40 worst of 60 classes." in found.text
-    assert {f"kind {number}." for number in range(60)} <= set(found.parts)
-    assert "open" not in found.all("details")[0]
+    document = page(many)
+    assert "The 40 worst of 60 classes." in document.text
+    assert {f"kind {number}." for number in range(60)} <= set(document.parts)
+    assert "open" not in document.all("details")[0]
     confusion = many["probe"]["confusion"]["student"]
     largest = max(count for i, row in enumerate(confusion) for j, count in enumerate(row) if i != j)
-    after = found.text.partition("teacher, images ")[2]
-    true, said, count = re.findall(r"kind (\d+)\. kind (\d+)\. (\d+)", after)[0]
-    assert int(count) == confusion[int(true)][int(said)] == largest
+    after = document.text.partition("teacher, images ")[2]
+    true, predicted, count = re.findall(r"kind (\d+)\. kind (\d+)\. (\d+)", after)[0]
+    assert int(count) == confusion[int(true)][int(predicted)] == largest

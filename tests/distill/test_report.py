@@ -74,10 +74,10 @@ def a_bundle(out: Path, training: dict[str, Any] | None = None) -> Bundle:
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
-    made = a_bundle(tmp_path / "student", {"method": "distillation", "recipe": {"name": "brief"}, "steps": 7})
+    student = a_bundle(tmp_path / "student", {"method": "distillation", "recipe": {"name": "brief"}, "steps": 7})
     lines = [{"step": step, "loss": 1 / step, "rank_h": math.nan if step == 2 else 3.0} for step in range(1, 701)]
-    (made.path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    return made
+    (student.path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return student
 
 
 @pytest.fixture
@@ -113,8 +113,8 @@ def corners(monkeypatch: pytest.MonkeyPatch) -> Corners:
 @pytest.fixture(autouse=True)
 def no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that load a dozen images cost more than they bring."""
-    for each in (module, protocols):
-        monkeypatch.setattr(each, "usable_cores", lambda: 0)
+    for patched in (module, protocols):
+        monkeypatch.setattr(patched, "usable_cores", lambda: 0)
 
 
 @pytest.fixture
@@ -127,8 +127,8 @@ def digests(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
 
 
-def reasons(found: dict[str, Any]) -> dict[str, str]:
-    return {each["what"]: each["why"] for each in found["not_measured"]}
+def reasons(content: dict[str, Any]) -> dict[str, str]:
+    return {gap["what"]: gap["why"] for gap in content["not_measured"]}
 
 
 # -- what is in it
@@ -138,50 +138,50 @@ def test_a_report_holds_every_figure_and_leaves_the_bundle_alone(
     bundle: Bundle, photos: Path, corners: Corners, tmp_path: Path
 ) -> None:
     before = digests(bundle.path)
-    found = report(bundle.path, str(photos), out=tmp_path / "out", **BRIEF)  # type: ignore[arg-type]
+    content = report(bundle.path, str(photos), out=tmp_path / "out", **BRIEF)  # type: ignore[arg-type]
     assert digests(bundle.path) == before
     assert sorted(os.listdir(tmp_path / "out")) == ["index.html", "report.json"]
-    assert json.loads((tmp_path / "out" / "report.json").read_text()) == found
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == content
     assert "<html" in (tmp_path / "out" / "index.html").read_text()
 
     options = "--k 3 --permutations 20"
-    assert found["command"] == f"mvmr report {bundle.path} --data {photos} --out {tmp_path / 'out'} {options}"
-    assert found["bundle"] == {
+    assert content["command"] == f"mvmr report {bundle.path} --data {photos} --out {tmp_path / 'out'} {options}"
+    assert content["bundle"] == {
         "path": str(bundle.path), "space_id": bundle.space_id, "backbone": "resnet18", "embedding_dim": 512,
         "method": "distillation", "recipe": "brief", "trained_on": "not recorded", "steps": 7,
     }  # fmt: skip
-    assert found["teacher"] == {"name": "corners", "weights": "none", "identity": "c" * 64, "dim": 12}
+    assert content["teacher"] == {"name": "corners", "weights": "none", "identity": "c" * 64, "dim": 12}
     test = open_images(photos, "test")
-    assert found["data"] == {
+    assert content["data"] == {
         "name": str(photos), "split": "test", "images": 12, "available": 12, "classes": ["blue", "green", "red"],
         "seed": 0,
     }  # fmt: skip
 
-    table = found["dependence"]
+    table = content["dependence"]
     assert table["rows"] == [*STAGES, "untrained", "teacher"]
     assert table["columns"] == ["teacher", *HAND_CRAFTED]
-    assert [(each["row"], each["column"]) for each in table["cells"]] == [
+    assert [(entry["row"], entry["column"]) for entry in table["cells"]] == [
         (row, column) for row in table["rows"] for column in table["columns"]
     ]
-    cells = {(each["row"], each["column"]): each for each in table["cells"]}
+    cells = {(entry["row"], entry["column"]): entry for entry in table["cells"]}
     assert cells["teacher", "teacher"]["dcor"] == pytest.approx(1)
     assert cells["teacher", "pixels"]["dcor"] > 0.8  # of these pictures both know the colour
-    assert (found["neighbours"]["k"], found["neighbours"]["chance"]) == (3, 3 / 11)
-    assert {each["name"] for each in found["neighbours"]["classes"]} == set(COLOURS)
-    assert {name: (each["dim"], len(each["values"])) for name, each in found["spectrum"].items()} == {
+    assert (content["neighbours"]["k"], content["neighbours"]["chance"]) == (3, 3 / 11)
+    assert {entry["name"] for entry in content["neighbours"]["classes"]} == set(COLOURS)
+    assert {name: (entry["dim"], len(entry["values"])) for name, entry in content["spectrum"].items()} == {
         "student": (512, 12), "teacher": (12, 12), "untrained": (512, 12),
     }  # fmt: skip
 
     student, train = bundle.student(), open_images(photos, "train")
-    h, asked = (student.embed([part.load(i) for i in range(len(part))]).numpy() for part in (train, test))
-    predicted = linear_probe(h, train.labels, 3).predict(asked)  # type: ignore[arg-type]
-    assert found["probe"]["student"]["top1"] == pytest.approx(100 * (predicted == test.labels).mean())
-    assert np.sum(found["probe"]["confusion"]["student"]) == 12
-    assert found["probe"]["teacher"]["top1"] == 100
-    assert len(found["training"]) == 300
-    assert [found["training"][i]["step"] for i in (0, -1)] == [1, 700]
-    assert {"zero-shot classification and text search", "speed and memory"} <= reasons(found).keys()
-    assert not any("teacher" in what or "probe" in what for what in reasons(found))
+    h, queries = (student.embed([part.load(i) for i in range(len(part))]).numpy() for part in (train, test))
+    predicted = linear_probe(h, train.labels, 3).predict(queries)  # type: ignore[arg-type]
+    assert content["probe"]["student"]["top1"] == pytest.approx(100 * (predicted == test.labels).mean())
+    assert np.sum(content["probe"]["confusion"]["student"]) == 12
+    assert content["probe"]["teacher"]["top1"] == 100
+    assert len(content["training"]) == 300
+    assert [content["training"][i]["step"] for i in (0, -1)] == [1, 700]
+    assert {"zero-shot classification and text search", "speed and memory"} <= reasons(content).keys()
+    assert not any("teacher" in what or "probe" in what for what in reasons(content))
 
 
 @pytest.mark.slow
@@ -201,38 +201,40 @@ def test_a_student_that_is_its_own_teacher_is_wholly_faithful(
     bundle: Bundle, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(subject, "teacher_of", lambda bundle, *_, **__: Itself(bundle.student()))
-    found = report(bundle.path, str(photos), out=tmp_path / "out", **BRIEF)  # type: ignore[arg-type]
+    content = report(bundle.path, str(photos), out=tmp_path / "out", **BRIEF)  # type: ignore[arg-type]
     own = next(
-        each for each in found["dependence"]["cells"] if (each["row"], each["column"]) == ("student.layer4", "teacher")
+        cell
+        for cell in content["dependence"]["cells"]
+        if (cell["row"], cell["column"]) == ("student.layer4", "teacher")
     )
     assert own["dcor"] == pytest.approx(1)
     assert own["cka"] == pytest.approx(1)
-    assert found["neighbours"]["overlap"] == {"mean": 100, "low": 100, "high": 100}
-    assert found["probe"]["agreement"] == 100
-    assert found["probe"]["student"] == found["probe"]["teacher"]
-    assert found["spectrum"]["student"] == found["spectrum"]["teacher"]
+    assert content["neighbours"]["overlap"] == {"mean": 100, "low": 100, "high": 100}
+    assert content["probe"]["agreement"] == 100
+    assert content["probe"]["student"] == content["probe"]["teacher"]
+    assert content["spectrum"]["student"] == content["spectrum"]["teacher"]
 
 
 def test_of_many_images_some_are_drawn_and_the_probe_takes_all(
     bundle: Bundle, photos: Path, corners: Corners, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: dict[str, Any] = {}
-    monkeypatch.setattr(module, "write_page", lambda found, thumbnail, path: given.update(thumbnail=thumbnail))
-    found = report(bundle.path, str(photos), out=tmp_path / "out", limit=7, **BRIEF)  # type: ignore[arg-type]
-    assert (found["data"]["images"], found["data"]["available"]) == (7, 12)
-    assert sum(each["images"] for each in found["neighbours"]["classes"]) == 7
-    assert np.sum(found["probe"]["confusion"]["teacher"]) == 12
+    arguments: dict[str, Any] = {}
+    monkeypatch.setattr(module, "write_page", lambda content, thumbnail, path: arguments.update(thumbnail=thumbnail))
+    content = report(bundle.path, str(photos), out=tmp_path / "out", limit=7, **BRIEF)  # type: ignore[arg-type]
+    assert (content["data"]["images"], content["data"]["available"]) == (7, 12)
+    assert sum(entry["images"] for entry in content["neighbours"]["classes"]) == 7
+    assert np.sum(content["probe"]["confusion"]["teacher"]) == 12
     everyone = [np.asarray(image) for image in map(open_images(photos, "test").load, range(12))]
-    drawn = [
-        next(i for i, image in enumerate(everyone) if np.array_equal(image, np.asarray(given["thumbnail"](number))))
+    keys = [
+        next(i for i, image in enumerate(everyone) if np.array_equal(image, np.asarray(arguments["thumbnail"](number))))
         for number in range(7)
     ]
-    assert drawn == sorted(set(drawn))
+    assert keys == sorted(set(keys))
     labels = open_images(photos, "test").labels
     assert labels is not None
-    for each in found["neighbours"]["worst"]:
-        assert found["data"]["classes"][labels[drawn[each["image"]]]] == each["class"]
-        assert all(0 <= number < 7 for number in each["teacher"] + each["student"])
+    for entry in content["neighbours"]["worst"]:
+        assert content["data"]["classes"][labels[keys[entry["image"]]]] == entry["class"]
+        assert all(0 <= number < 7 for number in entry["teacher"] + entry["student"])
 
 
 # -- what is not there
@@ -241,25 +243,25 @@ def test_of_many_images_some_are_drawn_and_the_probe_takes_all(
 def test_images_without_labels_are_all_taken_and_the_probe_is_said_to_be_missing(
     bundle: Bundle, flat: Path, corners: Corners, tmp_path: Path
 ) -> None:
-    found = report(bundle.path, str(flat), out=tmp_path / "out", **BRIEF)  # type: ignore[arg-type]
-    assert (found["data"]["split"], found["data"]["images"], found["data"]["classes"]) == ("unlabelled", 15, None)
-    assert found["probe"] is None
-    assert found["neighbours"]["classes"] is None
-    assert len(found["neighbours"]["worst"]) == 12
-    assert "has no labels to measure with" in reasons(found)["the probe, and figures by label"]
+    content = report(bundle.path, str(flat), out=tmp_path / "out", **BRIEF)  # type: ignore[arg-type]
+    assert (content["data"]["split"], content["data"]["images"], content["data"]["classes"]) == ("unlabelled", 15, None)
+    assert content["probe"] is None
+    assert content["neighbours"]["classes"] is None
+    assert len(content["neighbours"]["worst"]) == 12
+    assert "has no labels to measure with" in reasons(content)["the probe, and figures by label"]
 
 
 def test_a_bundle_without_a_teacher_is_measured_alone(bundle: Bundle, photos: Path, tmp_path: Path) -> None:
     (bundle.path / "metrics.jsonl").unlink()
-    found = report(bundle.path, str(photos), out=tmp_path / "out", **BRIEF)  # type: ignore[arg-type]
-    assert (found["teacher"], found["neighbours"], found["training"]) == (None, None, None)
-    assert found["dependence"]["rows"] == [*STAGES, "untrained"]
-    assert found["dependence"]["columns"] == HAND_CRAFTED
-    assert set(found["spectrum"]) == {"student", "untrained"}
-    probe = found["probe"]
+    content = report(bundle.path, str(photos), out=tmp_path / "out", **BRIEF)  # type: ignore[arg-type]
+    assert (content["teacher"], content["neighbours"], content["training"]) == (None, None, None)
+    assert content["dependence"]["rows"] == [*STAGES, "untrained"]
+    assert content["dependence"]["columns"] == HAND_CRAFTED
+    assert set(content["spectrum"]) == {"student", "untrained"}
+    probe = content["probe"]
     assert (probe["teacher"], probe["agreement"], probe["confusion"]["teacher"]) == (None, None, None)
-    assert "names no teacher to compare with; give one: --teacher" in reasons(found)["all that takes a teacher"]
-    assert reasons(found)["training curves"].startswith("the bundle holds no metrics.jsonl")
+    assert "names no teacher to compare with; give one: --teacher" in reasons(content)["all that takes a teacher"]
+    assert reasons(content)["training curves"].startswith("the bundle holds no metrics.jsonl")
 
 
 @pytest.mark.usefixtures("no_page")
@@ -271,11 +273,11 @@ def test_the_teacher_that_the_bundle_records_is_found(photos: Path, tmp_path: Pa
     (tmp_path / "clip" / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     save_file(CLIP(**deepcopy(config)).state_dict(), tmp_path / "clip" / "open_clip_model.safetensors")
     clip = ClipTeacher.load(tmp_path / "clip")
-    said = {"name": clip.name, "weights": clip.weights, "identity": clip.identity}
-    made = a_bundle(tmp_path / "student", {"teachers": {"teacher": said}})
-    found = report(made.path, str(photos), out=tmp_path / "out", **BRIEF)  # type: ignore[arg-type]
-    assert found["teacher"] == said | {"dim": 6}
-    assert found["spectrum"]["teacher"]["dim"] == 6
+    record = {"name": clip.name, "weights": clip.weights, "identity": clip.identity}
+    student = a_bundle(tmp_path / "student", {"teachers": {"teacher": record}})
+    content = report(student.path, str(photos), out=tmp_path / "out", **BRIEF)  # type: ignore[arg-type]
+    assert content["teacher"] == record | {"dim": 6}
+    assert content["spectrum"]["teacher"]["dim"] == 6
 
 
 @pytest.mark.usefixtures("no_page")
@@ -283,16 +285,16 @@ def test_a_recorded_teacher_that_is_gone_is_said_and_one_that_was_named_is_an_er
     photos: Path, tmp_path: Path
 ) -> None:
     gone = {"name": "clip", "weights": str(tmp_path / "gone" / "open_clip_model.safetensors"), "identity": "0" * 64}
-    made = a_bundle(tmp_path / "student", {"teachers": {"teacher": gone}})
-    (made.path / "metrics.jsonl").write_text("not a record\n")
-    found = report(made.path, str(photos), out=tmp_path / "out", **BRIEF)  # type: ignore[arg-type]
+    student = a_bundle(tmp_path / "student", {"teachers": {"teacher": gone}})
+    (student.path / "metrics.jsonl").write_text("not a record\n")
+    content = report(student.path, str(photos), out=tmp_path / "out", **BRIEF)  # type: ignore[arg-type]
     with pytest.raises(MvmrError):
-        report(made.path, str(photos), teacher="clip", pretrained=gone["weights"], out=tmp_path / "out", k=3)
-    assert found["neighbours"] is None
-    said = reasons(found)["all that takes a teacher"]
-    assert gone["weights"] in said
-    assert "say where: --teacher" in said
-    assert "holds no records of a training" in reasons(found)["training curves"]
+        report(student.path, str(photos), teacher="clip", pretrained=gone["weights"], out=tmp_path / "out", k=3)
+    assert content["neighbours"] is None
+    reason = reasons(content)["all that takes a teacher"]
+    assert gone["weights"] in reason
+    assert "say where: --teacher" in reason
+    assert "holds no records of a training" in reasons(content)["training curves"]
 
 
 @pytest.mark.usefixtures("no_page")
@@ -304,10 +306,10 @@ def test_several_labels_to_an_image_are_left_to_evaluate(
         return replace(images, read_labels=lambda: np.ones((60, 3), np.int64))
 
     monkeypatch.setattr(subject, "open_images", several)
-    found = report(bundle.path, str(photos), out=tmp_path / "out", **BRIEF)  # type: ignore[arg-type]
-    assert (found["data"]["split"], found["data"]["classes"], found["probe"]) == ("test", None, None)
-    assert found["neighbours"]["classes"] is None
-    assert "several labels" in reasons(found)["the probe, and figures by label"]
+    content = report(bundle.path, str(photos), out=tmp_path / "out", **BRIEF)  # type: ignore[arg-type]
+    assert (content["data"]["split"], content["data"]["classes"], content["probe"]) == ("test", None, None)
+    assert content["neighbours"]["classes"] is None
+    assert "several labels" in reasons(content)["the probe, and figures by label"]
 
 
 @pytest.mark.usefixtures("no_page")
@@ -319,17 +321,17 @@ def test_where_the_probe_cannot_be_fitted_the_classes_stay(
             (tmp_path / "split" / part / name).mkdir(parents=True)
             for file in sorted((photos / name).iterdir())[:5]:
                 Image.open(file).save(tmp_path / "split" / part / name / file.name)
-    found = report(bundle.path, str(tmp_path / "split"), out=tmp_path / "out", **BRIEF)  # type: ignore[arg-type]
-    assert {each["name"] for each in found["neighbours"]["classes"]} == {"red", "blue"}
-    assert found["probe"] is None
-    assert "class 'blue' is in the test split and has no image in the training" in reasons(found)["the probe"]
+    content = report(bundle.path, str(tmp_path / "split"), out=tmp_path / "out", **BRIEF)  # type: ignore[arg-type]
+    assert {row["name"] for row in content["neighbours"]["classes"]} == {"red", "blue"}
+    assert content["probe"] is None
+    assert "class 'blue' is in the test split and has no image in the training" in reasons(content)["the probe"]
 
 
 # -- what is refused
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"k": 12}, r"12 images of .* and k = 12 nearest neighbours: .* 13 images or more"),
         ({"k": 0}, r"k = 0 nearest neighbours: a report takes k of 1 or more"),
@@ -342,17 +344,17 @@ def test_where_the_probe_cannot_be_fitted_the_classes_stay(
     ],
 )
 def test_what_cannot_be_is_one_line_before_any_work(
-    bundle: Bundle, photos: Path, tmp_path: Path, options: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, photos: Path, tmp_path: Path, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("work has begun")
 
-    for name in ("represent", "stages_of", "untrained", "Measured"):
+    for name in ("represent", "stages_of", "build_untrained", "Measured"):
         monkeypatch.setattr(module, name, never)
-    given = {"bundle": bundle.path, "data": str(photos), "out": tmp_path / "out", "k": 3} | options
-    with pytest.raises(MvmrError, match=said) as caught:
-        report(**given)
-    assert "\n" not in str(caught.value)
+    arguments = {"bundle": bundle.path, "data": str(photos), "out": tmp_path / "out", "k": 3} | options
+    with pytest.raises(MvmrError, match=message) as excinfo:
+        report(**arguments)
+    assert "\n" not in str(excinfo.value)
     assert not (tmp_path / "out").exists()
 
 

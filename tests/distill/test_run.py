@@ -53,45 +53,45 @@ def photos(folder: Path, count: int, size: tuple[int, int] = (40, 30)) -> str:
     return str(folder)
 
 
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def batch_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of the batches a teacher is shown from now on."""
     real, sizes = ClipTeacher.__call__, []
 
-    def counted(self: ClipTeacher, batch: torch.Tensor, /) -> torch.Tensor:
+    def note_size(self: ClipTeacher, batch: torch.Tensor, /) -> torch.Tensor:
         sizes.append(len(batch))
         return real(self, batch)
 
-    monkeypatch.setattr(ClipTeacher, "__call__", counted)
+    monkeypatch.setattr(ClipTeacher, "__call__", note_size)
     return sizes
 
 
 def test_a_student_is_distilled_from_a_folder_of_images(tmp_path: Path) -> None:
     teacher, data = a_teacher(tmp_path / "clip"), photos(tmp_path / "photos", 16)
-    made = mvmr.distill(teacher, data, tmp_path / "out", recipe="paper", assign=TINY, device="cpu")
-    said = made.manifest.training
-    assert said["method"] == "mvmr"
+    student = mvmr.distill(teacher, data, tmp_path / "out", recipe="paper", assign=TINY, device="cpu")
+    training = student.manifest.training
+    assert training["method"] == "mvmr"
     loaded = ClipTeacher.load(teacher)
     wanted = {"name": "clip", "weights": f"{teacher}/open_clip_model.safetensors", "identity": loaded.identity}
-    assert said["teachers"] == {"teacher": wanted}
-    assert said["data"]["images"] == 16
-    assert said["steps"] == 4
-    lines = [json.loads(line) for line in (made.path / "metrics.jsonl").read_text().splitlines()]
+    assert training["teachers"] == {"teacher": wanted}
+    assert training["data"]["images"] == 16
+    assert training["steps"] == 4
+    lines = [json.loads(line) for line in (student.path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert {"dcor.teacher", "biased.teacher", "unbiased.teacher.null"} <= lines[0].keys()
-    assert "clip" in (made.path / "README.md").read_text()
-    assert made.student().embed([Image.new("RGB", (50, 20))]).shape == (1, 128)
+    assert "clip" in (student.path / "README.md").read_text()
+    assert student.student().embed([Image.new("RGB", (50, 20))]).shape == (1, 128)
 
 
 @pytest.mark.slow
 def test_the_teacher_sees_each_image_once_over_epochs_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher, data, sizes = a_teacher(tmp_path / "clip"), photos(tmp_path / "photos", 16), seen(monkeypatch)
+    teacher, data, sizes = a_teacher(tmp_path / "clip"), photos(tmp_path / "photos", 16), batch_sizes(monkeypatch)
     first = distill(teacher, data, tmp_path / "a", recipe="paper", assign=TINY, device="cpu")
     assert sum(sizes) == 16
     second = distill(teacher, data, tmp_path / "b", recipe="paper", assign=TINY, device="cpu")
     assert sum(sizes) == 16
     assert (first.path / "encoder.safetensors").read_bytes() == (second.path / "encoder.safetensors").read_bytes()
-    other = a_teacher(tmp_path / "clip2", seed=1)
-    third = distill(other, data, tmp_path / "c", recipe="paper", assign=TINY, device="cpu")
+    stranger = a_teacher(tmp_path / "clip2", seed=1)
+    third = distill(stranger, data, tmp_path / "c", recipe="paper", assign=TINY, device="cpu")
     assert sum(sizes) == 32
     assert (first.path / "encoder.safetensors").read_bytes() != (third.path / "encoder.safetensors").read_bytes()
 
@@ -125,7 +125,7 @@ def test_the_teacher_is_not_in_the_checkpoint(tmp_path: Path, monkeypatch: pytes
 
 def test_a_run_is_gone_on_with_under_the_same_teacher_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, data = a_teacher(tmp_path / "clip"), photos(tmp_path / "photos", 8)
-    other = a_teacher(tmp_path / "other", seed=1)
+    stranger = a_teacher(tmp_path / "other", seed=1)
 
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -137,13 +137,13 @@ def test_a_run_is_gone_on_with_under_the_same_teacher_only(tmp_path: Path, monke
     with pytest.raises(
         MvmrError, match=r"differs in teachers\.teacher\.identity .*teachers\.teacher\.name \('clip' there"
     ):
-        distill(other, data, tmp_path / "out", recipe="paper", assign=TINY, resume=True, device="cpu")
+        distill(stranger, data, tmp_path / "out", recipe="paper", assign=TINY, resume=True, device="cpu")
     done = distill(teacher, data, tmp_path / "out", recipe="paper", assign=TINY, resume=True, device="cpu")
     assert done.manifest.training["steps"] == 2
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"teacher": "ViT-B-61"}, r"unknown teacher 'ViT-B-61'; did you mean 'ViT-B-16'\?"),
         ({"teacher": "ViT-B-16", "pretrained": "opnai"}, r"weights of ViT-B-16: 'opnai'; did you mean 'openai'\?"),
@@ -155,11 +155,11 @@ def test_a_run_is_gone_on_with_under_the_same_teacher_only(tmp_path: Path, monke
         ({"assign": [*TINY, "train.batch_size=64"]}, r"a step takes 64 images and the data have 8"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_one_line_and_leaves_nothing(tmp_path: Path, arguments: dict[str, Any], said: str) -> None:
-    given = {"teacher": a_teacher(tmp_path / "clip"), "data": photos(tmp_path / "photos", 8), "recipe": "paper"}
-    with pytest.raises(MvmrError, match=said) as caught:
-        distill(out=tmp_path / "out", device="cpu", **({"assign": TINY} | given | arguments))
-    assert "\n" not in str(caught.value)
+def test_what_cannot_be_is_one_line_and_leaves_nothing(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
+    defaults = {"teacher": a_teacher(tmp_path / "clip"), "data": photos(tmp_path / "photos", 8), "recipe": "paper"}
+    with pytest.raises(MvmrError, match=message) as excinfo:
+        distill(out=tmp_path / "out", device="cpu", **({"assign": TINY} | defaults | arguments))
+    assert "\n" not in str(excinfo.value)
     assert sorted(os.listdir(tmp_path)) == ["clip", "photos"]
 
 
@@ -180,25 +180,25 @@ def test_a_full_size_teacher_and_student_do_a_step(tmp_path: Path, monkeypatch: 
     starts = []
     real = pretraining.build_learner
 
-    def remembered(*args: Any, **kwargs: Any) -> Any:
+    def remember(*args: Any, **kwargs: Any) -> Any:
         learner = real(*args, **kwargs)
         starts.append({key: value.clone() for key, value in learner.state_dict().items() if value.numel() < 1e6})
         return learner
 
-    monkeypatch.setattr(pretraining, "build_learner", remembered)
-    made = distill(
+    monkeypatch.setattr(pretraining, "build_learner", remember)
+    student = distill(
         "ViT-B-16", photos(tmp_path / "photos", 16, (260, 240)), tmp_path / "out", recipe="paper", device="cpu",
         pretrained=tmp_path / "vit.safetensors", assign=["train.epochs=1", "train.batch_size=16", "train.workers=0"],
     )  # fmt: skip
-    said = made.manifest
-    assert (said.backbone, said.embedding_dim, said.preprocessing.crop) == ("resnet50", 2048, 224)
-    assert said.training["recipe"]["method"]["projector"] == [8192, 8192, 8192]
-    assert said.training["teachers"]["teacher"]["name"] == "ViT-B-16"
-    (line,) = (json.loads(line) for line in (made.path / "metrics.jsonl").read_text().splitlines())
+    manifest = student.manifest
+    assert (manifest.backbone, manifest.embedding_dim, manifest.preprocessing.crop) == ("resnet50", 2048, 224)
+    assert manifest.training["recipe"]["method"]["projector"] == [8192, 8192, 8192]
+    assert manifest.training["teachers"]["teacher"]["name"] == "ViT-B-16"
+    (line,) = (json.loads(line) for line in (student.path / "metrics.jsonl").read_text().splitlines())
     assert line["step"] == 1
     assert all(np.isfinite(value) for value in line.values())
     assert 0 < line["loss"] < 10
-    trained = made.student().encoder.state_dict()
+    trained = student.student().encoder.state_dict()
     moved = [key for key in trained if f"encoder.{key}" in starts[0] and "conv" in key]
     assert moved
     # zero-initialised batch norms keep the first step from most of a block's convolutions

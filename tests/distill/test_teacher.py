@@ -100,22 +100,22 @@ def as_safetensors(model: CLIP, folder: Path) -> Path:
     return folder / "w.safetensors"
 
 
-def saved(state: object, folder: Path) -> Path:
+def save(state: object, folder: Path) -> Path:
     torch.save(state, folder / "w.pt")
     return folder / "w.pt"
 
 
 FORMS: dict[str, Callable[[CLIP, Path], Path]] = {
     "safetensors": as_safetensors,
-    "state dict": lambda model, folder: saved(model.state_dict(), folder),
-    "training checkpoint": lambda model, folder: saved(
+    "state dict": lambda model, folder: save(model.state_dict(), folder),
+    "training checkpoint": lambda model, folder: save(
         {"epoch": 3, "state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}}, folder
     ),
-    "image tower only": lambda model, folder: saved(
+    "image tower only": lambda model, folder: save(
         {key: value for key, value in model.state_dict().items() if key.startswith("visual.")}, folder
     ),
-    "bare image tower": lambda model, folder: saved(model.visual.state_dict(), folder),
-    "half precision": lambda model, folder: saved(build(SMALL).bfloat16().state_dict(), folder),
+    "bare image tower": lambda model, folder: save(model.visual.state_dict(), folder),
+    "half precision": lambda model, folder: save(build(SMALL).bfloat16().state_dict(), folder),
 }
 
 
@@ -124,11 +124,11 @@ def test_weights_of_every_form_give_open_clips_embeddings(tmp_path: Path, small:
     teacher = ClipTeacher.load("ViT-small-test", FORMS[form](small, tmp_path))
     if form == "half precision":
         small.bfloat16().float()
-    found = teacher(BATCH)
-    assert torch.equal(found, encode(small))
-    assert found.shape == (3, teacher.dim) == (3, 12)
-    assert found.dtype == torch.float32
-    assert not found.requires_grad
+    embeddings = teacher(BATCH)
+    assert torch.equal(embeddings, encode(small))
+    assert embeddings.shape == (3, teacher.dim) == (3, 12)
+    assert embeddings.dtype == torch.float32
+    assert not embeddings.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -177,12 +177,12 @@ def test_identity_names_weights_preprocessing_architecture_and_precision(tmp_pat
     write_folder(tmp_path / "mean")
     config = tmp_path / "mean" / "open_clip_config.json"
     config.write_text(config.read_text().replace("0.3", "0.31"))
-    one = ClipTeacher.load(tmp_path / "a").identity
-    assert one == ClipTeacher.load(tmp_path / "same").identity
-    assert one == ClipTeacher.load(tmp_path / "a", text=True).identity
-    others = {ClipTeacher.load(tmp_path / name).identity for name in ("weights", "gelu", "mean")}
-    others.add(ClipTeacher.load(tmp_path / "a", weights_dtype=torch.bfloat16).identity)
-    assert len(others | {one}) == 5
+    identity = ClipTeacher.load(tmp_path / "a").identity
+    assert identity == ClipTeacher.load(tmp_path / "same").identity
+    assert identity == ClipTeacher.load(tmp_path / "a", text=True).identity
+    identities = {ClipTeacher.load(tmp_path / name).identity for name in ("weights", "gelu", "mean")}
+    identities.add(ClipTeacher.load(tmp_path / "a", weights_dtype=torch.bfloat16).identity)
+    assert len(identities | {identity}) == 5
 
 
 def test_low_precision_is_close_and_handed_out_as_float32(tmp_path: Path) -> None:
@@ -209,9 +209,9 @@ def test_zero_shot_classifier_is_open_clips(tmp_path: Path) -> None:
     tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'small'}")
     expected = open_clip.build_zero_shot_classifier(model, tokenizer, classes, templates)
     teacher = ClipTeacher.load(tmp_path / "small", text=True)
-    found = teacher.zero_shot_classifier(classes, templates)
-    assert torch.equal(found, expected)
-    assert found.shape == (12, 2)
+    columns = teacher.zero_shot_classifier(classes, templates)
+    assert torch.equal(columns, expected)
+    assert columns.shape == (12, 2)
     assert torch.equal(teacher(BATCH), encode(model))
 
 
@@ -219,17 +219,20 @@ def test_zero_shot_needs_the_text_tower(tmp_path: Path, small: CLIP) -> None:
     file = FORMS["image tower only"](small, tmp_path)
     with pytest.raises(MvmrError, match="text=True"):
         ClipTeacher.load("ViT-small-test", file).zero_shot_classifier(["cat"], ["{}"])
-    with pytest.raises(MvmrError, match="holds no text tower that fits ViT-small-test") as caught:
+    with pytest.raises(MvmrError, match="holds no text tower that fits ViT-small-test") as excinfo:
         ClipTeacher.load("ViT-small-test", file, text=True)
-    assert "\n" not in str(caught.value)
-    whole = FORMS["state dict"](small, tmp_path)
-    assert ClipTeacher.load("ViT-small-test", whole, text=True).zero_shot_classifier(["cat"], ["{}"]).shape == (12, 1)
+    assert "\n" not in str(excinfo.value)
+    complete = FORMS["state dict"](small, tmp_path)
+    assert ClipTeacher.load("ViT-small-test", complete, text=True).zero_shot_classifier(["cat"], ["{}"]).shape == (
+        12,
+        1,
+    )
 
 
 def refusal(name: str | Path, pretrained: str | Path | None = None) -> str:
-    with pytest.raises(MvmrError) as caught:
+    with pytest.raises(MvmrError) as excinfo:
         ClipTeacher.load(name, pretrained)
-    message = str(caught.value)
+    message = str(excinfo.value)
     assert "\n" not in message
     return message
 
@@ -258,7 +261,7 @@ def test_missing_and_broken_files_are_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("vision", "told"),
+    ("vision", "message"),
     [
         (VIT | {"width": 48}, "of another shape (visual.class_embedding [48] instead of [32]"),
         (VIT | {"layers": 3}, "12 unexpected (visual.transformer.resblocks.2."),
@@ -269,17 +272,17 @@ def test_missing_and_broken_files_are_one_line(tmp_path: Path) -> None:
     ids=["width", "deeper", "shallower", "patch size", "resnet"],
 )
 def test_weights_of_another_architecture_name_the_keys(
-    tmp_path: Path, small: CLIP, vision: dict[str, Any], told: str
+    tmp_path: Path, small: CLIP, vision: dict[str, Any], message: str
 ) -> None:
-    file = saved(build(SMALL | {"vision_cfg": vision}).state_dict(), tmp_path)
-    message = refusal("ViT-small-test", file)
-    assert f"{file}, as the image tower of ViT-small-test, does not fit" in message
-    assert told in message
-    assert "--small-kernel" not in message
+    file = save(build(SMALL | {"vision_cfg": vision}).state_dict(), tmp_path)
+    reason = refusal("ViT-small-test", file)
+    assert f"{file}, as the image tower of ViT-small-test, does not fit" in reason
+    assert message in reason
+    assert "--small-kernel" not in reason
 
 
 def test_no_network_is_one_sentence_with_the_file_to_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "_cached", lambda repository, files: None)
+    monkeypatch.setattr(source, "_find_cached", lambda repository, files: None)
     monkeypatch.setattr(source, "_offline", lambda: True)
     message = refusal("ViT-B-16")
     assert "weights 'datacomp_xl_s13b_b90k' of ViT-B-16 are not in the cache and there is no network" in message
@@ -289,13 +292,13 @@ def test_no_network_is_one_sentence_with_the_file_to_fetch(monkeypatch: pytest.M
 
 
 def test_a_failing_download_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*args: object) -> str:
+    def refuse(*args: object) -> str:
         raise ConnectionResetError("a\nlong\nstory")
 
-    monkeypatch.setattr(source, "_cached", lambda repository, files: None)
+    monkeypatch.setattr(source, "_find_cached", lambda repository, files: None)
     monkeypatch.setattr(source, "_offline", lambda: False)
-    monkeypatch.setattr(source.tags, "download_pretrained", refused)
-    monkeypatch.setattr(source.tags, "download_pretrained_from_hf", refused)
+    monkeypatch.setattr(source.tags, "download_pretrained", refuse)
+    monkeypatch.setattr(source.tags, "download_pretrained_from_hf", refuse)
     assert "weights 'openai' of ViT-B-32 could not be downloaded (ConnectionResetError)" in refusal(
         "ViT-B-32", "openai"
     )
@@ -303,11 +306,11 @@ def test_a_failing_download_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_name_that_does_not_resolve_means_offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unresolved(*args: object) -> None:
+    def fail(*args: object) -> None:
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(source.urllib.request, "getproxies", dict)
-    monkeypatch.setattr(source.socket, "getaddrinfo", unresolved)
+    monkeypatch.setattr(source.socket, "getaddrinfo", fail)
     assert source._offline()
     monkeypatch.setattr(source.urllib.request, "getproxies", lambda: {"https": "http://proxy"})
     monkeypatch.setattr(source.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
@@ -316,7 +319,7 @@ def test_a_name_that_does_not_resolve_means_offline(monkeypatch: pytest.MonkeyPa
 
 def test_a_hub_repository_in_the_cache_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = write_folder(tmp_path / "snapshot")
-    monkeypatch.setattr(source, "_cached", lambda repository, files: tmp_path / "snapshot" / files[0])
+    monkeypatch.setattr(source, "_find_cached", lambda repository, files: tmp_path / "snapshot" / files[0])
     teacher = ClipTeacher.load("hf-hub:someone/small")
     assert teacher.name == "hf-hub:someone/small"
     assert torch.equal(teacher(BATCH), encode(model))
@@ -339,14 +342,14 @@ def test_the_default_tag_is_the_documented_one(model: str, tag: str) -> None:
 
 def test_a_tag_brings_its_activation_and_preprocessing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source, "_fetch", lambda model, tag, tag_cfg: Path("weights.safetensors"))
-    openai, other = find_source("ViT-B-16", "openai"), find_source("ViT-B-16", "datacomp-xl-s13b-b90k")
+    openai, datacomp = find_source("ViT-B-16", "openai"), find_source("ViT-B-16", "datacomp-xl-s13b-b90k")
     assert openai.model_cfg["quick_gelu"]  # open_clip would only warn and compute something else
-    assert not other.model_cfg["quick_gelu"]
+    assert not datacomp.model_cfg["quick_gelu"]
     assert find_source("ViT-L-14", "laion2b_s32b_b82k").preprocess["mean"] == (0.5, 0.5, 0.5)
 
 
 def test_a_file_of_siglip_weights_gets_siglips_preprocessing(tmp_path: Path) -> None:
-    file = saved({}, tmp_path)
+    file = save({}, tmp_path)
     assert find_source("ViT-B-16-SigLIP", file).preprocess["resize_mode"] == "squash"
     assert find_source("ViT-B-16-SigLIP", file).preprocess["mean"] == (0.5, 0.5, 0.5)
     assert find_source("ViT-B-16", file).preprocess["mean"] == open_clip.OPENAI_DATASET_MEAN
@@ -358,16 +361,16 @@ def test_a_full_size_vit_b_16(tmp_path: Path) -> None:
         torch.manual_seed(0)
         model, _, preprocess = open_clip.create_model_and_transforms("ViT-B-16")
     model.eval()
-    whole, tower = tmp_path / "whole.pt", tmp_path / "tower.safetensors"
-    torch.save(model.state_dict(), whole)
-    save_file({key: value for key, value in model.state_dict().items() if key.startswith("visual.")}, tower)
+    model_file, tower_file = tmp_path / "whole.pt", tmp_path / "tower.safetensors"
+    torch.save(model.state_dict(), model_file)
+    save_file({key: value for key, value in model.state_dict().items() if key.startswith("visual.")}, tower_file)
     images = [photo(), photo().convert("L")]
     batch = torch.stack([preprocess(image) for image in images])
     with torch.no_grad():
         expected: Tensor = model.encode_image(batch)
     del model
-    for file in (whole, tower):
+    for file in (model_file, tower_file):
         teacher = ClipTeacher.load("ViT-B-16", pretrained=file)
-        found = teacher(torch.stack([teacher.prepare(image) for image in images]))
-        assert found.shape == (2, 512)
-        assert torch.equal(found, expected)
+        embeddings = teacher(torch.stack([teacher.prepare(image) for image in images]))
+        assert embeddings.shape == (2, 512)
+        assert torch.equal(embeddings, expected)

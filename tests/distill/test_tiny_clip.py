@@ -25,10 +25,10 @@ VERY_TINY = TinyClip(
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 50, 230)}
 
 
-def coloured(each: int = 8) -> ImageSet:
+def coloured(count: int = 8) -> ImageSet:
     """Noisy squares of three colours, whose names are their classes."""
     generator = np.random.default_rng(0)
-    labels = np.repeat(np.arange(3), each)
+    labels = np.repeat(np.arange(3), count)
     noise = generator.integers(-30, 30, (len(labels), 32, 32, 3))
     pixels = np.clip(np.array(list(COLOURS.values()))[labels][:, None, None] + noise, 0, 255).astype(np.uint8)
     return ImageSet(
@@ -68,8 +68,8 @@ def test_it_learns_what_its_captions_say(tmp_path: Path) -> None:
         train_tiny_clip(images, tmp_path / "teacher", config=replace(VERY_TINY, steps=60)), text=True
     )
     embeddings = F.normalize(torch.from_numpy(np.array(represent(images, teacher))), dim=-1)
-    found = (embeddings @ teacher.zero_shot_classifier(images.classes or (), TEMPLATES)).argmax(1)
-    assert (found.numpy() == images.labels).mean() > 0.9
+    predicted = (embeddings @ teacher.zero_shot_classifier(images.classes or (), TEMPLATES)).argmax(1)
+    assert (predicted.numpy() == images.labels).mean() > 0.9
 
 
 def test_one_seed_gives_one_model_and_leaves_the_global_random_state(tmp_path: Path) -> None:
@@ -79,9 +79,9 @@ def test_one_seed_gives_one_model_and_leaves_the_global_random_state(tmp_path: P
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(8)
     second = weights(train_tiny_clip(coloured(), tmp_path / "b", config=VERY_TINY, seed=1))
-    other = weights(train_tiny_clip(coloured(), tmp_path / "c", config=VERY_TINY, seed=2))
+    reseeded = weights(train_tiny_clip(coloured(), tmp_path / "c", config=VERY_TINY, seed=2))
     assert all(torch.equal(first[key], second[key]) for key in first)
-    assert not torch.equal(first["visual.conv1.weight"], other["visual.conv1.weight"])
+    assert not torch.equal(first["visual.conv1.weight"], reseeded["visual.conv1.weight"])
 
 
 def test_the_same_model_is_not_trained_again_and_another_not_overwritten(tmp_path: Path) -> None:
@@ -132,8 +132,8 @@ def test_augmentation_keeps_shape_and_range_and_is_independent_per_image() -> No
     assert views.min() >= 0
     assert views.max() <= 1
     assert len({tuple(view.flatten().tolist()) for view in views}) == 6
-    again = augment(image.expand(6, -1, -1, -1), VERY_TINY, torch.Generator().manual_seed(1))
-    assert torch.equal(views, again)
+    second = augment(image.expand(6, -1, -1, -1), VERY_TINY, torch.Generator().manual_seed(1))
+    assert torch.equal(views, second)
 
 
 def test_without_crop_and_jitter_only_the_flip_is_left() -> None:

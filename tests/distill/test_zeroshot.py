@@ -50,9 +50,9 @@ def write_teacher(folder: Path, seed: int = 4) -> CLIP:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("teachers") / "small clip"
-    write_teacher(place)
-    return place
+    target = tmp_path_factory.mktemp("teachers") / "small clip"
+    write_teacher(target)
+    return target
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def images() -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bundle") / "b"
     training = {"method": "distillation", "teachers": {}}
     backbone = Resnet(name="resnet18", small_kernel=True)
@@ -104,14 +104,14 @@ def test_teacher_zero_shot_is_open_clips_bit_for_bit(folder: Path, teacher: Clip
         expected = model.encode_image(images, normalize=True) @ classifier
     columns = teacher.zero_shot_classifier(CLASSES, templates_for(teacher))
     raw = teacher(images)
-    found = zero_shot_logits(raw, columns)
-    assert np.array_equal(found, expected.numpy())
-    assert np.array_equal(found.argmax(1), (100 * expected).argmax(1))
-    assert len(set(found.argmax(1))) > 1
-    assert found.dtype == np.float32
-    kept = raw.numpy()
-    kept.flags.writeable = False  # as the rows of the cache are
-    assert np.array_equal(zero_shot_logits(kept, columns.numpy()), found)
+    logits = zero_shot_logits(raw, columns)
+    assert np.array_equal(logits, expected.numpy())
+    assert np.array_equal(logits.argmax(1), (100 * expected).argmax(1))
+    assert len(set(logits.argmax(1))) > 1
+    assert logits.dtype == np.float32
+    copy = raw.numpy()
+    copy.flags.writeable = False  # as the rows of the cache are
+    assert np.array_equal(zero_shot_logits(copy, columns.numpy()), logits)
 
 
 def test_logits_are_cosines() -> None:
@@ -134,12 +134,12 @@ def test_an_affine_image_of_the_teacher_predicts_as_the_teacher_does(
     embeddings = teacher(images)
     unit = normalize(embeddings, dim=-1).numpy()
     student = (unit @ rng.normal(size=(12, width)) + rng.normal(size=width)).astype(np.float32)
-    made = fit_space_map(student[:150], embeddings[:150])
+    space_map = fit_space_map(student[:150], embeddings[:150])
     columns = teacher.zero_shot_classifier(CLASSES, TEMPLATES)
-    predicted = zero_shot_logits(made(student), columns).argmax(1)
+    predicted = zero_shot_logits(space_map(student), columns).argmax(1)
     assert np.array_equal(predicted, zero_shot_logits(embeddings, columns).argmax(1))
     assert len(set(predicted)) > 1
-    assert made.r2 > 0.999
+    assert space_map.r2 > 0.999
 
 
 def test_shuffled_embeddings_explain_nothing_and_predict_by_chance() -> None:
@@ -149,15 +149,15 @@ def test_shuffled_embeddings_explain_nothing_and_predict_by_chance() -> None:
     embeddings = centres.T[labels] + 0.1 * rng.normal(size=(600, 16))
     student = embeddings @ rng.normal(size=(16, 24)) + 0.1 * rng.normal(size=(600, 24)) + 3
 
-    def measured(targets: np.ndarray) -> tuple[float, float]:
-        made = fit_space_map(student[:400], targets[:400])
-        predicted = zero_shot_logits(made(student[400:]), centres).argmax(1)
-        return made.r2, float((predicted == labels[400:]).mean())
+    def measure(targets: np.ndarray) -> tuple[float, float]:
+        space_map = fit_space_map(student[:400], targets[:400])
+        predicted = zero_shot_logits(space_map(student[400:]), centres).argmax(1)
+        return space_map.r2, float((predicted == labels[400:]).mean())
 
-    r2, accuracy = measured(embeddings)
+    r2, accuracy = measure(embeddings)
     assert r2 > 0.8
     assert accuracy > 0.99
-    r2, accuracy = measured(rng.permutation(embeddings))
+    r2, accuracy = measure(rng.permutation(embeddings))
     assert -0.1 < r2 < 0.05
     assert accuracy < 0.25
 
@@ -166,84 +166,86 @@ def test_a_text_finds_its_images(teacher: ClipTeacher, images: torch.Tensor) -> 
     """The recipe of the module's docstring: one class, one template, rows by cosine."""
     rng = np.random.default_rng(0)
     student = normalize(teacher(images), dim=-1).numpy() @ rng.normal(size=(12, 30))
-    made = fit_space_map(student, teacher(images))
+    space_map = fit_space_map(student, teacher(images))
     query = teacher.zero_shot_classifier(["a cat on a rocket"], ["{}"])
-    found = zero_shot_logits(made(student), query)[:, 0]
+    cosines = zero_shot_logits(space_map(student), query)[:, 0]
     expected = zero_shot_logits(teacher(images), query)[:, 0]
-    assert found.argmax() == expected.argmax()
-    np.testing.assert_allclose(found, expected, rtol=0, atol=0.01)
+    assert cosines.argmax() == expected.argmax()
+    np.testing.assert_allclose(cosines, expected, rtol=0, atol=0.01)
 
 
 # In a bundle
 
 
-def test_store_and_read_round_trip(made: Path, teacher: ClipTeacher, tmp_path: Path) -> None:
-    opened = bundle.load(made)
-    kept = store_map(opened, a_map(), teacher)
-    assert {name for name in kept.manifest.files if name.startswith("maps/")} == {
+def test_store_and_read_round_trip(bundle_path: Path, teacher: ClipTeacher, tmp_path: Path) -> None:
+    opened = bundle.load(bundle_path)
+    stored = store_map(opened, a_map(), teacher)
+    assert {name for name in stored.manifest.files if name.startswith("maps/")} == {
         "maps/small-clip/map.safetensors",
         "maps/small-clip/map.json",
     }
-    assert kept.space_id == opened.space_id
-    for again in (kept, bundle.load(made)):
+    assert stored.space_id == opened.space_id
+    for reread in (stored, bundle.load(bundle_path)):
         for by in (teacher, "small clip"):
-            found, record = read_map(again, by)
-            assert np.array_equal(found.weight, a_map().weight)
-            assert np.array_equal(found.bias, a_map().bias)
-            assert (found.strength, found.r2) == (record["strength"], record["r2"]) == (0.1, 0.5)
+            space_map, record = read_map(reread, by)
+            assert np.array_equal(space_map.weight, a_map().weight)
+            assert np.array_equal(space_map.bias, a_map().bias)
+            assert (space_map.strength, space_map.r2) == (record["strength"], record["r2"]) == (0.1, 0.5)
             assert record["teacher"] == {
                 "name": "small clip",
                 "weights": teacher.weights,
                 "identity": teacher.identity,
             }
             assert record["space_id"] == opened.space_id
-    assert np.array_equal(read_map(store_map(kept, a_map(value=2), teacher), teacher)[0].weight, a_map(value=2).weight)
+    assert np.array_equal(
+        read_map(store_map(stored, a_map(value=2), teacher), teacher)[0].weight, a_map(value=2).weight
+    )
 
 
-def test_a_map_of_another_width_is_not_stored(made: Path, teacher: ClipTeacher) -> None:
-    opened = bundle.load(made)
+def test_a_map_of_another_width_is_not_stored(bundle_path: Path, teacher: ClipTeacher) -> None:
+    opened = bundle.load(bundle_path)
     assert "the map takes 8 features" in refusal(store_map, opened, a_map(inputs=8), teacher)
     assert "gives 11 values but embeddings of small clip are 12 wide" in refusal(store_map, opened, a_map(11), teacher)
 
 
-def test_an_unknown_map_names_those_there_are(made: Path, teacher: ClipTeacher) -> None:
-    kept = store_map(bundle.load(made), a_map(), teacher)
-    message = refusal(read_map, kept, "small clap")
+def test_an_unknown_map_names_those_there_are(bundle_path: Path, teacher: ClipTeacher) -> None:
+    stored = store_map(bundle.load(bundle_path), a_map(), teacher)
+    message = refusal(read_map, stored, "small clap")
     assert "unknown map to teacher 'small clap'; did you mean 'small-clip'?" in message
-    assert str(made) in message
+    assert str(bundle_path) in message
 
 
-def test_another_teacher_of_the_same_name_is_refused(made: Path, teacher: ClipTeacher, tmp_path: Path) -> None:
-    kept = store_map(bundle.load(made), a_map(), teacher)
+def test_another_teacher_of_the_same_name_is_refused(bundle_path: Path, teacher: ClipTeacher, tmp_path: Path) -> None:
+    stored = store_map(bundle.load(bundle_path), a_map(), teacher)
     write_teacher(tmp_path / "small clip", seed=1)
-    other = ClipTeacher.load(tmp_path / "small clip")
-    message = refusal(read_map, kept, other)
-    assert f"was fitted to small clip ({teacher.weights}), not to {other.weights}" in message
+    stranger = ClipTeacher.load(tmp_path / "small clip")
+    message = refusal(read_map, stored, stranger)
+    assert f"was fitted to small clip ({teacher.weights}), not to {stranger.weights}" in message
 
 
 @pytest.mark.parametrize("name", ["map.safetensors", "map.json"])
-def test_a_damaged_or_missing_file_is_named(made: Path, teacher: ClipTeacher, name: str) -> None:
-    kept = store_map(bundle.load(made), a_map(), teacher)
-    file = made / "maps" / "small-clip" / name
+def test_a_damaged_or_missing_file_is_named(bundle_path: Path, teacher: ClipTeacher, name: str) -> None:
+    stored = store_map(bundle.load(bundle_path), a_map(), teacher)
+    file = bundle_path / "maps" / "small-clip" / name
     content = bytearray(file.read_bytes())
     content[-2] ^= 1
     file.write_bytes(content)
-    assert f"damaged: maps/small-clip/{name} has changed" in refusal(read_map, kept, teacher)
+    assert f"damaged: maps/small-clip/{name} has changed" in refusal(read_map, stored, teacher)
     file.unlink()
-    assert f"damaged: maps/small-clip/{name} is missing" in refusal(read_map, kept, teacher)
-    store_map(kept, a_map(), teacher)  # mends it
-    assert read_map(bundle.load(made), teacher)[0].r2 == 0.5
+    assert f"damaged: maps/small-clip/{name} is missing" in refusal(read_map, stored, teacher)
+    store_map(stored, a_map(), teacher)  # mends it
+    assert read_map(bundle.load(bundle_path), teacher)[0].r2 == 0.5
 
 
-def test_files_that_are_listed_but_hold_something_else(made: Path, teacher: ClipTeacher) -> None:
-    kept = store_map(bundle.load(made), a_map(), teacher)
+def test_files_that_are_listed_but_hold_something_else(bundle_path: Path, teacher: ClipTeacher) -> None:
+    stored = store_map(bundle.load(bundle_path), a_map(), teacher)
     names = "maps/small-clip/map.safetensors", "maps/small-clip/map.json"
-    good = {name: kept.file(name).read_bytes() for name in names}
+    good = {name: stored.file(name).read_bytes() for name in names}
     record = json.loads(good[names[1]])
 
     def told(**changes: bytes) -> str:
         contents = good | {names[0 if key == "weights" else 1]: value for key, value in changes.items()}
-        return refusal(read_map, bundle.add_files(kept, contents), teacher)
+        return refusal(read_map, bundle.add_files(stored, contents), teacher)
 
     def array(outputs: int, inputs: int) -> bytes:
         return save({"weight": np.ones((outputs, inputs), np.float32), "bias": np.ones(12, np.float32)})
@@ -262,13 +264,13 @@ def test_files_that_are_listed_but_hold_something_else(made: Path, teacher: Clip
     assert "NaN is not JSON" in told(record=json.dumps(record | {"r2": float("nan")}).encode())
 
 
-def test_a_real_student_through_its_bundle(made: Path, teacher: ClipTeacher, images: torch.Tensor) -> None:
+def test_a_real_student_through_its_bundle(bundle_path: Path, teacher: ClipTeacher, images: torch.Tensor) -> None:
     """Student features of images, map, bundle, and out again: predictions are those before it was stored."""
-    opened = bundle.load(made)
+    opened = bundle.load(bundle_path)
     pictures = (images[:40] * 40 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
     features = opened.student().embed(pictures)
     fitted = fit_space_map(features, teacher(images[:40]))
-    kept = store_map(opened, fitted, teacher)
+    stored = store_map(opened, fitted, teacher)
     columns = teacher.zero_shot_classifier(CLASSES, TEMPLATES)
-    again, _ = read_map(kept, teacher)
-    assert np.array_equal(zero_shot_logits(again(features), columns), zero_shot_logits(fitted(features), columns))
+    reread, _ = read_map(stored, teacher)
+    assert np.array_equal(zero_shot_logits(reread(features), columns), zero_shot_logits(fitted(features), columns))

@@ -11,7 +11,7 @@ import torch
 from mvmr.bundles import bundle as bundles
 from mvmr.data import open_images
 from tests.export.students import a_bundle
-from tests.export.tensorrt_double import card, made, no_card  # noqa: F401
+from tests.export.tensorrt_double import card, engine_bundle, no_card  # noqa: F401
 
 _MADE: dict[str, bytes] = {}
 
@@ -23,8 +23,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bundle = bundles.load(a_bundle(tmp_path_factory.mktemp("template") / "student"))
     classes = open_images("sample:patches", "test").classes or ()
     weight = np.random.default_rng(0).normal(size=(len(classes), 512))
-    said = {"command": "c", "data": "sample:patches", "protocol": "linear", "values": {"top1": 1.0}}
-    bundles.add_head(bundle, "photos", weight, np.zeros(len(classes)), classes, said)
+    record = {"command": "c", "data": "sample:patches", "protocol": "linear", "values": {"top1": 1.0}}
+    bundles.add_head(bundle, "photos", weight, np.zeros(len(classes)), classes, record)
     return bundle.path
 
 
@@ -39,13 +39,13 @@ def once(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's exporter takes seconds and gives the same every time (as test_graph holds): once is enough."""
     from mvmr.export.onnx import builder, graph  # here: some tests run where onnx is not installed
 
-    def remembered(student: Any, heads: Any, **options: Any) -> bytes:
+    def remember(student: Any, heads: Any, **options: Any) -> bytes:
         key = repr((student.identity, [head.name for head in heads], sorted(options.items())))
         if key not in _MADE:
             _MADE[key] = graph.to_onnx(student, heads, **options)
         return _MADE[key]
 
-    monkeypatch.setattr(builder, "to_onnx", remembered)
+    monkeypatch.setattr(builder, "to_onnx", remember)
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from mvmr.export.export import export
 FP32, FP16 = "onnx/encoder.fp32", "onnx/encoder.fp16"
 
 
-def refused(path: Path, **options: Any) -> str:
-    with pytest.raises(MvmrError) as caught:
+def refusal(path: Path, **options: Any) -> str:
+    with pytest.raises(MvmrError) as excinfo:
         export(path, **({"images": 16} | options))
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    assert "\n" not in str(excinfo.value)
+    return str(excinfo.value)
 
 
 def report(path: Path, name: str) -> dict[str, Any]:

@@ -18,8 +18,8 @@ PATCHES = {"data": {"name": "sample:patches", "split": "unlabelled"}}
 
 def patches(count: int, size: int = 32) -> np.ndarray:
     images = open_images("sample:patches", "test")
-    chosen = np.random.default_rng(0).permutation(len(images))[:count]
-    return Preprocess.for_size(size).batch(images.load(int(index)) for index in chosen)
+    numbers = np.random.default_rng(0).permutation(len(images))[:count]
+    return Preprocess.for_size(size).batch(images.load(int(index)) for index in numbers)
 
 
 def a_bundle(

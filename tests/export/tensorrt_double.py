@@ -74,8 +74,8 @@ class IBuilderConfig(Recorded):
         return ITimingCache(self._double)
 
     def set_timing_cache(self, cache: ITimingCache, ignore_mismatch: bool) -> bool:
-        kept = self._double.calls[-1][1] != b"of another GPU"
-        return self._called("set_timing_cache", ignore_mismatch, answer=kept)
+        usable = self._double.calls[-1][1] != b"of another GPU"
+        return self._called("set_timing_cache", ignore_mismatch, answer=usable)
 
 
 class INetworkDefinition(Recorded):
@@ -222,11 +222,11 @@ class Stream:
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     """Torch as it answers on a machine with an H100; memory is the host's, so that the double can reach it."""
-    found = SimpleNamespace(name="NVIDIA H100", major=9, minor=0)
+    gpu = SimpleNamespace(name="NVIDIA H100", major=9, minor=0)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     monkeypatch.setattr(tensorrt, "_CUDA", "cpu")
@@ -235,7 +235,7 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     tool.write_text("#!/bin/sh\necho 580.65.06\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
-    return found
+    return gpu
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def fp16(side: int = SIDE, **says: str) -> bytes:
+def fp16(side: int = SIDE, **entries: str) -> bytes:
     """A small ONNX that says it is the fp16 one of a bundle."""
     from onnx import TensorProto, helper  # here: the fixtures beside it are wanted where onnx is not installed
 
@@ -251,7 +251,7 @@ def fp16(side: int = SIDE, **says: str) -> bytes:
     embedding = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", side, side, 3])
     cast = helper.make_node("Cast", ["image"], ["embedding"], to=TensorProto.FLOAT)
     model = helper.make_model(helper.make_graph([cast], "student", [image], [embedding]))
-    helper.set_model_props(model, {"precision": "fp16", "bundle_space_id": "5" * 32, "bundle_hash": "6" * 64} | says)
+    helper.set_model_props(model, {"precision": "fp16", "bundle_space_id": "5" * 32, "bundle_hash": "6" * 64} | entries)
     return model.SerializeToString()
 
 
@@ -260,23 +260,23 @@ def sha256(content: bytes) -> str:
 
 
 def refusal(call: Any, *arguments: Any, **options: Any) -> str:
-    with pytest.raises(MvmrError) as caught:
+    with pytest.raises(MvmrError) as excinfo:
         call(*arguments, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    assert "\n" not in str(excinfo.value)
+    return str(excinfo.value)
 
 
 @pytest.fixture
-def made(tmp_path: Path, no_fsync: None) -> Bundle:
+def engine_bundle(tmp_path: Path, no_fsync: None) -> Bundle:
     """A bundle whose weights nobody looks into."""
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "encoder.safetensors").write_bytes(b"weights")
-    said = Manifest(
+    manifest = Manifest(
         schema=2, mvmr_version="0.1.0", created="2026-01-01T00:00:00+00:00", backbone="resnet18",
         options={"small_kernel": True}, embedding_dim=DIM, preprocessing=Preprocess(resize=SIDE, crop=SIDE),
         training={}, metrics=(), files={"encoder.safetensors": sha256(b"weights")},
     )  # fmt: skip
-    (tmp_path / "b" / "bundle.json").write_text(json.dumps(said.to_json()))
+    (tmp_path / "b" / "bundle.json").write_text(json.dumps(manifest.to_json()))
     return bundles.load(tmp_path / "b")
 
 
@@ -293,5 +293,5 @@ def small_student() -> Student:
     return Student(encoder, Preprocess.for_size(32), dim=512, name="small", identity="0" * 32)
 
 
-def cosines(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    return (found * wanted).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(wanted, axis=1)
+def cosines(actual: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    return (actual * wanted).sum(1) / np.linalg.norm(actual, axis=1) / np.linalg.norm(wanted, axis=1)

@@ -22,9 +22,9 @@ NO_GPU = Device(name="none", compute_capability="8.9", driver=None, cuda="13.0")
 _MAJOR = 11
 
 
-def needed() -> None:
+def require_wheels() -> None:
     """Skip where there are no wheels of TensorRT for RTX."""
-    if not rtx_build.installed():
+    if not rtx_build.is_installed():
         pytest.skip("TensorRT for RTX is not installed: it has wheels for Linux on x86-64 only")
 
 
@@ -33,7 +33,7 @@ def build_under_data_centre_bindings(folder: Path, model: Path, size: int) -> di
 
     In one process the two kinds of bindings would register the same C++ classes twice.
     """
-    needed()
+    require_wheels()
     if shutil.which("cc") is None:
         pytest.skip("there is no C compiler to make the missing function with")
     _lay_out(folder / "tensorrt_bindings")

@@ -84,8 +84,8 @@ def read(folder: str) -> dict[str, object]:
     sys.path.insert(0, folder)
     import tensorrt_bindings as trt
 
-    made = type("Log", (trt.ILogger,), {"__init__": lambda self: trt.ILogger.__init__(self)})()
-    if not isinstance(made, trt.ILogger):
+    log = type("Log", (trt.ILogger,), {"__init__": lambda self: trt.ILogger.__init__(self)})()
+    if not isinstance(log, trt.ILogger):
         raise SystemExit("a logger can no longer be written in Python")
     classes = {name: members(getattr(trt, name)) for name in CLASSES}
     enums = {name: sorted(_find(trt, name).__members__) for name in ENUMS}
@@ -94,12 +94,12 @@ def read(folder: str) -> dict[str, object]:
 
 def members(kind: type) -> list[str]:
     """Return "name" for each property, "name(first, second=)" for each overload of a method ("=": has a default)."""
-    found = []
+    names = []
     for name in dir(kind):
         if not _PRIVATE.fullmatch(name):
             member = getattr(kind, name)
-            found += overloads(name, member.__doc__ or "") if callable(member) else [name]
-    return sorted(set(found))
+            names += overloads(name, member.__doc__ or "") if callable(member) else [name]
+    return sorted(set(names))
 
 
 def overloads(name: str, text: str) -> list[str]:

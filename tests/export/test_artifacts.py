@@ -48,10 +48,10 @@ def test_keys_labels_and_files_are_distinct() -> None:
         assert len(names) == len(ARTIFACTS)
     assert [row.key for row in ARTIFACTS.values()] == list(ARTIFACTS)
     assert len({(row.runtime, row.precision) for row in ARTIFACTS.values()}) == len(ARTIFACTS)
-    made = {row.key: row.file.replace("*", "sm90.trt11.4.0") for row in ARTIFACTS.values()}
-    listed = [*made.values(), *map(report_of, made.values()), "trt/timing.cache"]
+    files = {row.key: row.file.replace("*", "sm90.trt11.4.0") for row in ARTIFACTS.values()}
+    listed = [*files.values(), *map(report_of, files.values()), "trt/timing.cache"]
     for row in ARTIFACTS.values():
-        assert row.files(listed) == [made[row.key]]
+        assert row.files(listed) == [files[row.key]]
 
 
 @ROWS
@@ -73,7 +73,7 @@ def test_a_provider_runs_what_it_prefers(name: str) -> None:
 
 
 def test_every_provider_of_onnxruntime_can_be_asked_for() -> None:
-    assert set(session.PROVIDERS) == {name for name, each in PROVIDERS.items() if each.runtime == "onnxruntime"}
+    assert set(session.PROVIDERS) == {name for name, provider in PROVIDERS.items() if provider.runtime == "onnxruntime"}
 
 
 def test_an_unknown_key_names_the_nearest() -> None:
@@ -120,7 +120,7 @@ def test_what_this_machine_can_make_gives_torchs_features(row: Artifact, bundle:
         assert (rows.shape, rows.dtype) == ((count, 512), np.float32)
     assert verify(runner, Reference.of(student, images), gates=Gates.of(row.gate))["failures"] == []
     ours, torchs = runner(images)[EMBEDDING], student.embed(images).numpy()
-    ours, torchs = (each - torchs.mean(0) for each in (ours, torchs))
+    ours, torchs = (features - torchs.mean(0) for features in (ours, torchs))
     cosines = (ours * torchs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(torchs, axis=1)
     assert cosines.mean() > {"fp32": 0.9999, "fp16": 0.999, "int8": 0.95}[row.gate]
 
@@ -129,10 +129,10 @@ def test_what_this_machine_can_make_gives_torchs_features(row: Artifact, bundle:
 def test_what_is_not_there_is_one_line(row: Artifact, tmp_path: Path) -> None:
     empty = bundles.load(a_bundle(tmp_path / "empty"))
     for call in (runtimes.locate, open_artifact):
-        with pytest.raises(MvmrError) as caught:
+        with pytest.raises(MvmrError) as excinfo:
             call(row, empty)
-        assert "mvmr export" in str(caught.value)
-        assert "\n" not in str(caught.value)
+        assert "mvmr export" in str(excinfo.value)
+        assert "\n" not in str(excinfo.value)
 
 
 # A row that is new
@@ -155,8 +155,8 @@ def test_a_runtime_of_its_own_is_exported_served_shown_and_measured(
     engine = Engine.load(path, provider=provider)
     assert (engine.artifact, engine.precision, engine.at_once) == (row, "fp32", 2)
     np.testing.assert_allclose(engine(images), wanted, atol=1e-4)
-    (choice,) = (each for each in Engines(bundles.load(path)).choices if each.key == "other-fp32")
+    (choice,) = (option for option in Engines(bundles.load(path)).choices if option.key == "other-fp32")
     assert (choice.label, choice.why, choice.nbytes) == ("Other fp32", None, (path / row.file).stat().st_size)
     assert Engines(bundles.load(path)).get("other-fp32").dim == 512
-    measured = bench(path, batches=(1,), rounds=1, compiled=False)["rows"]
-    assert [each["engine"] for each in measured] == ["torch eager", "onnx fp32", "other fp32"]
+    measurements = bench(path, batches=(1,), rounds=1, compiled=False)["rows"]
+    assert [measurement["engine"] for measurement in measurements] == ["torch eager", "onnx fp32", "other fp32"]

@@ -40,17 +40,17 @@ def test_every_engine_has_its_row_and_every_other_its_reason(path: Path, tmp_pat
     argv = ["bench", "export", str(path), *several.split(), "--out", str(out)]
     result = CliRunner().invoke(main, argv)
     assert result.exit_code == 0, result.output
-    found = json.loads(out.read_text())
-    measured = [(row["engine"], row["threads"], row["batch"]) for row in found["rows"]]
+    content = json.loads(out.read_text())
+    cases = [(row["engine"], row["threads"], row["batch"]) for row in content["rows"]]
     engines = ("torch eager", "onnx fp16", BASE)
-    assert sorted(measured) == sorted((name, count, batch) for name in engines for count in (1, 2) for batch in (1, 3))
+    assert sorted(cases) == sorted((name, count, batch) for name in engines for count in (1, 2) for batch in (1, 3))
     assert torch.get_num_threads() == 1  # as it was before
-    for row in found["rows"]:
+    for row in content["rows"]:
         assert row["wall_ms"] > 0
         assert len(row["wall_ms_rounds"]) == 2
         if row["engine"] == BASE:
             assert (row["times_faster"], row["times_less_processor"]) == (1, 1)
-    assert found["not_measured"]["onnx int8"] == "not exported"
+    assert content["not_measured"]["onnx int8"] == "not exported"
     if not torch.cuda.is_available():
-        assert "needs an NVIDIA GPU" in found["not_measured"]["tensorrt fp16"]
+        assert "needs an NVIDIA GPU" in content["not_measured"]["tensorrt fp16"]
         assert "needs an NVIDIA GPU" in result.stderr

@@ -25,7 +25,7 @@ from mvmr.export.tensorrt import builder as engine_builder
 from mvmr.export.tensorrt import engine as tensorrt
 from mvmr.export.tensorrt import rtx_build, rtx_provider
 from tests.export import tensorrt_rtx
-from tests.export.exporting import FP16, refused
+from tests.export.exporting import FP16, refusal
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync", "once")
 
@@ -39,7 +39,7 @@ def test_an_engine_without_a_gpu_is_refused(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for package in (rtx_provider.PACKAGE, rtx_build.BINDINGS):
         monkeypatch.setitem(sys.modules, package, None)
-    message = refused(path, formats=["trt"])
+    message = refusal(path, formats=["trt"])
     assert "no CUDA device here" in message
     assert "mvmr export --fp16" in message
     assert "pip install 'mvmr[rtx]'" in message
@@ -48,23 +48,23 @@ def test_an_engine_without_a_gpu_is_refused(
 def test_tensorrt_for_rtx_without_its_bindings_is_refused(
     path: Path, nothing_computed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tensorrt_rtx.needed()
+    tensorrt_rtx.require_wheels()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(sys.modules, rtx_build.BINDINGS, None)
-    assert "is here without its Python bindings: pip install" in refused(path, formats=["trt"])
+    assert "is here without its Python bindings: pip install" in refusal(path, formats=["trt"])
 
 
 def test_a_tensorrt_that_is_broken_is_not_replaced_by_that_for_rtx(
     path: Path, nothing_computed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tensorrt_rtx.needed()
+    tensorrt_rtx.require_wheels()
 
-    def broken(gpu: object) -> None:
+    def fail(gpu: object) -> None:
         raise MvmrError("the package tensorrt cannot be loaded (libnvinfer.so.10: cannot open)")
 
     monkeypatch.setattr(tensorrt, "device", lambda: None)
-    monkeypatch.setattr(tensorrt, "package", broken)
-    assert "cannot be loaded (libnvinfer.so.10" in refused(path, formats=["trt"])
+    monkeypatch.setattr(tensorrt, "package", fail)
+    assert "cannot be loaded (libnvinfer.so.10" in refusal(path, formats=["trt"])
 
 
 def test_a_plug_in_of_tensorrt_for_rtx_that_does_not_fit_is_refused(
@@ -76,14 +76,14 @@ def test_a_plug_in_of_tensorrt_for_rtx_that_does_not_fit_is_refused(
         raise MvmrError("onnxruntime 1.2 cannot load TensorRT for RTX 1.7.1")
 
     monkeypatch.setattr(rtx_provider, "device", misfit)
-    assert "onnxruntime 1.2 cannot load TensorRT for RTX" in refused(path, formats=["trt"])
+    assert "onnxruntime 1.2 cannot load TensorRT for RTX" in refusal(path, formats=["trt"])
 
 
 def test_triton_takes_no_tensorrt_for_rtx(
     path: Path, nothing_computed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no CUDA device here" in refused(path, formats=["trt"], triton=tmp_path / "models")
+    assert "no CUDA device here" in refusal(path, formats=["trt"], triton=tmp_path / "models")
 
 
 # Engines
@@ -105,17 +105,17 @@ class Double:
     def find(self, bundle: Bundle) -> SimpleNamespace:
         return SimpleNamespace(path=bundle.file(self.NAME), sidecar={"tensorrt": "11.4.0"})
 
-    def Built(self, *, engine: bytes, timing_cache: bytes, sidecar: Mapping[str, Any]) -> SimpleNamespace:
+    def BuiltEngine(self, *, engine: bytes, timing_cache: bytes, sidecar: Mapping[str, Any]) -> SimpleNamespace:
         def to_files(report: Mapping[str, Any]) -> dict[str, bytes]:
-            told = json.dumps({**sidecar, "report": report}).encode()
-            return {self.NAME: engine, self.NAME.replace(".engine", ".json"): told, self.TIMING_CACHE: timing_cache}
+            text = json.dumps({**sidecar, "report": report}).encode()
+            return {self.NAME: engine, self.NAME.replace(".engine", ".json"): text, self.TIMING_CACHE: timing_cache}
 
         return SimpleNamespace(engine=engine, sidecar=sidecar, name=self.NAME, to_files=to_files)
 
     def build(self, fp16: bytes, *, timing_cache: bytes | None, **options: Any) -> SimpleNamespace:
         self.built += 1
         self.caches.append(timing_cache)
-        return self.Built(engine=fp16, timing_cache=b"timed", sidecar={"tensorrt": "11.4.0"})
+        return self.BuiltEngine(engine=fp16, timing_cache=b"timed", sidecar={"tensorrt": "11.4.0"})
 
     def Engine(self, plan: bytes, sidecar: Mapping[str, Any], *, onnx_sha256: str) -> Callable[..., Any]:
         session = Session(plan, threads=1)
@@ -137,9 +137,9 @@ def with_double(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Double:
 @pytest.mark.slow
 def test_an_engine_brings_its_onnx_along_and_is_built_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     double = with_double(monkeypatch)
-    found = export(path, formats=["trt"], batches=(2, 8, 32))
-    assert list(found) == ["fp16", "trt"]
-    assert found["trt"]["artifact"] == double.NAME
+    reports = export(path, formats=["trt"], batches=(2, 8, 32))
+    assert list(reports) == ["fp16", "trt"]
+    assert reports["trt"]["artifact"] == double.NAME
     assert double.sizes == {2, 3, 32}  # an engine takes no smaller batch than its profile's
     assert {double.NAME, double.TIMING_CACHE, f"{FP16}.onnx"} <= bundles.load(path).manifest.files.keys()
     export(path, formats=["trt"])
@@ -151,7 +151,7 @@ def test_an_engine_brings_its_onnx_along_and_is_built_once(path: Path, monkeypat
 
 def test_an_engine_that_drifts_is_not_put_in_place(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     double = with_double(monkeypatch, wrong=0.1)
-    message = refused(path, formats=["trt"])
+    message = refusal(path, formats=["trt"])
     assert message.startswith(f"{double.NAME} does not do what torch does: cosine_min")
     assert not bundles.load(path).manifest.files.keys() & {double.NAME, double.TIMING_CACHE}
     assert f"{FP16}.onnx" in bundles.load(path).manifest.files
@@ -161,7 +161,7 @@ def test_an_engine_that_drifts_is_not_put_in_place(path: Path, monkeypatch: pyte
 
 
 def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensorrt_rtx.needed()
+    tensorrt_rtx.require_wheels()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
@@ -181,13 +181,13 @@ def test_without_a_gpu_tensorrt_for_rtx_builds_what_has_been_verified(
     bundle = bundles.load(path)
     (name,) = (name for name in bundle.manifest.files if name.startswith("trt/"))
     assert name == f"trt/encoder.fp16.rtx{rtx_provider.version()}.json"
-    said = json.loads(bundle.file(name).read_text())
-    assert (said["passed"], said["artifact"], said["provider"]) == (None, f"{FP16}.onnx", "tensorrt-rtx")
-    assert said["onnx_sha256"] == said["sha256"] == bundle.manifest.files[f"{FP16}.onnx"]
-    assert said["bundle_space_id"] == bundle.space_id
-    assert said["profile"]["max"] == [64, 32, 32, 3]
-    assert said["bytes"] < said["engine_bytes"] < 1.25 * said["bytes"]
-    assert "needs an NVIDIA GPU and its driver" in said["not_run"]
+    content = json.loads(bundle.file(name).read_text())
+    assert (content["passed"], content["artifact"], content["provider"]) == (None, f"{FP16}.onnx", "tensorrt-rtx")
+    assert content["onnx_sha256"] == content["sha256"] == bundle.manifest.files[f"{FP16}.onnx"]
+    assert content["bundle_space_id"] == bundle.space_id
+    assert content["profile"]["max"] == [64, 32, 32, 3]
+    assert content["bytes"] < content["engine_bytes"] < 1.25 * content["bytes"]
+    assert "needs an NVIDIA GPU and its driver" in content["not_run"]
 
 
 @pytest.mark.parametrize("wrong", [0.0, 0.1])
@@ -195,21 +195,21 @@ def test_with_a_gpu_it_is_verified_as_it_is_served(path: Path, wrong: float, mon
     without_gpu(monkeypatch)  # to torch: the plug-in finds one
     providers = []
 
-    def opened(artifact: Artifact, bundle: Bundle, *, provider: str) -> Any:
+    def open_shifted(artifact: Artifact, bundle: Bundle, *, provider: str) -> Any:
         providers.append(provider)
         run, shift = Session(bundle.file(artifact.file)), wrong * np.arange(512, dtype=np.float32)
         return lambda images: {name: rows + shift for name, rows in run(images).items()}
 
-    monkeypatch.setattr(engine_builder, "open_artifact", opened)
+    monkeypatch.setattr(engine_builder, "open_artifact", open_shifted)
     monkeypatch.setattr(engine_builder, "check_provider", lambda provider: None)
     report_of = f"trt/encoder.fp16.rtx{rtx_provider.version()}.json"
     if wrong:
-        assert "does not do what torch does: cosine_min" in refused(path, formats=["trt"], images=16)
+        assert "does not do what torch does: cosine_min" in refusal(path, formats=["trt"], images=16)
         assert report_of not in bundles.load(path).manifest.files
     else:
-        found = export(path, formats=["trt"], images=16)["trt"]
-        assert found["passed"] is True
-        assert found["cosine_min"] > 0.9999
+        result = export(path, formats=["trt"], images=16)["trt"]
+        assert result["passed"] is True
+        assert result["cosine_min"] > 0.9999
         assert report_of in bundles.load(path).manifest.files
     assert providers == ["tensorrt-rtx"]
 
@@ -218,13 +218,13 @@ def test_an_operator_that_tensorrt_for_rtx_lacks(path: Path, monkeypatch: pytest
     without_gpu(monkeypatch)
     real = rtx_build.plan
 
-    def planted(trt: Any, fp16: bytes, *arguments: Any, **options: Any) -> Any:
+    def plan_with_fault(trt: Any, fp16: bytes, *arguments: Any, **options: Any) -> Any:
         model = onnx.ModelProto.FromString(fp16)
         next(node for node in model.graph.node if node.op_type == "Relu").op_type = "Rot13"
         return real(trt, model.SerializeToString(), *arguments, **options)
 
-    monkeypatch.setattr(rtx_build, "plan", planted)
-    assert "cannot parse the fp16 ONNX: Rot13 " in refused(path, formats=["trt"], images=16)
+    monkeypatch.setattr(rtx_build, "plan", plan_with_fault)
+    assert "cannot parse the fp16 ONNX: Rot13 " in refusal(path, formats=["trt"], images=16)
     files = bundles.load(path).manifest.files
     assert f"{FP16}.onnx" in files  # which had passed, and other providers run it
     assert not [name for name in files if name.startswith("trt/")]

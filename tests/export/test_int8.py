@@ -61,7 +61,7 @@ class Small(nn.Module):
         return torch.relu(self.layer("last", x)).mean((2, 3))
 
 
-def exported(encoder: nn.Module, width: int, images: Images) -> bytes:
+def export_float(encoder: nn.Module, width: int, images: Images) -> bytes:
     """A float file of an encoder whose batch norms have seen the images, with a head."""
     preprocess = Preprocess.for_size(SIZE)
     for part in encoder.modules():
@@ -94,29 +94,29 @@ def photos() -> tuple[Images, Images]:
 def fp32(photos: tuple[Images, Images]) -> bytes:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return exported(Small(), WIDTH, photos[0])
+        return export_float(Small(), WIDTH, photos[0])
 
 
 @pytest.fixture(scope="module")
-def quantised(fp32: bytes, photos: tuple[Images, Images]) -> bytes:
+def int8_file(fp32: bytes, photos: tuple[Images, Images]) -> bytes:
     return quantise(fp32, [photos[0]])
 
 
 @pytest.fixture(scope="module")
-def planted(fp32: bytes) -> bytes:
+def uneven(fp32: bytes) -> bytes:
     """The same function, but a channel between conv1 and conv2 is 1000 times as large."""
-    return scaled(
+    return multiply(
         fp32, ("conv1", 1, np.s_[0], 1e3), ("conv1", 2, np.s_[0], 1e3), ("conv2", 1, np.s_[:, 0], 1e-3)
     )  # fmt: skip
 
 
-def scaled(model: bytes, *changes: tuple[str, int, Any, float]) -> bytes:
+def multiply(model: bytes, *changes: tuple[str, int, Any, float]) -> bytes:
     """A file of which parts of a layer's weight (input 1) or bias (2) are multiplied by a number."""
     graph = (proto := onnx.ModelProto.FromString(model)).graph
     inputs = {node.name: node.input for node in graph.node}
     tensors = {tensor.name: tensor for tensor in graph.initializer}
-    for layer, place, part, factor in changes:
-        tensor = tensors[inputs[layer][place]]
+    for layer, index, part, factor in changes:
+        tensor = tensors[inputs[layer][index]]
         values = numpy_helper.to_array(tensor).copy()
         values[part] *= factor
         tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
@@ -127,9 +127,9 @@ def embed(model: bytes, images: Images) -> Floats:
     return Session(model)(images)["embedding"]
 
 
-def likeness(found: Floats, wanted: Floats) -> float:
+def likeness(actual: Floats, wanted: Floats) -> float:
     """Mean cosine after the mean of those wanted has been subtracted."""
-    a, b = found - wanted.mean(0), wanted - wanted.mean(0)
+    a, b = actual - wanted.mean(0), wanted - wanted.mean(0)
     return float(np.mean((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)))
 
 
@@ -138,8 +138,8 @@ def asking(fp32: bytes, images: Images, least: float) -> Callable[[bytes], dict[
     wanted = embed(fp32, images)
 
     def judge(model: bytes) -> dict[str, Any]:
-        found = likeness(embed(model, images), wanted)
-        return {"passed": found > least, "likeness": found}
+        cosine = likeness(embed(model, images), wanted)
+        return {"passed": cosine > least, "likeness": cosine}
 
     return judge
 
@@ -155,41 +155,41 @@ def weights(model: bytes) -> dict[str, tuple[onnx.NodeProto, npt.NDArray[Any]]]:
 
 
 def test_embeddings_of_other_images_are_close_to_floats(
-    fp32: bytes, quantised: bytes, photos: tuple[Images, Images]
+    fp32: bytes, int8_file: bytes, photos: tuple[Images, Images]
 ) -> None:
-    found, wanted = embed(quantised, photos[1]), embed(fp32, photos[1])
-    assert likeness(found, wanted) > 0.99
-    assert not np.array_equal(found, wanted)
-    shuffled = np.random.default_rng(0).permutation(len(found))
-    assert likeness(found[shuffled], wanted) < 0.5  # the measure tells images apart
+    actual, wanted = embed(int8_file, photos[1]), embed(fp32, photos[1])
+    assert likeness(actual, wanted) > 0.99
+    assert not np.array_equal(actual, wanted)
+    shuffled = np.random.default_rng(0).permutation(len(actual))
+    assert likeness(actual[shuffled], wanted) < 0.5  # the measure tells images apart
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 32, 63])
-def test_an_embedding_does_not_depend_on_its_batch(quantised: bytes, photos: tuple[Images, Images], size: int) -> None:
-    session = Session(quantised, threads=1)
+def test_an_embedding_does_not_depend_on_its_batch(int8_file: bytes, photos: tuple[Images, Images], size: int) -> None:
+    session = Session(int8_file, threads=1)
     together = session(photos[1])["embedding"]
     parts = [session(photos[1][start : start + size])["embedding"] for start in range(0, 64, size)]
     np.testing.assert_allclose(np.concatenate(parts), together, rtol=1e-5, atol=1e-6)
 
 
-def test_weights_are_int8_with_a_scale_for_each_channel(fp32: bytes, quantised: bytes) -> None:
-    graph = onnx.ModelProto.FromString(quantised).graph
+def test_weights_are_int8_with_a_scale_for_each_channel(fp32: bytes, int8_file: bytes) -> None:
+    graph = onnx.ModelProto.FromString(int8_file).graph
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     exact = weights(fp32)
     assert set(exact) == LAYERS
-    for name, (node, stored) in weights(quantised).items():
+    for name, (node, stored) in weights(int8_file).items():
         assert node.op_type == "DequantizeLinear"
         assert stored.dtype == np.int8
-        axis = {each.name: each.i for each in node.attribute}["axis"]
-        scale, zero = (constants[each] for each in node.input[1:])
+        axis = {entry.name: entry.i for entry in node.attribute}["axis"]
+        scale, zero = (constants[entry] for entry in node.input[1:])
         assert (axis, scale.shape) == (0, (len(stored),))
         assert not zero.any()
         scales = scale[:, None, None, None]
         assert (np.abs(stored * scales - exact[name][1]) <= scales * 0.501).all()
 
 
-def test_activations_are_uint8_and_outputs_are_not_quantised(quantised: bytes, photos: tuple[Images, Images]) -> None:
-    graph = onnx.ModelProto.FromString(quantised).graph
+def test_activations_are_uint8_and_outputs_are_not_quantised(int8_file: bytes, photos: tuple[Images, Images]) -> None:
+    graph = onnx.ModelProto.FromString(int8_file).graph
     kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
     steps = [node for node in graph.node if node.op_type == "QuantizeLinear"]
     assert {kinds[node.input[2]] for node in steps} == {TensorProto.UINT8}
@@ -199,27 +199,27 @@ def test_activations_are_uint8_and_outputs_are_not_quantised(quantised: bytes, p
     assert {makers[output.name] for output in graph.output}.isdisjoint({"DequantizeLinear", "QuantizeLinear"})
     heads = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     weight, bias = heads["heads.0.weight"], heads["heads.0.bias"]
-    outputs = Session(quantised)(photos[1])
+    outputs = Session(int8_file)(photos[1])
     np.testing.assert_allclose(outputs["logits_pets"], outputs["embedding"] @ weight.T + bias, rtol=1e-4, atol=1e-4)
 
 
-def test_the_contract_stays(fp32: bytes, quantised: bytes) -> None:
-    before, after = (onnx.ModelProto.FromString(each) for each in (fp32, quantised))
+def test_the_contract_stays(fp32: bytes, int8_file: bytes) -> None:
+    before, after = (onnx.ModelProto.FromString(content) for content in (fp32, int8_file))
     onnx.checker.check_model(after, full_check=True)
     assert list(after.graph.input) == list(before.graph.input)
     assert list(after.graph.output) == list(before.graph.output)
     assert list(after.opset_import) == list(before.opset_import)
     assert {entry.key: entry.value for entry in after.metadata_props} == METADATA | {"precision": "int8"}
     assert not any(tensor.external_data for tensor in after.graph.initializer)
-    assert len(quantised) < 0.6 * len(fp32)
-    session = Session(quantised)
+    assert len(int8_file) < 0.6 * len(fp32)
+    session = Session(int8_file)
     assert (session.size, session.dim, session.heads) == (SIZE, WIDTH, {"pets": CLASSES})
 
 
-def test_the_normalisation_has_its_numbers_for_every_pixel_of_a_row(fp32: bytes, quantised: bytes) -> None:
+def test_the_normalisation_has_its_numbers_for_every_pixel_of_a_row(fp32: bytes, int8_file: bytes) -> None:
     before, after = (
-        {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.ModelProto.FromString(each).graph.initializer}
-        for each in (fp32, quantised)
+        {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.ModelProto.FromString(model).graph.initializer}
+        for model in (fp32, int8_file)
     )
     names = [name for name, values in before.items() if values.shape == (3, 1, 1)]
     assert len(names) == 2  # a factor and a summand
@@ -229,8 +229,8 @@ def test_the_normalisation_has_its_numbers_for_every_pixel_of_a_row(fp32: bytes,
 
 
 def test_a_layer_kept_in_float_keeps_its_weights(fp32: bytes, photos: tuple[Images, Images]) -> None:
-    kept = weights(quantise(fp32, [photos[0]], keep_float=["conv2", "stem"]))
-    for name, (_, stored) in kept.items():
+    layers = weights(quantise(fp32, [photos[0]], keep_float=["conv2", "stem"]))
+    for name, (_, stored) in layers.items():
         if name in ("conv2", "stem"):
             assert np.array_equal(stored, weights(fp32)[name][1])
         else:
@@ -240,7 +240,7 @@ def test_a_layer_kept_in_float_keeps_its_weights(fp32: bytes, photos: tuple[Imag
 def test_the_same_in_other_batches_and_in_another_process_in_silence(
     fp32: bytes, photos: tuple[Images, Images], tmp_path: Path
 ) -> None:
-    model = scaled(fp32, ("conv1", 1, np.s_[1], 1e-9))  # a channel all but dead, which onnxruntime remarks upon
+    model = multiply(fp32, ("conv1", 1, np.s_[1], 1e-9))  # a channel all but dead, which onnxruntime remarks upon
     (tmp_path / "float.onnx").write_bytes(model)
     np.save(tmp_path / "images.npy", photos[0])
     code = (
@@ -253,17 +253,17 @@ def test_the_same_in_other_batches_and_in_another_process_in_silence(
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert run.stderr == ""
     handlers = list(logging.root.handlers)
-    here = quantise(model, np.split(photos[0], 5))
+    content = quantise(model, np.split(photos[0], 5))
     assert logging.root.handlers == handlers
-    assert run.stdout.split() == [hashlib.sha256(here).hexdigest(), "0", "False"]
-    left = {each.name for each in (tmp_path / "temporary").iterdir()}
-    assert left <= {".ses"}  # onnxruntime writes it when it is imported
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["float.onnx", "images.npy", "temporary"]
+    assert run.stdout.split() == [hashlib.sha256(content).hexdigest(), "0", "False"]
+    remains = {file.name for file in (tmp_path / "temporary").iterdir()}
+    assert remains <= {".ses"}  # onnxruntime writes it when it is imported
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["float.onnx", "images.npy", "temporary"]
 
 
-def test_search_stops_at_once_where_int8_will_do(fp32: bytes, quantised: bytes, photos: tuple[Images, Images]) -> None:
-    model, kept, trail = search(fp32, [photos[0]], asking(fp32, photos[1], 0.95))
-    assert (model, kept, len(trail)) == (quantised, [], 1)
+def test_search_stops_at_once_where_int8_will_do(fp32: bytes, int8_file: bytes, photos: tuple[Images, Images]) -> None:
+    model, float_layers, trail = search(fp32, [photos[0]], asking(fp32, photos[1], 0.95))
+    assert (model, float_layers, len(trail)) == (int8_file, [], 1)
     step = trail[0]
     assert step["passed"]
     assert step["kept_float"] == {}
@@ -274,57 +274,57 @@ def test_search_stops_at_once_where_int8_will_do(fp32: bytes, quantised: bytes, 
 
 
 def test_layers_that_quantise_badly_are_found_and_kept(
-    fp32: bytes, planted: bytes, photos: tuple[Images, Images]
+    fp32: bytes, uneven: bytes, photos: tuple[Images, Images]
 ) -> None:
-    np.testing.assert_allclose(embed(planted, photos[1]), embed(fp32, photos[1]), rtol=1e-3, atol=1e-3)
-    model, kept, trail = search(planted, [photos[0]], asking(fp32, photos[1], 0.98))
-    assert set(kept) == {"conv1", "conv2"}
+    np.testing.assert_allclose(embed(uneven, photos[1]), embed(fp32, photos[1]), rtol=1e-3, atol=1e-3)
+    model, float_layers, trail = search(uneven, [photos[0]], asking(fp32, photos[1], 0.98))
+    assert set(float_layers) == {"conv1", "conv2"}
     assert [step["passed"] for step in trail] == [False, False, True]
-    assert [list(step["kept_float"]) for step in trail] == [[], kept[:1], kept]
+    assert [list(step["kept_float"]) for step in trail] == [[], float_layers[:1], float_layers]
     assert trail[0]["noise"] > 5 * trail[-1]["noise"]
     assert trail[0]["bytes"] < trail[-1]["bytes"] == len(model)
-    assert {name for name, (_, stored) in weights(model).items() if stored.dtype == np.float32} == set(kept)
+    assert {name for name, (_, stored) in weights(model).items() if stored.dtype == np.float32} == set(float_layers)
 
 
 def test_search_gives_up_with_the_best_and_all_its_figures(fp32: bytes, photos: tuple[Images, Images]) -> None:
-    asked: list[bytes] = []
+    models: list[bytes] = []
 
     def never(model: bytes) -> dict[str, Any]:
-        asked.append(model)
+        models.append(model)
         return {"passed": False, "failures": ["never"]}
 
-    model, kept, trail = search(fp32, [photos[0]], never)
+    model, float_layers, trail = search(fp32, [photos[0]], never)
     assert [len(step["kept_float"]) for step in trail] == [0, 1, 2, 4]
     assert not any(step["passed"] for step in trail)
     best = min(range(4), key=lambda number: trail[number]["noise"])
-    assert model == asked[best]
-    assert kept == list(trail[best]["kept_float"])
+    assert model == models[best]
+    assert float_layers == list(trail[best]["kept_float"])
     alone = list(trail[3]["kept_float"].values())
     assert alone == sorted(alone, reverse=True)
     json.dumps(trail, allow_nan=False)
 
 
-def refused(fp32: bytes, images: Images, **options: Any) -> str:
-    with pytest.raises(MvmrError) as caught:
+def refusal(fp32: bytes, images: Images, **options: Any) -> str:
+    with pytest.raises(MvmrError) as excinfo:
         quantise(fp32, [images], **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    assert "\n" not in str(excinfo.value)
+    return str(excinfo.value)
 
 
 def test_bad_input_is_refused_before_calibrating(
-    fp32: bytes, quantised: bytes, photos: tuple[Images, Images], monkeypatch: pytest.MonkeyPatch
+    fp32: bytes, int8_file: bytes, photos: tuple[Images, Images], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(int8, "create_calibrator", lambda *args, **options: pytest.fail("began to calibrate"))
     good = photos[0]
-    assert "at least 100 real images" in refused(fp32, good[:99])
-    assert "got 99" in refused(fp32, good[:99])
-    assert "got 0" in refused(fp32, good[:0])
-    assert "uint8 [n, 32, 32, 3], these are float32" in refused(fp32, good.astype(np.float32))
-    assert "these are uint8 [120, 3, 32, 32]" in refused(fp32, np.ascontiguousarray(good.transpose(0, 3, 1, 2)))
-    assert "these are uint8 [120, 16, 16, 3]" in refused(fp32, good[:, ::2, ::2])
-    assert "did you mean 'conv1'" in refused(fp32, good, keep_float=["conv11"])
-    assert "nothing is left for int8" in refused(fp32, good, keep_float=sorted(LAYERS))
-    assert "made from the fp32 ONNX" in refused(quantised, good)
+    assert "at least 100 real images" in refusal(fp32, good[:99])
+    assert "got 99" in refusal(fp32, good[:99])
+    assert "got 0" in refusal(fp32, good[:0])
+    assert "uint8 [n, 32, 32, 3], these are float32" in refusal(fp32, good.astype(np.float32))
+    assert "these are uint8 [120, 3, 32, 32]" in refusal(fp32, np.ascontiguousarray(good.transpose(0, 3, 1, 2)))
+    assert "these are uint8 [120, 16, 16, 3]" in refusal(fp32, good[:, ::2, ::2])
+    assert "did you mean 'conv1'" in refusal(fp32, good, keep_float=["conv11"])
+    assert "nothing is left for int8" in refusal(fp32, good, keep_float=sorted(LAYERS))
+    assert "made from the fp32 ONNX" in refusal(int8_file, good)
 
 
 def test_a_full_disk_is_said(fp32: bytes, photos: tuple[Images, Images], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +332,7 @@ def test_a_full_disk_is_said(fp32: bytes, photos: tuple[Images, Images], monkeyp
         raise OSError(28, os.strerror(28), "ready.onnx")
 
     monkeypatch.setattr(int8, "quant_pre_process", full)
-    assert refused(fp32, photos[0]).startswith("disk full")
+    assert refusal(fp32, photos[0]).startswith("disk full")
 
 
 @pytest.mark.slow
@@ -341,7 +341,7 @@ def test_a_resnet_passes_and_its_layers_have_torchs_names(photos: tuple[Images, 
         torch.manual_seed(0)
         encoder = Resnet(name="resnet18").build()
         names = {name for name, part in encoder.named_modules() if isinstance(part, nn.Conv2d)}
-        fp32 = exported(encoder, 512, photos[0])
+        fp32 = export_float(encoder, 512, photos[0])
     model = quantise(fp32, [photos[0]], keep_float=["layer3.1.conv2"])
     kinds = {name: stored.dtype for name, (_, stored) in weights(model).items()}
     assert set(kinds) == names

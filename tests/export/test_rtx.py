@@ -82,11 +82,11 @@ class Plugin:
         session = self._real(model, providers=["CPUExecutionProvider"])
         run = session.run
 
-        def recorded(names: Sequence[str], feed: Mapping[str, np.ndarray]) -> Any:
+        def record(names: Sequence[str], feed: Mapping[str, np.ndarray]) -> Any:
             self.runs.append(len(feed["image"]))
             return run(names, feed)
 
-        session.run, session.get_providers = recorded, lambda: self.providers
+        session.run, session.get_providers = record, lambda: self.providers
         return session
 
 
@@ -97,10 +97,10 @@ def forget(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
 
 
 def settings(plugin: Plugin) -> Any:
-    found = SimpleNamespace(entries={})
-    found.add_session_config_entry = found.entries.__setitem__
-    found.add_provider_for_devices = lambda devices, options: plugin.calls.append(("add", devices, options))
-    return found
+    options = SimpleNamespace(entries={})
+    options.add_session_config_entry = options.entries.__setitem__
+    options.add_provider_for_devices = lambda devices, settings: plugin.calls.append(("add", devices, settings))
+    return options
 
 
 def device(number: int, name: str = rtx_provider.PROVIDER) -> Any:
@@ -120,10 +120,10 @@ def file(tmp_path: Path) -> Path:
 
 
 def refusal(call: Callable[..., object], *arguments: Any, **options: Any) -> str:
-    with pytest.raises(MvmrError) as caught:
+    with pytest.raises(MvmrError) as excinfo:
         call(*arguments, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    assert "\n" not in str(excinfo.value)
+    return str(excinfo.value)
 
 
 # A session
@@ -155,12 +155,12 @@ def test_a_session_is_started_by_the_plug_in_calls(plugin: Plugin, file: Path) -
 def test_a_batch_larger_than_it_compiled_for_goes_through_in_parts(
     count: int, parts: list[int], plugin: Plugin, file: Path
 ) -> None:
-    found = Session(file, provider="tensorrt-rtx")(images(count))
+    outputs = Session(file, provider="tensorrt-rtx")(images(count))
     assert plugin.runs == parts
     wanted = Session(file)(images(count))
-    assert list(found) == list(wanted)
+    assert list(outputs) == list(wanted)
     for name, rows in wanted.items():
-        np.testing.assert_array_equal(found[name], rows)
+        np.testing.assert_array_equal(outputs[name], rows)
 
 
 def test_the_calls_are_those_of_onnxruntime() -> None:
@@ -170,7 +170,7 @@ def test_the_calls_are_those_of_onnxruntime() -> None:
         real.add_provider_for_devices([], {"nv_runtime_cache_path": "folder"})
     with pytest.raises(Exception, match="nowhere"):
         onnxruntime.register_execution_provider_library(rtx_provider.PROVIDER, "/nowhere/plugin.so")
-    (cpu,) = (each for each in onnxruntime.get_ep_devices() if each.ep_name == "CPUExecutionProvider")
+    (cpu,) = (device for device in onnxruntime.get_ep_devices() if device.ep_name == "CPUExecutionProvider")
     assert isinstance(cpu.device.device_id, int)
     real.add_provider_for_devices([cpu], {})
     session = onnxruntime.InferenceSession(a_model(), real, providers=None, enable_fallback=0)
@@ -179,8 +179,8 @@ def test_the_calls_are_those_of_onnxruntime() -> None:
 
 def test_a_silent_fall_back_to_the_cpu_is_an_error(plugin: Plugin, file: Path) -> None:
     plugin.providers = ["CPUExecutionProvider"]
-    said = refusal(Session, file, provider="tensorrt-rtx")
-    assert said.startswith("onnxruntime fell back to CPUExecutionProvider from tensorrt-rtx")
+    reason = refusal(Session, file, provider="tensorrt-rtx")
+    assert reason.startswith("onnxruntime fell back to CPUExecutionProvider from tensorrt-rtx")
 
 
 def test_a_part_left_to_the_processor_is_an_error(
@@ -196,8 +196,8 @@ def test_a_part_left_to_the_processor_is_an_error(
         return plugin._real(model, theirs, providers=providers)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
-    said = refusal(Session, file, provider="tensorrt-rtx")
-    assert said == f"tensorrt-rtx leaves a part of {file} to the processor; use cpu, or another provider"
+    reason = refusal(Session, file, provider="tensorrt-rtx")
+    assert reason == f"tensorrt-rtx leaves a part of {file} to the processor; use cpu, or another provider"
     assert capfd.readouterr() == ("", "")
 
 
@@ -224,10 +224,10 @@ def test_kernels_go_to_the_cache_where_the_bundle_cannot_be_written(plugin: Plug
     beside = rtx_provider.kernels_of(file, plugin.gpus[0])
     beside.rmdir()
     beside.touch()  # no folder can be made there
-    found = rtx_provider.kernels_of(file, plugin.gpus[0])
-    assert found == cache / "tensorrt-rtx" / beside.name
-    assert found.is_dir()
-    assert rtx_provider.kernels_of(file.read_bytes(), plugin.gpus[0]) == found
+    folder = rtx_provider.kernels_of(file, plugin.gpus[0])
+    assert folder == cache / "tensorrt-rtx" / beside.name
+    assert folder.is_dir()
+    assert rtx_provider.kernels_of(file.read_bytes(), plugin.gpus[0]) == folder
     shutil.rmtree(cache / "tensorrt-rtx")
     (cache / "tensorrt-rtx").touch()
     assert "set MVMR_CACHE" in refusal(rtx_provider.kernels_of, file, plugin.gpus[0])
@@ -243,14 +243,14 @@ def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
 
 def test_a_provider_that_is_not_installed(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, rtx_provider.PACKAGE)
-    said = refusal(Session, file, provider="tensorrt-rtx")
-    assert said == (
+    reason = refusal(Session, file, provider="tensorrt-rtx")
+    assert reason == (
         "the provider tensorrt-rtx is not installed here: pip install 'mvmr[rtx]' (Linux on x86-64), or use cpu"
     )
 
 
 def test_a_machine_without_a_driver_by_the_real_plug_in(file: Path) -> None:
-    tensorrt_rtx.needed()
+    tensorrt_rtx.require_wheels()
     if ctypes.util.find_library("cuda"):
         pytest.skip("this machine has an NVIDIA driver")
     assert NEEDS_DRIVER in refusal(Session, file, provider="tensorrt-rtx")
@@ -263,17 +263,17 @@ def test_a_machine_without_a_driver_by_the_real_plug_in(file: Path) -> None:
 
 def test_a_driver_without_a_gpu_that_it_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: Path) -> None:
     Plugin(monkeypatch, tmp_path / "site", gpu=None)
-    said = refusal(Session, file, provider="tensorrt-rtx")
-    assert "TensorRT for RTX 1.7.1 finds no GPU here" in said
-    assert "compute capability 8.0" in said
+    reason = refusal(Session, file, provider="tensorrt-rtx")
+    assert "TensorRT for RTX 1.7.1 finds no GPU here" in reason
+    assert "compute capability 8.0" in reason
 
 
 def test_a_plug_in_that_does_not_fit_this_onnxruntime(plugin: Plugin, file: Path) -> None:
     plugin.refusal = STATE.Fail("[NvTensorRTRTX EP] Host ORT is too old.\nMinimum supported API version is 99")
-    said = refusal(Session, file, provider="tensorrt-rtx")
-    assert f"onnxruntime {onnxruntime.__version__} cannot load TensorRT for RTX 1.7.1" in said
-    assert "Host ORT is too old. Minimum supported API version is 99" in said
-    assert "pip install --upgrade onnxruntime onnxruntime-ep-nv-tensorrt-rtx-cu13" in said
+    reason = refusal(Session, file, provider="tensorrt-rtx")
+    assert f"onnxruntime {onnxruntime.__version__} cannot load TensorRT for RTX 1.7.1" in reason
+    assert "Host ORT is too old. Minimum supported API version is 99" in reason
+    assert "pip install --upgrade onnxruntime onnxruntime-ep-nv-tensorrt-rtx-cu13" in reason
 
 
 def test_a_library_that_the_program_around_us_registered_is_taken(plugin: Plugin, file: Path) -> None:
@@ -285,7 +285,7 @@ def test_a_library_that_the_program_around_us_registered_is_taken(plugin: Plugin
 
 
 @pytest.mark.parametrize(
-    ("libraries", "bindings", "told"),
+    ("libraries", "bindings", "message"),
     [
         (None, None, "is not installed here: pip install 'mvmr[rtx]'"),
         ("1.7.1", None, "1.7.1 is here without its Python bindings: pip install 'tensorrt-rtx-cu13-bindings==1.7.1.*'"),
@@ -298,13 +298,13 @@ def test_a_library_that_the_program_around_us_registered_is_taken(plugin: Plugin
     ],
 )
 def test_libraries_and_bindings_that_are_not_a_pair(
-    libraries: str | None, bindings: str | None, told: str, plugin: Plugin, monkeypatch: pytest.MonkeyPatch
+    libraries: str | None, bindings: str | None, message: str, plugin: Plugin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if libraries is None:
         without(monkeypatch, rtx_provider.PACKAGE)
     monkeypatch.setattr(rtx_build, "bindings_version", lambda: bindings)
-    assert rtx_build.installed() == bool(libraries or bindings)
-    assert told in refusal(rtx_build.package)
+    assert rtx_build.is_installed() == bool(libraries or bindings)
+    assert message in refusal(rtx_build.package)
 
 
 def test_bindings_that_do_not_load_say_why(plugin: Plugin, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_bindings_that_do_not_load_say_why(plugin: Plugin, monkeypatch: pytest.M
 
 
 def test_the_extra_brings_a_pair() -> None:
-    tensorrt_rtx.needed()
+    tensorrt_rtx.require_wheels()
     assert rtx_build.package().__version__ == rtx_build.bindings_version()
 
 

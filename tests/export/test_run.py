@@ -24,7 +24,7 @@ from mvmr.export.cli import export as command
 from mvmr.export.export import export
 from mvmr.export.onnx import builder, graph
 from mvmr.export.onnx.session import Session
-from tests.export.exporting import FP16, FP32, refused, report, state
+from tests.export.exporting import FP16, FP32, refusal, report, state
 from tests.export.students import a_bundle, patches
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync", "once")
@@ -44,12 +44,12 @@ def plant(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
 
 
 def scale(model: onnx.ModelProto, name: str, factor: float) -> None:
-    tensor = next(each for each in model.graph.initializer if each.name == name)
+    tensor = next(candidate for candidate in model.graph.initializer if candidate.name == name)
     values = numpy_helper.to_array(tensor)
     tensor.CopyFrom(numpy_helper.from_array((values * factor).astype(values.dtype), name))
 
 
-def broken(model: onnx.ModelProto) -> None:
+def double_weights(model: onnx.ModelProto) -> None:
     scale(model, "encoder.layer2.0.conv1.weight", 2.0)
 
 
@@ -57,7 +57,7 @@ def broken(model: onnx.ModelProto) -> None:
 
 
 def test_the_file_is_in_the_bundle_and_does_what_torch_does(path: Path) -> None:
-    found = export(path)
+    reports = export(path)
     now = bundles.load(path)  # checks the hash of every file
     assert {f"{FP32}.onnx", f"{FP32}.json"} <= now.manifest.files.keys()
     assert now.space_id == bundles.load(path).space_id
@@ -75,43 +75,48 @@ def test_the_file_is_in_the_bundle_and_does_what_torch_does(path: Path) -> None:
         "architecture": "resnet18",
         "embedding_dim": "512",
     }
-    assert report(path, FP32) == json.loads(json.dumps(found["onnx"]))
+    assert report(path, FP32) == json.loads(json.dumps(reports["onnx"]))
 
 
 def test_the_report_says_what_was_measured_on_what(path: Path) -> None:
     export(path, gates=["cosine_min=0.999"])
-    said = report(path, FP32)
-    assert said["passed"]
-    assert said["cosine_min"] > 0.99999
-    assert said["max_abs"] < 1e-4
-    assert said["gates"]["cosine_min"] == 0.999
-    assert (said["images"], said["data"], said["split"], said["held_out"]) == (256, "sample:patches", "test", True)
-    assert (said["opset"], said["provider"], said["precision"]) == (20, "cpu", "fp32")
-    assert said["bytes"] == (path / f"{FP32}.onnx").stat().st_size
-    assert said["sha256"] == bundles.load(path).manifest.files[f"{FP32}.onnx"]
-    assert said["versions"]["torch"] == torch.__version__.partition("+")[0]
+    content = report(path, FP32)
+    assert content["passed"]
+    assert content["cosine_min"] > 0.99999
+    assert content["max_abs"] < 1e-4
+    assert content["gates"]["cosine_min"] == 0.999
+    assert (content["images"], content["data"], content["split"], content["held_out"]) == (
+        256,
+        "sample:patches",
+        "test",
+        True,
+    )
+    assert (content["opset"], content["provider"], content["precision"]) == (20, "cpu", "fp32")
+    assert content["bytes"] == (path / f"{FP32}.onnx").stat().st_size
+    assert content["sha256"] == bundles.load(path).manifest.files[f"{FP32}.onnx"]
+    assert content["versions"]["torch"] == torch.__version__.partition("+")[0]
 
 
 def test_heads_come_along_by_name_or_all(path: Path) -> None:
-    found = export(path, heads="all", images=32)["onnx"]
+    result = export(path, heads="all", images=32)["onnx"]
     now = bundles.load(path)
     session, head = Session(now.file(f"{FP32}.onnx"), threads=1), now.head("photos")
     assert session.heads == {"photos": head.classes}
     outputs = session(patches(8))
     logits = outputs["embedding"] @ head.weight.T + head.bias
     np.testing.assert_allclose(outputs["logits_photos"], logits, rtol=1e-4, atol=1e-3)
-    figures = found["heads"]["photos"]
+    figures = result["heads"]["photos"]
     assert figures["agreement"] == 100
     assert figures["accuracy"] == figures["reference_accuracy"]
-    assert export(path, heads=["photos", "photos"], images=32)["onnx"]["sha256"] == found["sha256"]
+    assert export(path, heads=["photos", "photos"], images=32)["onnx"]["sha256"] == result["sha256"]
 
 
 def test_fp16_is_judged_as_a_gpu_would_compute_it(path: Path) -> None:
-    said = export(path, formats=["fp16"])["fp16"]
-    assert said["passed"]
-    assert said["rounded"] is True
-    assert 0.9995 < said["cosine_min"] < said["file_on_cpu"]["cosine_min"]
-    assert said["bytes"] < 0.6 * (path / "encoder.safetensors").stat().st_size
+    result = export(path, formats=["fp16"])["fp16"]
+    assert result["passed"]
+    assert result["rounded"] is True
+    assert 0.9995 < result["cosine_min"] < result["file_on_cpu"]["cosine_min"]
+    assert result["bytes"] < 0.6 * (path / "encoder.safetensors").stat().st_size
     assert Session(bundles.load(path).file(f"{FP16}.onnx")).metadata["precision"] == "fp16"
 
 
@@ -122,15 +127,15 @@ def test_a_failed_export_leaves_the_earlier_file_and_a_report(path: Path, monkey
     export(path, images=16)
     before = state(path)
     with monkeypatch.context() as patch:
-        plant(patch, broken)
-        message = refused(path)
+        plant(patch, double_weights)
+        message = refusal(path)
     left = path / f"{FP32}.failed.json"
     assert message.startswith(f"{FP32}.onnx does not do what torch does: cosine_min ")
     assert "wanted above 0.99999; it drifts first at layer2.0.conv1 (relative error " in message
     assert str(left) in message
-    said = json.loads(left.read_text())
-    assert not said["passed"]
-    assert said["drift"]["layer"] == "layer2.0.conv1"
+    content = json.loads(left.read_text())
+    assert not content["passed"]
+    assert content["drift"]["layer"] == "layer2.0.conv1"
     left.unlink()
     assert state(path) == before
     bundles.load(path)
@@ -138,8 +143,8 @@ def test_a_failed_export_leaves_the_earlier_file_and_a_report(path: Path, monkey
 
 def test_the_next_success_takes_the_failure_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        plant(patch, broken)
-        refused(path)
+        plant(patch, double_weights)
+        refusal(path)
     assert f"{FP32}.onnx" not in bundles.load(path).manifest.files
     assert os.listdir(path / "onnx") == ["encoder.fp32.failed.json"]
     export(path, images=16)
@@ -147,16 +152,16 @@ def test_the_next_success_takes_the_failure_away(path: Path, monkeypatch: pytest
 
 
 def test_a_gate_that_nothing_passes(path: Path) -> None:
-    assert "cosine_min 1, wanted above 2" in refused(path, gates=["cosine_min=2"])
+    assert "cosine_min 1, wanted above 2" in refusal(path, gates=["cosine_min=2"])
     assert not (path / f"{FP32}.onnx").exists()
 
 
 @pytest.mark.slow
 def test_a_file_of_another_student_is_called_stale(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = bundles.load(a_bundle(tmp_path / "other", seed=1))
-    content = graph.to_onnx(other.student(), metadata=metadata(other, [], "fp32"))
+    stranger = bundles.load(a_bundle(tmp_path / "other", seed=1))
+    content = graph.to_onnx(stranger.student(), metadata=metadata(stranger, [], "fp32"))
     monkeypatch.setattr(builder, "to_onnx", lambda *arguments, **options: content)
-    message = refused(path)
+    message = refusal(path)
     assert "it is stale, made from another student: bundle_hash" in message
     assert "cosine_min" in message
     assert "drifts first at conv1" in message
@@ -164,13 +169,13 @@ def test_a_file_of_another_student_is_called_stale(path: Path, tmp_path: Path, m
 
 @pytest.mark.slow
 def test_a_layer_that_overflows_in_half_is_refused_in_fp16_only(tmp_path: Path) -> None:
-    def scaled(encoder: nn.Module) -> None:
+    def scale_layer(encoder: nn.Module) -> None:
         first, after = (encoder.get_submodule(f"layer1.1.{name}") for name in ("bn1", "conv2"))
         for tensor, factor in ((first.weight, 1e5), (first.bias, 1e5), (after.weight, 1e-5)):
             tensor *= factor
 
-    path = a_bundle(tmp_path / "large", change=scaled)
-    message = refused(path, formats=["onnx", "fp16"])
+    path = a_bundle(tmp_path / "large", change=scale_layer)
+    message = refusal(path, formats=["onnx", "fp16"])
     assert message.startswith(f"{FP16}.onnx does not do what torch does: ")
     assert "holds NaN or infinity" in message
     assert "drifts first at layer1.1.conv1 (not finite)" in message
@@ -229,7 +234,7 @@ def test_killed_in_the_middle_nothing_is_half_written(path: Path, moment: int) -
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"formats": ["onxx"]}, "unknown format 'onxx'; did you mean 'onnx'"),
         ({"formats": []}, "no format to export"),
@@ -243,10 +248,10 @@ def test_killed_in_the_middle_nothing_is_half_written(path: Path, moment: int) -
     ],
 )
 def test_what_cannot_be_exported_is_refused_before_anything_is_computed(
-    path: Path, options: dict[str, Any], said: str, nothing_computed: None
+    path: Path, options: dict[str, Any], message: str, nothing_computed: None
 ) -> None:
     before = state(path)
-    assert said in refused(path, **options)
+    assert message in refusal(path, **options)
     assert state(path) == before
 
 
@@ -254,12 +259,12 @@ def test_a_missing_package_is_named_with_its_extra(
     path: Path, nothing_computed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attempt, "find_spec", lambda package: None)
-    assert "'onnxscript', not installed here: pip install 'mvmr[export]'" in refused(path)
+    assert "'onnxscript', not installed here: pip install 'mvmr[export]'" in refusal(path)
 
 
 def test_damaged_weights_are_refused(path: Path, nothing_computed: None) -> None:
     (path / "encoder.safetensors").write_bytes(b"weightz")
-    assert "encoder.safetensors has changed since it was written" in refused(path)
+    assert "encoder.safetensors has changed since it was written" in refusal(path)
 
 
 # The command
@@ -288,11 +293,11 @@ def test_without_a_bundle_the_newest_and_without_a_format_onnx(path: Path, monke
 
 @pytest.mark.slow
 def test_int8_of_real_images(path: Path) -> None:
-    said = export(path, formats=["int8"], heads="all", gates=["accuracy_drop=100"])["int8"]
-    assert said["passed"]
-    assert said["calibration"] == {"data": "sample:patches", "split": "unlabelled", "images": 256}
-    assert said["search"][-1]["passed"]
-    assert said["kept_float"] == list(said["search"][-1]["kept_float"])
+    result = export(path, formats=["int8"], heads="all", gates=["accuracy_drop=100"])["int8"]
+    assert result["passed"]
+    assert result["calibration"] == {"data": "sample:patches", "split": "unlabelled", "images": 256}
+    assert result["search"][-1]["passed"]
+    assert result["kept_float"] == list(result["search"][-1]["kept_float"])
     now = bundles.load(path)
     session = Session(now.file("onnx/encoder.int8.onnx"))
     assert session.metadata["precision"] == "int8"
@@ -303,6 +308,6 @@ def test_int8_of_real_images(path: Path) -> None:
 @pytest.mark.slow
 def test_resnet50_at_224(tmp_path: Path) -> None:
     path = a_bundle(tmp_path / "large", size=224, backbone="resnet50")
-    found = export(path, formats=["onnx", "fp16"], images=32)
-    assert found["onnx"]["max_abs"] < 1e-4
-    assert found["fp16"]["cosine_min"] > 0.9995
+    reports = export(path, formats=["onnx", "fp16"], images=32)
+    assert reports["onnx"]["max_abs"] < 1e-4
+    assert reports["fp16"]["cosine_min"] > 0.9995

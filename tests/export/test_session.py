@@ -62,20 +62,20 @@ def images(count: int) -> np.ndarray:
 
 
 def refusal(model: Path | bytes, **options: Any) -> str:
-    with pytest.raises(MvmrError) as caught:
+    with pytest.raises(MvmrError) as excinfo:
         Session(model, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    assert "\n" not in str(excinfo.value)
+    return str(excinfo.value)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 64])
 def test_a_batch_of_any_size_gives_every_output_by_name(count: int) -> None:
-    found = Session(a_model(), threads=1)(images(count))
+    outputs = Session(a_model(), threads=1)(images(count))
     colour = images(count).astype(np.float32).mean((1, 2)) if count else np.empty((0, 3), np.float32)
-    assert list(found) == ["embedding", "logits_pets"]
-    np.testing.assert_allclose(found["embedding"], colour, rtol=1e-5)
-    np.testing.assert_allclose(found["logits_pets"], colour @ WEIGHT, rtol=1e-4, atol=1e-3)
-    assert {each.dtype for each in found.values()} == {np.dtype(np.float32)}
+    assert list(outputs) == ["embedding", "logits_pets"]
+    np.testing.assert_allclose(outputs["embedding"], colour, rtol=1e-5)
+    np.testing.assert_allclose(outputs["logits_pets"], colour @ WEIGHT, rtol=1e-4, atol=1e-3)
+    assert {rows.dtype for rows in outputs.values()} == {np.dtype(np.float32)}
 
 
 def test_it_says_what_the_file_is(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_other_arrays_are_refused(wrong: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"image": ("image", BYTES, ["batch", 3, SIZE, SIZE])}, "instead of image uint8 [N, S, S, 3]"),
         ({"image": ("image", FLOAT, ["batch", SIZE, SIZE, 3])}, "takes image tensor(float)"),
@@ -107,10 +107,10 @@ def test_other_arrays_are_refused(wrong: np.ndarray) -> None:
         ({"metadata": METADATA | {"heads": "{}"}}, "gives {'logits_pets': 2} where its metadata say {}"),
     ],
 )
-def test_a_file_of_another_contract_is_refused(changes: dict[str, Any], said: str) -> None:
-    message = refusal(a_model(**changes))
-    assert said in message
-    assert "export" in message
+def test_a_file_of_another_contract_is_refused(changes: dict[str, Any], message: str) -> None:
+    reason = refusal(a_model(**changes))
+    assert message in reason
+    assert "export" in reason
 
 
 def test_preprocessing_that_the_file_does_not_say_is_one_line() -> None:
@@ -136,7 +136,7 @@ def with_weights_elsewhere(folder: Path) -> Path:
     """A model whose weights lie in a file beside it."""
     folder.mkdir()
     model = onnx.load_from_string(a_model())
-    (weight,) = (each for each in model.graph.initializer if each.name == "weight")
+    (weight,) = (tensor for tensor in model.graph.initializer if tensor.name == "weight")
     onnx.external_data_helper.set_external_data(weight, "side.bin")
     (folder / "side.bin").write_bytes(weight.raw_data)
     weight.ClearField("raw_data")
@@ -176,8 +176,8 @@ def test_an_engine_that_a_provider_compiled_is_refused() -> None:
 
 def test_words_that_only_look_like_a_reference_are_no_hindrance() -> None:
     classes = ("location", "EPContext")
-    says = METADATA | {"heads": json.dumps({"pets": classes}), "note": "location, EPContext"}
-    assert Session(a_model(metadata=says)).heads == {"pets": classes}
+    metadata = METADATA | {"heads": json.dumps({"pets": classes}), "note": "location, EPContext"}
+    assert Session(a_model(metadata=metadata)).heads == {"pets": classes}
 
 
 @pytest.mark.parametrize("heads", ['{"pets": 2}', '{"pets": [1, 2]}', '{"pets": "ab"}', "[]", "[" * 100_000, "3"])
@@ -214,7 +214,7 @@ def test_onnxruntimes_tensorrt_keeps_the_engines_of_each_file_apart(
     """It names them after the graph: a student trained again would be given the old one's."""
     real, names, folders = onnxruntime.InferenceSession, ["TensorrtExecutionProvider", "CUDAExecutionProvider"], []
 
-    def recorded(model: bytes, settings: Any, *, providers: Any, **_: Any) -> Any:
+    def record(model: bytes, settings: Any, *, providers: Any, **_: Any) -> Any:
         assert [name for name, _ in providers] == names
         folders.append(providers[0][1]["trt_engine_cache_path"])
         session = real(model, settings, providers=["CPUExecutionProvider"])
@@ -222,7 +222,7 @@ def test_onnxruntimes_tensorrt_keeps_the_engines_of_each_file_apart(
         return session
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
-    monkeypatch.setattr(onnxruntime, "InferenceSession", recorded)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", record)
     for model in (a_model(), a_model(), a_model(metadata={**METADATA, "bundle_hash": "1"})):
         Session(model, provider="tensorrt")
     assert folders[0] == folders[1] != folders[2]
@@ -230,19 +230,19 @@ def test_onnxruntimes_tensorrt_keeps_the_engines_of_each_file_apart(
 
 
 def test_threads_are_as_asked_and_never_spin(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, seen = onnxruntime.InferenceSession, []
+    real, threads = onnxruntime.InferenceSession, []
 
-    def recorded(model: bytes, settings: Any, **options: Any) -> Any:
-        seen.append(
+    def record(model: bytes, settings: Any, **options: Any) -> Any:
+        threads.append(
             (settings.intra_op_num_threads, settings.get_session_config_entry("session.intra_op.allow_spinning"))
         )
         return real(model, settings, **options)
 
-    monkeypatch.setattr(onnxruntime, "InferenceSession", recorded)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", record)
     monkeypatch.setattr("mvmr.export.onnx.session.usable_cores", lambda: 3)
     Session(a_model())
     Session(a_model(), threads=1)
-    assert seen == [(3, "0"), (1, "0")]
+    assert threads == [(3, "0"), (1, "0")]
 
 
 def test_a_service_needs_no_torch(tmp_path: Path) -> None:

@@ -74,12 +74,12 @@ def test_an_engine_says_where_it_came_from(version, card):
 
 
 @pytest.mark.parametrize(
-    ("kept", "tried"),
+    ("cache", "tried"),
     [(None, [b""]), (b"kept", [b"kept"]), (b"of another GPU", [b"of another GPU", b""])],
 )
-def test_a_timing_cache_is_handed_over_and_one_that_does_not_fit_is_replaced(kept, tried, card):
+def test_a_timing_cache_is_handed_over_and_one_that_does_not_fit_is_replaced(cache, tried, card):
     trt = Double()
-    assert tensorrt.build(fp16(), size=SIDE, timing_cache=kept, trt=trt).timing_cache == b"timed"
+    assert tensorrt.build(fp16(), size=SIDE, timing_cache=cache, trt=trt).timing_cache == b"timed"
     assert [call[1] for call in trt.calls if call[0] == "create_timing_cache"] == tried
     assert [call for call in trt.calls if call[0] == "set_timing_cache"] == [("set_timing_cache", False)] * len(tried)
 
@@ -194,22 +194,22 @@ def sidecar_of(plan: bytes = b"plan", **changes: object) -> dict[str, object]:
     }
 
 
-def loaded(trt: Double) -> tensorrt.Engine:
+def load(trt: Double) -> tensorrt.Engine:
     return tensorrt.Engine(b"plan", sidecar_of(), onnx_sha256="a" * 64, trt=trt)
 
 
 def test_an_engine_gives_what_it_wrote_for_every_image(card):
     trt = Double()
-    engine = loaded(trt)
+    engine = load(trt)
     assert (engine.size, engine.dim, engine.batches, engine.outputs) == (SIDE, DIM, (2, 6), ("embedding", "logits_x"))
     images = np.random.default_rng(0).integers(0, 256, (3, SIDE, SIDE, 3), np.uint8)
     images.flags.writeable = False
     waited = Stream.waited
-    found = engine(images)
+    outputs = engine(images)
     expected = images.reshape(3, -1).sum(axis=1, dtype=np.float32)[:, None] + np.arange(DIM)
-    np.testing.assert_array_equal(found["embedding"], expected)
-    np.testing.assert_array_equal(found["logits_x"], -expected)
-    assert {array.dtype for array in found.values()} == {np.dtype(np.float32)}
+    np.testing.assert_array_equal(outputs["embedding"], expected)
+    np.testing.assert_array_equal(outputs["logits_x"], -expected)
+    assert {array.dtype for array in outputs.values()} == {np.dtype(np.float32)}
     assert Stream.waited == waited + 1
     assert trt.calls == [
         ("Runtime",),
@@ -273,7 +273,7 @@ def test_an_engine_file_that_is_gone(card, tmp_path):
     ],
 )
 def test_an_engine_that_tensorrt_refuses_or_that_is_not_ours(answers, text, card):
-    assert text in refusal(loaded, Double(**answers))
+    assert text in refusal(load, Double(**answers))
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_an_engine_that_tensorrt_refuses_or_that_is_not_ours(answers, text, card
 )
 def test_images_that_do_not_fit_the_engine_are_refused(shape, kind, text, card):
     trt = Double()
-    engine = loaded(trt)
+    engine = load(trt)
     before = len(trt.calls)
     assert text in refusal(engine, np.zeros(shape, kind))
     assert len(trt.calls) == before
@@ -297,7 +297,7 @@ def test_images_that_do_not_fit_the_engine_are_refused(shape, kind, text, card):
 
 @pytest.mark.parametrize("call", ["set_input_shape", "set_tensor_address", "execute_async_v3"])
 def test_a_run_that_fails_is_an_error_not_an_answer(call, card):
-    engine = loaded(Double(**{call: False}))
+    engine = load(Double(**{call: False}))
     assert "could not run the batch" in refusal(engine, np.zeros((2, SIDE, SIDE, 3), np.uint8))
 
 
@@ -321,8 +321,8 @@ def test_gpu_a_real_engine_gives_what_torch_gives(tmp_path, record_property):
         for _ in range(20):
             engine(images[:batch])
         record_property(f"ms_at_batch_{batch}", (time.perf_counter() - start) / 20 * 1000)
-    again = tensorrt.build(model, size=32, batches=(1, 8, 64), timing_cache=built.timing_cache)
-    assert again.sidecar["onnx_sha256"] == built.sidecar["onnx_sha256"]
+    second = tensorrt.build(model, size=32, batches=(1, 8, 64), timing_cache=built.timing_cache)
+    assert second.sidecar["onnx_sha256"] == built.sidecar["onnx_sha256"]
     damaged = bytearray(built.engine)
     damaged[len(damaged) // 2] ^= 255
     assert "is damaged" in refusal(tensorrt.Engine, bytes(damaged), built.sidecar, onnx_sha256=sha256(model))

@@ -43,11 +43,11 @@ def arguments(method: Any) -> list[str]:
     return [parameter.name for parameter in listed]
 
 
-def accepts(overload: str, given: list[str]) -> bool:
+def accepts(overload: str, arguments: list[str]) -> bool:
     """Whether the overload "name(first, second=)" may be called with these arguments, in this order."""
     wanted = re.findall(r"\w+=?", overload.partition("(")[2])
     required = [name for name in wanted if not name.endswith("=")]
-    return len(given) >= len(required) and given == [name.rstrip("=") for name in wanted][: len(given)]
+    return len(arguments) >= len(required) and arguments == [name.rstrip("=") for name in wanted][: len(arguments)]
 
 
 @pytest.mark.parametrize("version", SURFACES)
@@ -87,9 +87,9 @@ def test_every_name_that_we_take_from_tensorrt_exists(version):
     surface = SURFACES[version]
     used = {".".join(chain[1:]) for module in MODULES for chain in chains(module) if chain[0] == "trt"}
     enums = {f"{enum}.{member}" for enum, members in surface["enums"].items() for member in members}
-    known = enums | set(surface["enums"]) | set(surface["classes"]) | {"__version__", "ILogger.__init__"}
+    names = enums | set(surface["enums"]) | set(surface["classes"]) | {"__version__", "ILogger.__init__"}
     assert {"Builder", "OnnxParser", "Runtime", "MemoryPoolType.WORKSPACE", "DataType.UINT8"} <= used
-    assert used <= known
+    assert used <= names
 
 
 # The variables that hold TensorRT's objects in our modules.
@@ -99,7 +99,7 @@ OBJECTS = {
     "config": "IBuilderConfig",
     "shapes": "IOptimizationProfile",
     "cache": "ITimingCache",
-    "refused": "ParserError",
+    "parser_error": "ParserError",
     "engine": "ICudaEngine",
     "context": "IExecutionContext",
     "self._engine": "ICudaEngine",
@@ -116,8 +116,8 @@ def test_every_member_of_an_object_that_we_use_exists(version):
             used.add((OBJECTS[holder], member))
     assert {kind for kind, _ in used} == set(OBJECTS.values())
     classes = SURFACES[version]["classes"]
-    known = {(kind, entry.partition("(")[0]) for kind in classes for entry in classes[kind]}
-    assert used - known == set()
+    members = {(kind, entry.partition("(")[0]) for kind in classes for entry in classes[kind]}
+    assert used - members == set()
 
 
 def test_the_list_tells_the_versions_apart():

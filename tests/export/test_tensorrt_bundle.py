@@ -25,38 +25,38 @@ from tests.export.tensorrt_double import DIM, VERSION, Double, fp16, refusal, sh
 # In a bundle
 
 
-def test_an_engine_is_found_again_and_loads(made, card):
+def test_an_engine_is_found_again_and_loads(engine_bundle, card):
     trt, model = Double(), fp16()
-    bundle = bundles.load(with_engine(made, model, trt).path)
+    bundle = bundles.load(with_engine(engine_bundle, model, trt).path)
     assert tensorrt.needs_rebuild(bundle, trt=trt) is None
     assert tensorrt.needs_rebuild(bundle, batches=tensorrt.BATCHES, trt=trt) is None
-    found = tensorrt.find(bundle, trt=trt)
-    assert found.path == made.path / "trt/encoder.fp16.sm90.trt11.4.0.engine"
-    assert found.onnx_sha256 == sha256(model)
-    assert found.sidecar["report"] == {"cosine_min": 0.9999}
+    stored = tensorrt.find(bundle, trt=trt)
+    assert stored.path == engine_bundle.path / "trt/encoder.fp16.sm90.trt11.4.0.engine"
+    assert stored.onnx_sha256 == sha256(model)
+    assert stored.sidecar["report"] == {"cosine_min": 0.9999}
     assert bundle.file(tensorrt.TIMING_CACHE).read_bytes() == b"timed"
-    engine = tensorrt.Engine.load(found.path, found.sidecar, onnx_sha256=found.onnx_sha256, trt=trt)
+    engine = tensorrt.Engine.load(stored.path, stored.sidecar, onnx_sha256=stored.onnx_sha256, trt=trt)
     assert engine.dim == DIM
 
 
-def test_a_bundle_says_why_it_has_no_engine_for_this_machine(made, card):
+def test_a_bundle_says_why_it_has_no_engine_for_this_machine(engine_bundle, card):
     trt = Double()
-    assert "has no onnx/encoder.fp16.onnx" in tensorrt.needs_rebuild(made, trt=trt)
-    bundle = bundles.add_files(made, {tensorrt.ONNX: fp16()})
+    assert "has no onnx/encoder.fp16.onnx" in tensorrt.needs_rebuild(engine_bundle, trt=trt)
+    bundle = bundles.add_files(engine_bundle, {tensorrt.ONNX: fp16()})
     assert "no engine for this machine (NVIDIA H100, compute capability 9.0, TensorRT 11.4.0); it has none" in refusal(
         tensorrt.find, bundle, trt=trt
     )
-    bundle = with_engine(made, fp16(), trt)
+    bundle = with_engine(engine_bundle, fp16(), trt)
     assert "was not built for the batches (1, 8, 128)" in tensorrt.needs_rebuild(bundle, batches=(1, 8, 128), trt=trt)
-    other = Double("10.16.1.11")
-    message = refusal(tensorrt.find, bundle, trt=other)
+    double = Double("10.16.1.11")
+    message = refusal(tensorrt.find, bundle, trt=double)
     assert "TensorRT 10.16.1); it has encoder.fp16.sm90.trt11.4.0.engine; rebuild it here" in message
-    assert message.endswith(f"mvmr export {made.path} --trt --rebuild")
+    assert message.endswith(f"mvmr export {engine_bundle.path} --trt --rebuild")
 
 
-def test_a_student_exported_again_makes_its_engine_stale(made, card):
+def test_a_student_exported_again_makes_its_engine_stale(engine_bundle, card):
     trt = Double()
-    bundle = with_engine(made, fp16(), trt)
+    bundle = with_engine(engine_bundle, fp16(), trt)
     bundle = bundles.add_files(bundle, {tensorrt.ONNX: fp16(bundle_hash="7" * 64)})
     assert "built from another fp16 ONNX" in tensorrt.needs_rebuild(bundle, trt=trt)
 
@@ -68,9 +68,9 @@ def test_the_provider_of_onnxruntime_gets_a_folder_to_each_onnx_file(tmp_path):
     assert options["trt_profile_max_shapes"] == "image:64x224x224x3"
     assert options["trt_engine_cache_enable"] == options["trt_timing_cache_enable"] == "1"
     assert "trt_fp16_enable" not in options
-    other = tensorrt.tensorrt_provider_options(tmp_path, (1, 8, 64), 224, onnx_sha256="b" * 64)
-    assert Path(other["trt_engine_cache_path"]).parent == Path(options["trt_engine_cache_path"]).parent == tmp_path
-    assert other["trt_engine_cache_path"] != options["trt_engine_cache_path"]
+    others = tensorrt.tensorrt_provider_options(tmp_path, (1, 8, 64), 224, onnx_sha256="b" * 64)
+    assert Path(others["trt_engine_cache_path"]).parent == Path(options["trt_engine_cache_path"]).parent == tmp_path
+    assert others["trt_engine_cache_path"] != options["trt_engine_cache_path"]
 
 
 # NVIDIA's own builder, without a GPU
@@ -87,14 +87,14 @@ def resnet18() -> bytes:
 @pytest.fixture
 def rtx(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The bindings of TensorRT for RTX, in which timing caches are deprecated and do nothing."""
-    tensorrt_rtx.needed()
+    tensorrt_rtx.require_wheels()
     monkeypatch.setattr(tensorrt_build, "device", lambda: tensorrt_rtx.NO_GPU)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Use Deprecated in TensorRT-RTX", DeprecationWarning)
         yield rtx_build.package()
 
 
-def planted(model: bytes, operator: str, domain: str = "") -> bytes:
+def plant(model: bytes, operator: str, domain: str = "") -> bytes:
     """The model with its second ReLU replaced by an operator that TensorRT does not have."""
     graph = onnx.load_model_from_string(model)
     node = [node for node in graph.graph.node if node.op_type == "Relu"][1]
@@ -114,9 +114,9 @@ def test_tensorrts_own_builder_takes_a_resnet18(resnet18, rtx):
     assert all(name in built.engine for name in (b"image", b"embedding", b"logits_x"))
     assert built.sidecar["tensorrt"] == rtx.__version__
     assert built.sidecar["engine_sha256"] == sha256(built.engine)
-    other = tensorrt.build(resnet18, size=32, batches=(2, 3, 200), timing_cache=b"junk", trt=rtx)
-    assert other.sidecar["profile"]["max"] == [200, 32, 32, 3]
-    assert other.engine != built.engine
+    second = tensorrt.build(resnet18, size=32, batches=(2, 3, 200), timing_cache=b"junk", trt=rtx)
+    assert second.sidecar["profile"]["max"] == [200, 32, 32, 3]
+    assert second.engine != built.engine
 
 
 @pytest.mark.slow
@@ -139,7 +139,7 @@ def test_the_data_centres_bindings_take_our_calls(resnet18, tmp_path):
     [("Rot13", "mvmr.test", "Plugin not found"), ("Rot13", "", "Plugin not found"), ("Det", "", "Det planted: false")],
 )
 def test_an_operator_that_tensorrt_lacks_is_named_in_its_words(operator, domain, text, resnet18, rtx):
-    message = refusal(tensorrt.build, planted(resnet18, operator, domain), size=32, trt=rtx)
+    message = refusal(tensorrt.build, plant(resnet18, operator, domain), size=32, trt=rtx)
     assert f"TensorRT {rtx.__version__} cannot parse the fp16 ONNX: {operator} planted: " in message
     assert text in message
     assert "--opset" in message

@@ -53,19 +53,21 @@ def student(offset: float = 0.0) -> bytes:
     return model.SerializeToString()
 
 
-def export(out: Path, model: bytes | Path, **options: Any) -> Path:
-    described: dict[str, Any] = {
-        "name": "mine", "platform": "onnxruntime", "size": SIDE, "dim": DIM, "heads": HEADS, "space_id": SPACE,
-        "preprocessing": PREPROCESSING, "precision": "fp32", "gpu": False,
+def export(out: Path, model: bytes | Path, *, overwrite: bool = False, **options: Any) -> Path:
+    facts: dict[str, Any] = {
+        "name": "mine", "platform": "onnxruntime", "dim": DIM, "heads": HEADS, "space_id": SPACE,
+        "preprocessing": PREPROCESSING, "precision": "fp32",
     }  # fmt: skip
-    return triton.repository(model, out, **(described | options))
+    facts |= {key: options.pop(key) for key in facts.keys() & options.keys()}
+    serving = triton.Serving(**({"gpu": False} | options))
+    return triton.add_model(model, out, triton.ExportedStudent(**facts), serving, overwrite=overwrite)
 
 
 def config(folder: Path) -> Any:
     return text_format.Parse((folder / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
 
 
-def served(folder: Path) -> bytes:
+def served_model(folder: Path) -> bytes:
     """The model that Triton would load: the version that the config names."""
     (version,) = config(folder).version_policy.specific.versions
     (file,) = (folder / str(version)).iterdir()
@@ -73,31 +75,31 @@ def served(folder: Path) -> bytes:
 
 
 def refusal(*arguments: Any, **options: Any) -> str:
-    with pytest.raises(MvmrError) as caught:
+    with pytest.raises(MvmrError) as excinfo:
         export(*arguments, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    assert "\n" not in str(excinfo.value)
+    return str(excinfo.value)
 
 
 def test_the_config_says_what_the_model_is(tmp_path):
     folder = export(tmp_path, student(), max_batch=16, instances=2, preferred=(4, 8), queue_delay_us=100)
     assert folder == tmp_path / "mine"
-    found = config(folder)
-    assert (found.name, found.platform, found.max_batch_size) == ("mine", "onnxruntime_onnx", 16)
-    (image,) = found.input
+    model = config(folder)
+    assert (model.name, model.platform, model.max_batch_size) == ("mine", "onnxruntime_onnx", 16)
+    (image,) = model.input
     assert (image.name, image.data_type, list(image.dims)) == ("image", model_config_pb2.TYPE_UINT8, [SIDE, SIDE, 3])
-    outputs = {output.name: (output.data_type, list(output.dims)) for output in found.output}
+    outputs = {output.name: (output.data_type, list(output.dims)) for output in model.output}
     float32 = model_config_pb2.TYPE_FP32
     assert outputs == {"embedding": (float32, [DIM]), "logits_flowers": (float32, [2]), "logits_x": (float32, [3])}
-    assert list(found.dynamic_batching.preferred_batch_size) == [4, 8]
-    assert found.dynamic_batching.max_queue_delay_microseconds == 100
-    (group,) = found.instance_group
+    assert list(model.dynamic_batching.preferred_batch_size) == [4, 8]
+    assert model.dynamic_batching.max_queue_delay_microseconds == 100
+    (group,) = model.instance_group
     assert (group.count, group.kind) == (2, model_config_pb2.ModelInstanceGroup.KIND_CPU)
-    assert list(found.version_policy.specific.versions) == [1]
-    said = {key: value.string_value for key, value in found.parameters.items()}
-    assert Preprocess.from_dict(json.loads(said["preprocessing"])) == PREPROCESSING
-    assert json.loads(said["heads"]) == HEADS
-    assert (said["bundle_space_id"], said["precision"]) == (SPACE, "fp32")
+    assert list(model.version_policy.specific.versions) == [1]
+    parameters = {key: value.string_value for key, value in model.parameters.items()}
+    assert Preprocess.from_dict(json.loads(parameters["preprocessing"])) == PREPROCESSING
+    assert json.loads(parameters["heads"]) == HEADS
+    assert (parameters["bundle_space_id"], parameters["precision"]) == (SPACE, "fp32")
 
 
 def test_batching_is_on_without_being_asked_for(tmp_path):
@@ -106,25 +108,25 @@ def test_batching_is_on_without_being_asked_for(tmp_path):
 
 @pytest.mark.parametrize(("max_batch", "warmed"), [(64, [1, 64]), (1, [1])])
 def test_warm_up_runs_the_smallest_and_the_largest_batch(max_batch, warmed, tmp_path):
-    found = config(export(tmp_path, student(), max_batch=max_batch))
-    assert [sample.batch_size for sample in found.model_warmup] == warmed
-    for sample in found.model_warmup:
+    model = config(export(tmp_path, student(), max_batch=max_batch))
+    assert [sample.batch_size for sample in model.model_warmup] == warmed
+    for sample in model.model_warmup:
         zeros = sample.inputs["image"]
         assert (zeros.zero_data, list(zeros.dims), zeros.data_type) == (
             True,
             [SIDE] * 2 + [3],
-            found.input[0].data_type,
+            model.input[0].data_type,
         )
 
 
 def test_the_model_in_the_repository_does_what_its_config_says(tmp_path):
     (tmp_path / "encoder.onnx").write_bytes(student())
     folder = export(tmp_path / "out", tmp_path / "encoder.onnx")
-    found, session = config(folder), Session(folder / "1" / "model.onnx", threads=1)
-    images = np.random.default_rng(0).integers(0, 256, (found.max_batch_size, SIDE, SIDE, 3), np.uint8)
+    model, session = config(folder), Session(folder / "1" / "model.onnx", threads=1)
+    images = np.random.default_rng(0).integers(0, 256, (model.max_batch_size, SIDE, SIDE, 3), np.uint8)
     results = session(images)
     assert {name: array.shape[1:] for name, array in results.items()} == {
-        output.name: tuple(output.dims) for output in found.output
+        output.name: tuple(output.dims) for output in model.output
     }
     np.testing.assert_allclose(results["embedding"][:, 0], images.mean(axis=(1, 2, 3)), rtol=1e-5)
 
@@ -140,7 +142,7 @@ def test_a_second_export_is_served_and_the_first_stays(tmp_path):
     export(tmp_path, b"first")
     (tmp_path / "mine" / ".2.partial").mkdir()  # left by a death
     folder = export(tmp_path, b"second", max_batch=8)
-    assert served(folder) == b"second"
+    assert served_model(folder) == b"second"
     assert config(folder).max_batch_size == 8
     assert (folder / "1" / "model.onnx").read_bytes() == b"first"
     assert sorted(os.listdir(folder)) == ["1", "2", "config.pbtxt"]
@@ -159,9 +161,9 @@ def test_another_embedding_space_is_refused_unless_overwritten(tmp_path):
     folder = export(tmp_path, b"first")
     message = refusal(tmp_path, b"second", space_id="6" * 32)
     assert f"serves another embedding space ({SPACE}, not {'6' * 32})" in message
-    assert served(folder) == b"first"
+    assert served_model(folder) == b"first"
     export(tmp_path, b"second", space_id="6" * 32, overwrite=True)
-    assert served(folder) == b"second"
+    assert served_model(folder) == b"second"
     assert config(folder).parameters["bundle_space_id"].string_value == "6" * 32
 
 
@@ -229,7 +231,7 @@ def test_a_full_disk_leaves_the_old_version(step, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", fail)
     assert "disk full" in refusal(tmp_path, b"second")
-    assert served(folder) == b"first"
+    assert served_model(folder) == b"first"
     assert not [name for name in os.listdir(folder) if name.startswith(".")]
 
 
@@ -266,7 +268,7 @@ def die_before(count: int) -> None:
 def kill_again_and_again(root: Path) -> None:
     os.fsync = lambda descriptor: None  # a death of the process alone loses nothing that was written
     template = root / "template"
-    served(export(template, b"old"))
+    served_model(export(template, b"old"))
     outcomes, alive = [], False
     while not alive:
         work = root / str(len(outcomes))
@@ -277,10 +279,10 @@ def kill_again_and_again(root: Path) -> None:
             export(work, b"new")
             os._exit(0)
         alive = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        after_kill = served(work / "mine").decode()
+        after_kill = served_model(work / "mine").decode()
         export(work, b"new")
         left_over = [name for name in os.listdir(work / "mine") if name.startswith(".")]
-        after_retry = served(work / "mine").decode()
+        after_retry = served_model(work / "mine").decode()
         outcomes.append({"after_kill": after_kill, "after_retry": after_retry, "left_over": left_over})
     print(json.dumps(outcomes))  # noqa: T201
 

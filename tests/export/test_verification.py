@@ -21,7 +21,7 @@ from mvmr.bundles.preprocess import Preprocess
 from mvmr.data import open_images
 from mvmr.errors import MvmrError
 from mvmr.export.onnx.drift import INPUT, first_drift
-from mvmr.export.onnx.graph import rounded, to_onnx
+from mvmr.export.onnx.graph import emulate_half, to_onnx
 from mvmr.export.onnx.session import Session
 from mvmr.export.verification import Gates, Reference, Report, Run, verify
 from mvmr.models.student import Student
@@ -53,8 +53,8 @@ def artifact(reference: Reference, change: Callable[[np.ndarray], np.ndarray] = 
     rows = {image.tobytes(): number for number, image in enumerate(reference.images)}
 
     def run(images: np.ndarray) -> Outputs:
-        found = change(reference.outputs["embedding"])[[rows[image.tobytes()] for image in images]]
-        return {"embedding": found, "logits_kind": found[:, :3]}
+        embedding = change(reference.outputs["embedding"])[[rows[image.tobytes()] for image in images]]
+        return {"embedding": embedding, "logits_kind": embedding[:, :3]}
 
     return run
 
@@ -87,22 +87,22 @@ def test_an_exact_artifact_passes_every_gate() -> None:
 
 def test_figures_are_what_other_packages_say() -> None:
     reference = a_reference()
-    found, wanted = noisy(0.5)(reference.outputs["embedding"]), reference.outputs["embedding"]
+    actual, wanted = noisy(0.5)(reference.outputs["embedding"]), reference.outputs["embedding"]
     report = verify(artifact(reference, noisy(0.5)), reference, gates=Gates())
-    cosines = [1 - cosine(a, b) for a, b in zip(found, wanted, strict=True)]
+    cosines = [1 - cosine(a, b) for a, b in zip(actual, wanted, strict=True)]
     centre = wanted.mean(0)
-    centred = [1 - cosine(a - centre, b - centre) for a, b in zip(found, wanted, strict=True)]
+    centred = [1 - cosine(a - centre, b - centre) for a, b in zip(actual, wanted, strict=True)]
     assert report["cosine_min"] == pytest.approx(min(cosines), abs=1e-6)
     assert report["cosine_mean"] == pytest.approx(np.mean(cosines), abs=1e-6)
     assert report["centred_cosine_min"] == pytest.approx(min(centred), abs=1e-6)
     assert report["centred_cosine_mean"] == pytest.approx(np.mean(centred), abs=1e-6)
-    assert report["max_abs"] == pytest.approx(np.abs(found - wanted).max())
-    assert report["max_abs_relative"] == pytest.approx(np.abs(found - wanted).max() / np.abs(wanted).max())
-    lists = [NearestNeighbors(n_neighbors=10, metric="cosine").fit(rows).kneighbors()[1] for rows in (found, wanted)]
+    assert report["max_abs"] == pytest.approx(np.abs(actual - wanted).max())
+    assert report["max_abs_relative"] == pytest.approx(np.abs(actual - wanted).max() / np.abs(wanted).max())
+    lists = [NearestNeighbors(n_neighbors=10, metric="cosine").fit(rows).kneighbors()[1] for rows in (actual, wanted)]
     overlap = np.mean([len({*a} & {*b}) / 10 for a, b in zip(*lists, strict=True)])
     assert report["overlap"] == pytest.approx(overlap)
     assert 0.1 < overlap < 0.99
-    agreement = 100 * (found[:, :3].argmax(1) == wanted[:, :3].argmax(1)).mean()
+    agreement = 100 * (actual[:, :3].argmax(1) == wanted[:, :3].argmax(1)).mean()
     assert report["heads"]["kind"]["agreement"] == pytest.approx(agreement)
 
 
@@ -152,12 +152,12 @@ def test_an_embedding_that_depends_on_its_batch_is_refused() -> None:
 def test_what_is_not_finite_has_its_own_reason_and_no_figures() -> None:
     reference = a_reference()
 
-    def broken(rows: np.ndarray) -> np.ndarray:
+    def spoil(rows: np.ndarray) -> np.ndarray:
         rows = rows.copy()
         rows[[3, 7], 0] = np.inf, np.nan
         return rows
 
-    report = verify(artifact(reference, broken), reference, gates=ALL)
+    report = verify(artifact(reference, spoil), reference, gates=ALL)
     assert not report["passed"]
     assert report["failures"][0] == "embedding of 2 of 40 images holds NaN or infinity"
     assert report["cosine_min"] is None
@@ -165,19 +165,19 @@ def test_what_is_not_finite_has_its_own_reason_and_no_figures() -> None:
 
 
 @pytest.mark.parametrize(
-    ("outputs", "said"),
+    ("outputs", "message"),
     [
         (lambda x: {"embedding": x}, "output logits_kind is missing"),
         (lambda x: {"embedding": x, "logits_kind": x[:, :2]}, r"output logits_kind is \[40, 2\], wanted \[N, 3\]"),
         (lambda x: {"embedding": x[:, :4], "logits_kind": x[:, :3]}, r"output embedding is \[40, 4\]"),
     ],
 )
-def test_outputs_that_cannot_be_compared_are_named(outputs: Callable[[np.ndarray], Outputs], said: str) -> None:
+def test_outputs_that_cannot_be_compared_are_named(outputs: Callable[[np.ndarray], Outputs], message: str) -> None:
     reference = a_reference()
     exact = artifact(reference)
     report = verify(lambda images: outputs(exact(images)["embedding"]), reference, gates=ALL)
     assert not report["passed"]
-    assert re.search(said, report["failures"][0])
+    assert re.search(message, report["failures"][0])
 
 
 def test_a_head_that_loses_accuracy_is_refused() -> None:
@@ -210,10 +210,10 @@ def test_labels_are_matched_by_name_and_those_of_other_data_not_at_all() -> None
     right = reference.outputs["logits_kind"].argmax(1)
     turned = replace(reference, labels=np.array([2, 1, 0])[right], classes=CLASSES[::-1])
     assert verify(artifact(turned), turned, gates=ALL)["heads"]["kind"]["accuracy"] == 100
-    other = replace(reference, labels=right, classes=("x", "y", "z"))
+    renamed = replace(reference, labels=right, classes=("x", "y", "z"))
     several = replace(reference, labels=np.ones((40, 3), np.int64), classes=CLASSES)
-    for each in (other, several, reference):
-        report = verify(artifact(each), each, gates=ALL)
+    for variant in (renamed, several, reference):
+        report = verify(artifact(variant), variant, gates=ALL)
         assert report["heads"]["kind"]["accuracy"] is None
         assert report["accuracy_drop"] is None
         assert report["passed"]
@@ -230,7 +230,7 @@ def test_gates_by_precision_may_be_changed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("cosine_mim=0.9", "unknown gate 'cosine_mim'; did you mean 'cosine_min'"),
         ("cosine_min", "has no number; give it as cosine_min=0.9"),
@@ -238,8 +238,8 @@ def test_gates_by_precision_may_be_changed() -> None:
         ("overlap=nan", "must be a finite number"),
     ],
 )
-def test_a_gate_that_cannot_be_is_one_line(text: str, said: str) -> None:
-    with pytest.raises(MvmrError, match=said):
+def test_a_gate_that_cannot_be_is_one_line(text: str, message: str) -> None:
+    with pytest.raises(MvmrError, match=message):
         Gates.of("fp32", [text])
 
 
@@ -248,8 +248,8 @@ def test_a_gate_that_cannot_be_is_one_line(text: str, said: str) -> None:
 
 def patches(count: int) -> np.ndarray:
     images = open_images("sample:patches", "test")
-    chosen = np.random.default_rng(0).permutation(len(images))[:count]
-    return Preprocess.for_size(SIZE).batch(images.load(int(index)) for index in chosen)
+    numbers = np.random.default_rng(0).permutation(len(images))[:count]
+    return Preprocess.for_size(SIZE).batch(images.load(int(index)) for index in numbers)
 
 
 def a_student(seed: int = 0) -> Student:
@@ -277,25 +277,25 @@ class Exported:
 
 
 @pytest.fixture(scope="module")
-def exported() -> Exported:
+def export() -> Exported:
     torch.set_num_threads(1)
     student = a_student()
-    fp32, fp16 = (to_onnx(student, precision=each, metadata={"heads": "{}"}) for each in ("fp32", "fp16"))
+    fp32, fp16 = (to_onnx(student, precision=precision, metadata={"heads": "{}"}) for precision in ("fp32", "fp16"))
     return Exported(student, Reference.of(student, patches(64)), fp32, fp16)
 
 
-def judged(exported: Exported, model: bytes, precision: Any) -> Report:
-    ready = rounded(model) if precision == "fp16" else model
-    return verify(Session(ready, threads=1), exported.reference, gates=Gates.of(precision))
+def judge(export: Exported, model: bytes, precision: Any) -> Report:
+    ready = emulate_half(model) if precision == "fp16" else model
+    return verify(Session(ready, threads=1), export.reference, gates=Gates.of(precision))
 
 
-def planted(content: bytes, change: Callable[[ModelProto], None]) -> bytes:
+def plant(content: bytes, change: Callable[[ModelProto], None]) -> bytes:
     model = ModelProto.FromString(content)
     change(model)
     return model.SerializeToString()
 
 
-def scaled(model: ModelProto, factors: Mapping[str, float]) -> None:
+def scale(model: ModelProto, factors: Mapping[str, float]) -> None:
     for tensor in model.graph.initializer:
         if tensor.name in factors:
             values = numpy_helper.to_array(tensor)
@@ -306,7 +306,7 @@ def scaled(model: ModelProto, factors: Mapping[str, float]) -> None:
 def wrong_mean(model: ModelProto) -> None:
     """CLIP's means in place of ImageNet's: they differ by less than 0.004."""
     name = next(node for node in model.graph.node if node.op_type == "Add").input[1]  # -mean / std
-    tensor = next(each for each in model.graph.initializer if each.name == name)
+    tensor = next(candidate for candidate in model.graph.initializer if candidate.name == name)
     shift = -np.array([0.48145466, 0.4578275, 0.40821073], np.float32) / np.array([0.229, 0.224, 0.225], np.float32)
     assert np.abs(numpy_helper.to_array(tensor).ravel() - shift).max() < 0.02  # a small change indeed
     tensor.CopyFrom(numpy_helper.from_array(shift[:, None, None], name))
@@ -323,16 +323,16 @@ def swapped_channels(model: ModelProto) -> None:
 def overflowing(model: ModelProto) -> None:
     """A layer scaled up and the next down by as much: the same function, but for what half precision can hold."""
     layer, after = "encoder.layer2.0.conv1", "encoder.layer2.0.conv2.weight"
-    scaled(model, {f"{layer}.weight": 1e4, f"{layer}.bias": 1e4, after: 1e-4})
+    scale(model, {f"{layer}.weight": 1e4, f"{layer}.bias": 1e4, after: 1e-4})
 
 
 def a_wrong_layer(model: ModelProto) -> None:
-    scaled(model, {"encoder.layer3.0.conv2.weight": 1.5})
+    scale(model, {"encoder.layer3.0.conv2.weight": 1.5})
 
 
-def test_what_is_exported_passes(exported: Exported) -> None:
-    assert judged(exported, exported.fp32, "fp32")["passed"]
-    half = judged(exported, exported.fp16, "fp16")
+def test_what_is_exported_passes(export: Exported) -> None:
+    assert judge(export, export.fp32, "fp32")["passed"]
+    half = judge(export, export.fp16, "fp16")
     assert half["passed"]
     assert half["cosine_min"] < 0.9999999  # of half precision indeed
 
@@ -348,44 +348,44 @@ def test_what_is_exported_passes(exported: Exported) -> None:
     ],
 )
 def test_a_planted_fault_is_refused_and_its_layer_named(
-    exported: Exported, precision: str, change: Callable[[ModelProto], None], layer: str, reason: str
+    export: Exported, precision: str, change: Callable[[ModelProto], None], layer: str, reason: str
 ) -> None:
-    model = planted(getattr(exported, precision), change)
+    model = plant(getattr(export, precision), change)
     onnx.checker.check_model(model, full_check=True)
-    report = judged(exported, model, precision)
+    report = judge(export, model, precision)
     assert not report["passed"]
     assert reason in report["failures"][0]
-    drift = first_drift(model, exported.student, exported.reference.images)
+    drift = first_drift(model, export.student, export.reference.images)
     assert drift["layer"] == layer
     assert drift["before"] < 1e-2
     assert drift["error"] is None or drift["error"] > 5e-3
     json.dumps(drift, allow_nan=False)
 
 
-def test_in_float32_the_overflow_is_none(exported: Exported) -> None:
-    assert judged(exported, planted(exported.fp32, overflowing), "fp32")["passed"]
+def test_in_float32_the_overflow_is_none(export: Exported) -> None:
+    assert judge(export, plant(export.fp32, overflowing), "fp32")["passed"]
 
 
-def test_a_file_of_other_weights_drifts_from_the_first_layer_on(exported: Exported) -> None:
-    reference = Reference.of(a_student(seed=1), exported.reference.images)
-    assert not verify(Session(exported.fp32, threads=1), reference, gates=Gates.of("int8"))["passed"]
-    assert first_drift(exported.fp32, a_student(seed=1), reference.images)["layer"] == "conv1"
+def test_a_file_of_other_weights_drifts_from_the_first_layer_on(export: Exported) -> None:
+    reference = Reference.of(a_student(seed=1), export.reference.images)
+    assert not verify(Session(export.fp32, threads=1), reference, gates=Gates.of("int8"))["passed"]
+    assert first_drift(export.fp32, a_student(seed=1), reference.images)["layer"] == "conv1"
 
 
-def test_layers_of_a_good_file_hardly_differ(exported: Exported) -> None:
-    names = [name for name, part in exported.student.encoder.named_modules() if isinstance(part, nn.Conv2d)]
-    for model, largest in ((exported.fp32, 1e-5), (exported.fp16, 1e-2)):
-        layers = first_drift(model, exported.student, exported.reference.images)["layers"]
+def test_layers_of_a_good_file_hardly_differ(export: Exported) -> None:
+    names = [name for name, part in export.student.encoder.named_modules() if isinstance(part, nn.Conv2d)]
+    for model, largest in ((export.fp32, 1e-5), (export.fp16, 1e-2)):
+        layers = first_drift(model, export.student, export.reference.images)["layers"]
         assert set(layers) == {INPUT, *names, "embedding"}
         assert max(layers.values()) < largest
 
 
-def test_the_reference_is_torch_and_heads_are_on_its_embedding(exported: Exported) -> None:
-    images, random = exported.reference.images[:20], np.random.default_rng(0)
+def test_the_reference_is_torch_and_heads_are_on_its_embedding(export: Exported) -> None:
+    images, random = export.reference.images[:20], np.random.default_rng(0)
     weight, bias = random.normal(size=(3, 512)).astype(np.float32), np.array([1, 2, 3], np.float32)
     head = Head(name="kind", weight=weight, bias=bias, classes=CLASSES, metrics={})
-    reference = Reference.of(exported.student, images, [head])
-    wanted = exported.student.embed(images).numpy()
+    reference = Reference.of(export.student, images, [head])
+    wanted = export.student.embed(images).numpy()
     np.testing.assert_allclose(reference.outputs["embedding"], wanted, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(reference.outputs["logits_kind"], wanted @ weight.T + bias, rtol=1e-4, atol=1e-4)
     assert reference.heads == {"kind": CLASSES}
