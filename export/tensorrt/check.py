@@ -19,10 +19,8 @@ def data_centre(version: str | None) -> Support:
 def rtx() -> Support:
     """Return what can be done here with TensorRT for RTX: exporting takes no GPU, serving does."""
     try:
-        from mvmr.export.tensorrt import (
-            rtx_build,
-            rtx_provider,
-        )  # here, for they import onnxruntime, which may be broken
+        # here, for they import onnxruntime, which may be broken
+        from mvmr.export.tensorrt import rtx_build, rtx_provider
 
         version, installed = rtx_provider.version(), rtx_build.is_installed()
     except Exception as error:  # `mvmr doctor` says more of it
