@@ -41,10 +41,10 @@ def draw_neighbours(
     for row, query in enumerate(chosen):
         top = _HEADER + row * step
         sheet.paste(_tile(queries, query), (_GAP, top))
-        shared = set.intersection(*(set(found[row].tolist()) for found in columns.values()))
-        for column, found in enumerate(columns.values()):
-            for place, index in enumerate(found[row].tolist()):
-                left = step + 3 * _GAP + column * block + place * step
+        shared = set.intersection(*(set(neighbours[row].tolist()) for neighbours in columns.values()))
+        for column, neighbours in enumerate(columns.values()):
+            for rank, index in enumerate(neighbours[row].tolist()):
+                left = step + 3 * _GAP + column * block + rank * step
                 sheet.paste(_tile(bank, index), (left, top))
                 colour, width = (_SHARED, 3) if index in shared else (_ALONE, 1)
                 draw.rectangle((left, top, left + _TILE - 1, top + _TILE - 1), outline=colour, width=width)

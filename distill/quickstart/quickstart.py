@@ -69,8 +69,8 @@ def quickstart(
     data = Labelled.of(open_images(DATA, "train"), open_images(DATA, "test"))
     runs = []
     for seed in range(seeds):
-        place = folder if seed == 0 else folder / f"seed-{seed}"
-        runs.append(_run(place, data, seed, teacher, pretrained, overwrite, progress))
+        subfolder = folder if seed == 0 else folder / f"seed-{seed}"
+        runs.append(_run(subfolder, data, seed, teacher, pretrained, overwrite, progress))
     names = list(runs[0]["rows"])
     results = {
         "data": DATA,
@@ -95,38 +95,23 @@ def _run(
     progress: bool,
 ) -> dict[str, Any]:
     seconds: dict[str, float] = {}
-    with _timed("teacher", seconds):
+    with _timing("teacher", seconds):
         source = teacher or train_tiny_clip(
             data.train, folder / "teacher", config=STAND_IN, seed=seed, progress=progress
         )
         teaching = ClipTeacher.load(source, pretrained, text=True)
     unlabelled = open_images(DATA, "unlabelled")
     train = partial(fit, unlabelled, resume=not overwrite, overwrite=overwrite, device="cpu", progress=progress)
-    with _timed("ssl", seconds):
-        ssl = train(folder / "ssl", load_recipe("quickstart", "mvmr", [f"train.seed={seed}"]))
-    with _timed("student", seconds):
-        recipe = load_recipe("quickstart", "mvmr.distillation", [f"train.seed={seed}"])
-        distilled = train(folder / "student", recipe, teachers={"teacher": teaching})
-    with _timed("evaluation", seconds):
-        preprocess = distilled.manifest.preprocessing
-        networks: dict[str, Student | ClipTeacher] = {
-            "random": _random_encoder(recipe, preprocess, data.train, seed),
-            "ssl": ssl.student(),
-            "student": distilled.student(),
-            "teacher": teaching,
-        }
-        described: dict[str, Representation] = {
-            "pixels": hand_crafted("pixels", preprocess),
-            "scattering": hand_crafted("scattering", Preprocess.for_size(32)),
-            **networks,
-        }
-        measured = {
-            name: Measured(representation, data, progress=progress) for name, representation in described.items()
-        }
-        milliseconds = time_representations(described, data.test)
-        rows = {name: {**_accuracies(measured[name]), "ms": milliseconds[name]} for name in described}
-        for name, network in networks.items():
-            rows[name]["parameters"] = network.parameters
+    with _one_thread():
+        with _timing("ssl", seconds):
+            ssl = train(folder / "ssl", load_recipe("quickstart", "mvmr", [f"train.seed={seed}"]))
+        with _timing("student", seconds):
+            recipe = load_recipe("quickstart", "mvmr.distillation", [f"train.seed={seed}"])
+            distilled = train(folder / "student", recipe, teachers={"teacher": teaching})
+        with _timing("evaluation", seconds):
+            random = _random_encoder(recipe, distilled.manifest.preprocessing, data.train, seed)
+            students = {"random": random, "ssl": ssl.student(), "student": distilled.student()}
+            rows, measured = _measure({**students, "teacher": teaching}, data, random.preprocess, progress)
     rows["teacher"]["zero_shot"] = _zero_shot(teaching, measured["teacher"])
     _picture(folder / "neighbours.png", data, measured)
     return {
@@ -136,6 +121,25 @@ def _run(
         "rows": rows,
         "seconds": seconds,
     }
+
+
+def _measure(
+    networks: Mapping[str, Student | ClipTeacher], data: Labelled, preprocess: Preprocess, progress: bool
+) -> tuple[dict[str, dict[str, float]], dict[str, Measured]]:
+    """What each network knows and costs, after two representations that nothing was trained for."""
+    representations: dict[str, Representation] = {
+        "pixels": hand_crafted("pixels", preprocess),
+        "scattering": hand_crafted("scattering", Preprocess.for_size(32)),
+        **networks,
+    }
+    measured = {
+        name: Measured(representation, data, progress=progress) for name, representation in representations.items()
+    }
+    milliseconds = time_representations(representations, data.test)
+    rows = {name: {**_accuracies(measured[name]), "ms": milliseconds[name]} for name in representations}
+    for name, network in networks.items():
+        rows[name]["parameters"] = network.parameters
+    return rows, measured
 
 
 def _random_encoder(recipe: Recipe, preprocess: Preprocess, images: ImageSet, seed: int) -> Student:
@@ -149,21 +153,24 @@ def _random_encoder(recipe: Recipe, preprocess: Preprocess, images: ImageSet, se
     return Student(encoder, preprocess, dim=backbone.width, name="random-encoder", identity=identity)
 
 
-def time_representations(described: Mapping[str, Representation], images: ImageSet) -> dict[str, float]:
+def time_representations(representations: Mapping[str, Representation], images: ImageSet) -> dict[str, float]:
     """Milliseconds an image that each takes for a batch of prepared images: the median of rounds, in turns.
 
     Decoding, resizing and cropping are not in it.
     """
     pictures = [images.load(index) for index in range(min(_BATCH, len(images)))]
-    batches = {name: torch.stack([one.prepare(picture) for picture in pictures]) for name, one in described.items()}
-    taken: dict[str, list[float]] = {name: [] for name in described}
+    batches = {
+        name: torch.stack([representation.prepare(picture) for picture in pictures])
+        for name, representation in representations.items()
+    }
+    rounds: dict[str, list[float]] = {name: [] for name in representations}
     with torch.inference_mode():
         for _ in range(_ROUNDS + 1):  # in turns, so that what slows the machine meanwhile slows them all
-            for name, representation in described.items():
+            for name, representation in representations.items():
                 began = time.perf_counter()
                 representation(batches[name])
-                taken[name].append(1000 * (time.perf_counter() - began) / len(pictures))
-    return {name: float(np.median(rounds[1:])) for name, rounds in taken.items()}  # the first warms up
+                rounds[name].append(1000 * (time.perf_counter() - began) / len(pictures))
+    return {name: float(np.median(values[1:])) for name, values in rounds.items()}  # the first warms up
 
 
 def _accuracies(measured: Measured) -> dict[str, float]:
@@ -180,8 +187,8 @@ def _picture(path: Path, data: Labelled, measured: dict[str, Measured]) -> None:
     queries = [int(np.flatnonzero(data.test_labels == c)[0]) for c in range(0, len(data.classes), 2)][:_QUERIES]
     columns = {}
     for title in ("teacher", "student"):
-        each = measured[title]
-        columns[f"nearest under the {title}"] = nearest(each.features, each.test_features[queries], _NEIGHBOURS)[1]
+        features, test_features = measured[title].features, measured[title].test_features
+        columns[f"nearest under the {title}"] = nearest(features, test_features[queries], _NEIGHBOURS)[1]
     draw_neighbours(path, data.test, data.train, queries, columns)
 
 
@@ -194,7 +201,18 @@ def _spread(rows: list[dict[str, float]]) -> dict[str, float]:
 
 
 @contextmanager
-def _timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
+def _timing(name: str, seconds: dict[str, float]) -> Iterator[None]:
     began = time.perf_counter()
     yield
     seconds[name] = round(time.perf_counter() - began, 1)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For a network so small that a second thread brings nothing, and costs ten times as much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -256,8 +256,8 @@ def _already_there(out: Path, record: dict[str, object]) -> bool:
 
 def _save(model: CLIP, config: TinyClip, record: dict[str, object], out: Path) -> None:
     """Write a folder beside `out` and rename it, so that `out` is whole or not there."""
-    kept = {key: model.visual.preprocess_cfg[key] for key in ("mean", "std", "interpolation", "resize_mode")}
-    hub = {"model_cfg": config.model_config(), "preprocess_cfg": kept}
+    preprocess = {key: model.visual.preprocess_cfg[key] for key in ("mean", "std", "interpolation", "resize_mode")}
+    hub = {"model_cfg": config.model_config(), "preprocess_cfg": preprocess}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", ignore_cleanup_errors=True) as name:
         folder = Path(name) / out.name
