@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # else a test without a browser would import playwright, too
     from playwright.sync_api import Browser
 
     from mvmr.bundles.bundle import Bundle
-    from tests.app.map_pages import Opened, Site
+    from tests.app.tabs.map_pages import Opened, Site
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def site() -> Iterator[Site]:
-    from tests.app.map_pages import serve
+    from tests.app.tabs.map_pages import serve
 
     with serve() as running_site:
         yield running_site
@@ -49,7 +49,7 @@ def site() -> Iterator[Site]:
 
 @pytest.fixture
 def visit(browser: Browser, site: Site) -> Iterator[Opened]:
-    from tests.app.map_pages import visiting
+    from tests.app.tabs.map_pages import visiting
 
     with visiting(browser, site) as opened:
         yield opened

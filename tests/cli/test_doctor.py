@@ -15,7 +15,7 @@ from mvmr.cli.table import COMMANDS
 from mvmr.errors import EXTRAS
 from mvmr.export.tensorrt import rtx_build, rtx_provider
 from mvmr.export.tensorrt.check import data_centre
-from tests.export import tensorrt_rtx
+from tests.export.tensorrt import tensorrt_rtx
 
 
 def test_every_command_is_examined() -> None:

@@ -11,7 +11,7 @@ import torch
 from mvmr.bundles import bundle as bundles
 from mvmr.data import open_images
 from tests.export.students import a_bundle
-from tests.export.tensorrt_double import card, engine_bundle, no_card  # noqa: F401
+from tests.export.tensorrt.tensorrt_double import card, engine_bundle, no_card  # noqa: F401
 
 _MADE: dict[str, bytes] = {}
 

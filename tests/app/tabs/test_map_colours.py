@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.app.map_pages import LIGHT, VILE, Opened, Site, click, content, expect_selection, pixels, place
+from tests.app.tabs.map_pages import LIGHT, VILE, Opened, Site, click, content, expect_selection, pixels, place
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 

@@ -19,8 +19,17 @@ from mvmr.export.tensorrt import engine as tensorrt
 from mvmr.export.tensorrt import rtx_build
 from mvmr.models.student import Student
 from mvmr.models.torchvision_resnet import Resnet
-from tests.export import tensorrt_rtx
-from tests.export.tensorrt_double import DIM, VERSION, Double, fp16, refusal, sha256, small_student, with_engine
+from tests.export.tensorrt import tensorrt_rtx
+from tests.export.tensorrt.tensorrt_double import (
+    DIM,
+    VERSION,
+    Double,
+    fp16,
+    refusal,
+    sha256,
+    small_student,
+    with_engine,
+)
 
 # In a bundle
 

@@ -16,7 +16,7 @@ from mvmr.bundles import bundle as bundles
 from mvmr.data import open_images
 from mvmr.export.onnx.graph import to_onnx
 from mvmr.export.tensorrt import engine as tensorrt
-from tests.export.tensorrt_double import (
+from tests.export.tensorrt.tensorrt_double import (
     DIM,
     SIDE,
     VERSION,

@@ -12,7 +12,7 @@ from mvmr.bundles.bundle import Bundle
 from mvmr.serve.client import Client
 from mvmr.serve.client import Embeddings as Answer
 from mvmr.serve.engine import Engine
-from tests.app.encoders import ODD, refusal
+from tests.app.embedders.encoders import ODD, refusal
 from tests.serve import serving
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")

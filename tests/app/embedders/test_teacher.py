@@ -12,7 +12,7 @@ from mvmr.app.embedders.teacher import load_teacher
 from mvmr.bundles.bundle import Bundle
 from mvmr.distillation.teachers.clip import ClipTeacher
 from mvmr.representations.cache import represent
-from tests.app.encoders import ODD, load, patches, refusal
+from tests.app.embedders.encoders import ODD, load, patches, refusal
 from tests.distill.test_report import a_bundle
 from tests.distill.test_teacher import SMALL, build, write_folder
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.app.map_pages import (
+from tests.app.tabs.map_pages import (
     PLOTS,
     Opened,
     Site,

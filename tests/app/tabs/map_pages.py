@@ -26,7 +26,7 @@ from playwright.sync_api import Browser, Page  # noqa: E402
 
 from mvmr.app.tabs.maps import Map, map_json  # noqa: E402
 
-STATIC = Path(__file__).parents[2] / "app" / "static"
+STATIC = Path(__file__).parents[3] / "app" / "static"
 PLOTLY = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
 PLOTS = "[...document.querySelectorAll('.map-plot')]"
 VILE = '<img src=x onerror="window.vile=1">&amp;\''

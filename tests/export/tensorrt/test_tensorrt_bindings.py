@@ -16,7 +16,7 @@ import pytest
 from mvmr.export.tensorrt import build as tensorrt_build
 from mvmr.export.tensorrt import engine as tensorrt
 from mvmr.export.tensorrt import runtime as tensorrt_runtime
-from tests.export.tensorrt_double import (
+from tests.export.tensorrt.tensorrt_double import (
     VERSION,
     Builder,
     Double,

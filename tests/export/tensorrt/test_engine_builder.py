@@ -24,8 +24,8 @@ from mvmr.export.onnx.session import Session
 from mvmr.export.tensorrt import builder as engine_builder
 from mvmr.export.tensorrt import engine as tensorrt
 from mvmr.export.tensorrt import rtx_build, rtx_provider
-from tests.export import tensorrt_rtx
 from tests.export.exporting import FP16, refusal
+from tests.export.tensorrt import tensorrt_rtx
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync", "once")
 

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from tests.app.map_pages import PLOTS, Opened, Site, cards, click, content, expect_selection
+from tests.app.tabs.map_pages import PLOTS, Opened, Site, cards, click, content, expect_selection
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
