@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.export.test_rtx import Plugin
 
 from mvmr.app.embedders import engines as module
 from mvmr.app.embedders.engines import Engines
@@ -24,6 +23,7 @@ from mvmr.representations.cache import represent
 from mvmr.serve.engine import Engine
 from tests.app.embedders.encoders import ODD, load, patches, refusal
 from tests.export.tensorrt.tensorrt_double import DIM, SIDE, Double, card, engine_bundle, fp16, with_engine  # noqa: F401
+from tests.export.tensorrt.test_rtx import Plugin
 from tests.serve import serving
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")

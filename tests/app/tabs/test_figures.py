@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tests.app.test_disagreement import pictures, side
 
 from mvmr.app.embedders.embedder import Encoder
 from mvmr.app.embedders.engines import Engines
@@ -42,6 +41,7 @@ from mvmr.distillation.report.report import report
 from mvmr.errors import MvmrError
 from mvmr.evaluation import protocols
 from mvmr.evaluation.evaluate import record
+from tests.app.tabs.test_disagreement import pictures, side
 from tests.distill.test_report import Corners, a_bundle
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")

@@ -18,13 +18,13 @@ import numpy as np
 import onnxruntime
 import pytest
 from click.testing import CliRunner
-from tests.export.test_session import SIZE, a_model, images
 
 from mvmr.cli.main import main
 from mvmr.errors import MvmrError
 from mvmr.export.onnx.graph import to_onnx
 from mvmr.export.onnx.session import Session
 from mvmr.export.tensorrt import rtx_build, rtx_provider
+from tests.export.onnx.test_session import SIZE, a_model, images
 from tests.export.tensorrt import tensorrt_rtx
 from tests.export.tensorrt.tensorrt_double import cosines, small_student
 
