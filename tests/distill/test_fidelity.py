@@ -328,8 +328,8 @@ def students(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     recipe = load_recipe("quickstart", "mvmr.distillation", [
-        "views.size=16", "train.epochs=8", "train.batch_size=85", "train.lr=2e-3", "train.precision=32-true",
-        "method.representations={teacher=1.0}", "method.estimator=unbiased",
+        "student.backbone=resnet18", "views.size=16", "train.epochs=8", "train.batch_size=85", "train.lr=2e-3",
+        "train.precision=32-true", "method.representations={teacher=1.0}", "method.estimator=unbiased",
     ])  # fmt: skip
     folder, (train, _) = tmp_path_factory.mktemp("students"), photographs
     yield {

@@ -188,11 +188,12 @@ def test_a_full_size_teacher_and_student_do_a_step(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(pretraining, "build_learner", remember)
     student = distill(
         "ViT-B-16", photos(tmp_path / "photos", 16, (260, 240)), tmp_path / "out", recipe="paper", device="cpu",
-        pretrained=tmp_path / "vit.safetensors", assign=["train.epochs=1", "train.batch_size=16", "train.workers=0"],
+        pretrained=tmp_path / "vit.safetensors", assign=["train.epochs=1", "train.batch_size=16", "train.workers=0",
+                                                          "method.projector=[2048,2048,2048]"],
     )  # fmt: skip
     manifest = student.manifest
     assert (manifest.backbone, manifest.embedding_dim, manifest.preprocessing.crop) == ("resnet50", 2048, 224)
-    assert manifest.training["recipe"]["method"]["projector"] == [8192, 8192, 8192]
+    assert manifest.training["recipe"]["method"]["projector"] == [2048, 2048, 2048]
     assert manifest.training["teachers"]["teacher"]["name"] == "ViT-B-16"
     (line,) = (json.loads(line) for line in (student.path / "metrics.jsonl").read_text().splitlines())
     assert line["step"] == 1
