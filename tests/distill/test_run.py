@@ -187,8 +187,8 @@ def test_a_full_size_teacher_and_student_do_a_step(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(pretraining, "build_learner", remember)
     student = distill(
-        "ViT-B-16", photos(tmp_path / "photos", 16, (260, 240)), tmp_path / "out", recipe="paper", device="cpu",
-        pretrained=tmp_path / "vit.safetensors", assign=["train.epochs=1", "train.batch_size=16", "train.workers=0",
+        "ViT-B-16", photos(tmp_path / "photos", 8, (260, 240)), tmp_path / "out", recipe="paper", device="cpu",
+        pretrained=tmp_path / "vit.safetensors", assign=["train.epochs=1", "train.batch_size=8", "train.workers=0",
                                                           "method.projector=[2048,2048,2048]"],
     )  # fmt: skip
     manifest = student.manifest
