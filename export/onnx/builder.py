@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 from mvmr.bundles.bundle import Bundle
 from mvmr.export.artifacts import EMBEDDING, Precision, canary, encode_canary, metadata, report_of, staleness
 from mvmr.export.attempt import Attempt, BuildOptions, check_package, to_json
@@ -10,7 +12,11 @@ from mvmr.export.onnx.drift import first_drift
 from mvmr.export.onnx.graph import emulate_half, to_onnx
 from mvmr.export.onnx.session import Session, check_provider
 from mvmr.export.verification import Report
+from mvmr.models.student import Student
 from mvmr.progress import say
+
+# Of each student, as long as it is there: torch's exporter takes seconds, and gives the same every time.
+_WRITTEN: WeakKeyDictionary[Student, dict[tuple[int, str], bytes]] = WeakKeyDictionary()
 
 
 def check(bundle: Bundle, options: BuildOptions, *, triton: bool) -> None:
@@ -25,10 +31,13 @@ def build(attempt: Attempt) -> Report:
 
 
 def write(attempt: Attempt, precision: Precision) -> bytes:
-    """The student as an ONNX file in fp32 or fp16."""
+    """The student as an ONNX file in fp32 or fp16; int8 takes the fp32 file that was written before it."""
     opset, about = attempt.options.opset, metadata(attempt.bundle, attempt.heads, precision)
-    say(f"exporting {precision}, opset {opset}", shown=attempt.progress)
-    return to_onnx(attempt.student, attempt.heads, precision=precision, opset=opset, metadata=about)
+    files, key = _WRITTEN.setdefault(attempt.student, {}), (opset, repr(about))
+    if key not in files:
+        say(f"exporting {precision}, opset {opset}", shown=attempt.progress)
+        files[key] = to_onnx(attempt.student, attempt.heads, precision=precision, opset=opset, metadata=about)
+    return files[key]
 
 
 def verify_file(attempt: Attempt, model: bytes, provider: str, **more: object) -> Report:

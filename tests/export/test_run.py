@@ -306,8 +306,8 @@ def test_int8_of_real_images(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_resnet50_at_112(tmp_path: Path) -> None:
-    path = a_bundle(tmp_path / "large", size=112, backbone="resnet50")
+def test_resnet50_at_224(tmp_path: Path) -> None:
+    path = a_bundle(tmp_path / "large", size=224, backbone="resnet50")
     reports = export(path, formats=["onnx", "fp16"], images=16)
     assert reports["onnx"]["max_abs"] < 1e-4
     assert reports["fp16"]["cosine_min"] > 0.9995
