@@ -63,9 +63,7 @@ class Bundle:
 
         Raises: MvmrError when the bundle lists no such file.
         """
-        if name not in self.manifest.files:
-            raise MvmrError(f"bundle {self.path}: {unknown('file', name, self.manifest.files)}")
-        return staging.locate(self.path, name, self.manifest.files[name])
+        return staging.locate(self.path, name, self._hash(name))
 
     def verify(self, *names: str) -> None:
         """Check the hash of `names`, or of every listed file but the card, which its owner may edit.
@@ -74,13 +72,18 @@ class Bundle:
         """
         faults = []
         for name in names or [name for name in self.manifest.files if name != CARD]:
-            digest = staging.digest(self.file(name))
+            digest = staging.located_digest(self.path, name, self._hash(name))
             if digest != self.manifest.files[name]:
                 faults.append(f"{name} {'has changed since it was written' if digest else 'is missing'}")
         if faults:
             more = f" and {len(faults) - _NAMES_SHOWN} more" if len(faults) > _NAMES_SHOWN else ""
             listing = ", ".join(faults[:_NAMES_SHOWN])
             raise MvmrError(f"bundle {self.path} is damaged: {listing}{more}; copy it again from a whole bundle")
+
+    def _hash(self, name: str) -> str:
+        if name not in self.manifest.files:
+            raise MvmrError(f"bundle {self.path}: {unknown('file', name, self.manifest.files)}")
+        return self.manifest.files[name]
 
     def head(self, name: str) -> "Head":
         """Read one linear head.

@@ -42,6 +42,12 @@ def locate(folder: Path, name: str, sha256: str) -> Path:
     return waiting if digest(waiting) == sha256 else folder / name
 
 
+def located_digest(folder: Path, name: str, sha256: str) -> str | None:
+    """Return the digest of what `locate` would return, in one look: it may be moved to its place meanwhile."""
+    waiting = digest(folder / FOLDER / name)
+    return waiting if waiting == sha256 else digest(folder / name)
+
+
 def stage(folder: Path, name: str, content: bytes | Path) -> str:
     """Let `content` (bytes, or a file to copy) wait to become the file `name`; return its sha256."""
     waiting = folder / FOLDER / name

@@ -12,6 +12,7 @@ import pytest
 
 from mvmr.bundles import bundle
 from mvmr.errors import MvmrError
+from mvmr.storage import staging
 from tests.bundles.written import with_head, write_stub
 
 KILLS = Path(__file__).with_name("kills.py")
@@ -45,6 +46,24 @@ def test_a_reader_beside_a_writer_sees_whole_bundles(sample):
     stop.set()
     reader.join()
     assert not failures
+
+
+def test_a_file_that_is_moved_to_its_place_while_it_is_looked_at_is_not_missing(sample, monkeypatch):
+    changed = with_head(sample)
+    names = [name for name in changed.manifest.files if name.startswith("heads/")]
+    for name in names:
+        staging.stage(changed.path, name, changed.file(name).read_bytes())
+        (changed.path / name).unlink()
+    real = staging.digest
+
+    def moved_after(path):
+        result = real(path)
+        if staging.FOLDER in path.parts and path.exists():
+            os.replace(path, changed.path / path.relative_to(changed.path / staging.FOLDER))
+        return result
+
+    monkeypatch.setattr(staging, "digest", moved_after)
+    changed.verify()
 
 
 # Publishing
