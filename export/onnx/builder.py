@@ -15,7 +15,8 @@ from mvmr.export.verification import Report
 from mvmr.models.student import Student
 from mvmr.progress import say
 
-# Of each student, as long as it is there: torch's exporter takes seconds, and gives the same every time.
+# Of each student, as long as it is there: torch's exporter takes seconds, and gives the same every time. A student is
+# opened anew for each export, so that the weights of its heads need not be compared.
 _WRITTEN: WeakKeyDictionary[Student, dict[tuple[int, str], bytes]] = WeakKeyDictionary()
 
 

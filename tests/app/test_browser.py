@@ -183,7 +183,7 @@ def test_two_visitors_do_not_see_each_other(app: Running, browser: Browser) -> N
 def test_disagreements_and_figures_are_those_of_the_report(
     app: Running, bundle: Path, visitor: Visit, tmp_path: Path
 ) -> None:
-    """To the last digit, or the last but one of what a library's products of matrices sum, on the same images."""
+    """On the same images, to the last digit; CKA to the twelfth: two processes may sum in another order."""
     expected = report(bundle, DATA, out=tmp_path / "report", permutations=1)
     page = visitor.page
     open_tab(page, "Disagreements")
