@@ -1,6 +1,7 @@
 """What every test gets: a cache folder of its own, and a reason where a GPU is missing."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,15 @@ def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MVMR_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _threads_of_its_own() -> Iterator[None]:
+    """Give torch's threads back as they were: what benchmarks take would slow every test after them tenfold."""
+    threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else 0
+    yield
+    if threads:
+        sys.modules["torch"].set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -23,12 +23,12 @@ from mvmr.data import ImageSet, open_images
 from mvmr.data.image_bytes import Prepared, prepare
 from mvmr.errors import MvmrError
 from mvmr.methods.method import AUGMENTED, ORIGINAL
-from mvmr.models.torchvision_resnet import Resnet
 from mvmr.serve.client.images import ImageFile, pack
 from mvmr.serve.engine import Engine
 from mvmr.training.pretraining import fit
 from mvmr.training.recipe import load_recipe
 from mvmr.training.views import Views
+from tests.making import SMALL, build_encoder
 from tests.serve.serving import encoded, photograph
 
 Pixels = npt.NDArray[np.uint8]
@@ -169,12 +169,11 @@ def test_the_background_may_be_another(content: bytes, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def old(tmp_path_factory: pytest.TempPathFactory) -> bundles.Bundle:
     """A bundle as mvmr wrote it before there was a background."""
-    torch.manual_seed(0)
-    encoder = Resnet(name="resnet18").build().eval()
+    encoder = build_encoder().eval()
     out = tmp_path_factory.mktemp("old") / "student"
     out.mkdir()
     return bundles.write(
-        out, backbone="resnet18", options={"small_kernel": False}, embedding_dim=512, preprocessing=BEFORE,
+        out, backbone=SMALL.name, options=SMALL.options, embedding_dim=SMALL.width, preprocessing=BEFORE,
         training={"data": {"name": "photos", "split": "unlabelled"}}, encoder_state=encoder.state_dict(),
     )  # fmt: skip
 
@@ -186,7 +185,7 @@ def test_it_names_no_background_and_keeps_its_space(old: bundles.Bundle) -> None
     }  # fmt: skip
     assert bundles.load(old.path).manifest.preprocessing == BEFORE == Preprocess.from_dict(write)
     assert BEFORE.to_dict() == write
-    parts = [old.manifest.files["encoder.safetensors"], "resnet18", write]
+    parts = [old.manifest.files["encoder.safetensors"], SMALL.name, write]
     assert old.space_id == hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
@@ -265,13 +264,13 @@ def four(folder: Path) -> list[bytes]:
     return contents
 
 
-SMALL = ["student.backbone=resnet18_025", "views.size=32", "train.epochs=1", "train.batch_size=4", "train.workers=0"]
+RECIPE = ["student.backbone=resnet18_025", "views.size=32", "train.epochs=1", "train.batch_size=4", "train.workers=0"]
 
 
 @pytest.mark.parametrize("background", [WHITE, (10, 200, 30)])
 def test_teacher_and_student_are_shown_the_same_picture(background: tuple[int, int, int], tmp_path: Path) -> None:
     contents, teacher = four(tmp_path / "photos"), Watching()
-    recipe = load_recipe("default", "mvmr.distillation", [*SMALL, f"views.background={list(background)}"])
+    recipe = load_recipe("default", "mvmr.distillation", [*RECIPE, f"views.background={list(background)}"])
     images = open_images(tmp_path / "photos", "unlabelled", background=background)
     made = fit(images, tmp_path / "student", recipe, teachers={"teacher": teacher}, device="cpu")
     for seen, content in zip(teacher.seen, contents, strict=True):
@@ -283,7 +282,7 @@ def test_teacher_and_student_are_shown_the_same_picture(background: tuple[int, i
 
 def test_images_opened_on_another_background_are_refused(tmp_path: Path) -> None:
     four(tmp_path / "photos")
-    recipe = load_recipe("default", "mvmr.distillation", SMALL)
+    recipe = load_recipe("default", "mvmr.distillation", RECIPE)
     images = open_images(tmp_path / "photos", "unlabelled", background=None)
     with pytest.raises(MvmrError, match=r"opened on background None.*open the images on the recipe's"):
         fit(images, tmp_path / "student", recipe, teachers={"teacher": Watching()}, device="cpu")

@@ -9,7 +9,7 @@ from sklearn.preprocessing import StandardScaler
 from mvmr.distillation.zeroshot import SpaceMap
 from mvmr.errors import MvmrError
 
-WIDTH = 512
+WIDTH = 128  # of tests.making.SMALL
 
 
 def rows(count: int, width: int, seed: int = 0) -> np.ndarray:

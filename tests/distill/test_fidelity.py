@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterator
 
-import dcor
 import numpy as np
 import pytest
 import torch
@@ -42,6 +41,8 @@ def random_rows(n: int, *widths: int, seed: int = 0) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("width", [6, 45, 20000])
 def test_dependence_is_that_of_the_dcor_package_and_of_the_rows_as_they_are(width: int) -> None:
+    import dcor  # here, as it compiles for seconds when it is imported
+
     x, noise = random_rows(50, 6, width)
     wide = np.tanh(x @ random_rows(6, width, seed=1)[0]) + 0.5 * noise + 30  # far from the origin, as pixels are
     figures = cell({"student": x}, {"pixels": wide})
@@ -69,6 +70,8 @@ def test_of_unrelated_rows_p_is_uniform_and_the_null_covers() -> None:
 
 
 def test_the_null_is_the_statistic_of_permuted_rows() -> None:
+    import dcor
+
     x, y = random_rows(12, 2, 2)
     figures = cell({"a": x}, {"b": y}, permutations=4000)
     generator = np.random.default_rng(1)
@@ -328,7 +331,7 @@ def students(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     recipe = load_recipe("quickstart", "mvmr.distillation", [
-        "student.backbone=resnet18", "views.size=16", "train.epochs=8", "train.batch_size=85", "train.lr=2e-3",
+        "student.backbone=resnet18_025", "views.size=16", "train.epochs=16", "train.batch_size=85", "train.lr=2e-3",
         "train.precision=32-true", "method.representations={teacher=1.0}", "method.estimator=unbiased",
     ])  # fmt: skip
     folder, (train, _) = tmp_path_factory.mktemp("students"), photographs

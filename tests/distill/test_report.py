@@ -17,7 +17,6 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mvmr.bundles import bundle as bundles
 from mvmr.bundles.bundle import Bundle
 from mvmr.data import ImageSet, open_images
 from mvmr.distillation.report import report as module
@@ -28,8 +27,7 @@ from mvmr.errors import MvmrError
 from mvmr.evaluation import protocols
 from mvmr.evaluation.classifiers import linear_probe
 from mvmr.models.student import Student
-from mvmr.models.torchvision_resnet import Resnet
-from tests.making import write_bundle
+from tests.making import SMALL, write_bundle
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 
@@ -65,11 +63,7 @@ class Itself:
 
 
 def a_bundle(out: Path, training: dict[str, Any] | None = None) -> Bundle:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        encoder = Resnet(name="resnet18").build()
-    write_bundle(out, encoder, training=training)
-    return bundles.load(out)
+    return write_bundle(out, training=training, seed=1)
 
 
 @pytest.fixture
@@ -147,7 +141,7 @@ def test_a_report_holds_every_figure_and_leaves_the_bundle_alone(
     options = "--k 3 --permutations 20"
     assert content["command"] == f"mvmr report {bundle.path} --data {photos} --out {tmp_path / 'out'} {options}"
     assert content["bundle"] == {
-        "path": str(bundle.path), "space_id": bundle.space_id, "backbone": "resnet18", "embedding_dim": 512,
+        "path": str(bundle.path), "space_id": bundle.space_id, "backbone": SMALL.name, "embedding_dim": SMALL.width,
         "method": "distillation", "recipe": "brief", "trained_on": "not recorded", "steps": 7,
     }  # fmt: skip
     assert content["teacher"] == {"name": "corners", "weights": "none", "identity": "c" * 64, "dim": 12}
@@ -169,7 +163,7 @@ def test_a_report_holds_every_figure_and_leaves_the_bundle_alone(
     assert (content["neighbours"]["k"], content["neighbours"]["chance"]) == (3, 3 / 11)
     assert {entry["name"] for entry in content["neighbours"]["classes"]} == set(COLOURS)
     assert {name: (entry["dim"], len(entry["values"])) for name, entry in content["spectrum"].items()} == {
-        "student": (512, 12), "teacher": (12, 12), "untrained": (512, 12),
+        "student": (SMALL.width, 12), "teacher": (12, 12), "untrained": (SMALL.width, 12),
     }  # fmt: skip
 
     student, train = bundle.student(), open_images(photos, "train")

@@ -147,14 +147,14 @@ def test_without_crop_and_jitter_only_the_flip_is_left() -> None:
 
 
 @pytest.mark.slow
-def test_the_quickstarts_teacher_is_good_enough(tmp_path: Path) -> None:
+def test_half_as_wide_as_the_quickstarts_it_is_a_good_teacher(tmp_path: Path) -> None:
     from sklearn.linear_model import LogisticRegression
 
     train, test = mvmr.open_images("sample:patches", "train"), mvmr.open_images("sample:patches", "test")
-    teacher = ClipTeacher.load(train_tiny_clip(train, tmp_path / "teacher"), text=True)
+    teacher = ClipTeacher.load(train_tiny_clip(train, tmp_path / "teacher", config=TinyClip(width=16)), text=True)
     fitted, held = np.array(represent(train, teacher)), np.array(represent(test, teacher))
     mean, scale = fitted.mean(0), (fitted.std(0) + 1e-6) * teacher.dim**0.5
     probe = LogisticRegression(max_iter=300).fit((fitted - mean) / scale, train.labels)
-    assert probe.score((held - mean) / scale, test.labels) > 0.66
+    assert probe.score((held - mean) / scale, test.labels) > 0.72
     columns = teacher.zero_shot_classifier(train.classes or (), TEMPLATES).numpy()
-    assert ((held @ columns).argmax(1) == test.labels).mean() > 0.58
+    assert ((held @ columns).argmax(1) == test.labels).mean() > 0.65

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from sklearn.metrics import average_precision_score, top_k_accuracy_score
 
@@ -22,8 +21,7 @@ from mvmr.evaluation.evaluate import evaluate, newest_or, probe
 from mvmr.evaluation.neighbours import knn_predict
 from mvmr.evaluation.protocols import Labelled, Measured, protocols_for
 from mvmr.models.student import Student
-from mvmr.models.torchvision_resnet import Resnet
-from tests.making import write_bundle
+from tests.making import SMALL, write_bundle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,11 +30,7 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 210)}
 
 def a_bundle(out: Path) -> Bundle:
     """An untrained encoder: on colours that is enough."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        encoder = Resnet(name="resnet18").build()
-    write_bundle(out, encoder)
-    return bundles.load(out)
+    return write_bundle(out)
 
 
 @pytest.fixture
@@ -126,7 +120,7 @@ def test_two_classes(bundle: Bundle, tmp_path: Path) -> None:
     data = str(write_photos(tmp_path / "two", {"red": 6, "blue": 6}))
     assert evaluate(bundle.path, data, protocols=["linear"])["linear"]["top1"] == 100.0
     head = probe(bundle.path, data, head="two")[0].head("two")
-    assert head.weight.shape == (2, 512)
+    assert head.weight.shape == (2, SMALL.width)
 
 
 @pytest.mark.parametrize("counts", [{"red": 1, "green": 1, "blue": 2}, {"red": 2, "green": 30, "blue": 3}])

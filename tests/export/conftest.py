@@ -12,6 +12,7 @@ from mvmr.bundles import bundle as bundles
 from mvmr.data import open_images
 from tests.export.students import a_bundle
 from tests.export.tensorrt.tensorrt_double import card, engine_bundle, no_card  # noqa: F401
+from tests.making import SMALL
 
 _MADE: dict[str, bytes] = {}
 
@@ -22,7 +23,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     bundle = bundles.load(a_bundle(tmp_path_factory.mktemp("template") / "student"))
     classes = open_images("sample:patches", "test").classes or ()
-    weight = np.random.default_rng(0).normal(size=(len(classes), 512))
+    weight = np.random.default_rng(0).normal(size=(len(classes), SMALL.width))
     record = {"command": "c", "data": "sample:patches", "protocol": "linear", "values": {"top1": 1.0}}
     bundles.add_head(bundle, "photos", weight, np.zeros(len(classes)), classes, record)
     return bundle.path

@@ -12,6 +12,7 @@ from mvmr.bundles import bundle as bundles
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.data import open_images
 from mvmr.models.torchvision_resnet import Resnet
+from tests.making import SMALL
 
 PATCHES = {"data": {"name": "sample:patches", "split": "unlabelled"}}
 
@@ -27,7 +28,7 @@ def a_bundle(
     *,
     seed: int = 0,
     size: int = 32,
-    backbone: str = "resnet18",
+    backbone: str = SMALL.name,
     training: Mapping[str, Any] = PATCHES,
     change: Callable[[nn.Module], None] = lambda encoder: None,
 ) -> Path:

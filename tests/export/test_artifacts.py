@@ -27,6 +27,7 @@ from mvmr.export.verification import Gates, Reference, verify
 from mvmr.serve import Engine
 from tests.export import other_runtime
 from tests.export.students import a_bundle, patches
+from tests.making import SMALL
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 
@@ -37,7 +38,7 @@ ROWS = pytest.mark.parametrize("row", ARTIFACTS.values(), ids=ARTIFACTS)
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A small student, to be exported by each test to what it needs."""
     torch.set_num_threads(1)
-    return bundles.load(a_bundle(tmp_path_factory.mktemp("runs") / "student"))
+    return bundles.load(a_bundle(tmp_path_factory.mktemp("runs") / "student", backbone="resnet18_050"))
 
 
 # The table
@@ -113,11 +114,11 @@ def test_what_this_machine_can_make_gives_torchs_features(row: Artifact, bundle:
     assert (report["format"], report["precision"], report["passed"]) == (row.key, row.precision, True)
     assert row.files(now.manifest.files) == [report["artifact"]] == [runtimes.locate(row, now)]
     runner, student = open_artifact(row, now, threads=1), now.student()
-    assert (runner.size, runner.dim) == (32, 512)
+    assert (runner.size, runner.dim) == (32, bundle.manifest.embedding_dim)
     images = patches(48)
     for count in (0, 1, 5):
         rows = runner(images[:count])[EMBEDDING]
-        assert (rows.shape, rows.dtype) == ((count, 512), np.float32)
+        assert (rows.shape, rows.dtype) == ((count, runner.dim), np.float32)
     assert verify(runner, Reference.of(student, images), gates=Gates.of(row.gate))["failures"] == []
     ours, torchs = runner(images)[EMBEDDING], student.embed(images).numpy()
     ours, torchs = (features - torchs.mean(0) for features in (ours, torchs))
@@ -157,6 +158,6 @@ def test_a_runtime_of_its_own_is_exported_served_shown_and_measured(
     np.testing.assert_allclose(engine(images), wanted, atol=1e-4)
     (choice,) = (option for option in Engines(bundles.load(path)).choices if option.key == "other-fp32")
     assert (choice.label, choice.why, choice.nbytes) == ("Other fp32", None, (path / row.file).stat().st_size)
-    assert Engines(bundles.load(path)).get("other-fp32").dim == 512
+    assert Engines(bundles.load(path)).get("other-fp32").dim == SMALL.width
     measurements = bench(path, batches=(1,), rounds=1, compiled=False)["rows"]
     assert [measurement["engine"] for measurement in measurements] == ["torch eager", "onnx fp32", "other fp32"]

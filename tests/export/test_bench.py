@@ -11,7 +11,6 @@ from mvmr.cli.main import main
 from mvmr.errors import MvmrError
 from mvmr.export.bench import BASE, bench
 from mvmr.export.export import export
-from mvmr.models.torchvision_resnet import Resnet
 from tests.making import write_bundle
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
@@ -20,11 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "mine"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        encoder = Resnet(name="resnet18").build()
-    write_bundle(out, encoder)
-    return out
+    return write_bundle(out).path
 
 
 def test_a_bundle_without_onnx_is_one_line(path: Path) -> None:

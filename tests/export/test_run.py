@@ -26,6 +26,7 @@ from mvmr.export.onnx import builder, graph
 from mvmr.export.onnx.session import Session
 from tests.export.exporting import FP16, FP32, refusal, report, state
 from tests.export.students import a_bundle, patches
+from tests.making import SMALL
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync", "once")
 Change = Callable[[onnx.ModelProto], None]
@@ -72,8 +73,8 @@ def test_the_file_is_in_the_bundle_and_does_what_torch_does(path: Path) -> None:
         "preprocessing": json.dumps(now.manifest.preprocessing.to_dict()),
         "heads": "{}",
         "precision": "fp32",
-        "architecture": "resnet18",
-        "embedding_dim": "512",
+        "architecture": SMALL.name,
+        "embedding_dim": str(SMALL.width),
     }
     assert report(path, FP32) == json.loads(json.dumps(reports["onnx"]))
 

@@ -1,6 +1,5 @@
 """Distance correlation against the `dcor` package, closed cases and degenerate batches."""
 
-import dcor
 import numpy as np
 import pytest
 import torch
@@ -9,7 +8,7 @@ import mvmr
 from mvmr.methods.dependence import centred_distances, correlate, distance_correlation, effective_rank, permutation_null
 
 ESTIMATORS = ("biased", "unbiased")
-ORACLES = {"biased": dcor.distance_correlation, "unbiased": dcor.u_distance_correlation_sqr}
+ORACLES = {"biased": "distance_correlation", "unbiased": "u_distance_correlation_sqr"}
 
 
 def draw_pair(n: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -41,11 +40,13 @@ CASES = {
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("case", CASES)
 def test_float64_agrees_with_dcor(case: str, estimator: str) -> None:
+    import dcor  # here, as it compiles for seconds when it is imported
+
     x, y = draw_pair()
     x = CASES[case](x)
     ours = distance_correlation(torch.from_numpy(x), torch.from_numpy(y), estimator=estimator)
     assert ours.dtype == torch.float64
-    assert ours.item() == pytest.approx(float(ORACLES[estimator](x, y)), abs=1e-9)
+    assert ours.item() == pytest.approx(float(getattr(dcor, ORACLES[estimator])(x, y)), abs=1e-9)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -22,8 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 SIZE = 64
 CONFIGS = {
     "resnet18": StudentConfig(backbone="resnet18"),
-    "resnet18 with a small kernel": StudentConfig(backbone="resnet18", small_kernel=True),
-    "a narrow resnet18": StudentConfig(backbone="resnet18_025"),
+    "a narrow resnet18 with a small kernel": StudentConfig(backbone="resnet18_025", small_kernel=True),
     "depthwise": StudentConfig(backbone="timm:mobilenetv3_small_100"),
     "without batch norm": StudentConfig(backbone="timm:convnext_atto"),
     "transformer": StudentConfig(backbone="timm:vit_tiny_patch16_224"),

@@ -38,7 +38,7 @@ def client(engine: Engine) -> Iterator[TestClient]:
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A resnet18 at 16 px with a head, exported to fp32."""
+    """A narrow ResNet18 at 16 px with a head, exported to fp32."""
     import torch  # here, as most tests of the service need none
 
     from mvmr.export.export import export

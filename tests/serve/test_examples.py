@@ -40,7 +40,7 @@ from tests.serve import serving
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 IMAGES = ("photos/cat.jpg", "photos/dog.jpg")
-SIZE, DIM, CLASSES = 32, 512, ("cat", "dog", "eel")
+SIZE, DIM, CLASSES = 32, 128, ("cat", "dog", "eel")
 
 
 def rows(heading: str) -> list[list[str]]:
@@ -210,27 +210,16 @@ def test_the_kubernetes_manifest_fits_the_service() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder where the examples run: runs/photos is a small ResNet with a head, exported by torch."""
-    import torch
-
-    from mvmr.bundles import bundle as bundles
     from mvmr.bundles.preprocess import Preprocess
     from mvmr.export.export import export
-    from mvmr.models.torchvision_resnet import Resnet
+    from tests.making import write_bundle
 
     folder = tmp_path_factory.mktemp("examples")
     for path, name in zip(IMAGES, ("chelsea", "astronaut"), strict=True):
         (folder / path).parent.mkdir(exist_ok=True)
         Image.fromarray(getattr(skimage.data, name)()).save(folder / path, quality=90)
-    partial, out = folder / "runs" / "photos.partial", folder / "runs" / "photos"
-    partial.mkdir(parents=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        encoder = Resnet(name="resnet18").build()
-    bundles.write(
-        partial, backbone="resnet18", options={"small_kernel": False}, embedding_dim=DIM,
-        preprocessing=Preprocess.for_size(SIZE), training={}, encoder_state=encoder.state_dict(),
-    )  # fmt: skip
-    bundles.publish(partial, out)
+    out = folder / "runs" / "photos"
+    write_bundle(out, preprocess=Preprocess.for_size(SIZE))
     serving.add_head(out, "animals", CLASSES, dim=DIM)
     export(out, formats=["onnx"], heads="all", data="sample:digits", images=16)
     return folder

@@ -15,14 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import mvmr
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.export.export import export
-from mvmr.models.torchvision_resnet import Resnet
-from tests.making import write_bundle
+from tests.making import SMALL, write_bundle
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -60,10 +58,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "mine"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        encoder = Resnet(name="resnet18").build()
-    write_bundle(out, encoder, preprocess=Preprocess.for_size(32))
+    write_bundle(out, preprocess=Preprocess.for_size(32))
     export(out, formats=["onnx"], data="sample:digits", images=20)
     return out
 
@@ -113,7 +108,7 @@ def test_the_commands_that_need_no_training_work(clean: Path, bundle: Path, tmp_
     assert report["commands"]["distill"].endswith("pip install 'mvmr[train]'")
     assert "CPUExecutionProvider" in report["onnxruntime"]
     assert report["problems"] == []
-    assert "resnet18" in run(clean / "mvmr", "info", bundle, cwd=tmp_path)
+    assert SMALL.name in run(clean / "mvmr", "info", bundle, cwd=tmp_path)
 
 
 def test_what_needs_torch_says_so_in_one_line(clean: Path, bundle: Path, tmp_path: Path) -> None:

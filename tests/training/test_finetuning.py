@@ -22,10 +22,10 @@ from mvmr.errors import MvmrError
 from mvmr.evaluation.classifiers import linear_probe
 from mvmr.evaluation.protocols import Values
 from mvmr.models.student import Student
-from mvmr.models.torchvision_resnet import Resnet
 from mvmr.training import finetuning, trainer
 from mvmr.training.finetuning import finetune
 from mvmr.training.pretraining import recalibrate
+from tests.making import SMALL, build_encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 
@@ -41,16 +41,14 @@ TINY = (
 def start(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A bundle of an untrained encoder, its batch-norm statistics those of digits."""
     torch.set_num_threads(1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        encoder = Resnet(name="resnet18").build()
+    encoder = build_encoder()
     size, digits = Preprocess.for_size(16), open_images("sample:digits", "unlabelled").subset(range(200))
     recalibrate(encoder, digits, size, batch_size=200, workers=0, device=torch.device("cpu"))
     folder = tmp_path_factory.mktemp("start") / "student"
     folder.mkdir()
     teachers = {"teacher": {"name": "big", "weights": "w", "identity": "i" * 64}}
     return bundles.write(
-        folder, backbone="resnet18", options={"small_kernel": False}, embedding_dim=512, preprocessing=size,
+        folder, backbone=SMALL.name, options=SMALL.options, embedding_dim=SMALL.width, preprocessing=size,
         training={"method": "distillation", "teachers": teachers}, encoder_state=encoder.state_dict(),
     )  # fmt: skip
 
@@ -97,7 +95,7 @@ def steps(folder: Path) -> list[int]:
 
 @pytest.mark.slow
 def test_a_tuned_encoder_beats_the_frozen_probe_of_an_untrained_one(start: Bundle, tmp_path: Path) -> None:
-    schedule = ("train.epochs=8", "train.batch_size=30", "train.lr=1e-3", "views.policy=none")
+    schedule = ("train.epochs=12", "train.batch_size=30", "train.lr=4e-3", "views.policy=none")
     sample, values = tune(start, "sample:digits", tmp_path / "out", *schedule, labels="10%", head=None)
     assert values["images"] == 120
     assert values["top1"] > values["top1_frozen"] + 5
@@ -190,7 +188,7 @@ def test_training_starts_where_the_recipe_says(start: Bundle, photos: Path, tmp_
     """With a learning rate of next to nothing, what is found at the end is what training started from."""
     still = ("train.lr=1e-30", "train.weight_decay=0")
     theirs = start.student().encoder.state_dict()
-    settled = Resnet(name="resnet18").build()
+    settled = SMALL.build()
     settled.load_state_dict(theirs)
     train, size = open_images(photos, "train"), start.manifest.preprocessing
     recalibrate(settled, train, size, batch_size=99, workers=0, device=torch.device("cpu"))
@@ -198,7 +196,8 @@ def test_training_starts_where_the_recipe_says(start: Bundle, photos: Path, tmp_
     unmoved, _ = tune(start, photos, tmp_path / "a", *still)
     torch.testing.assert_close(unmoved.student().encoder.state_dict(), settled.state_dict(), check_stride=False)
     rows = finetuning.draw(train, 0.5, 0)
-    h = Student(settled, size, dim=512, name="settled", identity="").embed([train.load(int(row)) for row in rows])
+    student = Student(settled, size, dim=SMALL.width, name="settled", identity="")
+    h = student.embed([train.load(int(row)) for row in rows])
     assert train.labels is not None
     probe = linear_probe(h.numpy(), train.labels[rows], 3)  # not of the features of the bundle: see its fixture
     assert np.allclose(unmoved.head("colours").weight, probe.weight, rtol=1e-3, atol=1e-3 * np.abs(probe.weight).max())

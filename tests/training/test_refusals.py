@@ -10,7 +10,7 @@ import pytest
 import mvmr
 from mvmr.errors import MvmrError
 from tests.distill.test_run import a_teacher, photos
-from tests.making import RESNET18, build_encoder, write_bundle
+from tests.making import write_bundle
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 
@@ -52,7 +52,7 @@ def test_distill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dic
 
 
 def test_weights_to_start_from_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sample = write_bundle(tmp_path / "b", build_encoder(RESNET18))
+    sample = write_bundle(tmp_path / "b")
     forbid_decoding(monkeypatch)
     with pytest.raises(MvmrError, match=r"does not fit: keys .* missing"):
         mvmr.pretrain(photos(tmp_path / "photos", 8), tmp_path / "out", init=sample.path, device="cpu")  # a ResNet50

@@ -24,6 +24,7 @@ from mvmr.serve.engine import Engine
 from tests.app.embedders.encoders import ODD, load, patches, refusal
 from tests.export.tensorrt.tensorrt_double import DIM, SIDE, Double, card, engine_bundle, fp16, with_engine  # noqa: F401
 from tests.export.tensorrt.test_rtx import Plugin
+from tests.making import SMALL
 from tests.serve import serving
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
@@ -50,7 +51,7 @@ def test_every_engine_is_listed_and_what_is_not_there_says_how_to_make_it(plain_
         assert choices[key].nbytes is None
         assert why in refusal(engines.get, key)
     assert "did you mean 'onnx-int8'" in refusal(engines.get, "onx-int8")
-    assert (engines.space_id, engines.name, engines.dim) == (plain_bundle.space_id, "student", 512)
+    assert (engines.space_id, engines.name, engines.dim) == (plain_bundle.space_id, "student", SMALL.width)
     assert dict(engines.heads) == {}
 
 
@@ -81,8 +82,8 @@ def test_torch_gives_the_digits_of_a_report(plain_bundle: Bundle) -> None:
     embeddings = encoder.embed(load(images))
     assert embeddings.dtype == np.float32
     assert np.array_equal(embeddings, represent(images, plain_bundle.student()))
-    assert encoder.dim == embeddings.shape[1] == 512
-    assert encoder.embed([]).shape == (0, 512)
+    assert encoder.dim == embeddings.shape[1] == SMALL.width
+    assert encoder.embed([]).shape == (0, SMALL.width)
     assert encoder.nbytes == (plain_bundle.path / "encoder.safetensors").stat().st_size
     assert np.array_equal(encoder.embed(ODD), plain_bundle.student().embed(ODD).numpy())
 

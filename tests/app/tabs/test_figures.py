@@ -299,7 +299,7 @@ def test_the_images_are_resized_and_normalised_within_the_time() -> None:
 
 def test_parameters_are_those_of_the_student(bundle: Bundle) -> None:
     counted = sum(parameter.numel() for parameter in bundle.student().encoder.parameters())
-    assert student_parameters(bundle) == counted == 11_176_512
+    assert student_parameters(bundle) == counted == 702_096
 
 
 def test_every_figure_that_is_measured_has_its_unit_and_its_source(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from mvmr.export.tensorrt import engine as tensorrt
 from mvmr.export.tensorrt import rtx_build, rtx_provider
 from tests.export.exporting import FP16, refusal
 from tests.export.tensorrt import tensorrt_rtx
+from tests.making import SMALL
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync", "once")
 
@@ -123,7 +124,7 @@ class Double:
         def run(images: np.ndarray) -> dict[str, np.ndarray]:
             self.sizes.add(len(images))
             outputs = session(images)
-            return outputs | {"embedding": outputs["embedding"] + self.wrong * np.arange(512, dtype=np.float32)}
+            return outputs | {"embedding": outputs["embedding"] + self.wrong * np.arange(SMALL.width, dtype=np.float32)}
 
         return run
 
@@ -174,7 +175,7 @@ def test_without_a_gpu_tensorrt_for_rtx_builds_what_has_been_verified(
     result = CliRunner().invoke(command, [str(path), "--trt", "--images", "16"])
     assert result.exit_code == 0, result.output
     fp16, rtx = result.stdout.splitlines()
-    assert fp16.startswith(f"{path / FP16}.onnx  22.4 MB  cosine 0.9999")
+    assert fp16.startswith(f"{path / FP16}.onnx  1.4 MB  cosine 0.9999")
     assert rtx.startswith(f"{path / FP16}.onnx  TensorRT for RTX 1.7.")
     assert "not run here: TensorRT for RTX 1.7.1 needs an NVIDIA GPU and its driver" in rtx
     assert rtx.endswith(f"Where it runs: mvmr serve {path} --provider tensorrt-rtx")
@@ -197,7 +198,7 @@ def test_with_a_gpu_it_is_verified_as_it_is_served(path: Path, wrong: float, mon
 
     def open_shifted(artifact: Artifact, bundle: Bundle, *, provider: str) -> Any:
         providers.append(provider)
-        run, shift = Session(bundle.file(artifact.file)), wrong * np.arange(512, dtype=np.float32)
+        run, shift = Session(bundle.file(artifact.file)), wrong * np.arange(SMALL.width, dtype=np.float32)
         return lambda images: {name: rows + shift for name, rows in run(images).items()}
 
     monkeypatch.setattr(engine_builder, "open_artifact", open_shifted)

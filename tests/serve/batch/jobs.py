@@ -12,7 +12,7 @@ from mvmr.errors import MvmrError
 from mvmr.serve.batch import job
 from mvmr.serve.batch.job import embed
 
-DIM, CLASSES = 512, tuple("abcde")
+DIM, CLASSES = 128, tuple("abcde")  # the width of tests.making.SMALL
 COUNT, PART = 23, 5
 BAD = {"08.png": b"", "09.png": b"not an image", "14.png": None}
 

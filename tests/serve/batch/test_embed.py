@@ -263,7 +263,7 @@ def test_the_command_says_what_it_made_and_what_to_run_next(bundle: Path, photos
     out = tmp_path / "out"
     done = CliRunner().invoke(main, ["embed", str(bundle), str(photos), "--out", str(out), "--head", "all"])
     assert done.exit_code == 0, done.output
-    assert f"{out}: 20 embeddings of width 512, 23 images now, " in done.stdout
+    assert f"{out}: 20 embeddings of width {DIM}, 23 images now, " in done.stdout
     assert f"3 images could not be read: {out}/errors.parquet" in done.stderr
     assert "img/s  eta" in done.stderr
     assert "photos" in pq.read_schema(out / "part-00000.parquet").names
@@ -272,7 +272,7 @@ def test_the_command_says_what_it_made_and_what_to_run_next(bundle: Path, photos
     assert again.stderr.splitlines()[-1].startswith(f"error: {out} holds finished embeddings")
     index_run = CliRunner().invoke(main, ["index", str(out), "--out", str(tmp_path / "index")])
     assert index_run.exit_code == 0, index_run.output
-    assert "20 vectors of width 512, exact" in index_run.stdout
+    assert f"20 vectors of width {DIM}, exact" in index_run.stdout
     search_run = CliRunner().invoke(main, ["search", str(tmp_path / "index"), str(photos / "05.png"), "-k", "3"])
     assert search_run.exit_code == 0, search_run.output
     lines = search_run.stdout.splitlines()

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from mvmr.bundles import bundle as bundles
+from mvmr.data.image_bytes import LIMITS
+from mvmr.serve.batch import job
 from mvmr.serve.batch import parts as parts_module
 from mvmr.serve.batch.job import embed
+from mvmr.serve.decoding.pool import DecodePool
 from mvmr.serve.engine import Engine
 from tests.serve.batch.jobs import COUNT, PART, contents, picture, refusal, rows, run
 
@@ -30,13 +35,29 @@ class Died(BaseException):
     """Like a death, and not caught by anything that catches errors."""
 
 
+@pytest.fixture(scope="module")
+def decoders(bundle: Path) -> Iterator[DecodePool]:
+    """The decoders of a job, for jobs that end within a moment."""
+    with DecodePool(bundles.load(bundle).manifest.preprocessing, LIMITS, processes=2, hashed=True) as pool:
+        yield pool
+
+
 @pytest.mark.parametrize("name", ["out", "out.parquet", "out.npy"])
 def test_stopped_before_any_renaming_it_goes_on_and_ends_alike(
-    bundle: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_fsync: None, name: str
+    bundle: Path,
+    photos: Path,
+    decoders: DecodePool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_fsync: None,
+    name: str,
 ) -> None:
     options: dict[str, Any] = {"heads": (), "part_rows": 10}
     engine = Engine.load(bundle, threads=1)
-    monkeypatch.setattr(Engine, "load", lambda *arguments, **options: engine)  # which takes most of the time
+    monkeypatch.setattr(Engine, "load", lambda *arguments, **options: engine)  # loading takes most of the time
+    monkeypatch.setattr(job, "DecodePool", lambda *arguments, **options: decoders)
+    monkeypatch.setattr(DecodePool, "start", lambda pool: None)
+    monkeypatch.setattr(DecodePool, "close", lambda pool: None)
     run(bundle, photos, tmp_path / "whole" / name, **options)
     real, left = os.replace, [0]
 
@@ -114,7 +135,7 @@ def test_a_real_full_disk_is_one_line_too(bundle: Path, tmp_path: Path) -> None:
     disk.mkdir()
     if shutil.which("mount") is None or os.geteuid() != 0:
         pytest.skip("needs root to mount a small disk")
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "none", str(disk)], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80k", "none", str(disk)], capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
     try:
         images = tmp_path / "many"
@@ -127,7 +148,7 @@ def test_a_real_full_disk_is_one_line_too(bundle: Path, tmp_path: Path) -> None:
         subprocess.run(["mount", "-o", "remount,size=5m", str(disk)], check=True)
         assert run(bundle, images, disk / "out", part_rows=20, resume=True).rows == 150
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
