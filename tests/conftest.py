@@ -4,11 +4,13 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: two processes with all the cores each go at a crawl
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # who takes more threads all the same doesn't spin meanwhile
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,7 +23,7 @@ def _session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _threads_of_its_own() -> Iterator[None]:
-    """Give torch's threads back as they were: what benchmarks take would slow every test after them tenfold."""
+    """Give torch's threads back as they were: those that numba or a benchmark took would slow the tests after them."""
     threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else 0
     yield
     if threads:
@@ -44,6 +46,14 @@ def few_patches() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(samples, "PER_CLASS", {"train": 20, "test": 20})
         yield
+
+
+@pytest.fixture
+def dcor(one_thread: None) -> ModuleType:
+    """The `dcor` package, an oracle. Imported late: it compiles for seconds, and gives torch all threads."""
+    import dcor
+
+    return dcor  # type: ignore[no-any-return]
 
 
 @pytest.fixture

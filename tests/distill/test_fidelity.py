@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -40,9 +41,7 @@ def random_rows(n: int, *widths: int, seed: int = 0) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("width", [6, 45, 20000])
-def test_dependence_is_that_of_the_dcor_package_and_of_the_rows_as_they_are(width: int) -> None:
-    import dcor  # here, as it compiles for seconds when it is imported
-
+def test_dependence_is_that_of_the_dcor_package_and_of_the_rows_as_they_are(dcor: ModuleType, width: int) -> None:
     x, noise = random_rows(50, 6, width)
     wide = np.tanh(x @ random_rows(6, width, seed=1)[0]) + 0.5 * noise + 30  # far from the origin, as pixels are
     figures = cell({"student": x}, {"pixels": wide})
@@ -69,9 +68,7 @@ def test_of_unrelated_rows_p_is_uniform_and_the_null_covers() -> None:
     assert all(abs(entry["null_mean"]) < 0.02 for entry in cells)
 
 
-def test_the_null_is_the_statistic_of_permuted_rows() -> None:
-    import dcor
-
+def test_the_null_is_the_statistic_of_permuted_rows(dcor: ModuleType) -> None:
     x, y = random_rows(12, 2, 2)
     figures = cell({"a": x}, {"b": y}, permutations=4000)
     generator = np.random.default_rng(1)

@@ -1,5 +1,7 @@
 """Distance correlation against the `dcor` package, closed cases and degenerate batches."""
 
+from types import ModuleType
+
 import numpy as np
 import pytest
 import torch
@@ -39,9 +41,7 @@ CASES = {
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("case", CASES)
-def test_float64_agrees_with_dcor(case: str, estimator: str) -> None:
-    import dcor  # here, as it compiles for seconds when it is imported
-
+def test_float64_agrees_with_dcor(dcor: ModuleType, case: str, estimator: str) -> None:
     x, y = draw_pair()
     x = CASES[case](x)
     ours = distance_correlation(torch.from_numpy(x), torch.from_numpy(y), estimator=estimator)
