@@ -39,6 +39,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 # -- which images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [20, 5000])
 def test_a_gallery_has_the_images_that_a_report_measures(bundle: Bundle, tmp_path: Path, limit: int) -> None:
     for number in range(3):
@@ -137,6 +138,7 @@ def test_embeddings_of_torch_are_those_of_a_report_to_the_last_digit(bundle: Bun
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0, 1, 63, 64, 65.5, 149])
 def test_a_stopped_run_goes_on_and_ends_with_the_same_digits(bundle: Bundle, tmp_path: Path, share: float) -> None:
     gallery = Gallery.open(str(pictures(tmp_path / "photos", 150)))

@@ -50,6 +50,7 @@ def unable(encoder: Encoder) -> Encoder:
     return replace(encoder, forward=never)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("out", ["out", "out.parquet", "out.npy", "shards"])
 def test_embeddings_that_are_there_need_no_computation(bundle_folder: Path, tmp_path: Path, out: str) -> None:
     photos = pictures(tmp_path / "photos", 150)

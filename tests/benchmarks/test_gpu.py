@@ -61,6 +61,7 @@ def fakes(gpu_run: ModuleType) -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 def test_a_failing_part_is_named_and_stops_no_other(
     gpu_run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,6 +101,7 @@ def test_when_all_is_well_the_exit_code_is_0(
     assert "did not end well" not in done.output
 
 
+@pytest.mark.slow
 def test_a_part_may_take_what_those_before_it_left_and_no_more(gpu_run: ModuleType, tmp_path: Path) -> None:
     sleeps = "import time; time.sleep(1.5)\n" + WRITES
     every = [
@@ -128,6 +130,7 @@ def test_only_files_with_tests_for_a_gpu_are_collected(gpu_run: ModuleType) -> N
     assert "test_config.py" not in files
 
 
+@pytest.mark.slow
 def test_what_pytest_said_of_each_test_is_kept(gpu_run: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "test_a.py").write_text(
         "import pytest\n\ndef test_good(): pass\n\ndef test_bad(): assert 1 == 2\n\n"

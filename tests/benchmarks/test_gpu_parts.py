@@ -73,6 +73,7 @@ def bodies(tmp_path: Path) -> list[bytes]:
     return [file.read_bytes() for file in files]
 
 
+@pytest.mark.slow
 def test_a_soak_counts_answers_refusals_and_what_is_wrong(bodies: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     soak = importlib.import_module("soak")
     monkeypatch.setattr(soak, "_WARM_UP", 0.0)
@@ -96,6 +97,7 @@ def test_a_soak_counts_answers_refusals_and_what_is_wrong(bodies: list[bytes], m
         assert "device_mib" not in found
 
 
+@pytest.mark.slow
 def test_a_student_in_torch_embeds_as_the_library_does(tmp_path: Path, bodies: list[bytes]) -> None:
     students = importlib.import_module("students")
     images = open_images(str(tmp_path / "bodies"), "unlabelled")

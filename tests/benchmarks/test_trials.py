@@ -220,6 +220,7 @@ def test_the_table_says_how_the_terms_pull(load: Any, capsys: pytest.CaptureFixt
     ]
 
 
+@pytest.mark.slow
 def test_what_is_scored_was_not_trained_on_and_is_of_the_training_split(load: Any) -> None:
     trials = load("trials")
     for name in ("patches", "digits"):

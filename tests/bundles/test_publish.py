@@ -138,6 +138,7 @@ def test_a_failed_rename_puts_the_old_bundle_back(tmp_path, monkeypatch):
 # Death and full disks, at every step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", ["add_head", "replace_head", "publish", "publish_over"])
 def test_killed_at_any_step_the_bundle_is_the_old_or_the_new_one(operation, tmp_path):
     """kills.py ends a child process (as kill -9 would) before each of its file operations in turn."""

@@ -59,6 +59,7 @@ def test_info_probe_and_evaluate_read_it(bundle_copy: Path, photos: Path) -> Non
     assert bundles.load(bundle_copy).head("colours").classes == ("blue", "green", "red")
 
 
+@pytest.mark.slow
 def test_finetune_and_report_read_it(bundle_copy: Path, photos: Path, tmp_path: Path) -> None:
     before = (bundle_copy / "bundle.json").read_bytes()
     tuned = mvmr(

@@ -55,6 +55,7 @@ def wait_for(folder: Path, step: int, alive: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "group", "workers", "code"),
     [

@@ -136,6 +136,7 @@ def test_a_grid_leaves_its_figures_and_nothing_else(reference: Path) -> None:
     assert "--seeds 1`" in text
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_a_run_trained_and_measured_by_hand(reference: Path, photos: str, tmp_path: Path) -> None:
     (result,) = read_results(reference)
     changes = [*TINY, "train.epochs=1", *result["assignments"]]

@@ -205,6 +205,7 @@ def test_it_embeds_as_before_bit_for_bit(old: bundles.Bundle, content: bytes, tm
     assert not any("transparent" in note for note in shown.notes)
 
 
+@pytest.mark.slow
 def test_the_app_shows_it_what_it_was_shown_before(old: bundles.Bundle, content: bytes, tmp_path: Path) -> None:
     for name in ("one", "two"):
         write(tmp_path / name, content)

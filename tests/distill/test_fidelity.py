@@ -40,6 +40,7 @@ def random_rows(n: int, *widths: int, seed: int = 0) -> list[np.ndarray]:
 # -- dependence
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [6, 45, 20000])
 def test_dependence_is_that_of_the_dcor_package_and_of_the_rows_as_they_are(dcor: ModuleType, width: int) -> None:
     x, noise = random_rows(50, 6, width)
@@ -68,6 +69,7 @@ def test_of_unrelated_rows_p_is_uniform_and_the_null_covers() -> None:
     assert all(abs(entry["null_mean"]) < 0.02 for entry in cells)
 
 
+@pytest.mark.slow
 def test_the_null_is_the_statistic_of_permuted_rows(dcor: ModuleType) -> None:
     x, y = random_rows(12, 2, 2)
     figures = cell({"a": x}, {"b": y}, permutations=4000)
@@ -247,6 +249,7 @@ def state(module: nn.Module) -> str:
     return total.hexdigest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("small_kernel", [False, True])
 @pytest.mark.parametrize("architecture", ["resnet18", "resnet50"])
 def test_stages_are_what_leaves_the_modules_averaged_and_the_last_is_the_features(

@@ -269,6 +269,7 @@ def test_a_teacher_that_is_not_given_or_not_used_is_refused_before_anything_is_c
     assert not (here / "out.partial").exists()
 
 
+@pytest.mark.slow
 def test_the_command_takes_several(here: Path) -> None:
     photos(here / "photos", 16)
     command = [sys.executable, "-m", "mvmr", "distill", "--teacher", f"clip={a_teacher(here / 'clip')}"]

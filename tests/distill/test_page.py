@@ -318,6 +318,7 @@ def test_the_summary_names_the_classes_that_fell_beyond_their_interval(full: tup
     assert [row.get("class") for row in page.all("tr")].count("fallen") == len(losers)
 
 
+@pytest.mark.slow
 def test_the_same_report_gives_the_same_bytes_and_each_image_is_asked_for_once(
     full: tuple[str, Page], report: Report, tmp_path: Path
 ) -> None:
@@ -367,6 +368,7 @@ def test_without_labels_and_records_the_page_says_so(page: Callable[[Report], Pa
     assert len(document.all("img")) > 100
 
 
+@pytest.mark.slow
 def test_one_class_one_image(page: Callable[[Report], Page]) -> None:
     small = synthetic(["only"], 30)
     small["neighbours"] |= {
@@ -383,6 +385,7 @@ def test_one_class_one_image(page: Callable[[Report], Page]) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_very_many_classes_are_a_chart_of_the_worst_and_a_list_of_confusions(page: Callable[[Report], Page]) -> None:
     many = synthetic([f"kind {number}." for number in range(60)], 680)
     document = page(many)

@@ -234,6 +234,7 @@ def test_of_many_images_some_are_drawn_and_the_probe_takes_all(
 # -- what is not there
 
 
+@pytest.mark.slow
 def test_images_without_labels_are_all_taken_and_the_probe_is_said_to_be_missing(
     bundle: Bundle, flat: Path, corners: Corners, tmp_path: Path
 ) -> None:

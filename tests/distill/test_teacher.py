@@ -244,6 +244,7 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
     assert "open_clip knows no weights for ViT-S-16; give a file: --pretrained FILE" in refusal("ViT-S-16")
 
 
+@pytest.mark.slow
 def test_missing_and_broken_files_are_one_line(tmp_path: Path) -> None:
     assert "weights file nowhere.safetensors of teacher ViT-B-16 does not exist" in refusal(
         "ViT-B-16", "nowhere.safetensors"

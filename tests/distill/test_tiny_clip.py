@@ -45,6 +45,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "open_clip_model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [(1, 1, 1, 1), (2,)], ids=["resnet", "vit"])
 def test_it_is_an_open_clip_model_in_hub_format(tmp_path: Path, layers: tuple[int, ...]) -> None:
     config = replace(VERY_TINY, layers=layers, width=32, steps=2)
@@ -62,6 +63,7 @@ def test_it_is_an_open_clip_model_in_hub_format(tmp_path: Path, layers: tuple[in
     assert not list((tmp_path / "runs").glob(".*"))  # nothing of the temporary folder stays
 
 
+@pytest.mark.slow
 def test_it_learns_what_its_captions_say(tmp_path: Path) -> None:
     images = coloured()
     teacher = ClipTeacher.load(
@@ -72,6 +74,7 @@ def test_it_learns_what_its_captions_say(tmp_path: Path) -> None:
     assert (predicted.numpy() == images.labels).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_one_seed_gives_one_model_and_leaves_the_global_random_state(tmp_path: Path) -> None:
     torch.manual_seed(7)
     before = torch.get_rng_state()

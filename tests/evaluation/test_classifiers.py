@@ -142,6 +142,7 @@ def test_a_collapsed_encoder_scores_like_chance(digits: Split, width: int, value
 SHORT = AdamConfig(epochs=60, batch_size=64, lrs=(1e-2,))
 
 
+@pytest.mark.slow
 def test_mini_batches_come_as_far_as_logistic_regression(digits: Split) -> None:
     x, labels, queries, answers = digits
     reference = 100 * (linear_probe(x, labels, 10).predict(queries) == answers).mean()
@@ -153,6 +154,7 @@ def test_mini_batches_come_as_far_as_logistic_regression(digits: Split) -> None:
     assert not np.array_equal(head.weight, adam_probe(x, labels, 10, SHORT, seed=1).weight)
 
 
+@pytest.mark.slow
 def test_mini_batches_find_the_minimum_of_the_same_loss() -> None:
     """On a problem with a finite minimum and full batches: what L-BFGS finds without regularisation."""
     random = np.random.default_rng(0)
@@ -165,6 +167,7 @@ def test_mini_batches_find_the_minimum_of_the_same_loss() -> None:
     np.testing.assert_allclose(odds / odds.sum(1, keepdims=True), reference.predict_proba(x), atol=2e-3)
 
 
+@pytest.mark.slow
 def test_the_learning_rate_is_chosen_on_rows_held_out() -> None:
     """The class is the difference of two columns: the means, which a tiny step finds, are not enough."""
     random = np.random.default_rng(0)
@@ -182,6 +185,7 @@ def test_the_learning_rate_is_chosen_on_rows_held_out() -> None:
     assert np.array_equal(head.weight, fit(0.3).weight)  # fitted on all rows afterwards
 
 
+@pytest.mark.slow
 def test_mini_batches_read_a_memory_map_and_never_predict_an_unseen_class(digits: Split, tmp_path: Path) -> None:
     x, labels, queries, _ = digits
     mask = labels != 4
@@ -233,6 +237,7 @@ def test_one_vs_all_leaves_difficult_images_out_of_their_class_alone(digits: Spl
     assert np.corrcoef(head.logits(x)[:, 1], reference.decision_function(x))[0, 1] > 0.99
 
 
+@pytest.mark.slow
 def test_mini_batches_fit_one_classifier_to_a_class(digits: Split) -> None:
     x, labels, queries, answers = digits
     present = several(labels)
@@ -244,6 +249,7 @@ def test_mini_batches_fit_one_classifier_to_a_class(digits: Split) -> None:
     assert (mine > theirs - 0.04).all()
 
 
+@pytest.mark.slow
 def test_what_is_coded_0_teaches_its_own_class_nothing() -> None:
     """Coded 0 where the first number is positive: taken for absent, half of the images would look so."""
     x = np.random.default_rng(0).normal(size=(400, 2)).astype(np.float32)

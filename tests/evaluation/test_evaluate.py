@@ -123,6 +123,7 @@ def test_two_classes(bundle: Bundle, tmp_path: Path) -> None:
     assert head.weight.shape == (2, SMALL.width)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("counts", [{"red": 1, "green": 1, "blue": 2}, {"red": 2, "green": 30, "blue": 3}])
 def test_classes_of_few_images(bundle: Bundle, tmp_path: Path, counts: dict[str, int]) -> None:
     results = evaluate(bundle.path, str(write_photos(tmp_path / "few", counts)))
@@ -213,6 +214,7 @@ def a_voc_tree(root: Path, *, train: int = 60, test: int = 40) -> str:
     return f"voc07:{root}"
 
 
+@pytest.mark.slow
 def test_voc07_is_the_mean_over_classes_of_their_average_precision(bundle: Bundle, tmp_path: Path) -> None:
     train, test = (open_images(a_voc_tree(tmp_path / "voc") if s == "train" else f"voc07:{tmp_path / 'voc'}", s)
                    for s in ("train", "test"))  # fmt: skip

@@ -31,6 +31,7 @@ def photos(folder: Path, count: int, *, classes: int = 1) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_images_are_held_out_where_the_data_have_some(path: Path, tmp_path: Path) -> None:
     images, origin = choose_verification_images(bundles.load(path))
     assert (len(images), origin["data"], origin["split"], origin["held_out"]) == (256, "sample:patches", "test", True)

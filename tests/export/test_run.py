@@ -98,6 +98,7 @@ def test_the_report_says_what_was_measured_on_what(path: Path) -> None:
     assert content["versions"]["torch"] == torch.__version__.partition("+")[0]
 
 
+@pytest.mark.slow
 def test_heads_come_along_by_name_or_all(path: Path) -> None:
     result = export(path, heads="all", images=32)["onnx"]
     now = bundles.load(path)
@@ -112,6 +113,7 @@ def test_heads_come_along_by_name_or_all(path: Path) -> None:
     assert export(path, heads=["photos", "photos"], images=32)["onnx"]["sha256"] == result["sha256"]
 
 
+@pytest.mark.slow
 def test_fp16_is_judged_as_a_gpu_would_compute_it(path: Path) -> None:
     result = export(path, formats=["fp16"])["fp16"]
     assert result["passed"]
@@ -271,6 +273,7 @@ def test_damaged_weights_are_refused(path: Path, nothing_computed: None) -> None
 # The command
 
 
+@pytest.mark.slow
 def test_the_command_says_where_each_file_is_and_how_good(path: Path) -> None:
     result = CliRunner().invoke(command, [str(path), "--onnx", "--fp16", "--gate", "overlap=0.5", "--images", "32"])
     assert result.exit_code == 0, result.output

@@ -235,6 +235,7 @@ def test_a_full_disk_leaves_the_old_version(step, tmp_path, monkeypatch):
     assert not [name for name in os.listdir(folder) if name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_killed_at_any_step_the_old_or_the_new_version_is_served(tmp_path):
     """This file as a script ends a child process (as kill -9 would) before each of its file operations in turn."""
     answer = subprocess.run(

@@ -330,6 +330,7 @@ def a_wrong_layer(model: ModelProto) -> None:
     scale(model, {"encoder.layer3.0.conv2.weight": 1.5})
 
 
+@pytest.mark.slow
 def test_what_is_exported_passes(export: Exported) -> None:
     assert judge(export, export.fp32, "fp32")["passed"]
     half = judge(export, export.fp16, "fp16")
@@ -337,6 +338,7 @@ def test_what_is_exported_passes(export: Exported) -> None:
     assert half["cosine_min"] < 0.9999999  # of half precision indeed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "change", "layer", "reason"),
     [
@@ -366,6 +368,7 @@ def test_in_float32_the_overflow_is_none(export: Exported) -> None:
     assert judge(export, plant(export.fp32, overflowing), "fp32")["passed"]
 
 
+@pytest.mark.slow
 def test_a_file_of_other_weights_drifts_from_the_first_layer_on(export: Exported) -> None:
     reference = Reference.of(a_student(seed=1), export.reference.images)
     assert not verify(Session(export.fp32, threads=1), reference, gates=Gates.of("int8"))["passed"]

@@ -39,6 +39,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("case", CASES)
 def test_float64_agrees_with_dcor(dcor: ModuleType, case: str, estimator: str) -> None:

@@ -31,6 +31,7 @@ def total(config: ObjectiveConfig, views: Embeddings, targets: dict[str, Tensor]
     return float(sum(Objective(config, views.h.shape[1], statistics)(views, targets).values()))
 
 
+@pytest.mark.slow
 def test_terms_are_the_papers_formulas(dcor: ModuleType) -> None:
     z, za, target = draw(32, 6), draw(32, 6, seed=1), draw(32, 11, seed=2)
     config = ObjectiveConfig(

@@ -96,6 +96,7 @@ def test_a_bundle_gives_the_same_backbone_and_the_same_features(backbone: Backbo
         torch.testing.assert_close(sample.student().embed(pixels), encoder(normalised))
 
 
+@pytest.mark.slow
 def test_weights_of_another_backbone_are_never_written(backbone: Backbone, tmp_path: Path) -> None:
     another = open_backbone(CONFIGS["resnet18" if "resnet" not in backbone.name else "transformer"], SIZE)
     with pytest.raises(MvmrError, match="does not fit"):

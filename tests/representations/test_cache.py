@@ -113,6 +113,7 @@ cached_rows(Path(sys.argv[1]), key={"weights": "a", "images": "b"}, count=10, ba
 """
 
 
+@pytest.mark.slow
 def test_kill_9_loses_no_finished_row(tmp_path: Path) -> None:
     path = tmp_path / "rows.npy"
     run = subprocess.run([sys.executable, "-c", KILLED, str(path)], capture_output=True, text=True, check=False)

@@ -72,6 +72,7 @@ def test_a_batch_is_its_images_one_by_one(name: str) -> None:
     assert (together[0] - together[1]).abs().max() > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HAND_CRAFTED)
 def test_identity_names_the_function_its_parameters_and_the_preprocessing(name: str) -> None:
     small, large = (hand_crafted(name, Preprocess.for_size(size)) for size in (32, 64))

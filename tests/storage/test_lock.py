@@ -54,6 +54,7 @@ def test_without_a_refusal_it_is_waited_for_and_said(tmp_path: Path, caplog: pyt
     assert caplog.messages == ["waiting for the other"]
 
 
+@pytest.mark.slow
 def test_kill_9_frees_it_though_a_worker_lives_on(tmp_path: Path) -> None:
     read, write = os.pipe()
     context = multiprocessing.get_context("fork")

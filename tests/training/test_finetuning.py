@@ -227,6 +227,7 @@ def die(monkeypatch: pytest.MonkeyPatch, target: object, name: str, call: int) -
     monkeypatch.setattr(target, name, function)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "name", "call"),
     [
@@ -346,6 +347,7 @@ def test_nothing_that_stands_is_replaced_unasked(
         tune(start, photos, tmp_path, overwrite=True)
 
 
+@pytest.mark.slow
 def test_batches_larger_than_the_subset_are_lowered_and_that_is_said(
     start: Bundle, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -77,6 +77,7 @@ def test_no_label_is_ever_read(reference: Bundle, images: ImageSet, tmp_path: Pa
     assert weights(fit(secret, tmp_path / "a", recipe(), device="cpu")) == weights(reference)
 
 
+@pytest.mark.slow
 def test_the_public_function_trains_by_name(tmp_path: Path) -> None:
     sample = mvmr.pretrain(
         "sample:digits", tmp_path / "out", recipe="paper", device="cpu",
@@ -99,6 +100,7 @@ def test_training_starts_from_given_weights(reference: Bundle, images: ImageSet,
 # -- stopped, killed, gone on with
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "name", "call"),
     [

@@ -60,6 +60,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_killed_it_goes_on_to_the_weights_of_an_undisturbed_run(photos: str, tmp_path: Path, name: str) -> None:
     recipe, images = load_recipe("default", "mvmr", RUNS[name]), open_images(photos, "unlabelled")

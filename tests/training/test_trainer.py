@@ -141,6 +141,7 @@ def test_a_signal_in_the_last_step_does_not_spoil_the_end(tmp_path: Path) -> Non
     assert same(stopped, run(tmp_path / "b"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [1, 5, 6, 9, 12])
 def test_a_dead_run_goes_on_from_its_checkpoint(tmp_path: Path, call: int) -> None:
     def die() -> None:

@@ -30,6 +30,7 @@ def remote(service: str) -> Iterator[Engines]:
         yield engines
 
 
+@pytest.mark.slow
 def test_a_service_gives_what_its_engine_gives(remote: Engines, service: str, onnx_bundle: Bundle) -> None:
     engines = remote
     assert (engines.space_id, engines.name, engines.dim) == (onnx_bundle.space_id, "student", serving.DIM)
@@ -62,6 +63,7 @@ def test_a_service_stands_in_the_place_of_the_bundles_student(
         assert engines.space_id == onnx_bundle.space_id
 
 
+@pytest.mark.slow
 def test_a_service_that_was_given_another_model_meanwhile_is_refused(
     remote: Engines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,6 +76,7 @@ def test_a_service_that_was_given_another_model_meanwhile_is_refused(
     assert "serves another model than when the app was started" in refusal(encoder.embed, ODD[:1])
 
 
+@pytest.mark.slow
 def test_a_service_that_is_not_there_or_is_none_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mvmr.serve.client.client.sleep", lambda seconds: None)
     assert "http://127.0.0.1:9" in refusal(Engines, None, service="http://127.0.0.1:9")

@@ -19,6 +19,7 @@ from tests.distill.test_teacher import SMALL, build, write_folder
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 
 
+@pytest.mark.slow
 def test_a_teacher_gives_the_digits_of_a_report_with_its_text_tower(tmp_path: Path) -> None:
     images = patches()
     write_folder(tmp_path / "small")

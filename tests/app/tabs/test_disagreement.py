@@ -78,6 +78,7 @@ def corners(monkeypatch: pytest.MonkeyPatch) -> Corners:
     return teacher
 
 
+@pytest.mark.slow
 def test_every_figure_is_that_of_the_report_to_the_last_digit(bundle: Bundle, corners: Corners, tmp_path: Path) -> None:
     data, folder = str(pictures(tmp_path / "photos", 40)), tmp_path / "kept"
     content = report(bundle.path, data, out=tmp_path / "report", k=K, permutations=2)
@@ -115,6 +116,7 @@ def test_every_figure_is_that_of_the_report_to_the_last_digit(bundle: Bundle, co
     assert 0 < fidelity.agreement < 100
 
 
+@pytest.mark.slow
 def test_without_labels_the_figures_are_those_of_the_report_too(
     bundle: Bundle, corners: Corners, tmp_path: Path
 ) -> None:

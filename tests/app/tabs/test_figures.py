@@ -94,6 +94,7 @@ class Slow:
 # -- the report's figures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1000, 10])
 def test_dependence_on_the_teacher_is_that_of_the_report_to_the_last_digit(
     bundle: Bundle, corners: Corners, tmp_path: Path, limit: int

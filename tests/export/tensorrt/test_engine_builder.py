@@ -150,6 +150,7 @@ def test_an_engine_brings_its_onnx_along_and_is_built_once(path: Path, monkeypat
     assert double.caches == [None, b"timed"]
 
 
+@pytest.mark.slow
 def test_an_engine_that_drifts_is_not_put_in_place(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     double = with_double(monkeypatch, wrong=0.1)
     message = refusal(path, formats=["trt"])
@@ -191,6 +192,7 @@ def test_without_a_gpu_tensorrt_for_rtx_builds_what_has_been_verified(
     assert "needs an NVIDIA GPU and its driver" in content["not_run"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [0.0, 0.1])
 def test_with_a_gpu_it_is_verified_as_it_is_served(path: Path, wrong: float, monkeypatch: pytest.MonkeyPatch) -> None:
     without_gpu(monkeypatch)  # to torch: the plug-in finds one

@@ -117,6 +117,7 @@ def holds_half_precision_weights(engine: int, model: bytes) -> bool:
     return 0.95 * len(model) < engine < 1.25 * len(model)
 
 
+@pytest.mark.slow
 def test_tensorrts_own_builder_takes_a_resnet18(resnet18, rtx):
     built = tensorrt.build(resnet18, size=32, trt=rtx)
     assert holds_half_precision_weights(len(built.engine), resnet18)
@@ -136,6 +137,7 @@ def test_tensorrts_own_builder_takes_a_resnet50_at_224_pixels(rtx):
     assert holds_half_precision_weights(len(tensorrt.build(model, size=224, trt=rtx).engine), model)
 
 
+@pytest.mark.slow
 def test_the_data_centres_bindings_take_our_calls(resnet18, tmp_path):
     (tmp_path / "m.onnx").write_bytes(resnet18)
     built = tensorrt_rtx.build_under_data_centre_bindings(tmp_path, tmp_path / "m.onnx", 32)

@@ -87,6 +87,7 @@ def test_parts_hold_their_stretch_and_the_manifest_lists_them(finished_run: Path
         assert pq.read_metadata(finished_run / part["file"]).num_rows == part["rows"]
 
 
+@pytest.mark.slow
 def test_the_number_of_cores_and_the_size_of_parts_leave_the_rows_as_they_are(
     bundle: Path, photos: Path, finished_run: Path, tmp_path: Path
 ) -> None:
@@ -141,6 +142,7 @@ def test_what_float16_cannot_hold_is_refused(
     assert f"the embedding of {photos}/00.png holds NaN or infinity in float16; take --dtype float32" in message
 
 
+@pytest.mark.slow
 def test_shards_make_up_the_whole(bundle: Path, photos: Path, finished_run: Path, tmp_path: Path) -> None:
     for number in (2, 0, 1):
         run(bundle, photos, tmp_path / "out", shard=(number, 3))
@@ -157,6 +159,7 @@ def test_shards_make_up_the_whole(bundle: Path, photos: Path, finished_run: Path
             read_shard(wrong)
 
 
+@pytest.mark.slow
 def test_tar_shards_and_addresses_give_the_same_rows(
     bundle: Path, photos: Path, finished_run: Path, tmp_path: Path
 ) -> None:
@@ -301,6 +304,7 @@ def test_search_refuses_another_space_and_a_bundle_that_is_gone(bundle: Path, ph
         search(tmp_path / "index", photos / "05.png", bundle=bundle)
 
 
+@pytest.mark.slow
 def test_the_job_needs_no_torch(bundle: Path, photos: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from mvmr.serve import jobs_cli; from mvmr.serve.batch.job import embed; "

@@ -42,6 +42,7 @@ def decoders(bundle: Path) -> Iterator[DecodePool]:
         yield pool
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["out", "out.parquet", "out.npy"])
 def test_stopped_before_any_renaming_it_goes_on_and_ends_alike(
     bundle: Path,
@@ -110,6 +111,7 @@ def test_a_finished_run_is_resumed_without_any_work(bundle: Path, photos: Path, 
     assert contents(finished_run) == before
 
 
+@pytest.mark.slow
 def test_a_full_disk_names_the_part_and_the_job_goes_on_later(
     bundle: Path, photos: Path, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +132,7 @@ def test_a_full_disk_names_the_part_and_the_job_goes_on_later(
     assert contents(tmp_path / "out") == contents(finished_run)
 
 
+@pytest.mark.slow
 def test_a_real_full_disk_is_one_line_too(bundle: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -151,6 +154,7 @@ def test_a_real_full_disk_is_one_line_too(bundle: Path, tmp_path: Path) -> None:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_it_and_says_how_to_go_on(
     bundle: Path,

@@ -188,6 +188,7 @@ def test_a_client_serves_many_threads_and_many_tasks(service: serving.Running) -
         np.testing.assert_allclose(answer.vectors, expected_embeddings(*pictures), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_clients_that_wait_get_their_answers_from_a_service_with_room_for_one(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,6 +224,7 @@ def test_what_the_service_refuses_is_said_in_its_words(kind: Any, service: servi
         assert client.ready() is False
 
 
+@pytest.mark.slow
 @both
 def test_a_key_opens_the_door_and_another_is_refused_whatever_is_sent(
     kind: Any, keyed_service: serving.Running

@@ -64,6 +64,7 @@ def rejection(pool: DecodePool, data: bytes) -> str:
     return outcome.code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", decoding.select_formats(decoding.COMMON))
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
 def test_the_pixels_are_those_of_decoding_here(pool: DecodePool, kind: str, mode: str) -> None:
@@ -129,6 +130,7 @@ def test_whose_images_have_taken_least_is_next() -> None:
     assert order == ["none", "much", "much"]
 
 
+@pytest.mark.slow
 def test_what_takes_long_and_makes_way_has_its_time_in_all() -> None:
     with DecodePool(PREPROCESS, Limits(seconds=2), processes=1, spare=1) as pool:
         slow = [pool.submit(SLOW, f"client {number}") for number in range(3)]
@@ -138,6 +140,7 @@ def test_what_takes_long_and_makes_way_has_its_time_in_all() -> None:
     assert all(isinstance(outcome, Rejected) and outcome.code == "too-slow" for outcome in outcomes)
 
 
+@pytest.mark.slow
 def test_small_images_are_decoded_while_large_ones_wait_for_memory() -> None:
     order: list[int] = []
     large = encoded(Image.new("L", (6000, 6000)), "PNG")
@@ -167,6 +170,7 @@ def test_what_takes_long_gets_less_of_the_processors() -> None:
         answer.cancel()
 
 
+@pytest.mark.slow
 def test_a_large_image_leaves_no_less_memory_to_those_after_it() -> None:
     large = encoded(Image.new("L", (7000, 7000)), "PNG")
     with DecodePool(PREPROCESS, Limits(seconds=_SECONDS, memory=450 * 2**20), processes=1) as pool:
@@ -186,6 +190,7 @@ def test_a_cancelled_image_is_not_decoded_on() -> None:
         assert process not in decoders()
 
 
+@pytest.mark.slow
 def test_an_image_that_takes_too_much_memory_is_told_so(pool: DecodePool) -> None:
     """A third of the memory is for images of fewer than a quarter of the pixels."""
     grey = encoded(Image.new("LA", (3150, 3150)), "PNG", compress_level=1)
@@ -232,6 +237,7 @@ process.main()
 """
 
 
+@pytest.mark.slow
 def test_waiting_for_a_disk_takes_none_of_an_image_s_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(decode_pool, "_WALL", 1 / LIMITS.seconds)
     monkeypatch.setattr(decoder, "COMMAND", (sys.executable, "-c", _WITH_A_SLOW_DISK))
@@ -302,6 +308,7 @@ def test_all_end_with_the_pool_and_what_waits_is_cancelled() -> None:
     until(lambda: not decoders())
 
 
+@pytest.mark.slow
 def test_decoders_that_do_not_start_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder, "COMMAND", (sys.executable, "-c", "raise SystemExit(3)"))
     with pytest.raises(MvmrError, match=r"don't start; `.*` shows why"):

@@ -13,6 +13,7 @@ from tests.serve.inprocess import KEY, serve
 from tests.serve.serving import jpeg
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "headers", [{"authorization": f"Bearer {KEY}"}, {"authorization": f"bearer  {KEY}"}, {"X-API-Key": KEY}]
 )
@@ -24,6 +25,7 @@ def test_with_a_valid_key_all_is_as_without(engine: Engine, headers: dict[str, s
 PROBES = ["/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready", "/v2/models/student/ready"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("endpoint", PROBES)
 def test_probes_need_no_key(engine: Engine, endpoint: str) -> None:
     with serve(engine, api_keys=(KEY,)) as client:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import httpx2
+import pytest
 
 from tests.serve import serving
 from tests.serve.serving import Running, jpeg, problem, running
@@ -19,12 +20,14 @@ def probe_url(service: Running) -> str:
     return next(line for line in service.log_text.splitlines() if "probes at " in line).rpartition(" ")[2]
 
 
+@pytest.mark.slow
 def test_probes_at_a_port_of_their_own_wait_for_nobody(path: Path, tmp_path: Path) -> None:
     """Not even for an event loop that stands still; when it stands for long, they say so."""
     block = tmp_path / "block"
     wrapped = f"""
 import os, time
 import mvmr.serve.http.service as module
+import pytest
 from mvmr.serve.http.admission import Edge
 call = Edge.__call__
 async def blocking(self, scope, receive, send):
@@ -64,6 +67,7 @@ module.Service.silence = lambda self: 31.0
         assert "has not turned for 31 s" in answer.json()["detail"]
 
 
+@pytest.mark.slow
 def test_a_log_that_nobody_reads_keeps_nobody_waiting(path: Path, tmp_path: Path) -> None:
     argv = serving.command(path, "--drain", "0")
     # a log of every request, which a full pipe would stop

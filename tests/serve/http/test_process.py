@@ -291,6 +291,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (64, {psutil.Process().rlimit(psutil.
         assert answer.status_code == 200
 
 
+@pytest.mark.slow
 def test_https(path: Path, tmp_path: Path) -> None:
     cert, key = serving.certificate(tmp_path)
     trusting = ssl.create_default_context(cafile=str(cert))

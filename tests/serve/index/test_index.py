@@ -67,6 +67,7 @@ def test_a_vector_of_zeros_is_near_to_nothing(tmp_path: Path) -> None:
     assert max(scores, key=lambda row: scores[row]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ivf", "hnsw"])
 def test_an_approximate_index_finds_most_and_says_how_many(tmp_path: Path, kind: str) -> None:
     vectors, queries = make_clusters(4000), make_clusters(100, seed=1)

@@ -194,6 +194,7 @@ def test_another_kind_of_faiss_file_is_not_even_read(tmp_path: Path, monkeypatch
     assert "its kind is not as FAISS writes it" in loading_refusal(redescribe(index.path, sha256=None, files=files))
 
 
+@pytest.mark.slow
 def test_vectors_of_any_bytes_are_harmless(tmp_path: Path) -> None:
     index = build(folder(tmp_path / "out", make_clusters(2000)), tmp_path / "index")
     file = index.path / "vectors.npy"

@@ -16,6 +16,7 @@ from tests.serve.http.connections.wire import GET, HOST, answers, causes, connec
 from tests.serve.serving import jpeg, problem, running
 
 
+@pytest.mark.slow
 def test_who_has_many_connections_loses_those_that_are_idle_to_others(path: Path, tmp_path: Path) -> None:
     options = ["--max-connections", "40", "--max-connections-per-address", "20"]
     with running(path, tmp_path, *options) as service, ExitStack() as stack:
@@ -31,6 +32,7 @@ def test_who_has_many_connections_loses_those_that_are_idle_to_others(path: Path
         serving.wait_until(lambda: causes(service).get("evicted", 0) >= 15, "the metrics", service)
 
 
+@pytest.mark.slow
 def test_where_all_are_busy_newcomers_are_refused_and_the_log_says_so_once(path: Path, tmp_path: Path) -> None:
     begun = b"POST /v1/embed HTTP/1.1\r\n" + HOST + b"content-length: 5\r\n\r\na"
     with running(path, tmp_path, "--max-connections", "10") as service, ExitStack() as stack:
@@ -45,6 +47,7 @@ def test_where_all_are_busy_newcomers_are_refused_and_the_log_says_so_once(path:
         assert service.log_text.count("all 10 connections are in use") == 1
 
 
+@pytest.mark.slow
 def test_a_low_limit_of_files_is_told_and_shuts_nobody_out(path: Path, tmp_path: Path) -> None:
     wrapped = "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))"
     options = ["--head-seconds", "1", "--decoders", "2"]
@@ -61,6 +64,7 @@ def test_a_low_limit_of_files_is_told_and_shuts_nobody_out(path: Path, tmp_path:
         assert service.stop() == 0
 
 
+@pytest.mark.slow
 def test_behind_a_proxy_that_is_trusted_clients_are_told_apart(path: Path, tmp_path: Path) -> None:
     options = ["--max-connections-per-address", "5", "--trust-proxy", "127.0.3.1"]
     with running(path, tmp_path, *options) as service, ExitStack() as stack:
@@ -69,6 +73,7 @@ def test_behind_a_proxy_that_is_trusted_clients_are_told_apart(path: Path, tmp_p
             assert is_alive(opened, GET.replace(HOST, HOST + b"x-forwarded-for: 8.8.8.8\r\n"))
 
 
+@pytest.mark.slow
 def test_tls_that_is_begun_and_not_ended(path: Path, tmp_path: Path) -> None:
     cert, key = serving.certificate(tmp_path)
     options = ["--tls-cert", str(cert), "--tls-key", str(key), "--head-seconds", "1"]
@@ -86,6 +91,7 @@ def test_tls_that_is_begun_and_not_ended(path: Path, tmp_path: Path) -> None:
         assert "Traceback" not in service.log_text
 
 
+@pytest.mark.slow
 def test_a_thousand_connections_at_once_are_all_taken(path: Path, tmp_path: Path) -> None:
     _, most = psutil.Process().rlimit(psutil.RLIMIT_NOFILE)
     if most < 4096:

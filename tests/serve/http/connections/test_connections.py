@@ -46,6 +46,7 @@ def service(path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ru
 # Heads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("request_", "name", "detail"),
     [
@@ -85,6 +86,7 @@ def test_a_connection_on_which_nothing_comes_is_closed(service: Running) -> None
     assert 0.9 < time.monotonic() - began < 5
 
 
+@pytest.mark.slow
 def test_between_requests_it_may_be_silent_for_longer(service: Running) -> None:
     with connect(service) as opened:
         for _ in range(2):
@@ -138,6 +140,7 @@ def test_garbage_in_a_body_is_the_answer_to_its_request(service: Running) -> Non
     assert answer.content == ALIVE  # and no more, as it can't be told where the next request begins
 
 
+@pytest.mark.slow
 def test_who_stays_after_he_was_refused_is_not_kept(service: Running) -> None:
     refused = b"POST /v1/embed HTTP/1.1\r\n" + HOST + b"transfer-encoding: chunked\r\n"
     begun = [b"\r\n5\r\nabcde\r\nnothing\r\n", b"expect: 100-continue\r\n\r\nnothing\r\n"]
@@ -159,6 +162,7 @@ def test_a_body_that_cannot_be_read_is_no_second_answer(service: Running, body: 
         assert b"HTTP/1.1" not in everything(opened)
 
 
+@pytest.mark.slow
 def test_trailers_are_no_headers(path: Path, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("0123456789abcdef\n")
     chunked = b"POST /v1/embed HTTP/1.1\r\n" + HOST + b"transfer-encoding: chunked\r\n\r\n0\r\n"
@@ -216,6 +220,7 @@ def test_curl_asks_for_http2_and_is_answered(service: Running, tmp_path: Path) -
 # Answers that nobody reads
 
 
+@pytest.mark.slow
 def test_answers_that_nobody_reads_take_a_bounded_memory_and_time(service: Running) -> None:
     # from two addresses: one has twenty connections
     request = b"GET /openapi.json HTTP/1.1\r\n" + HOST + b"\r\n"
@@ -235,6 +240,7 @@ def test_answers_that_nobody_reads_take_a_bounded_memory_and_time(service: Runni
 # Probes
 
 
+@pytest.mark.slow
 def test_malformed_requests_are_counted_and_not_logged(service: Running) -> None:
     lines, before = len(service.log_text.splitlines()), causes(service).get("malformed", 0)
     for _ in range(50):

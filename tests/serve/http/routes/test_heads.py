@@ -42,6 +42,7 @@ def test_where_there_is_one_head_it_need_not_be_named(engine: Engine) -> None:
         assert read_json(client.post("/v1/classify", content=jpeg()))["head"] == "animals"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "params", "detail"),
     [
@@ -76,6 +77,7 @@ def test_heads_are_read_again_and_a_damaged_one_changes_nothing(
         assert client.post("/v1/classify?head=shapes", content=jpeg()).status_code == 200
 
 
+@pytest.mark.slow
 def test_heads_of_another_bundle_in_its_place_are_not_served(
     path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -163,6 +163,7 @@ AT_THE_CONNECTION = {"slow-head", "large-head"}  # see test_connections.py
 CASES = [pytest.param(name, ask, id=f"{name}-{i}") for name, asks in PRODUCED.items() for i, ask in enumerate(asks)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "ask"), CASES)
 def test_each_problem_has_its_status_and_type(engine: Engine, name: str, ask: Ask) -> None:
     answer = ask(engine)
@@ -175,6 +176,7 @@ def test_no_problem_is_left_out() -> None:
     assert PRODUCED.keys() | AT_THE_CONNECTION == PROBLEMS.keys()
 
 
+@pytest.mark.slow
 def test_headers_of_problems(engine: Engine) -> None:
     assert PRODUCED["wrong-key"][0](engine).headers["www-authenticate"] == "Bearer"
     assert PRODUCED["wrong-method"][0](engine).headers["allow"] == "POST"
