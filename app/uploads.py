@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradio.utils import get_upload_folder
 from PIL import Image, UnidentifiedImageError
 
 from mvmr.bundles.preprocess import WHITE, Background, describe_background, to_rgb, upright
@@ -83,6 +82,8 @@ def take_upload(payload: Any) -> bytes | MvmrError | None:
     """
     if payload is None or payload.path is None:
         return None
+    from gradio.utils import get_upload_folder  # here: to open an image takes no Gradio, which takes seconds to import
+
     file = Path(payload.path).resolve()
     if not file.is_relative_to(Path(get_upload_folder()).resolve()):
         return MvmrError("this is no upload; give the image itself")
