@@ -19,6 +19,11 @@ def gather(x: Tensor) -> Tensor:
     return rows
 
 
+def first_row(count: int) -> int:
+    """Where this rank's `count` rows begin among those that `gather` gives."""
+    return distributed.get_rank() * count if distributed.is_initialized() else 0
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

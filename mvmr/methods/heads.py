@@ -9,10 +9,12 @@ from torch import nn
 from mvmr.errors import MvmrError
 
 
-def build_projector(in_dim: int, sizes: Sequence[int]) -> nn.Sequential:
+def build_projector(in_dim: int, sizes: Sequence[int], *, last_norm: bool = False) -> nn.Sequential:
     """Build the projector h -> z: linear, batch norm, ReLU for each size; the last layer is linear alone.
 
     No linear layer has a bias (batch norm would cancel it). No sizes: the identity, z = h.
+
+    last_norm: whether the last layer, too, has a batch norm, without scale and shift of its own
 
     Shapes: features [B, in_dim] float32 -> projection [B, sizes[-1]] float32, not normalised.
     Raises: MvmrError for a size below 1.
@@ -26,4 +28,6 @@ def build_projector(in_dim: int, sizes: Sequence[int]) -> nn.Sequential:
         width = size
     if sizes:
         layers.append(nn.Linear(width, sizes[-1], bias=False))
+        if last_norm:
+            layers.append(nn.BatchNorm1d(sizes[-1], affine=False))
     return nn.Sequential(*layers)  # an empty Sequential is the identity and has no keys

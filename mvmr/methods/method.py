@@ -46,6 +46,12 @@ class MethodConfig:
         """The views it learns from; those that are augmented are independent of each other."""
         return (ORIGINAL, AUGMENTED)
 
+    def check(self, batch_size: int, images: int) -> None:
+        """Refuse a size of batches, over all devices, or a number of images that it can't learn from.
+
+        Raises: MvmrError, with the numbers.
+        """
+
     @property
     def targets(self) -> tuple[str, ...]:
         """Representations of the original view that it learns from, teachers among them."""

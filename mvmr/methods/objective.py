@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from mvmr.errors import MvmrError
 from mvmr.methods.dependence import Estimator, centred_distances, correlate, effective_rank, permutation_null
+from mvmr.methods.moments import covariance_penalty, hinge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +86,9 @@ class Objective(nn.Module):
         if c.invariance:
             terms["invariance"] = c.invariance * F.mse_loss(z, za)
         if c.variance:
-            terms["variance"] = c.variance * (self._hinge(z) + self._hinge(za))
+            terms["variance"] = c.variance * (hinge(z, c.gamma, c.eps) + hinge(za, c.gamma, c.eps))
         if c.decorrelation:
-            terms["decorrelation"] = c.decorrelation * (_covariance_penalty(z) + _covariance_penalty(za))
+            terms["decorrelation"] = c.decorrelation * (covariance_penalty(z) + covariance_penalty(za))
         if c.dependence or any(c.representations.values()):
             a = centred_distances(za, c.estimator)
             if c.dependence:
@@ -100,9 +101,6 @@ class Objective(nn.Module):
             error = regress(views.h, targets[name]) + regress(views.h_augmented, targets[name])
             terms[f"regression.{name}"] = c.regression[name] * error / 2
         return terms
-
-    def _hinge(self, z: Tensor) -> Tensor:
-        return F.relu(self.config.gamma - torch.sqrt(z.var(0) + self.config.eps)).mean()
 
     @torch.no_grad()
     def diagnose(
@@ -154,10 +152,3 @@ class Embeddings(NamedTuple):
     def space(self, name: Literal["projection", "features"]) -> tuple[Tensor, Tensor]:
         """(original, augmented) in the named space."""
         return (self.z, self.z_augmented) if name == "projection" else (self.h, self.h_augmented)
-
-
-def _covariance_penalty(z: Tensor) -> Tensor:
-    n, width = z.shape
-    centred = z - z.mean(0)
-    covariance = centred.T @ centred / (n - 1)
-    return (covariance.square().sum() - covariance.diagonal().square().sum()) / width

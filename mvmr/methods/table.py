@@ -7,10 +7,15 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from mvmr.bundles.preprocess import Preprocess
+from mvmr.methods.barlow import Barlow, BarlowConfig
 from mvmr.methods.byol import Byol, ByolConfig
+from mvmr.methods.lejepa import Lejepa, LejepaConfig
 from mvmr.methods.method import Method, MethodConfig, Statistics
+from mvmr.methods.moco import Moco, MocoConfig
 from mvmr.methods.mvmr import Mvmr, MvmrConfig
 from mvmr.methods.simclr import Simclr, SimclrConfig
+from mvmr.methods.simsiam import Simsiam, SimsiamConfig
+from mvmr.methods.vicreg import Vicreg, VicregConfig
 
 
 class Entry(NamedTuple):
@@ -23,7 +28,12 @@ class Entry(NamedTuple):
 METHODS = {
     "mvmr": Entry(MvmrConfig, Mvmr),
     "simclr": Entry(SimclrConfig, Simclr),
+    "moco": Entry(MocoConfig, Moco),
     "byol": Entry(ByolConfig, Byol),
+    "simsiam": Entry(SimsiamConfig, Simsiam),
+    "barlow": Entry(BarlowConfig, Barlow),
+    "vicreg": Entry(VicregConfig, Vicreg),
+    "lejepa": Entry(LejepaConfig, Lejepa),
 }
 CONFIGS = {name: entry.config for name, entry in METHODS.items()}
 

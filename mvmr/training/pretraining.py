@@ -139,6 +139,7 @@ def fit(
     # Refuse what can't be before anything is computed.
     check_targets(recipe.method.targets, teachers, recipe.name)
     recipe.train.steps(len(images), fabric.world_size, recipe.method.smallest_batch)
+    recipe.method.check(recipe.train.batch_size, len(images))
     make_policy(recipe.views.policy, size, preprocess)
     backbone = open_backbone(recipe.student, size)
     run = find_run(result, _describe(images, recipe, teachers, init), resume=resume, overwrite=overwrite)

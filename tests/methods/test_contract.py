@@ -21,7 +21,12 @@ SIZE, WIDTH, BATCH = 8, 12, 6
 SMALL: dict[str, dict[str, Any]] = {
     "mvmr": {"projector": (8,), "representations": {"pixels": 1.0}, "regression": {"pixels": 0.5}},
     "simclr": {"projector": (8, 6)},
+    "moco": {"projector": (8, 6), "queue": BATCH + 2},
     "byol": {"projector": (8, 6), "predictor": (8, 6)},
+    "simsiam": {"projector": (8, 6), "predictor": (4, 6)},
+    "barlow": {"projector": (8, 6)},
+    "vicreg": {"projector": (8, 6)},
+    "lejepa": {"projector": (8, 6), "slices": 16, "crops": 3},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from mvmr.data import open_images
+from mvmr.methods.table import METHODS
 from mvmr.training.pretraining import fit
 from mvmr.training.recipe import load_recipe
 
@@ -23,9 +25,17 @@ TINY = (
     "train.workers=0", "train.precision=32-true", "train.checkpoint_steps=2", "train.log_steps=1",
 )  # fmt: skip
 BYOL = ("method.name=byol", "method.projector=[16,8]", "method.predictor=[16,8]")
-RUNS = {
-    "byol": (*TINY, *BYOL),
-    "simclr": (*TINY, "method.name=simclr", "method.projector=[16,8]"),
+SETTINGS = {
+    "byol": BYOL,
+    "mvmr": ("method.projector=[16]", "method.representations={pixels=1.0}"),
+    "simclr": ("method.name=simclr", "method.projector=[16,8]"),
+    "moco": ("method.name=moco", "method.projector=[16,8]", "method.queue=12"),
+    "simsiam": ("method.name=simsiam", "method.projector=[16,8]", "method.predictor=[4,8]"),
+    "barlow": ("method.name=barlow", "method.projector=[16,8]"),
+    "vicreg": ("method.name=vicreg", "method.projector=[16,8]"),
+    "lejepa": ("method.name=lejepa", "method.projector=[16,8]", "method.slices=8"),
+}
+RUNS = {name: (*TINY, *settings) for name, settings in SETTINGS.items()} | {
     "a transformer": (*TINY, *BYOL, "student.backbone=timm:vit_tiny_patch16_224"),
     "a depthwise network": (
         *TINY, "student.backbone=timm:mobilenetv3_small_100", "method.projector=[16]",
@@ -33,21 +43,27 @@ RUNS = {
     ),
 }  # fmt: skip
 KILLED = """
-import os, signal, sys
+import json, os, signal, sys
 import torch
 from mvmr.data import open_images
 from mvmr.training import trainer
 from mvmr.training.pretraining import fit
 from mvmr.training.recipe import load_recipe
 torch.set_num_threads(1)
-data, out, *assign = sys.argv[1:]
+data, folder, runs = sys.argv[1:]
 real = trainer.learning_rate
 def dying(config, step, steps):
     if step == 5:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(config, step, steps)
 trainer.learning_rate = dying
-fit(open_images(data, "unlabelled"), out, load_recipe("default", "mvmr", assign), device="cpu")
+for name, assign in json.loads(runs).items():
+    child = os.fork()  # a process to a run, which begins with torch imported
+    if child == 0:
+        images, recipe = open_images(data, "unlabelled"), load_recipe("default", "mvmr", assign)
+        fit(images, f"{folder}/{name}", recipe, device="cpu")
+        os._exit(0)
+    print(name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
@@ -60,14 +76,28 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def killed(photos: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all runs, each killed in its sixth step."""
+    folder = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, "-c", KILLED, photos, str(folder), json.dumps(RUNS)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    assert done.stdout.splitlines() == [f"{name} {-signal.SIGKILL}" for name in RUNS]
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_killed_it_goes_on_to_the_weights_of_an_undisturbed_run(photos: str, tmp_path: Path, name: str) -> None:
+def test_killed_it_goes_on_to_the_weights_of_an_undisturbed_run(
+    photos: str, killed: Path, tmp_path: Path, name: str
+) -> None:
     recipe, images = load_recipe("default", "mvmr", RUNS[name]), open_images(photos, "unlabelled")
     reference = fit(images, tmp_path / "whole", recipe, device="cpu")
-    command = [sys.executable, "-c", KILLED, photos, str(tmp_path / "out"), *RUNS[name]]
-    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
-    assert torch.load(tmp_path / "out.partial" / "checkpoint.pt", weights_only=True)["step"] == 4
-    again = fit(images, tmp_path / "out", recipe, device="cpu", resume=True)
+    assert torch.load(killed / f"{name}.partial" / "checkpoint.pt", weights_only=True)["step"] == 4
+    again = fit(images, killed / name, recipe, device="cpu", resume=True)
     for file in ("encoder.safetensors", "projector.safetensors"):
         assert (again.path / file).read_bytes() == (reference.path / file).read_bytes()
+
+
+def test_every_method_is_here() -> None:
+    assert SETTINGS.keys() == METHODS.keys()

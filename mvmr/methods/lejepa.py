@@ -1,0 +1,89 @@
+"""LeJEPA: views of an image are where their mean is, and embeddings are spread like a standard Gaussian.
+
+Source: Balestriero and LeCun, "LeJEPA: provable and scalable self-supervised learning without the heuristics" (2025).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mvmr.bundles.preprocess import Preprocess
+from mvmr.errors import MvmrError
+from mvmr.methods.dependence import effective_rank
+from mvmr.methods.gathering import gather
+from mvmr.methods.gaussianity import gaussian_energy, sigreg
+from mvmr.methods.heads import build_projector
+from mvmr.methods.method import Method, MethodConfig, Statistics, Step, ViewSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class LejepaConfig(MethodConfig):
+    """The paper's trade-off and slices.
+
+    spread: the paper's SIGReg on random slices, or the energy distance to a Gaussian, which needs none
+    """
+
+    name: Literal["lejepa"] = "lejepa"
+    trade: float = 0.05  # lambda: the share of the spread; the rest is the prediction's
+    spread: Literal["sigreg", "energy"] = "sigreg"
+    slices: int = 1024
+    crops: int = 2  # views of each image
+    projector: tuple[int, ...] = (2048, 2048, 128)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.trade <= 1:
+            raise MvmrError(f"[method] trade = {self.trade}: must lie between 0 and 1")
+        if self.slices < 1:
+            raise MvmrError(f"[method] slices = {self.slices}: must be 1 or more")
+        if self.crops < 2:
+            raise MvmrError(f"[method] crops = {self.crops}: a view is told from others of its image; give 2 or more")
+
+    @property
+    def views(self) -> tuple[ViewSpec, ...]:
+        return tuple(ViewSpec(f"view{number}") for number in range(self.crops))
+
+
+class Lejepa(Method):
+    """Encoder and projector, and how many steps there were: the slices of each are drawn by its number."""
+
+    projector: nn.Module
+    steps: Tensor
+
+    def __init__(
+        self, config: LejepaConfig, encoder: nn.Module, width: int, preprocess: Preprocess, statistics: Statistics
+    ) -> None:
+        super().__init__(encoder, preprocess)
+        self.config = config
+        self.projector = build_projector(width, config.projector)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, views: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Step:
+        c = self.config
+        h = [self.features(views[spec.name]) for spec in c.views]
+        with torch.autocast(h[0].device.type, enabled=False):
+            z = torch.stack([gather(self.projector(features.float())) for features in h])  # [V, B, D]
+            prediction = (z - z.mean(0)).square().mean()  # eq. 6: each view tells the mean of all
+            generator = torch.Generator().manual_seed(int(self.steps))
+            spreads = [
+                sigreg(view, c.slices, generator) if c.spread == "sigreg" else gaussian_energy(view) for view in z
+            ]
+            losses = {
+                "prediction": (1 - c.trade) * prediction,
+                c.spread: c.trade * torch.stack(spreads).mean(),
+            }
+        return Step(losses, (h[0].detach().float(), z[0].detach()))
+
+    @torch.no_grad()
+    def after_step(self, step: int, steps: int) -> None:
+        self.steps.fill_(step)
+
+    @torch.no_grad()
+    def diagnose(self, outputs: tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, float]:
+        """Effective ranks of features and projections, and the mean spread of the latter: 1 and 0 are a collapse."""
+        h, z = outputs
+        return {"rank_h": effective_rank(h), "rank_z": effective_rank(z), "std_z": float(z.std(0).mean())}

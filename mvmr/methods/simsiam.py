@@ -1,0 +1,73 @@
+"""SimSiam: from one view of an image, a predictor tells what the same network makes of the other, held still.
+
+Source: Chen and He, "Exploring simple siamese representation learning" (2021).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvmr.bundles.preprocess import Preprocess
+from mvmr.errors import MvmrError
+from mvmr.methods.dependence import effective_rank
+from mvmr.methods.heads import build_projector
+from mvmr.methods.method import Method, MethodConfig, Statistics, Step, ViewSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimsiamConfig(MethodConfig):
+    """The paper's networks: a projector with a batch norm at its end, a predictor narrow in the middle."""
+
+    name: Literal["simsiam"] = "simsiam"
+    projector: tuple[int, ...] = (2048, 2048, 2048)
+    predictor: tuple[int, ...] = (512, 2048)
+
+    def __post_init__(self) -> None:
+        if not (self.projector and self.predictor) or self.predictor[-1] != self.projector[-1]:
+            raise MvmrError(
+                f"[method] projector = {list(self.projector)} and predictor = {list(self.predictor)}: the predictor "
+                "tells projections, so the last widths of both must be there, and the same"
+            )
+
+    @property
+    def views(self) -> tuple[ViewSpec, ...]:
+        return (ViewSpec("first"), ViewSpec("second"))
+
+
+class Simsiam(Method):
+    """Encoder, projector and predictor."""
+
+    projector: nn.Module
+
+    def __init__(
+        self, config: SimsiamConfig, encoder: nn.Module, width: int, preprocess: Preprocess, statistics: Statistics
+    ) -> None:
+        super().__init__(encoder, preprocess)
+        self.projector = build_projector(width, config.projector, last_norm=True)
+        self.predictor = build_projector(config.projector[-1], config.predictor)
+
+    def forward(self, views: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Step:
+        h = [self.features(views[name]) for name in ("first", "second")]
+        z = [self.projector(features) for features in h]
+        p = [self.predictor(projection) for projection in z]
+        with torch.autocast(h[0].device.type, enabled=False):
+            loss = (unlikeness(p[0], z[1]) + unlikeness(p[1], z[0])) / 2  # eq. 4
+        return Step({"unlikeness": loss}, (h[0].detach().float(), z[0].detach().float()))
+
+    @torch.no_grad()
+    def diagnose(self, outputs: tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, float]:
+        """Effective ranks; and the spread of normalised projections, 1 / sqrt(D) when healthy and 0 in a collapse."""
+        h, z = outputs
+        spread = F.normalize(z, dim=1).std(0).mean()
+        return {"rank_h": effective_rank(h), "rank_z": effective_rank(z), "std_z": float(spread)}
+
+
+def unlikeness(prediction: Tensor, projection: Tensor) -> Tensor:
+    """Minus the cosine of rows, of which the second get no gradient (eq. 1 and 3): [B, D] each -> scalar."""
+    return -F.cosine_similarity(prediction.float(), projection.detach().float()).mean()

@@ -1,0 +1,76 @@
+"""VICReg: two views agree, each dimension varies over the batch, and no two vary together.
+
+Source: Bardes et al., "VICReg: variance-invariance-covariance regularization for self-supervised learning" (2022).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvmr.bundles.preprocess import Preprocess
+from mvmr.errors import MvmrError
+from mvmr.methods.dependence import effective_rank
+from mvmr.methods.gathering import gather
+from mvmr.methods.heads import build_projector
+from mvmr.methods.method import Method, MethodConfig, Statistics, Step, ViewSpec
+from mvmr.methods.moments import covariance_penalty, hinge
+
+
+@dataclass(frozen=True, kw_only=True)
+class VicregConfig(MethodConfig):
+    """The paper's projector and weights; `variance` weighs the mean over both views, as its code does."""
+
+    name: Literal["vicreg"] = "vicreg"
+    invariance: float = 25.0  # lambda
+    variance: float = 25.0  # mu
+    covariance: float = 1.0  # nu
+    gamma: float = 1.0  # the standard deviation that each dimension must reach
+    eps: float = 1e-4
+    projector: tuple[int, ...] = (8192, 8192, 8192)
+
+    def __post_init__(self) -> None:
+        for name in ("invariance", "variance", "covariance"):
+            if not getattr(self, name) >= 0:
+                raise MvmrError(f"[method] {name} = {getattr(self, name)}: a weight must be 0 or more")
+
+    @property
+    def views(self) -> tuple[ViewSpec, ...]:
+        return (ViewSpec("first"), ViewSpec("second"))
+
+
+class Vicreg(Method):
+    """Encoder and projector."""
+
+    projector: nn.Module
+
+    def __init__(
+        self, config: VicregConfig, encoder: nn.Module, width: int, preprocess: Preprocess, statistics: Statistics
+    ) -> None:
+        super().__init__(encoder, preprocess)
+        self.config = config
+        self.projector = build_projector(width, config.projector)
+
+    def forward(self, views: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Step:
+        c = self.config
+        h = [self.features(views[name]) for name in ("first", "second")]
+        z = [self.projector(features) for features in h]
+        with torch.autocast(h[0].device.type, enabled=False):
+            first, second = (gather(projection.float()) for projection in z)
+            losses = {
+                "invariance": c.invariance * F.mse_loss(first, second),  # s, eq. 5
+                "variance": c.variance * (hinge(first, c.gamma, c.eps) + hinge(second, c.gamma, c.eps)) / 2,  # v, eq. 1
+                "covariance": c.covariance * (covariance_penalty(first) + covariance_penalty(second)),  # c, eq. 4
+            }
+        return Step(losses, (h[0].detach().float(), first.detach()))
+
+    @torch.no_grad()
+    def diagnose(self, outputs: tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, float]:
+        """Effective ranks of features and projections, and the mean spread of the latter: 1 and 0 are a collapse."""
+        h, z = outputs
+        return {"rank_h": effective_rank(h), "rank_z": effective_rank(z), "std_z": float(z.std(0).mean())}
