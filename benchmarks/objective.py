@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mvmr.methods.dependence import Estimator
 from mvmr.methods.objective import Embeddings, Objective, ObjectiveConfig
+from mvmr.methods.parts.dependence import Estimator
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mvmr.errors import MvmrError as MvmrError
     from mvmr.evaluation.evaluate import evaluate as evaluate
     from mvmr.evaluation.evaluate import probe as probe
-    from mvmr.methods.dependence import distance_correlation as distance_correlation
+    from mvmr.methods.parts.dependence import distance_correlation as distance_correlation
     from mvmr.training.finetuning import finetune as finetune
     from mvmr.training.pretraining import pretrain as pretrain
 
@@ -29,7 +29,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 _HOMES = {
     "MvmrError": "mvmr.errors",
     "ablate": "mvmr.comparison.ablation",
-    "distance_correlation": "mvmr.methods.dependence",
+    "distance_correlation": "mvmr.methods.parts.dependence",
     "distill": "mvmr.distillation.distill",
     "evaluate": "mvmr.evaluation.evaluate",
     "finetune": "mvmr.training.finetuning",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mvmr.evaluation.neighbours import find_neighbours, neighbour_overlap
 from mvmr.evaluation.scores import linear_cka
-from mvmr.methods.dependence import centred_distances, correlate, effective_rank
+from mvmr.methods.parts.dependence import centred_distances, correlate, effective_rank
 from mvmr.progress import track
 
 Figures = dict[str, Any]  # JSON values
@@ -65,7 +65,7 @@ def dependence(
     Returns:
         A cell each: row, column, dcor, null_mean, null_low and null_high (2.5 and 97.5 % of the permutations), p, cka.
 
-    Source: Szekely and Rizzo (2014), as :mod:`mvmr.methods.dependence`; Phipson and Smyth, "Permutation p-values
+    Source: Szekely and Rizzo (2014), as :mod:`mvmr.methods.parts.dependence`; Phipson and Smyth, "Permutation p-values
     should never be zero" (2010); Kornblith et al. (2019), as :func:`mvmr.evaluation.scores.linear_cka`.
     """
     tables = {name: _short(values) for name, values in {**columns, **rows}.items()}

@@ -13,7 +13,10 @@ Decorator = Callable[[Command], Command]
 # flag -> key of the recipe it changes; everything else is reached by --set
 SHORTHANDS = {
     "student": ("student.backbone", "resnet18 (_050, _025: narrower), resnet50, or timm: and one of its models."),
-    "method": ("method.name", "How it learns: mvmr, simclr, moco, byol, simsiam, barlow, vicreg, lejepa."),
+    "method": (
+        "method.name",
+        "How it learns: mvmr, simclr, moco, byol, simsiam, barlow, vicreg, swav, dino, isd, twist, lejepa.",
+    ),
     "small-kernel": ("student.small_kernel", "A stem for small images: 3 x 3, stride 1, no pooling."),
     "size": ("views.size", "Side of the images the student sees, in pixels."),
     "epochs": ("train.epochs", "Passes over the images."),

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
-from mvmr.methods.dependence import effective_rank
-from mvmr.methods.gathering import gather
-from mvmr.methods.heads import build_projector
 from mvmr.methods.method import Method, MethodConfig, Statistics, Step, ViewSpec
+from mvmr.methods.parts.dependence import effective_rank
+from mvmr.methods.parts.gathering import gather
+from mvmr.methods.parts.heads import build_projector
 
 _EPS = 1e-5  # as in a batch norm
 

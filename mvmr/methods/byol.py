@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
-from mvmr.methods.dependence import effective_rank
-from mvmr.methods.heads import build_projector
 from mvmr.methods.method import Method, MethodConfig, Statistics, Step, ViewSpec
-from mvmr.methods.momentum import cosine_momentum, follow, make_follower
+from mvmr.methods.parts.dependence import effective_rank
+from mvmr.methods.parts.heads import build_projector
+from mvmr.methods.parts.momentum import cosine_momentum, follow, make_follower
 
 
 @dataclass(frozen=True, kw_only=True)

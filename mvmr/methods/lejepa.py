@@ -1,4 +1,4 @@
-"""LeJEPA: views of an image are where their mean is, and embeddings are spread like a standard Gaussian.
+"""LeJEPA: views of an image are where the mean of its global ones is, and embeddings are spread like a Gaussian.
 
 Source: Balestriero and LeCun, "LeJEPA: provable and scalable self-supervised learning without the heuristics" (2025).
 """
@@ -14,15 +14,16 @@ from torch import Tensor, nn
 
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
-from mvmr.methods.dependence import effective_rank
-from mvmr.methods.gathering import gather
-from mvmr.methods.gaussianity import gaussian_energy, sigreg
-from mvmr.methods.heads import build_projector
-from mvmr.methods.method import Method, MethodConfig, Statistics, Step, ViewSpec
+from mvmr.methods.method import Method, Statistics, Step
+from mvmr.methods.parts.crops import CropsConfig
+from mvmr.methods.parts.dependence import effective_rank
+from mvmr.methods.parts.gathering import gather
+from mvmr.methods.parts.gaussianity import gaussian_energy, sigreg
+from mvmr.methods.parts.heads import build_projector
 
 
 @dataclass(frozen=True, kw_only=True)
-class LejepaConfig(MethodConfig):
+class LejepaConfig(CropsConfig):
     """The paper's trade-off and slices.
 
     spread: the paper's SIGReg on random slices, or the energy distance to a Gaussian, which needs none
@@ -32,20 +33,16 @@ class LejepaConfig(MethodConfig):
     trade: float = 0.05  # lambda: the share of the spread; the rest is the prediction's
     spread: Literal["sigreg", "energy"] = "sigreg"
     slices: int = 1024
-    crops: int = 2  # views of each image
+    global_area: tuple[float, float] | None = (0.3, 1.0)
+    local_area: tuple[float, float] = (0.05, 0.3)
     projector: tuple[int, ...] = (2048, 2048, 128)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.trade <= 1:
             raise MvmrError(f"[method] trade = {self.trade}: must lie between 0 and 1")
         if self.slices < 1:
             raise MvmrError(f"[method] slices = {self.slices}: must be 1 or more")
-        if self.crops < 2:
-            raise MvmrError(f"[method] crops = {self.crops}: a view is told from others of its image; give 2 or more")
-
-    @property
-    def views(self) -> tuple[ViewSpec, ...]:
-        return tuple(ViewSpec(f"view{number}") for number in range(self.crops))
 
 
 class Lejepa(Method):
@@ -67,7 +64,7 @@ class Lejepa(Method):
         h = [self.features(views[spec.name]) for spec in c.views]
         with torch.autocast(h[0].device.type, enabled=False):
             z = torch.stack([gather(self.projector(features.float())) for features in h])  # [V, B, D]
-            prediction = (z - z.mean(0)).square().mean()  # eq. 6: each view tells the mean of all
+            prediction = (z - z[: c.crops].mean(0)).square().mean()  # each view tells the mean of the global ones
             generator = torch.Generator().manual_seed(int(self.steps))
             spreads = [
                 sigreg(view, c.slices, generator) if c.spread == "sigreg" else gaussian_energy(view) for view in z

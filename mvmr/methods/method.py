@@ -23,10 +23,14 @@ class ViewSpec:
     """A view of each image, by the name under which `Method.forward` gets it.
 
     policy: of augmentation, a name or steps of mvmr.training.views; None: the recipe's
+    scale: of its side to that of the others, 1 or less
+    area: of a random crop, as shares of the image's; None: 8 to 100 %
     """
 
     name: str
     policy: str | None = None
+    scale: float = 1.0
+    area: tuple[float, float] | None = None
 
 
 ORIGINAL = ViewSpec("original", "none")  # resized and cropped by the bundle's preprocessing, as it will be served

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
-from mvmr.methods.dependence import effective_rank
-from mvmr.methods.gathering import first_row, gather
-from mvmr.methods.heads import build_projector
 from mvmr.methods.method import Method, MethodConfig, Statistics, Step, ViewSpec
-from mvmr.methods.momentum import cosine_momentum, follow, make_follower
-from mvmr.methods.queue import Queue
+from mvmr.methods.parts.dependence import effective_rank
+from mvmr.methods.parts.gathering import first_row, gather
+from mvmr.methods.parts.heads import build_projector
+from mvmr.methods.parts.momentum import cosine_momentum, encode_in_halves, follow, make_follower
+from mvmr.methods.parts.queue import Queue, check_queue
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +61,8 @@ class MocoConfig(MethodConfig):
         return (ViewSpec("first"), ViewSpec("second"))
 
     def check(self, batch_size: int, images: int) -> None:
-        if 0 < self.queue < batch_size:
-            raise MvmrError(
-                f"[method] queue = {self.queue} holds less than a batch of {batch_size} images: "
-                f"give {batch_size} rows or more, or 0 for none"
-            )
+        if self.queue:
+            check_queue(self.queue, batch_size)
 
 
 class Moco(Method):
@@ -100,18 +97,9 @@ class Moco(Method):
             self.queue.push(gather(key))
         return Step({"info_nce": loss}, h[0].detach().float())
 
-    @torch.no_grad()
     def _keys(self, images: Tensor) -> Tensor:
-        """Rows of norm 1 by the slow network, half a batch at a time.
-
-        A batch norm would else give both views of an image the statistics of the same images, by which they can be
-        told from the rest without being understood; MoCo deals the images out to other GPUs (section 3.3).
-        """
-        halves = [images[::2], images[1::2]] if len(images) > 3 and self.training else [images]
-        keys = torch.cat([self.slow_projector(self.slow_encoder(half)) for half in halves])
-        if len(halves) > 1:
-            order = torch.cat([torch.arange(0, len(images), 2), torch.arange(1, len(images), 2)])
-            keys = keys[order.argsort().to(keys.device)]
+        """Rows of norm 1 by the slow network."""
+        keys = encode_in_halves(lambda half: self.slow_projector(self.slow_encoder(half)), images)
         return F.normalize(keys.float(), dim=1)
 
     @torch.no_grad()

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from mvmr.bundles.preprocess import Preprocess
-from mvmr.methods.gathering import gather
-from mvmr.methods.heads import build_projector
 from mvmr.methods.method import AUGMENTED, ORIGINAL, Method, MethodConfig, Statistics, Step, ViewSpec
 from mvmr.methods.objective import Embeddings, Objective, ObjectiveConfig
+from mvmr.methods.parts.gathering import gather
+from mvmr.methods.parts.heads import build_projector
 from mvmr.representations import AUGMENTED_PIXELS
 
 SECOND = ViewSpec("second")  # another augmentation, whose pixels are a representation

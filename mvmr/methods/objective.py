@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvmr.errors import MvmrError
-from mvmr.methods.dependence import Estimator, centred_distances, correlate, effective_rank, permutation_null
-from mvmr.methods.moments import covariance_penalty, hinge
+from mvmr.methods.parts.dependence import Estimator, centred_distances, correlate, effective_rank, permutation_null
+from mvmr.methods.parts.moments import covariance_penalty, hinge
 
 
 @dataclass(frozen=True, kw_only=True)

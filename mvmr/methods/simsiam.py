@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
-from mvmr.methods.dependence import effective_rank
-from mvmr.methods.heads import build_projector
 from mvmr.methods.method import Method, MethodConfig, Statistics, Step, ViewSpec
+from mvmr.methods.parts.dependence import effective_rank
+from mvmr.methods.parts.heads import build_projector
 
 
 @dataclass(frozen=True, kw_only=True)

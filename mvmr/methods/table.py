@@ -9,12 +9,16 @@ from torch import nn
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.methods.barlow import Barlow, BarlowConfig
 from mvmr.methods.byol import Byol, ByolConfig
+from mvmr.methods.dino import Dino, DinoConfig
+from mvmr.methods.isd import Isd, IsdConfig
 from mvmr.methods.lejepa import Lejepa, LejepaConfig
 from mvmr.methods.method import Method, MethodConfig, Statistics
 from mvmr.methods.moco import Moco, MocoConfig
 from mvmr.methods.mvmr import Mvmr, MvmrConfig
 from mvmr.methods.simclr import Simclr, SimclrConfig
 from mvmr.methods.simsiam import Simsiam, SimsiamConfig
+from mvmr.methods.swav import Swav, SwavConfig
+from mvmr.methods.twist import Twist, TwistConfig
 from mvmr.methods.vicreg import Vicreg, VicregConfig
 
 
@@ -33,6 +37,10 @@ METHODS = {
     "simsiam": Entry(SimsiamConfig, Simsiam),
     "barlow": Entry(BarlowConfig, Barlow),
     "vicreg": Entry(VicregConfig, Vicreg),
+    "swav": Entry(SwavConfig, Swav),
+    "dino": Entry(DinoConfig, Dino),
+    "isd": Entry(IsdConfig, Isd),
+    "twist": Entry(TwistConfig, Twist),
     "lejepa": Entry(LejepaConfig, Lejepa),
 }
 CONFIGS = {name: entry.config for name, entry in METHODS.items()}

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
-from mvmr.methods.dependence import effective_rank
-from mvmr.methods.gathering import gather
-from mvmr.methods.heads import build_projector
 from mvmr.methods.method import Method, MethodConfig, Statistics, Step, ViewSpec
-from mvmr.methods.moments import covariance_penalty, hinge
+from mvmr.methods.parts.dependence import effective_rank
+from mvmr.methods.parts.gathering import gather
+from mvmr.methods.parts.heads import build_projector
+from mvmr.methods.parts.moments import covariance_penalty, hinge
 
 
 @dataclass(frozen=True, kw_only=True)

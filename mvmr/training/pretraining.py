@@ -39,7 +39,7 @@ from mvmr.training.recipe import Recipe, load_recipe
 from mvmr.training.runs import RunFolder, claim, find_run, give_up
 from mvmr.training.targets import Batch, Targets, WithRows, check_targets
 from mvmr.training.trainer import Precision, read, train
-from mvmr.training.views import Views, make_policy
+from mvmr.training.views import Views, make_policies
 
 _RECALIBRATION_IMAGES = 16384
 _USUAL_SIZE = 224  # pixels, of students of photographs
@@ -96,10 +96,20 @@ def check_recipe(recipe: Recipe, teachers: Collection[str], init: str | Path | N
     """
     size = recipe.views.size or _USUAL_SIZE
     check_targets(recipe.method.targets, teachers, recipe.name)
-    make_policy(recipe.views.policy, size)
     backbone = open_backbone(recipe.student, size)
+    _check_views(recipe, backbone, Preprocess.for_size(size))
     if init is not None and (recipe.views.size or not backbone.options.get("fixed")):
         read_init(backbone, init)
+
+
+def _check_views(recipe: Recipe, backbone: Backbone, preprocess: Preprocess) -> None:
+    make_policies(recipe.method.views, recipe.views.policy, preprocess)
+    smaller = [spec.name for spec in recipe.method.views if spec.scale != 1]
+    if smaller and backbone.options.get("fixed"):
+        raise MvmrError(
+            f"student {backbone.name} takes images of one size, and view {smaller[0]!r} is smaller: "
+            "give [method] local_scale = 1"
+        )
 
 
 def fit(
@@ -140,8 +150,8 @@ def fit(
     check_targets(recipe.method.targets, teachers, recipe.name)
     recipe.train.steps(len(images), fabric.world_size, recipe.method.smallest_batch)
     recipe.method.check(recipe.train.batch_size, len(images))
-    make_policy(recipe.views.policy, size, preprocess)
     backbone = open_backbone(recipe.student, size)
+    _check_views(recipe, backbone, preprocess)
     run = find_run(result, _describe(images, recipe, teachers, init), resume=resume, overwrite=overwrite)
 
     def make() -> None:

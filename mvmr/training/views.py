@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +47,7 @@ _CROP_TRIES = 10
 class Policy:
     """The augmentation made of `steps`; without "crop" it starts from the preprocessing's resize and centre crop.
 
-    crop: random area (8 to 100 %) and ratio (3:4 to 4:3), resized to S, bilinear, antialiased
+    crop: random area (`area`, 8 to 100 % of the image's) and ratio (3:4 to 4:3), resized to S, bilinear, antialiased
     flip: left-right, p = 0.5
     jitter: brightness, contrast, saturation (0.8) and hue (0.2) in random order, p = 0.8
     grey: p = 0.2
@@ -58,16 +58,18 @@ class Policy:
 
     steps: tuple[str, ...]
     preprocess: Preprocess
+    size: int
+    area: tuple[float, float] = CROP_AREA
 
     def __call__(self, image: Image.Image, random: np.random.Generator) -> torch.Tensor:
         """Return one augmented view; `random` is the only source of chance.
 
-        Shapes: PIL image -> uint8 [3, S, S], sRGB in [0, 255], not normalised, S = preprocess.crop.
+        Shapes: PIL image -> uint8 [3, S, S], sRGB in [0, 255], not normalised, S = size.
         """
-        size = self.preprocess.crop
+        size = self.size
         if "crop" in self.steps:
             picture = to_rgb(image, self.preprocess.background)
-            box = crop_box(picture.width, picture.height, random)
+            box = crop_box(picture.width, picture.height, random, self.area)
             picture = picture.crop(box).resize((size, size), Image.Resampling.BILINEAR)
         else:
             picture = Image.fromarray(self.preprocess.image(image))
@@ -95,14 +97,31 @@ def make_policy(name: str, size: int, preprocess: Preprocess | None = None) -> P
     if preprocess.crop != size:
         raise MvmrError(f"policy {name!r}: views of {size} px, but the preprocessing crops to {preprocess.crop} px")
     if name in POLICIES:
-        return Policy(steps=POLICIES[name], preprocess=preprocess)
+        return Policy(steps=POLICIES[name], preprocess=preprocess, size=size)
     names = name.split("+")
     for step in names:
         if step not in STEPS:
             raise unknown("view policy or step", step, [*POLICIES, *(s for s in STEPS if s not in POLICIES)])
     if len(set(names)) < len(names):
         raise MvmrError(f"policy {name!r} names a step twice; name each of {', '.join(STEPS)} at most once")
-    return Policy(steps=tuple(step for step in STEPS if step in names), preprocess=preprocess)
+    return Policy(steps=tuple(step for step in STEPS if step in names), preprocess=preprocess, size=size)
+
+
+def make_policies(specs: Sequence[ViewSpec], name: str, preprocess: Preprocess) -> dict[str, Policy]:
+    """The policy of each view that a method asks for, by the view's name; `name`: of the policy of those without one.
+
+    Raises: MvmrError as `make_policy`; and for a view of another size or area whose policy doesn't crop.
+    """
+    policies = {}
+    for spec in specs:
+        policy = make_policy(spec.policy or name, preprocess.crop, preprocess)
+        if (spec.scale != 1 or spec.area) and "crop" not in policy.steps:
+            raise MvmrError(
+                f"view {spec.name!r} is a crop, and policy {spec.policy or name!r} doesn't crop: give one that does"
+            )
+        size = max(1, round(spec.scale * preprocess.crop))
+        policies[spec.name] = replace(policy, size=size, area=spec.area or CROP_AREA)
+    return policies
 
 
 class Views(Dataset[dict[str, torch.Tensor]]):
@@ -121,7 +140,7 @@ class Views(Dataset[dict[str, torch.Tensor]]):
     ) -> None:
         self.images = images
         self.seed = seed
-        self.policies = {spec.name: make_policy(spec.policy or policy, preprocess.crop, preprocess) for spec in specs}
+        self.policies = make_policies(specs, policy, preprocess)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -129,7 +148,8 @@ class Views(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, item: tuple[int, int]) -> dict[str, torch.Tensor]:
         """Return the views of image `index` in `epoch`; `item` is (epoch, index).
 
-        Shapes: "index" int64 []; each view by its name uint8 [3, S, S], sRGB in [0, 255], not normalised.
+        Shapes: "index" int64 []; each view by its name uint8 [3, S, S], sRGB in [0, 255], not normalised; S is
+        preprocess.crop times the view's scale.
         """
         epoch, index = item
         image, views, branch = self.images.load(index), {"index": torch.tensor(index)}, 0
@@ -146,14 +166,18 @@ def item_random(seed: int, epoch: int, index: int, branch: int) -> np.random.Gen
     return np.random.Generator(np.random.Philox(key=key))
 
 
-def crop_box(width: int, height: int, random: np.random.Generator) -> tuple[int, int, int, int]:
+def crop_box(
+    width: int, height: int, random: np.random.Generator, share: tuple[float, float] = CROP_AREA
+) -> tuple[int, int, int, int]:
     """Draw a crop (left, top, right, bottom): uniform area, log-uniform ratio, uniform place.
+
+    share: of the image's area, from and to
 
     An image so long that no drawn shape fits gets its largest centre crop within the ratios.
     """
     area = width * height
     for _ in range(_CROP_TRIES):
-        part = area * random.uniform(*CROP_AREA)
+        part = area * random.uniform(*share)
         ratio = math.exp(random.uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))
         w, h = round(math.sqrt(part * ratio)), round(math.sqrt(part / ratio))
         if 0 < w <= width and 0 < h <= height:

@@ -43,7 +43,7 @@ def a_bundle(
             nn.init.uniform_(part.weight, 0.2, 0.5, generator=generator)
             part.momentum = None
     with torch.no_grad():
-        encoder.train()(torch.from_numpy(preprocess.normalise(patches(32, size))))
+        encoder.train()(torch.from_numpy(preprocess.normalise(patches(32 if size < 100 else 8, size))))
         change(encoder)
     partial = out.with_name(f"{out.name}.partial")
     partial.mkdir(parents=True)

@@ -10,7 +10,7 @@ from torch import nn
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
 from mvmr.methods.byol import Byol, ByolConfig, regression_loss
-from mvmr.methods.momentum import cosine_momentum, follow, make_follower
+from mvmr.methods.parts.momentum import cosine_momentum, follow, make_follower
 
 
 def test_the_loss_is_two_minus_twice_the_cosine() -> None:

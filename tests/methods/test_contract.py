@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mvmr.bundles.preprocess import Preprocess
+from mvmr.cli.options import SHORTHANDS
 from mvmr.config import parse, to_mapping
 from mvmr.errors import MvmrError
-from mvmr.methods.method import Method, MethodConfig
+from mvmr.methods.method import Method, MethodConfig, ViewSpec
 from mvmr.methods.table import CONFIGS, METHODS, build_method
 from mvmr.training.recipe import Recipe
 
@@ -26,7 +28,11 @@ SMALL: dict[str, dict[str, Any]] = {
     "simsiam": {"projector": (8, 6), "predictor": (4, 6)},
     "barlow": {"projector": (8, 6)},
     "vicreg": {"projector": (8, 6)},
-    "lejepa": {"projector": (8, 6), "slices": 16, "crops": 3},
+    "swav": {"projector": (8, 6), "prototypes": 4, "queue": BATCH, "local": 1, "local_scale": 0.5},
+    "dino": {"head": (8, 6), "outputs": 5, "local": 1, "local_scale": 0.5},
+    "isd": {"projector": (8, 6), "predictor": (8, 6), "queue": BATCH + 2},
+    "twist": {"hidden": (8,), "classes": 3},
+    "lejepa": {"projector": (8, 6), "slices": 16, "local": 1, "local_scale": 0.5},
 }
 
 
@@ -56,18 +62,28 @@ def build(name: str, seed: int = 0) -> Method:
 
 
 def batch(name: str, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Images of one colour each, with noise of their own in every view."""
     generator = torch.Generator().manual_seed(seed)
+    colours = torch.randint(40, 200, (BATCH, 3, 1, 1), generator=generator)
     views = {
-        spec.name: torch.randint(0, 256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
+        spec.name: (colours + torch.randint(-40, 40, (BATCH, 3, side(spec), side(spec)), generator=generator)).byte()
         for spec in config(name).views
     }
     pixels = torch.rand(BATCH, 3 * SIZE * SIZE, generator=generator) * 255
     return views, dict.fromkeys(config(name).targets, pixels)
 
 
+def side(spec: ViewSpec) -> int:
+    return round(spec.scale * SIZE)
+
+
+def total(method: Method, name: str, seed: int = 0) -> Tensor:
+    return torch.stack(list(method(*batch(name, seed)).losses.values())).sum()
+
+
 def step(method: Method, name: str, seed: int = 0) -> float:
     """One step of plain gradient descent; returns the loss before it."""
-    loss = torch.stack(list(method(*batch(name, seed)).losses.values())).sum()
+    loss = total(method, name, seed)
     loss.backward()
     with torch.no_grad():
         for parameter in method.parameters():
@@ -125,8 +141,21 @@ def test_in_half_precision_the_loss_is_still_computed_in_float32(name: str) -> N
 
 @every
 def test_descending_lowers_the_loss_of_a_batch(name: str) -> None:
+    """Whatever it remembers being as before: queues, centres and slow networks move on at each step."""
     method = build(name)
-    values = [step(method, name) for _ in range(60)]
+    for number in range(3):
+        step(method, name, number)
+    memory = {key: value.clone() for key, value in method.state_dict().items()}
+    trained = {key: parameter for key, parameter in method.named_parameters() if parameter.requires_grad}
+    values = []
+    for _ in range(30):
+        loss = total(method, name)
+        values.append(float(loss.detach()))
+        gradients = torch.autograd.grad(loss, list(trained.values()))
+        method.load_state_dict(memory | {key: value.detach().clone() for key, value in trained.items()})
+        with torch.no_grad():
+            for parameter, gradient in zip(trained.values(), gradients, strict=True):
+                parameter -= 0.01 * gradient
     assert values[-1] < values[0]
 
 
@@ -166,3 +195,10 @@ def test_an_unknown_method_names_the_nearest_and_an_unknown_setting_its_key() ->
         parse(Recipe, {"method": {"name": "simcrl"}}, where="test")
     with pytest.raises(MvmrError, match=r"unknown key 'method\.temprature', did you mean 'temperature'\?"):
         parse(Recipe, {"method": {"name": "simclr", "temprature": 0.1}}, where="test")
+
+
+@every
+def test_the_help_and_the_docs_tell_of_it(name: str) -> None:
+    assert name in SHORTHANDS["method"][1]
+    docs = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    assert name == "mvmr" or f"\n## `{name}`\n" in docs

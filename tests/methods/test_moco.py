@@ -11,8 +11,8 @@ from torch import nn
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
 from mvmr.methods.moco import Moco, MocoConfig, in_batch_loss, queue_loss
-from mvmr.methods.momentum import cosine_momentum
-from mvmr.methods.queue import Queue
+from mvmr.methods.parts.momentum import cosine_momentum
+from mvmr.methods.parts.queue import Queue
 
 
 def unit(rows: np.ndarray) -> np.ndarray:

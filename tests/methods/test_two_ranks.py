@@ -22,12 +22,15 @@ LINEAR: dict[str, dict[str, Any]] = {
     "byol": {"projector": (6,), "predictor": (6,)},
     "barlow": {"projector": (6,)},
     "vicreg": {"projector": (6,)},
-    "lejepa": {"projector": (6,), "slices": 16},
+    "swav": {"projector": (6,), "prototypes": 4, "local": 1, "local_scale": 1.0},
+    "dino": {"head": (6,), "outputs": 5, "local": 1, "local_scale": 1.0},
+    "isd": {"projector": (6,), "predictor": (6,), "queue": BATCH},
+    "lejepa": {"projector": (6,), "slices": 16, "local": 0},
 }
-WITH_A_NORM = {"simsiam"}  # its projector ends in one
+WITH_A_NORM = {"simsiam", "twist"}  # their projectors end in one
 CASES = {name: (name, settings) for name, settings in LINEAR.items()} | {
     "moco-without-a-queue": ("moco", {"projector": (6,), "queue": 0}),
-    "lejepa-energy": ("lejepa", {"projector": (6,), "spread": "energy"}),
+    "lejepa-energy": ("lejepa", {"projector": (6,), "spread": "energy", "local": 0}),
 }
 
 

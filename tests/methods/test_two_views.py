@@ -8,7 +8,7 @@ from torch import nn
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
 from mvmr.methods.barlow import BarlowConfig, correlation_terms
-from mvmr.methods.heads import build_projector
+from mvmr.methods.parts.heads import build_projector
 from mvmr.methods.simsiam import Simsiam, SimsiamConfig, unlikeness
 from mvmr.methods.vicreg import Vicreg, VicregConfig
 

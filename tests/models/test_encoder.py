@@ -13,7 +13,7 @@ from torch import nn
 from mvmr.bundles import bundle
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
-from mvmr.methods.heads import build_projector
+from mvmr.methods.parts.heads import build_projector
 from mvmr.models.backbone import StudentConfig
 from mvmr.models.initial import read_init
 from mvmr.models.table import open_backbone

@@ -31,7 +31,13 @@ def forbid_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mvmr.training.targets.represent", pytest.fail)
 
 
-@pytest.mark.parametrize(("arguments", "message"), CASES)
+SMALLER_VIEWS = (
+    {"assign": ["method.name=lejepa", "method.local=2", "student.backbone=timm:vit_tiny_patch16_224"]},
+    r"takes images of one size, and view 'local0' is smaller: give \[method\] local_scale = 1",
+)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [*CASES, SMALLER_VIEWS])
 def test_pretrain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], message: str) -> None:
     forbid_decoding(monkeypatch)
     with pytest.raises(MvmrError, match=message) as caught:

@@ -33,7 +33,24 @@ SETTINGS = {
     "simsiam": ("method.name=simsiam", "method.projector=[16,8]", "method.predictor=[4,8]"),
     "barlow": ("method.name=barlow", "method.projector=[16,8]"),
     "vicreg": ("method.name=vicreg", "method.projector=[16,8]"),
-    "lejepa": ("method.name=lejepa", "method.projector=[16,8]", "method.slices=8"),
+    "swav": (
+        "method.name=swav",
+        "method.projector=[16,8]",
+        "method.prototypes=4",
+        "method.queue=12",
+        "method.local=1",
+        "method.local_scale=0.5",
+    ),
+    "dino": (
+        "method.name=dino",
+        "method.head=[16,8]",
+        "method.outputs=6",
+        "method.local=1",
+        "method.local_scale=0.5",
+    ),
+    "isd": ("method.name=isd", "method.projector=[16,8]", "method.predictor=[16,8]", "method.queue=12"),
+    "twist": ("method.name=twist", "method.classes=5", "method.hidden=[16]"),
+    "lejepa": ("method.name=lejepa", "method.projector=[16,8]", "method.slices=8", "method.local=0"),
 }
 RUNS = {name: (*TINY, *settings) for name, settings in SETTINGS.items()} | {
     "a transformer": (*TINY, *BYOL, "student.backbone=timm:vit_tiny_patch16_224"),

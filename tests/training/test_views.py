@@ -17,7 +17,7 @@ from mvmr.bundles.preprocess import Preprocess
 from mvmr.data import ImageSet, open_images
 from mvmr.data.image_set import Labels
 from mvmr.errors import MvmrError
-from mvmr.methods.method import AUGMENTED, ORIGINAL
+from mvmr.methods.method import AUGMENTED, ORIGINAL, ViewSpec
 from mvmr.methods.mvmr import SECOND
 from mvmr.training.views import (
     CROP_AREA,
@@ -121,6 +121,20 @@ def test_items_depend_on_seed_epoch_and_index_alone(images: ImageSet) -> None:
     assert not any(torch.equal(item["augmented"], first["augmented"]) for item in items)
     assert all(torch.equal(item["original"], first["original"]) for item in items)
     assert not torch.equal(first["second"], first["augmented"])
+
+
+def test_a_view_has_the_size_and_the_area_that_a_method_asks_for(images: ImageSet) -> None:
+    specs = (ViewSpec("most", area=(0.9, 1.0)), ViewSpec("part", scale=0.5, area=(0.05, 0.1)))
+    item = Views(images, SMALL, specs, "crop", seed=0)[0, 5]
+    assert (item["most"].shape, item["part"].shape) == ((3, 32, 32), (3, 16, 16))
+    random = numpy_random()
+    for area in ((0.9, 1.0), (0.05, 0.1)):
+        boxes = np.array([crop_box(100, 100, random, area) for _ in range(200)])
+        shares = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / 100**2
+        assert shares.min() > 0.9 * area[0]
+        assert shares.max() < 1.1 * area[1]
+    with pytest.raises(MvmrError, match="view 'part' is a crop, and policy 'flip' doesn't crop: give one that does"):
+        Views(images, SMALL, specs[1:], "flip", seed=0)
 
 
 def test_every_item_draws_its_own_chance() -> None:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvmr.errors import MvmrError
+
 
 class Queue(nn.Module):
     """The newest `length` rows, each of norm 1; at first random ones, so that it is full from the start.
@@ -28,3 +30,14 @@ class Queue(nn.Module):
         places = (self.place + torch.arange(len(rows), device=rows.device)) % length
         self.entries[places] = rows.to(self.entries.dtype)
         self.place.copy_((self.place + len(rows)) % length)
+
+
+def check_queue(length: int, batch_size: int) -> None:
+    """Refuse a queue that a batch, over all devices, would overrun.
+
+    Raises: MvmrError, with both numbers.
+    """
+    if length < batch_size:
+        raise MvmrError(
+            f"[method] queue = {length} holds less than a batch of {batch_size} images: give {batch_size} rows or more"
+        )

@@ -11,8 +11,8 @@ from torch import nn
 
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
-from mvmr.methods.gaussianity import distance_to_gaussian, gaussian_energy, sigreg
 from mvmr.methods.lejepa import Lejepa, LejepaConfig
+from mvmr.methods.parts.gaussianity import distance_to_gaussian, gaussian_energy, sigreg
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -102,13 +102,13 @@ def test_a_cloud_is_pulled_back_by_its_energy_however_far_it_is() -> None:
 def lejepa(**settings: object) -> Lejepa:
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5))
-    config = LejepaConfig(projector=(4, 3), slices=8, **settings)  # type: ignore[arg-type]
+    config = LejepaConfig(**{"projector": (4, 3), "slices": 8, "local": 0} | settings)  # type: ignore[arg-type]
     return Lejepa(config, encoder, 5, Preprocess.for_size(8), {})
 
 
 def views(count: int) -> dict[str, torch.Tensor]:
     pixels = torch.randint(0, 256, (count, 6, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    return {f"view{number}": images for number, images in enumerate(pixels)}
+    return {f"global{number}": images for number, images in enumerate(pixels)}
 
 
 @pytest.mark.parametrize("spread", ["sigreg", "energy"])
@@ -122,9 +122,19 @@ def test_prediction_is_the_distance_to_the_mean_of_the_views(spread: str) -> Non
     assert losses.keys() == {"prediction", spread}
 
 
+def test_local_views_tell_the_mean_of_the_global_ones_and_stay_out_of_it() -> None:
+    method = lejepa(local=2, trade=0.0)
+    images = views(4)
+    images = {spec.name: pixels for spec, pixels in zip(method.config.views, images.values(), strict=True)}
+    assert list(images) == ["global0", "global1", "local0", "local1"]
+    z = np.stack([method.projector(method.features(view)).detach().double().numpy() for view in images.values()])
+    expected = ((z - z[:2].mean(0)) ** 2).mean()
+    assert float(method(images, {}).losses["prediction"].detach()) == pytest.approx(expected, rel=1e-4)
+
+
 def test_equal_views_leave_the_spread_alone() -> None:
-    images = views(1)["view0"]
-    losses = lejepa()({"view0": images, "view1": images}, {}).losses
+    images = views(1)["global0"]
+    losses = lejepa()({"global0": images, "global1": images}, {}).losses
     assert float(losses["prediction"].detach()) == 0
 
 
@@ -142,6 +152,12 @@ def test_slices_are_drawn_anew_at_each_step_and_are_a_function_of_its_number() -
         ({"trade": 1.5}, r"trade = 1\.5: must lie between 0 and 1"),
         ({"slices": 0}, "slices = 0: must be 1 or more"),
         ({"crops": 1}, "crops = 1: a view is told from others of its image; give 2 or more"),
+        ({"local": -1}, "local = -1: give a number of smaller crops, or 0 for none"),
+        ({"local_scale": 1.5}, r"local_scale = 1\.5: local views are smaller than global ones; at most 1"),
+        (
+            {"local_area": (0.5, 0.1)},
+            r"local_area = \[0\.5, 0\.1\]: give two shares of the image, the smaller",
+        ),
     ],
 )
 def test_settings_that_can_not_be(settings: dict[str, object], message: str) -> None:

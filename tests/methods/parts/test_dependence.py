@@ -7,7 +7,13 @@ import pytest
 import torch
 
 import mvmr
-from mvmr.methods.dependence import centred_distances, correlate, distance_correlation, effective_rank, permutation_null
+from mvmr.methods.parts.dependence import (
+    centred_distances,
+    correlate,
+    distance_correlation,
+    effective_rank,
+    permutation_null,
+)
 
 ESTIMATORS = ("biased", "unbiased")
 ORACLES = {"biased": "distance_correlation", "unbiased": "u_distance_correlation_sqr"}
