@@ -142,7 +142,7 @@ def _check_trainable(recipes: Iterable[Recipe], images: ImageSet) -> None:
 
 def _settings(grid: str, splits: Sequence[ImageSet], recipe: Recipe, *, keep: bool, device: str) -> dict[str, Any]:
     """What all results of a folder have in common."""
-    precision = native_precision(recipe.train.precision, device)
+    precision = native_precision(recipe.train.precision, device, recipe.views.size)
     table_of_recipe = to_mapping(replace(recipe, train=replace(recipe.train, precision=precision)))
     table_of_recipe["train"] = {key: value for key, value in table_of_recipe["train"].items() if key not in _FREE}
     return {

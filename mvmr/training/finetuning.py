@@ -113,7 +113,7 @@ def finetune(
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM; ``resume`` goes on.
     """
     plan = _plan(bundle, data, out, labels, recipe, assign, head, max_unreadable=max_unreadable, progress=progress)
-    precision = native_precision(plan.recipe.train.precision, device)
+    precision = native_precision(plan.recipe.train.precision, device, plan.start.manifest.preprocessing.crop)
     fabric = launch(device, devices, precision)
     config = _fit_batch_size(plan.recipe.train, plan.few.train, fabric, progress=progress)
     plan = replace(plan, recipe=replace(plan.recipe, train=replace(config, precision=precision)))

@@ -39,7 +39,7 @@ from mvmr.training.recipe import Recipe, load_recipe
 from mvmr.training.runs import RunFolder, claim, find_run, give_up
 from mvmr.training.targets import Batch, Targets, WithRows, check_targets
 from mvmr.training.trainer import Precision, read, train
-from mvmr.training.views import Views, make_policies
+from mvmr.training.views import Views, make_policies, view_side
 
 _RECALIBRATION_IMAGES = 16384
 _USUAL_SIZE = 224  # pixels, of students of photographs
@@ -137,9 +137,10 @@ def fit(
             f"{images.name} was opened on background {images.background}, and [views] background = "
             f"{recipe.views.background}: open the images on the recipe's"
         )
-    precision = native_precision(recipe.train.precision, device)
-    fabric = launch(device, devices, precision)
     size = (images.native_size or _USUAL_SIZE) if recipe.views.size is None else recipe.views.size
+    smallest = min(view_side(spec, size) for spec in recipe.method.views)
+    precision = native_precision(recipe.train.precision, device, smallest)
+    fabric = launch(device, devices, precision)
     recipe = replace(
         recipe,
         views=replace(recipe.views, size=size),

@@ -119,9 +119,14 @@ def make_policies(specs: Sequence[ViewSpec], name: str, preprocess: Preprocess) 
             raise MvmrError(
                 f"view {spec.name!r} is a crop, and policy {spec.policy or name!r} doesn't crop: give one that does"
             )
-        size = max(1, round(spec.scale * preprocess.crop))
+        size = view_side(spec, preprocess.crop)
         policies[spec.name] = replace(policy, size=size, area=spec.area or CROP_AREA)
     return policies
+
+
+def view_side(spec: ViewSpec, size: int) -> int:
+    """Side of a view in pixels, where that of the others is `size`."""
+    return max(1, round(spec.scale * size))
 
 
 class Views(Dataset[dict[str, torch.Tensor]]):
