@@ -50,8 +50,8 @@ def distill(
 @LABELLED
 @click.option(
     "--protocol",
-    help="Of linear, linear-paper, knn, voc07, voc07-paper and (with --table) zeroshot, separated by commas; left out, "
-    "those that suit the labels.",
+    help="Of linear, linear-paper, knn, clustering, voc07, voc07-paper and (with --table) zeroshot, separated by "
+    "commas; left out, those that suit the labels.",
 )
 @click.option(
     "--k", "ks", metavar="K,...", help="Numbers of neighbours for knn; left out, those of 1,5,20,200 that fit."

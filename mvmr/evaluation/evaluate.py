@@ -28,8 +28,8 @@ def evaluate(
     """Measure a bundle's frozen features on labelled data and note the figures in the bundle.
 
     Args:
-        protocols: of ``linear``, ``linear-paper`` and ``knn``, or ``voc07`` and ``voc07-paper`` where an image has
-            several labels; None takes ``linear`` and ``knn``, or ``voc07``.
+        protocols: of ``linear``, ``linear-paper``, ``knn`` and ``clustering``, or ``voc07`` and ``voc07-paper`` where
+            an image has several labels; None takes ``linear`` and ``knn``, or ``voc07``.
         ks: numbers of neighbours for ``knn``; None takes those of 1, 5, 20 and 200 for which there are images enough.
 
     Returns:

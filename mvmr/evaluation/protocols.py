@@ -20,6 +20,7 @@ from mvmr.evaluation.classifiers import (
     linear_probe,
     one_vs_all,
 )
+from mvmr.evaluation.clustering import cluster, compare_clusters, silhouette
 from mvmr.evaluation.neighbours import nearest, votes
 from mvmr.evaluation.scores import Definition, mean_average_precision, top_k
 from mvmr.representations import Representation
@@ -131,6 +132,14 @@ class Measured:
                 values[f"top1_{name}_k{k}"] = 100 * float((totals.argmax(1) == self.data.test_labels).mean())
         return values
 
+    def clustering(self) -> Values:
+        """``nmi``, ``ami``, ``ari``, ``accuracy`` in percent and ``silhouette``: k-means, a cluster to a class.
+
+        Fitted on the training split without its labels; see :mod:`mvmr.evaluation.clustering`.
+        """
+        assigned = cluster(self.features, self.test_features, len(self.data.classes))
+        return compare_clusters(assigned, self.data.test_labels) | silhouette(self.test_features, assigned)
+
     def voc07(self) -> Values:
         """``map_area`` and ``map_11point`` in percent: means over classes of the average precision."""
         return self._precision(self.head)
@@ -159,6 +168,7 @@ SINGLE: dict[str, Callable[[Measured], Values]] = {
     "linear": Measured.linear,
     "linear-paper": Measured.linear_paper,
     "knn": Measured.knn,
+    "clustering": Measured.clustering,
 }
 SEVERAL: dict[str, Callable[[Measured], Values]] = {
     "voc07": Measured.voc07,

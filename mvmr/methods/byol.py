@@ -17,7 +17,7 @@ from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
 from mvmr.methods.method import Method, MethodConfig, Statistics, Step, ViewSpec
 from mvmr.methods.parts.dependence import effective_rank
-from mvmr.methods.parts.heads import build_projector
+from mvmr.methods.parts.heads import build_projector, check_predictor
 from mvmr.methods.parts.momentum import cosine_momentum, follow, make_follower
 
 
@@ -33,11 +33,7 @@ class ByolConfig(MethodConfig):
     def __post_init__(self) -> None:
         if not 0 <= self.momentum <= 1:
             raise MvmrError(f"[method] momentum = {self.momentum}: must lie between 0 and 1")
-        if not (self.projector and self.predictor) or self.predictor[-1] != self.projector[-1]:
-            raise MvmrError(
-                f"[method] projector = {list(self.projector)} and predictor = {list(self.predictor)}: the predictor "
-                "tells projections, so the last widths of both must be there, and the same"
-            )
+        check_predictor(self.projector, self.predictor)
 
     @property
     def views(self) -> tuple[ViewSpec, ...]:

@@ -18,7 +18,7 @@ from mvmr.errors import MvmrError
 from mvmr.methods.method import Method, MethodConfig, Statistics, Step, ViewSpec
 from mvmr.methods.parts.dependence import effective_rank
 from mvmr.methods.parts.gathering import gather
-from mvmr.methods.parts.heads import build_projector
+from mvmr.methods.parts.heads import build_projector, check_predictor
 from mvmr.methods.parts.momentum import encode_in_halves, follow, make_follower
 from mvmr.methods.parts.queue import Queue, check_queue
 
@@ -49,11 +49,7 @@ class IsdConfig(MethodConfig):
                 raise MvmrError(f"[method] {name} = {getattr(self, name)}: must be above 0")
         if not 0 <= self.momentum <= 1:
             raise MvmrError(f"[method] momentum = {self.momentum}: must lie between 0 and 1")
-        if not (self.projector and self.predictor) or self.predictor[-1] != self.projector[-1]:
-            raise MvmrError(
-                f"[method] projector = {list(self.projector)} and predictor = {list(self.predictor)}: the predictor "
-                "tells projections, so the last widths of both must be there, and the same"
-            )
+        check_predictor(self.projector, self.predictor)
 
     @property
     def views(self) -> tuple[ViewSpec, ...]:

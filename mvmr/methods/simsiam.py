@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvmr.bundles.preprocess import Preprocess
-from mvmr.errors import MvmrError
 from mvmr.methods.method import Method, MethodConfig, Statistics, Step, ViewSpec
 from mvmr.methods.parts.dependence import effective_rank
-from mvmr.methods.parts.heads import build_projector
+from mvmr.methods.parts.heads import build_projector, check_predictor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +28,7 @@ class SimsiamConfig(MethodConfig):
     predictor: tuple[int, ...] = (512, 2048)
 
     def __post_init__(self) -> None:
-        if not (self.projector and self.predictor) or self.predictor[-1] != self.projector[-1]:
-            raise MvmrError(
-                f"[method] projector = {list(self.projector)} and predictor = {list(self.predictor)}: the predictor "
-                "tells projections, so the last widths of both must be there, and the same"
-            )
+        check_predictor(self.projector, self.predictor)
 
     @property
     def views(self) -> tuple[ViewSpec, ...]:

@@ -71,13 +71,8 @@ def test_an_exact_artifact_passes_every_gate() -> None:
     report = verify(artifact(reference), reference, gates=ALL)
     assert report["passed"]
     assert report["failures"] == []
-    for name, value in {
-        "cosine_min": 1,
-        "centred_cosine_mean": 1,
-        "overlap": 1,
-        "max_abs": 0,
-        "accuracy_drop": 0,
-    }.items():
+    exact = {"cosine_min": 1, "centred_cosine_mean": 1, "overlap": 1, "max_abs": 0, "accuracy_drop": 0}
+    for name, value in exact.items():
         assert report[name] == pytest.approx(value)
     assert report["heads"]["kind"]["agreement"] == 100
     assert report["images"] == 40

@@ -109,8 +109,8 @@ def test_the_third_version_is_told_by_both_views() -> None:
         ({"temperature": 0.0}, r"temperature = 0\.0: must be above 0"),
         ({"momentum": 1.5}, r"momentum = 1\.5: must lie between 0 and 1"),
         ({"queue": -1}, "queue = -1: give a number of rows"),
-        ({"projector": ()}, "give its widths"),
-        ({"predictor": (8,)}, "the last widths of both must be the same"),
+        ({"projector": ()}, "the last widths of both must be there, and the same"),
+        ({"predictor": (8,)}, "the last widths of both must be there, and the same"),
     ],
 )
 def test_settings_that_can_not_be(settings: dict[str, object], message: str) -> None:

@@ -35,6 +35,18 @@ def build_projector(in_dim: int, sizes: Sequence[int], *, last_norm: bool = Fals
     return nn.Sequential(*layers)  # an empty Sequential is the identity and has no keys
 
 
+def check_predictor(projector: Sequence[int], predictor: Sequence[int]) -> None:
+    """Refuse widths of a predictor that can't tell what the projector gives.
+
+    Raises: MvmrError, with both.
+    """
+    if not (projector and predictor) or predictor[-1] != projector[-1]:
+        raise MvmrError(
+            f"[method] projector = {list(projector)} and predictor = {list(predictor)}: the predictor tells "
+            "projections, so the last widths of both must be there, and the same"
+        )
+
+
 def build_plain_head(in_dim: int, sizes: Sequence[int]) -> nn.Sequential:
     """Build h -> z without batch norm: linear layers with GELU between them (DINO's, Caron et al. 2021, appendix C).
 
