@@ -35,7 +35,7 @@ from mvmr.training.checkpoint import METRICS
 from mvmr.training.precision import native_precision
 from mvmr.training.pretraining import fit
 from mvmr.training.recipe import Recipe, load_recipe
-from mvmr.training.views import make_policy
+from mvmr.training.views import make_policies
 
 SETTINGS, RUNS, TABLE, PLOT = "ablation.json", "runs", "table.md", "plot.svg"
 _NEIGHBOURS = 5
@@ -136,13 +136,14 @@ def _check_trainable(recipes: Iterable[Recipe], images: ImageSet) -> None:
     """Refuse what :func:`mvmr.training.pretraining.fit` would, for the last row as for the first."""
     for recipe in recipes:
         size = (images.native_size or 224) if recipe.views.size is None else recipe.views.size
-        make_policy(recipe.views.policy, size, Preprocess.for_size(size))
-        recipe.train.steps(len(images))
+        make_policies(recipe.method.views, recipe.views.policy, Preprocess.for_size(size))
+        recipe.train.steps(len(images), smallest_batch=recipe.method.smallest_batch)
+        recipe.method.check(recipe.train.batch_size, len(images))
 
 
 def _settings(grid: str, splits: Sequence[ImageSet], recipe: Recipe, *, keep: bool, device: str) -> dict[str, Any]:
     """What all results of a folder have in common."""
-    precision = native_precision(recipe.train.precision, device, recipe.views.size)
+    precision = native_precision(recipe.train.precision, device, recipe.views.size or splits[0].native_size)
     table_of_recipe = to_mapping(replace(recipe, train=replace(recipe.train, precision=precision)))
     table_of_recipe["train"] = {key: value for key, value in table_of_recipe["train"].items() if key not in _FREE}
     return {

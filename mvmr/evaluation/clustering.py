@@ -15,6 +15,7 @@ from sklearn.metrics import (
     silhouette_score,
 )
 from sklearn.metrics.cluster import contingency_matrix
+from sklearn.preprocessing import normalize
 
 _STARTS = 10
 _LARGEST = 10_000  # rows of which the silhouette compares every pair
@@ -27,8 +28,8 @@ def cluster(features: np.ndarray, queries: np.ndarray, count: int) -> np.ndarray
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different rows than clusters: some stay empty
-        means = KMeans(count, n_init=_STARTS, random_state=0).fit(_normalise(features))
-    return np.asarray(means.predict(_normalise(queries)), np.int64)
+        means = KMeans(count, n_init=_STARTS, random_state=0).fit(normalize(features))
+    return np.asarray(means.predict(normalize(queries)), np.int64)
 
 
 def compare_clusters(assigned: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -60,9 +61,3 @@ def silhouette(queries: np.ndarray, assigned: np.ndarray) -> dict[str, float]:
     drawn = min(len(queries), _LARGEST)
     score = silhouette_score(queries, assigned, metric="cosine", sample_size=drawn, random_state=0)
     return {"silhouette": float(score)}
-
-
-def _normalise(rows: np.ndarray) -> np.ndarray:
-    rows = np.asarray(rows, np.float32)
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(norms > 0, norms, 1)

@@ -92,8 +92,9 @@ class Swav(Method):
     @torch.no_grad()
     def _assign(self, number: int, z: Tensor, scores: Tensor) -> Tensor:
         """Assignments of this rank's rows, made with those of all ranks and of the queue."""
-        rows, everyone = gather(F.normalize(z.detach(), dim=1)), gather(scores.detach())
+        everyone = gather(scores.detach())
         if self.queues:
+            rows = gather(F.normalize(z.detach(), dim=1))
             queue: Queue = self.queues[number]  # type: ignore[assignment]
             if self.pushed >= self.config.queue:
                 everyone = torch.cat([everyone, self.prototypes(queue.entries)])

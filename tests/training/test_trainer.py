@@ -5,8 +5,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -308,27 +306,3 @@ def test_an_image_that_vanished_is_one_line(tmp_path: Path, workers: int) -> Non
     with pytest.raises(MvmrError) as caught:
         run(tmp_path / "a", views=Noise(unreadable=True), workers=workers)
     assert str(caught.value) == "cannot read image 13.jpg: it is gone"
-
-
-# -- several devices
-
-
-@pytest.mark.slow
-def test_two_ranks_compute_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
-    items = [Noise()[0, index] for index in range(8)]
-    batch = {key: torch.stack([item[key] for item in items]) for key in items[0]}
-    batch["target"] = pixels(batch)["pixels"]
-    alone = learner(representations={"t": 1.0}, decorrelation=0.5)
-    torch.save(batch, tmp_path / "batch.pt")
-    torch.save(alone, tmp_path / "learner.pt")
-    terms, _ = alone(batch, {"t": batch["target"]})
-    assert terms.keys() == {"invariance", "variance", "decorrelation", "dependence", "dcor.t"}
-    loss = torch.stack(list(terms.values())).sum()
-    loss.backward()
-    subprocess.run([sys.executable, Path(__file__).with_name("two_ranks.py"), tmp_path], check=True)
-    for rank in range(2):
-        result = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert result["rows"] == 8
-        torch.testing.assert_close(result["loss"], loss.detach())
-        for theirs, parameter in zip(result["gradients"], alone.parameters(), strict=True):
-            torch.testing.assert_close(theirs, parameter.grad, rtol=1e-4, atol=1e-6)
