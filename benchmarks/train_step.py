@@ -36,7 +36,7 @@ from mvmr.bundles.preprocess import Preprocess
 from mvmr.config import to_mapping
 from mvmr.distillation.teachers.clip import ClipTeacher
 from mvmr.errors import MvmrError, unknown
-from mvmr.methods.method import Method
+from mvmr.methods.method import Method, Setting
 from mvmr.methods.objective import Embeddings
 from mvmr.methods.table import build_method
 from mvmr.models.table import open_backbone
@@ -153,7 +153,8 @@ class Bench:
         width = backbone.width
         statistics = {name: (torch.zeros(row.shape[1]), torch.ones(row.shape[1])) for name, row in self.rows.items()}
         preprocess = Preprocess.for_size(self.setup.size)
-        learner = build_method(recipe.method, backbone.build(), width, preprocess, statistics)
+        setting = Setting(width, preprocess, self.setup.batch, statistics)
+        learner = build_method(recipe.method, backbone.build(), setting)
         return learner.to(self.setup.device)
 
     def step(self, case: Case) -> Callable[[], None]:

@@ -15,7 +15,8 @@ SHORTHANDS = {
     "student": ("student.backbone", "resnet18 (_050, _025: narrower), resnet50, or timm: and one of its models."),
     "method": (
         "method.name",
-        "How it learns: mvmr, simclr, moco, byol, simsiam, barlow, vicreg, swav, dino, isd, twist, lejepa.",
+        "How it learns: mvmr, simclr, moco, byol, simsiam, barlow, vicreg, swav, dino, isd, twist, "
+        "deepcluster, deepercluster, selflabel, lejepa.",
     ),
     "small-kernel": ("student.small_kernel", "A stem for small images: 3 x 3, stride 1, no pooling."),
     "size": ("views.size", "Side of the images the student sees, in pixels."),

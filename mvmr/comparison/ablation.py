@@ -136,9 +136,9 @@ def _check_trainable(recipes: Iterable[Recipe], images: ImageSet) -> None:
     """Refuse what :func:`mvmr.training.pretraining.fit` would, for the last row as for the first."""
     for recipe in recipes:
         size = (images.native_size or 224) if recipe.views.size is None else recipe.views.size
-        make_policies(recipe.method.views, recipe.views.policy, Preprocess.for_size(size))
-        recipe.train.steps(len(images), smallest_batch=recipe.method.smallest_batch)
-        recipe.method.check(recipe.train.batch_size, len(images))
+        make_policies(recipe.view_specs, recipe.views.policy, Preprocess.for_size(size))
+        recipe.train.steps(len(images), smallest_batch=recipe.smallest_batch)
+        recipe.method.settle(len(images)).check(recipe.train.batch_size, len(images))
 
 
 def _settings(grid: str, splits: Sequence[ImageSet], recipe: Recipe, *, keep: bool, device: str) -> dict[str, Any]:

@@ -12,9 +12,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
-from mvmr.methods.method import Method, MethodConfig, Statistics, Step, ViewSpec
+from mvmr.methods.method import Method, MethodConfig, Setting, Step, ViewSpec
 from mvmr.methods.parts.dependence import effective_rank
 from mvmr.methods.parts.gathering import gather
 from mvmr.methods.parts.heads import build_projector
@@ -46,11 +45,9 @@ class Barlow(Method):
 
     projector: nn.Module
 
-    def __init__(
-        self, config: BarlowConfig, encoder: nn.Module, width: int, preprocess: Preprocess, statistics: Statistics
-    ) -> None:
-        super().__init__(encoder, preprocess)
-        self.projector = build_projector(width, config.projector)
+    def __init__(self, config: BarlowConfig, encoder: nn.Module, setting: Setting) -> None:
+        super().__init__(encoder, setting.preprocess)
+        self.projector = build_projector(setting.width, config.projector)
         self.redundancy = config.redundancy
 
     def forward(self, views: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Step:
@@ -60,7 +57,7 @@ class Barlow(Method):
             first, second = (gather(projection.float()) for projection in z)
             invariance, redundancy = correlation_terms(first, second)
         losses = {"invariance": invariance, "redundancy": self.redundancy * redundancy}
-        return Step(losses, (h[0].detach().float(), first.detach()))
+        return Step(losses, h[0], (h[0].detach().float(), first.detach()))
 
     @torch.no_grad()
     def diagnose(self, outputs: tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, float]:

@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
-from mvmr.methods.method import Method, MethodConfig, Statistics, Step, ViewSpec
+from mvmr.methods.method import Method, MethodConfig, Setting, Step, ViewSpec
 from mvmr.methods.parts.dependence import effective_rank
 from mvmr.methods.parts.heads import build_projector, check_predictor
 from mvmr.methods.parts.momentum import cosine_momentum, follow, make_follower
@@ -45,12 +44,10 @@ class Byol(Method):
 
     projector: nn.Module
 
-    def __init__(
-        self, config: ByolConfig, encoder: nn.Module, width: int, preprocess: Preprocess, statistics: Statistics
-    ) -> None:
-        super().__init__(encoder, preprocess)
+    def __init__(self, config: ByolConfig, encoder: nn.Module, setting: Setting) -> None:
+        super().__init__(encoder, setting.preprocess)
         self.momentum = config.momentum
-        self.projector = build_projector(width, config.projector)
+        self.projector = build_projector(setting.width, config.projector)
         self.predictor = build_projector(config.projector[-1], config.predictor)
         self.slow_encoder, self.slow_projector = make_follower(encoder), make_follower(self.projector)
 
@@ -62,7 +59,7 @@ class Byol(Method):
             slow = [self.slow_projector(self.slow_encoder(view)) for view in images]
         with torch.autocast(h[0].device.type, enabled=False):
             loss = regression_loss(predictions[0], slow[1]) + regression_loss(predictions[1], slow[0])
-        return Step({"regression": loss}, (h[0].detach().float(), slow[0].float()))
+        return Step({"regression": loss}, h[0], (h[0].detach().float(), slow[0].float()))
 
     @torch.no_grad()
     def after_step(self, step: int, steps: int) -> None:

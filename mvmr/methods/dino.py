@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
-from mvmr.methods.method import Method, Statistics, Step
+from mvmr.methods.method import Method, Setting, Step
 from mvmr.methods.parts.crops import CropsConfig
 from mvmr.methods.parts.dependence import effective_rank
 from mvmr.methods.parts.gathering import gather
@@ -67,12 +66,10 @@ class Dino(Method):
     centre: Tensor  # [1, outputs]
     progress: Tensor  # share of the steps that are done
 
-    def __init__(
-        self, config: DinoConfig, encoder: nn.Module, width: int, preprocess: Preprocess, statistics: Statistics
-    ) -> None:
-        super().__init__(encoder, preprocess)
+    def __init__(self, config: DinoConfig, encoder: nn.Module, setting: Setting) -> None:
+        super().__init__(encoder, setting.preprocess)
         self.config = config
-        self.projector = build_plain_head(width, config.head)
+        self.projector = build_plain_head(setting.width, config.head)
         self.last = Prototypes(config.head[-1], config.outputs)
         self.slow_encoder, self.slow_projector = make_follower(encoder), make_follower(self.projector)
         self.slow_last = make_follower(self.last)
@@ -91,7 +88,7 @@ class Dino(Method):
             loss = self_distillation(student, teacher, self.centre, c.student_temperature, temperature)
         mean = torch.stack([gather(output.float()) for output in teacher]).mean((0, 1))
         self.centre.lerp_(mean[None], 1 - c.centre_momentum)  # eq. 4
-        return Step({"cross_entropy": loss}, (h[0].detach().float(), teacher[0].float()))
+        return Step({"cross_entropy": loss}, h[0], (h[0].detach().float(), teacher[0].float()))
 
     @torch.no_grad()
     def after_step(self, step: int, steps: int) -> None:

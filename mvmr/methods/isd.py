@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
-from mvmr.methods.method import Method, MethodConfig, Statistics, Step, ViewSpec
+from mvmr.methods.method import Method, MethodConfig, Setting, Step, ViewSpec
 from mvmr.methods.parts.dependence import effective_rank
 from mvmr.methods.parts.gathering import gather
 from mvmr.methods.parts.heads import build_projector, check_predictor
@@ -64,12 +63,10 @@ class Isd(Method):
 
     projector: nn.Module
 
-    def __init__(
-        self, config: IsdConfig, encoder: nn.Module, width: int, preprocess: Preprocess, statistics: Statistics
-    ) -> None:
-        super().__init__(encoder, preprocess)
+    def __init__(self, config: IsdConfig, encoder: nn.Module, setting: Setting) -> None:
+        super().__init__(encoder, setting.preprocess)
         self.config = config
-        self.projector = build_projector(width, config.projector)
+        self.projector = build_projector(setting.width, config.projector)
         self.predictor = build_projector(config.projector[-1], config.predictor)
         self.slow_encoder, self.slow_projector = make_follower(encoder), make_follower(self.projector)
         self.queue = Queue(config.queue, config.projector[-1])
@@ -85,7 +82,7 @@ class Isd(Method):
             teacher, anchors = F.normalize(teacher.float(), dim=1), self.queue.entries.clone()  # they move on below
             loss = similarity_loss(student, teacher, anchors, c.student_temperature, c.teacher_temperature)
         self.queue.push(gather(teacher))
-        return Step({"similarity": loss}, h.detach().float())
+        return Step({"similarity": loss}, h, h.detach().float())
 
     @torch.no_grad()
     def after_step(self, step: int, steps: int) -> None:

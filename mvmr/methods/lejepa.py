@@ -12,9 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
-from mvmr.methods.method import Method, Statistics, Step
+from mvmr.methods.method import Method, Setting, Step
 from mvmr.methods.parts.crops import CropsConfig
 from mvmr.methods.parts.dependence import effective_rank
 from mvmr.methods.parts.gathering import gather
@@ -51,12 +50,10 @@ class Lejepa(Method):
     projector: nn.Module
     steps: Tensor
 
-    def __init__(
-        self, config: LejepaConfig, encoder: nn.Module, width: int, preprocess: Preprocess, statistics: Statistics
-    ) -> None:
-        super().__init__(encoder, preprocess)
+    def __init__(self, config: LejepaConfig, encoder: nn.Module, setting: Setting) -> None:
+        super().__init__(encoder, setting.preprocess)
         self.config = config
-        self.projector = build_projector(width, config.projector)
+        self.projector = build_projector(setting.width, config.projector)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def forward(self, views: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Step:
@@ -73,7 +70,7 @@ class Lejepa(Method):
                 "prediction": (1 - c.trade) * prediction,
                 c.spread: c.trade * torch.stack(spreads).mean(),
             }
-        return Step(losses, (h[0].detach().float(), z[0].detach()))
+        return Step(losses, h[0], (h[0].detach().float(), z[0].detach()))
 
     @torch.no_grad()
     def after_step(self, step: int, steps: int) -> None:

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.bundles.tensors import Normalise
-
-Statistics = Mapping[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,7 @@ class MethodConfig:
     """Settings of a method, the `[method]` table of a recipe; every method's own begin with ``name``."""
 
     smallest_batch: ClassVar[int] = 2  # images, over all devices
+    has_classes: ClassVar[bool] = False  # whether the projector's outputs are logits of classes that it has found
 
     name: str
 
@@ -49,6 +48,10 @@ class MethodConfig:
     def views(self) -> tuple[ViewSpec, ...]:
         """The views it learns from; those that are augmented are independent of each other."""
         return (ORIGINAL, AUGMENTED)
+
+    def settle(self, images: int) -> Self:
+        """The same with what was left to the number of images decided, as it is written into the bundle."""
+        return self
 
     def check(self, batch_size: int, images: int) -> None:
         """Refuse a size of batches, over all devices, or a number of images that it can't learn from.
@@ -67,14 +70,29 @@ class MethodConfig:
         return ()
 
 
+class Setting(NamedTuple):
+    """What a method is built for.
+
+    width: of the encoder's features; images: how many there are to learn from
+    statistics: mean and standard deviation, [K] each, of every one of `standardised_targets`, by name
+    """
+
+    width: int
+    preprocess: Preprocess
+    images: int
+    statistics: Mapping[str, tuple[Tensor, Tensor]]
+
+
 class Step(NamedTuple):
     """What a forward pass gives.
 
     losses: the terms of the loss by name, scalars float32 over the batch of all devices; their sum is minimised
+    h: features of one augmented view, [B, D] of this device, with their gradient
     outputs: whatever `Method.diagnose` wants to see of it
     """
 
     losses: dict[str, Tensor]
+    h: Tensor
     outputs: Any
 
 
@@ -113,7 +131,10 @@ class Method(nn.Module):
 
     @torch.no_grad()
     def before_epoch(self, epoch: int, features: Callable[[], Tensor]) -> None:
-        """Called before the first step of each epoch, from 0 on; `features()` are those of all images, [N, D]."""
+        """Called before the first step of each epoch, from 0 on, on every device.
+
+        features: computes those of all original images as they are now, [N, D] float32 on the CPU
+        """
 
     @torch.no_grad()
     def diagnose(self, outputs: Any, generator: torch.Generator) -> dict[str, float]:

@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
-from mvmr.methods.method import Method, MethodConfig, Statistics, Step, ViewSpec
+from mvmr.methods.method import Method, MethodConfig, Setting, Step, ViewSpec
 from mvmr.methods.parts.dependence import effective_rank
 from mvmr.methods.parts.gathering import first_row, gather
 from mvmr.methods.parts.heads import build_projector, check_predictor
@@ -64,12 +63,10 @@ class Moco(Method):
 
     projector: nn.Module
 
-    def __init__(
-        self, config: MocoConfig, encoder: nn.Module, width: int, preprocess: Preprocess, statistics: Statistics
-    ) -> None:
-        super().__init__(encoder, preprocess)
+    def __init__(self, config: MocoConfig, encoder: nn.Module, setting: Setting) -> None:
+        super().__init__(encoder, setting.preprocess)
         self.config = config
-        self.projector = build_projector(width, config.projector)
+        self.projector = build_projector(setting.width, config.projector)
         self.predictor = build_projector(config.projector[-1], config.predictor)
         self.slow_encoder, self.slow_projector = make_follower(encoder), make_follower(self.projector)
         self.queue = Queue(config.queue, config.projector[-1]) if config.queue else None
@@ -89,7 +86,7 @@ class Moco(Method):
             with torch.autocast(h[0].device.type, enabled=False):
                 loss = queue_loss(query, key, self.queue.entries.clone(), temperature)  # a copy, as it moves on below
             self.queue.push(gather(key))
-        return Step({"info_nce": loss}, h[0].detach().float())
+        return Step({"info_nce": loss}, h[0], h[0].detach().float())
 
     def _keys(self, images: Tensor) -> Tensor:
         """Rows of norm 1 by the slow network."""

@@ -13,8 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from mvmr.bundles.preprocess import Preprocess
-from mvmr.methods.method import AUGMENTED, ORIGINAL, Method, MethodConfig, Statistics, Step, ViewSpec
+from mvmr.methods.method import AUGMENTED, ORIGINAL, Method, MethodConfig, Setting, Step, ViewSpec
 from mvmr.methods.objective import Embeddings, Objective, ObjectiveConfig
 from mvmr.methods.parts.gathering import gather
 from mvmr.methods.parts.heads import build_projector
@@ -46,12 +45,10 @@ class Mvmr(Method):
 
     projector: nn.Module
 
-    def __init__(
-        self, config: MvmrConfig, encoder: nn.Module, width: int, preprocess: Preprocess, statistics: Statistics
-    ) -> None:
-        super().__init__(encoder, preprocess)
-        self.projector = build_projector(width, config.projector)
-        self.objective = Objective(config, width, statistics)
+    def __init__(self, config: MvmrConfig, encoder: nn.Module, setting: Setting) -> None:
+        super().__init__(encoder, setting.preprocess)
+        self.projector = build_projector(setting.width, config.projector)
+        self.objective = Objective(config, setting.width, setting.statistics)
 
     def forward(self, views: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Step:
         original, augmented = views["original"], views["augmented"]
@@ -60,7 +57,7 @@ class Mvmr(Method):
         with torch.autocast(original.device.type, enabled=False):
             embeddings = Embeddings(*(gather(t.float()) for t in (h, ha, z, za)))
             everyone = {name: gather(t.float()) for name, t in targets.items()}
-            return Step(self.objective(embeddings, everyone), (embeddings, everyone))
+            return Step(self.objective(embeddings, everyone), ha, (embeddings, everyone))
 
     @torch.no_grad()
     def diagnose(

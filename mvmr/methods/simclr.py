@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
-from mvmr.methods.method import Method, MethodConfig, Statistics, Step, ViewSpec
+from mvmr.methods.method import Method, MethodConfig, Setting, Step, ViewSpec
 from mvmr.methods.parts.dependence import effective_rank
 from mvmr.methods.parts.gathering import gather
 from mvmr.methods.parts.heads import build_projector
@@ -43,11 +42,9 @@ class Simclr(Method):
 
     projector: nn.Module
 
-    def __init__(
-        self, config: SimclrConfig, encoder: nn.Module, width: int, preprocess: Preprocess, statistics: Statistics
-    ) -> None:
-        super().__init__(encoder, preprocess)
-        self.projector = build_projector(width, config.projector)
+    def __init__(self, config: SimclrConfig, encoder: nn.Module, setting: Setting) -> None:
+        super().__init__(encoder, setting.preprocess)
+        self.projector = build_projector(setting.width, config.projector)
         self.temperature = config.temperature
 
     def forward(self, views: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Step:
@@ -56,7 +53,7 @@ class Simclr(Method):
         with torch.autocast(h[0].device.type, enabled=False):
             first, second = (gather(projection.float()) for projection in z)
             loss = nt_xent(first, second, self.temperature)
-        return Step({"nt_xent": loss}, (h[0].detach().float(), first.detach()))
+        return Step({"nt_xent": loss}, h[0], (h[0].detach().float(), first.detach()))
 
     @torch.no_grad()
     def diagnose(self, outputs: tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, float]:

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvmr.bundles.preprocess import Preprocess
-from mvmr.methods.method import Method, MethodConfig, Statistics, Step, ViewSpec
+from mvmr.methods.method import Method, MethodConfig, Setting, Step, ViewSpec
 from mvmr.methods.parts.dependence import effective_rank
 from mvmr.methods.parts.heads import build_projector, check_predictor
 
@@ -40,11 +39,9 @@ class Simsiam(Method):
 
     projector: nn.Module
 
-    def __init__(
-        self, config: SimsiamConfig, encoder: nn.Module, width: int, preprocess: Preprocess, statistics: Statistics
-    ) -> None:
-        super().__init__(encoder, preprocess)
-        self.projector = build_projector(width, config.projector, last_norm=True)
+    def __init__(self, config: SimsiamConfig, encoder: nn.Module, setting: Setting) -> None:
+        super().__init__(encoder, setting.preprocess)
+        self.projector = build_projector(setting.width, config.projector, last_norm=True)
         self.predictor = build_projector(config.projector[-1], config.predictor)
 
     def forward(self, views: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Step:
@@ -53,7 +50,7 @@ class Simsiam(Method):
         p = [self.predictor(projection) for projection in z]
         with torch.autocast(h[0].device.type, enabled=False):
             loss = (unlikeness(p[0], z[1]) + unlikeness(p[1], z[0])) / 2  # eq. 4
-        return Step({"unlikeness": loss}, (h[0].detach().float(), z[0].detach().float()))
+        return Step({"unlikeness": loss}, h[0], (h[0].detach().float(), z[0].detach().float()))
 
     @torch.no_grad()
     def diagnose(self, outputs: tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, float]:

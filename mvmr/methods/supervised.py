@@ -40,7 +40,7 @@ class Supervised(Method):
         h, labels = self.features(views["augmented"]), targets["label"]
         with torch.autocast(labels.device.type, enabled=False):
             logits = self.head(h.float())
-            return Step({"cross_entropy": F.cross_entropy(logits, labels)}, (logits, labels))
+            return Step({"cross_entropy": F.cross_entropy(logits, labels)}, h, (logits, labels))
 
     @torch.no_grad()
     def diagnose(self, outputs: Any, generator: torch.Generator) -> dict[str, float]:

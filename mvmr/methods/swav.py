@@ -6,16 +6,16 @@ Source: Caron et al., "Unsupervised learning of visual features by contrasting c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
-from mvmr.methods.method import Method, Statistics, Step
+from mvmr.methods.method import Method, Setting, Step
+from mvmr.methods.parts.classes import check_classes, count_classes
 from mvmr.methods.parts.crops import CropsConfig
 from mvmr.methods.parts.dependence import effective_rank
 from mvmr.methods.parts.gathering import first_row, gather
@@ -23,13 +23,15 @@ from mvmr.methods.parts.heads import Prototypes, build_projector
 from mvmr.methods.parts.queue import Queue, check_queue
 from mvmr.methods.parts.sinkhorn import sinkhorn
 
+_PROTOTYPES = 3000  # of the paper, for ImageNet
+
 
 @dataclass(frozen=True, kw_only=True)
 class SwavConfig(CropsConfig):
-    """The paper's temperatures, projector and crops; its 3,000 prototypes are for ImageNet."""
+    """The paper's temperatures, projector and crops."""
 
     name: Literal["swav"] = "swav"
-    prototypes: int = 300
+    prototypes: int = 0  # 0: 3,000, or one to ten images
     temperature: float = 0.1
     epsilon: float = 0.05  # of the assignments' entropy
     iterations: int = 3  # of Sinkhorn and Knopp
@@ -39,8 +41,7 @@ class SwavConfig(CropsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.prototypes < 2:
-            raise MvmrError(f"[method] prototypes = {self.prototypes}: give 2 or more")
+        check_classes("prototypes", self.prototypes)
         for name in ("temperature", "epsilon"):
             if not getattr(self, name) > 0:
                 raise MvmrError(f"[method] {name} = {getattr(self, name)}: must be above 0")
@@ -51,9 +52,11 @@ class SwavConfig(CropsConfig):
         if not self.projector:
             raise MvmrError("[method] projector = []: give its widths, such as 2048,128")
 
+    def settle(self, images: int) -> Self:
+        return replace(self, prototypes=self.prototypes or count_classes(_PROTOTYPES, images))
+
     def check(self, batch_size: int, images: int) -> None:
-        if self.prototypes > images:
-            raise MvmrError(f"[method] prototypes = {self.prototypes}, of {images} images: give {images} or fewer")
+        check_classes("prototypes", self.prototypes, images)
         if self.queue:
             check_queue(self.queue, batch_size)
 
@@ -65,12 +68,10 @@ class Swav(Method):
     progress: Tensor  # share of the steps that are done
     pushed: Tensor  # rows that have gone into each queue
 
-    def __init__(
-        self, config: SwavConfig, encoder: nn.Module, width: int, preprocess: Preprocess, statistics: Statistics
-    ) -> None:
-        super().__init__(encoder, preprocess)
+    def __init__(self, config: SwavConfig, encoder: nn.Module, setting: Setting) -> None:
+        super().__init__(encoder, setting.preprocess)
         self.config = config
-        self.projector = build_projector(width, config.projector)
+        self.projector = build_projector(setting.width, config.projector)
         self.prototypes = Prototypes(config.projector[-1], config.prototypes)
         self.queues = nn.ModuleList(
             Queue(config.queue, config.projector[-1]) for _ in range(config.crops if config.queue else 0)
@@ -87,7 +88,7 @@ class Swav(Method):
             scores = [self.prototypes(projection, frozen=frozen) for projection in z]
             assignments = [self._assign(number, z[number], scores[number]) for number in range(c.crops)]
             loss = swapped_loss(scores, assignments, c.temperature)
-        return Step({"swapped": loss}, (h[0].detach().float(), assignments[0]))
+        return Step({"swapped": loss}, h[0], (h[0].detach().float(), assignments[0]))
 
     @torch.no_grad()
     def _assign(self, number: int, z: Tensor, scores: Tensor) -> Tensor:

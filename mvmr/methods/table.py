@@ -6,15 +6,17 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from mvmr.bundles.preprocess import Preprocess
 from mvmr.methods.barlow import Barlow, BarlowConfig
 from mvmr.methods.byol import Byol, ByolConfig
+from mvmr.methods.deepcluster import Deepcluster, DeepclusterConfig
+from mvmr.methods.deepercluster import Deepercluster, DeeperclusterConfig
 from mvmr.methods.dino import Dino, DinoConfig
 from mvmr.methods.isd import Isd, IsdConfig
 from mvmr.methods.lejepa import Lejepa, LejepaConfig
-from mvmr.methods.method import Method, MethodConfig, Statistics
+from mvmr.methods.method import Method, MethodConfig, Setting
 from mvmr.methods.moco import Moco, MocoConfig
 from mvmr.methods.mvmr import Mvmr, MvmrConfig
+from mvmr.methods.selflabel import Selflabel, SelflabelConfig
 from mvmr.methods.simclr import Simclr, SimclrConfig
 from mvmr.methods.simsiam import Simsiam, SimsiamConfig
 from mvmr.methods.swav import Swav, SwavConfig
@@ -23,7 +25,7 @@ from mvmr.methods.vicreg import Vicreg, VicregConfig
 
 
 class Entry(NamedTuple):
-    """config: its settings; method: built from them, encoder, width of the features, preprocessing and statistics."""
+    """config: its settings; method: built from them, an encoder and a `Setting`."""
 
     config: type[MethodConfig]
     method: Any  # each takes its own settings
@@ -41,14 +43,15 @@ METHODS = {
     "dino": Entry(DinoConfig, Dino),
     "isd": Entry(IsdConfig, Isd),
     "twist": Entry(TwistConfig, Twist),
+    "deepcluster": Entry(DeepclusterConfig, Deepcluster),
+    "deepercluster": Entry(DeeperclusterConfig, Deepercluster),
+    "selflabel": Entry(SelflabelConfig, Selflabel),
     "lejepa": Entry(LejepaConfig, Lejepa),
 }
 CONFIGS = {name: entry.config for name, entry in METHODS.items()}
 
 
-def build_method(
-    config: MethodConfig, encoder: nn.Module, width: int, preprocess: Preprocess, statistics: Statistics
-) -> Method:
+def build_method(config: MethodConfig, encoder: nn.Module, setting: Setting) -> Method:
     """The method of these settings; weights of what is beside the encoder are drawn from torch's global generator."""
-    method: Method = METHODS[config.name].method(config, encoder, width, preprocess, statistics)
+    method: Method = METHODS[config.name].method(config, encoder, setting)
     return method

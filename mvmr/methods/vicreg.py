@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
-from mvmr.methods.method import Method, MethodConfig, Statistics, Step, ViewSpec
+from mvmr.methods.method import Method, MethodConfig, Setting, Step, ViewSpec
 from mvmr.methods.parts.dependence import effective_rank
 from mvmr.methods.parts.gathering import gather
 from mvmr.methods.parts.heads import build_projector
@@ -49,12 +48,10 @@ class Vicreg(Method):
 
     projector: nn.Module
 
-    def __init__(
-        self, config: VicregConfig, encoder: nn.Module, width: int, preprocess: Preprocess, statistics: Statistics
-    ) -> None:
-        super().__init__(encoder, preprocess)
+    def __init__(self, config: VicregConfig, encoder: nn.Module, setting: Setting) -> None:
+        super().__init__(encoder, setting.preprocess)
         self.config = config
-        self.projector = build_projector(width, config.projector)
+        self.projector = build_projector(setting.width, config.projector)
 
     def forward(self, views: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Step:
         c = self.config
@@ -67,7 +64,7 @@ class Vicreg(Method):
                 "variance": c.variance * (hinge(first, c.gamma, c.eps) + hinge(second, c.gamma, c.eps)) / 2,  # v, eq. 1
                 "covariance": c.covariance * (covariance_penalty(first) + covariance_penalty(second)),  # c, eq. 4
             }
-        return Step(losses, (h[0].detach().float(), first.detach()))
+        return Step(losses, h[0], (h[0].detach().float(), first.detach()))
 
     @torch.no_grad()
     def diagnose(self, outputs: tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, float]:

@@ -23,7 +23,7 @@ from mvmr.config import to_mapping
 from mvmr.cores import usable_cores
 from mvmr.data import ImageSet, open_images
 from mvmr.errors import MvmrError, one_line
-from mvmr.methods.method import Method
+from mvmr.methods.method import Method, Setting
 from mvmr.methods.table import build_method
 from mvmr.models.backbone import Backbone
 from mvmr.models.initial import read_init
@@ -95,7 +95,7 @@ def check_recipe(recipe: Recipe, teachers: Collection[str], init: str | Path | N
         MvmrError: targets or teachers that aren't there, views or a student that can't be, weights that don't fit.
     """
     size = recipe.views.size or _USUAL_SIZE
-    check_targets(recipe.method.targets, teachers, recipe.name)
+    check_targets(recipe.targets, teachers, recipe.name)
     backbone = open_backbone(recipe.student, size)
     _check_views(recipe, backbone, Preprocess.for_size(size))
     if init is not None and (recipe.views.size or not backbone.options.get("fixed")):
@@ -103,8 +103,8 @@ def check_recipe(recipe: Recipe, teachers: Collection[str], init: str | Path | N
 
 
 def _check_views(recipe: Recipe, backbone: Backbone, preprocess: Preprocess) -> None:
-    make_policies(recipe.method.views, recipe.views.policy, preprocess)
-    smaller = [spec.name for spec in recipe.method.views if spec.scale != 1]
+    make_policies(recipe.view_specs, recipe.views.policy, preprocess)
+    smaller = [spec.name for spec in recipe.view_specs if spec.scale != 1]
     if smaller and backbone.options.get("fixed"):
         raise MvmrError(
             f"student {backbone.name} takes images of one size, and view {smaller[0]!r} is smaller: "
@@ -138,18 +138,19 @@ def fit(
             f"{recipe.views.background}: open the images on the recipe's"
         )
     size = (images.native_size or _USUAL_SIZE) if recipe.views.size is None else recipe.views.size
-    smallest = min(view_side(spec, size) for spec in recipe.method.views)
+    smallest = min(view_side(spec, size) for spec in recipe.view_specs)
     precision = native_precision(recipe.train.precision, device, smallest)
     fabric = launch(device, devices, precision)
     recipe = replace(
         recipe,
         views=replace(recipe.views, size=size),
+        method=recipe.method.settle(len(images)),
         train=replace(recipe.train, precision=precision),
     )
     result, preprocess = Path(out), Preprocess.for_size(size, images.background)
     # Refuse what can't be before anything is computed.
-    check_targets(recipe.method.targets, teachers, recipe.name)
-    recipe.train.steps(len(images), fabric.world_size, recipe.method.smallest_batch)
+    check_targets(recipe.targets, teachers, recipe.name)
+    recipe.train.steps(len(images), fabric.world_size, recipe.smallest_batch)
     recipe.method.check(recipe.train.batch_size, len(images))
     backbone = open_backbone(recipe.student, size)
     _check_views(recipe, backbone, preprocess)
@@ -208,15 +209,15 @@ def _train(
     say(images.describe(preprocess.crop), shown=progress and fabric.is_global_zero)
     workers = usable_cores() if recipe.train.workers is None else recipe.train.workers
     targets = Targets(
-        recipe.method.targets, images, preprocess, teachers=teachers, cache_gb=recipe.train.cache_gb,
+        recipe.targets, images, preprocess, teachers=teachers, cache_gb=recipe.train.cache_gb,
         device=fabric.device, workers=workers, progress=progress,
     )  # fmt: skip
     views: Dataset[Batch] = WithRows(
-        Views(images, preprocess, recipe.method.views, recipe.views.policy, seed=recipe.train.seed), targets.rows
+        Views(images, preprocess, recipe.view_specs, recipe.views.policy, seed=recipe.train.seed), targets.rows
     )
-    learner = build_learner(recipe, backbone, preprocess, targets, init)
+    learner = build_learner(recipe, backbone, preprocess, len(images), targets, init)
     steps = train(
-        learner, views, targets.of, recipe.train, fabric=fabric, folder=run.path, progress=progress,
+        learner, views, targets.of, recipe.train, recipe.objective, fabric=fabric, folder=run.path, progress=progress,
         no_weight_decay={f"encoder.{name}" for name in backbone.no_weight_decay(learner.encoder)},
         features=partial(features_of, learner, images, preprocess, batch_size=recipe.train.batch_size, workers=workers),
     )  # fmt: skip
@@ -245,7 +246,7 @@ def launch(device: str, devices: int, precision: Precision) -> Fabric:
 
 
 def build_learner(
-    recipe: Recipe, backbone: Backbone, preprocess: Preprocess, targets: Targets,
+    recipe: Recipe, backbone: Backbone, preprocess: Preprocess, images: int, targets: Targets,
     init: Mapping[str, Tensor] | None = None,
 ) -> Method:  # fmt: skip
     """Encoder and method of ``recipe``, drawn from its seed; the global random state is left alone."""
@@ -255,7 +256,7 @@ def build_learner(
         if init is not None:
             encoder.load_state_dict({**encoder.state_dict(), **init})
         statistics = {name: targets.statistics(name) for name in recipe.method.standardised_targets}
-        return build_method(recipe.method, encoder, backbone.width, preprocess, statistics)
+        return build_method(recipe.method, encoder, Setting(backbone.width, preprocess, images, statistics))
 
 
 @torch.no_grad()

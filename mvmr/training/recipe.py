@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 from mvmr.bundles.preprocess import WHITE, check_background
 from mvmr.config import ONE_OF, assign, parse, read_toml
 from mvmr.errors import MvmrError, unknown
-from mvmr.methods.method import MethodConfig
+from mvmr.methods.method import ORIGINAL, MethodConfig, ViewSpec
 from mvmr.methods.mvmr import MvmrConfig
+from mvmr.methods.regulariser import RegulariserConfig
 from mvmr.methods.table import CONFIGS
 from mvmr.models.backbone import StudentConfig
 from mvmr.training.trainer import TrainConfig
@@ -42,7 +43,28 @@ class Recipe:
     student: StudentConfig = field(default_factory=StudentConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
     method: MethodConfig = field(default_factory=MvmrConfig, metadata={ONE_OF: CONFIGS})
+    objective: RegulariserConfig = field(default_factory=RegulariserConfig)  # beside the method's own
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.objective.targets and isinstance(self.method, MvmrConfig):
+            raise MvmrError("[objective] is for other methods: give mvmr's own weights in [method.representations]")
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Representations of the original view that it learns from, each once."""
+        return tuple(dict.fromkeys((*self.method.targets, *self.objective.targets)))
+
+    @property
+    def view_specs(self) -> tuple[ViewSpec, ...]:
+        """The views it learns from, and the original where representations are made of it."""
+        views = self.method.views
+        return views if ORIGINAL in views or not self.objective.targets else (*views, ORIGINAL)
+
+    @property
+    def smallest_batch(self) -> int:
+        """Images that a batch must have, over all devices."""
+        return max(self.method.smallest_batch, self.objective.smallest_batch)
 
 
 def recipe_names(package: str) -> tuple[str, ...]:

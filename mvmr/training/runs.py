@@ -130,14 +130,16 @@ def _resume(folder: Path, description: dict[str, Any], steering: frozenset[str])
 
 
 def _in_todays_words(old: dict[str, Any]) -> dict[str, Any]:
-    """A description of before there was more than one method and more than ResNets, as it would be written now."""
+    """A description of before there were several methods, more than ResNets, or terms beside a method's, as of now."""
     recipe = dict(old["recipe"])
-    if "objective" not in recipe:
+    if not {"model", "method"} & recipe.keys():  # of a fine-tuning
         return old
-    model, objective = recipe.pop("model"), recipe.pop("objective")
-    recipe["student"] = {"backbone": model["architecture"], "small_kernel": model["small_kernel"]}
-    recipe["method"] = {"name": "mvmr", "projector": recipe.pop("projector"), **objective}
-    return {**old, "method": "mvmr", "recipe": recipe}
+    if "model" in recipe:
+        model, objective = recipe.pop("model"), recipe.pop("objective")
+        recipe["student"] = {"backbone": model["architecture"], "small_kernel": model["small_kernel"]}
+        recipe["method"] = {"name": "mvmr", "projector": recipe.pop("projector"), **objective}
+    recipe.setdefault("objective", {"representations": {}, "estimator": "biased"})
+    return {**old, "method": recipe["method"]["name"], "recipe": recipe}
 
 
 def _is_free(at: str) -> bool:

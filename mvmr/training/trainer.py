@@ -20,6 +20,7 @@ from mvmr.cores import usable_cores
 from mvmr.errors import MvmrError
 from mvmr.interrupt import stop_on_signal
 from mvmr.methods.method import Method
+from mvmr.methods.regulariser import RegulariserConfig, regularise
 from mvmr.progress import track
 from mvmr.training import checkpoint
 
@@ -28,6 +29,7 @@ Batch = dict[str, Tensor]
 Targets = Callable[[Batch], dict[str, Tensor]]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 _SEEDS = 2**32
+_NONE = RegulariserConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +127,7 @@ def train(
     views: Dataset[Batch],
     targets: Targets,
     config: TrainConfig,
+    regulariser: RegulariserConfig = _NONE,
     *,
     fabric: Fabric,
     folder: Path,
@@ -137,7 +140,8 @@ def train(
     Args:
         views: items of :class:`mvmr.training.views.Views`, addressed by (epoch, index).
         targets: from a batch on the device to the target of each name, as the method takes them.
-        undecayed: names of the parameters that weight decay leaves alone.
+        regulariser: what is added to the method's loss.
+        no_weight_decay: names of the parameters that weight decay leaves alone.
         features: those of all images, [N, D], in their order: for methods that look at all of them between epochs.
 
     Returns:
@@ -179,7 +183,9 @@ def train(
             for micro in range(config.accumulate):
                 batch = next(batches)
                 with fabric.no_backward_sync(module, enabled=micro + 1 < config.accumulate):
-                    terms, outputs = module(batch, targets(batch))
+                    target = targets(batch)
+                    terms, h, outputs = module(batch, target)
+                    terms |= regularise(regulariser, h, target)
                     loss = torch.stack(list(terms.values())).sum()
                     if not torch.isfinite(loss):
                         raise _not_finite(terms, step, folder)

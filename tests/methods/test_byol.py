@@ -10,6 +10,7 @@ from torch import nn
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
 from mvmr.methods.byol import Byol, ByolConfig, regression_loss
+from mvmr.methods.method import Setting
 from mvmr.methods.parts.momentum import cosine_momentum, follow, make_follower
 
 
@@ -44,7 +45,7 @@ def test_the_slow_network_begins_as_the_fast_one_and_is_told_of_by_the_other_vie
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5))
     config = ByolConfig(projector=(4, 3), predictor=(4, 3))
-    method = Byol(config, encoder, 5, Preprocess.for_size(8), {})
+    method = Byol(config, encoder, Setting(5, Preprocess.for_size(8), 20, {}))
     for name, value in method.slow_encoder.state_dict().items():
         assert torch.equal(value, encoder.state_dict()[name])
     first, second = torch.randint(0, 256, (2, 6, 3, 8, 8), dtype=torch.uint8)

@@ -13,7 +13,7 @@ from mvmr.bundles.preprocess import Preprocess
 from mvmr.cli.options import SHORTHANDS
 from mvmr.config import parse, to_mapping
 from mvmr.errors import MvmrError
-from mvmr.methods.method import Method, MethodConfig, ViewSpec
+from mvmr.methods.method import Method, MethodConfig, Setting, ViewSpec
 from mvmr.methods.table import CONFIGS, METHODS, build_method
 from mvmr.training.recipe import Recipe
 
@@ -31,7 +31,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "swav": {"projector": (8, 6), "prototypes": 4, "queue": BATCH, "local": 1, "local_scale": 0.5},
     "dino": {"head": (8, 6), "outputs": 5, "local": 1, "local_scale": 0.5},
     "isd": {"projector": (8, 6), "predictor": (8, 6), "queue": BATCH + 2},
-    "twist": {"hidden": (8,), "classes": 3},
+    "twist": {"hidden": (8,), "classes": 3, "local": 1, "local_scale": 0.5},
+    "deepcluster": {"projector": (8, 6), "clusters": 3, "heads": 2, "local": 1, "local_scale": 0.5},
+    "deepercluster": {"clusters": 2, "subclusters": 2},
+    "selflabel": {"classes": 3, "heads": 2},
     "lejepa": {"projector": (8, 6), "slices": 16, "local": 1, "local_scale": 0.5},
 }
 
@@ -58,7 +61,9 @@ def build(name: str, seed: int = 0) -> Method:
     statistics = {"pixels": (torch.zeros(3 * SIZE * SIZE), torch.full((3 * SIZE * SIZE,), 80.0))}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build_method(config(name), Encoder(), WIDTH, Preprocess.for_size(SIZE), statistics)
+        method = build_method(config(name), Encoder(), Setting(WIDTH, Preprocess.for_size(SIZE), BATCH, statistics))
+    method.before_epoch(0, lambda: torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(seed)))
+    return method
 
 
 def batch(name: str, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -70,6 +75,7 @@ def batch(name: str, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor
         for spec in config(name).views
     }
     pixels = torch.rand(BATCH, 3 * SIZE * SIZE, generator=generator) * 255
+    views["index"] = torch.randperm(BATCH, generator=generator)
     return views, dict.fromkeys(config(name).targets, pixels)
 
 
@@ -115,8 +121,10 @@ def test_its_views_have_names_of_their_own(name: str) -> None:
 @every
 def test_terms_are_finite_scalars_in_float32_and_reach_all_that_is_trained(name: str) -> None:
     method = build(name)
-    losses = method(*batch(name)).losses
+    losses, h, _ = method(*batch(name))
     assert losses
+    assert h.shape == (BATCH, WIDTH)
+    assert h.requires_grad
     assert all(term.shape == () and term.dtype == torch.float32 and term.isfinite() for term in losses.values())
     torch.stack(list(losses.values())).sum().backward()
     for key, parameter in method.named_parameters():

@@ -9,6 +9,7 @@ from torch import nn
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
 from mvmr.methods.isd import Isd, IsdConfig, similarity_loss
+from mvmr.methods.method import Setting
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -41,7 +42,9 @@ def test_equal_similarities_cost_nothing() -> None:
 def method() -> Isd:
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5), nn.BatchNorm1d(5))
-    return Isd(IsdConfig(projector=(4, 3), predictor=(4, 3), queue=7), encoder, 5, Preprocess.for_size(8), {})
+    return Isd(
+        IsdConfig(projector=(4, 3), predictor=(4, 3), queue=7), encoder, Setting(5, Preprocess.for_size(8), 20, {})
+    )
 
 
 def test_a_step_compares_with_the_anchors_as_they_were_and_then_adds_the_teachers_rows() -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
+from mvmr.methods.method import Setting
 from mvmr.methods.moco import Moco, MocoConfig, in_batch_loss, queue_loss
 from mvmr.methods.parts.momentum import cosine_momentum
 from mvmr.methods.parts.queue import Queue
@@ -58,7 +59,7 @@ def method(**settings: object) -> Moco:
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5), nn.BatchNorm1d(5))
     config = MocoConfig(projector=(4, 3), **settings)  # type: ignore[arg-type]
-    return Moco(config, encoder, 5, Preprocess.for_size(8), {})
+    return Moco(config, encoder, Setting(5, Preprocess.for_size(8), 20, {}))
 
 
 def pictures(count: int = 6) -> torch.Tensor:

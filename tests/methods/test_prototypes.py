@@ -9,6 +9,7 @@ from torch import nn
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
 from mvmr.methods.dino import Dino, DinoConfig, self_distillation
+from mvmr.methods.method import Setting
 from mvmr.methods.parts.sinkhorn import sinkhorn
 from mvmr.methods.swav import Swav, SwavConfig, swapped_loss
 
@@ -69,7 +70,7 @@ def test_swaps_are_between_different_views_and_towards_global_ones() -> None:
 
 def swav(**settings: object) -> Swav:
     config = SwavConfig(**{"projector": (4, 3), "prototypes": 3, "local": 0} | settings)  # type: ignore[arg-type]
-    return Swav(config, encoder(), 5, Preprocess.for_size(8), {})
+    return Swav(config, encoder(), Setting(5, Preprocess.for_size(8), 20, {}))
 
 
 def test_a_full_queue_is_assigned_along_with_the_batch() -> None:
@@ -113,7 +114,13 @@ def test_settings_of_swav_that_can_not_be(settings: dict[str, object], message: 
 
 def test_more_prototypes_than_images_are_refused() -> None:
     with pytest.raises(MvmrError, match="prototypes = 300, of 100 images: give 100 or fewer"):
-        SwavConfig().check(64, 100)
+        SwavConfig(prototypes=300).check(64, 100)
+
+
+def test_without_a_number_the_images_decide_how_many_prototypes_there_are() -> None:
+    numbers = [SwavConfig().settle(images).prototypes for images in (10**6, 1200, 5)]
+    assert numbers == [3000, 120, 2]
+    assert SwavConfig(prototypes=300).settle(100).prototypes == 300
 
 
 # DINO
@@ -130,7 +137,7 @@ def test_the_students_views_tell_the_centred_and_sharpened_teachers() -> None:
 
 def dino(**settings: object) -> Dino:
     config = DinoConfig(**{"head": (4, 3), "outputs": 6, "local": 1, "local_scale": 1.0} | settings)  # type: ignore[arg-type]
-    return Dino(config, encoder(), 5, Preprocess.for_size(8), {})
+    return Dino(config, encoder(), Setting(5, Preprocess.for_size(8), 20, {}))
 
 
 def views(method: Dino) -> dict[str, torch.Tensor]:

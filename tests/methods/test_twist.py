@@ -9,6 +9,7 @@ from torch import nn
 
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
+from mvmr.methods.method import Setting
 from mvmr.methods.twist import Twist, TwistConfig, twin_terms
 
 
@@ -22,7 +23,7 @@ def entropy(p: np.ndarray) -> np.ndarray:
 
 
 def total(first: torch.Tensor, second: torch.Tensor) -> float:
-    consistency, sharpness, diversity = twin_terms(first, second)
+    consistency, sharpness, diversity = twin_terms([first, second], 2)
     return float(consistency + sharpness - diversity)
 
 
@@ -34,7 +35,7 @@ def test_the_terms_are_divergence_entropy_and_entropy_of_the_mean() -> None:
         (entropy(p).mean() + entropy(q).mean()) / 2,
         (entropy(p.mean(0)) + entropy(q.mean(0))) / 2,
     )
-    terms = twin_terms(torch.tensor(first).float(), torch.tensor(second).float())
+    terms = twin_terms([torch.tensor(first).float(), torch.tensor(second).float()], 2)
     assert [float(term) for term in terms] == pytest.approx(expected, rel=1e-5)
 
 
@@ -56,9 +57,9 @@ def test_a_sharp_assignment_to_all_classes_alike_is_the_minimum() -> None:
 def test_a_batch_norm_stands_before_the_softmax() -> None:
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 6))
-    twist = Twist(TwistConfig(classes=4, hidden=(5,)), encoder, 6, Preprocess.for_size(8), {})
+    twist = Twist(TwistConfig(classes=4, hidden=(5,), local=0), encoder, Setting(6, Preprocess.for_size(8), 20, {}))
     images = torch.randint(0, 256, (2, 50, 3, 8, 8), dtype=torch.uint8)
-    step = twist({"first": images[0], "second": images[1]}, {})
+    step = twist({"global0": images[0], "global1": images[1]}, {})
     logits = step.outputs[1]
     assert logits.shape == (50, 4)
     torch.testing.assert_close(logits.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
@@ -72,4 +73,4 @@ def test_settings_that_can_not_be() -> None:
     with pytest.raises(MvmrError, match=r"sharpness = -1\.0: a weight must be 0 or more"):
         TwistConfig(sharpness=-1.0)
     with pytest.raises(MvmrError, match="classes = 4096, of 1360 images: give 1360 or fewer"):
-        TwistConfig().check(64, 1360)
+        TwistConfig(classes=4096).check(64, 1360)

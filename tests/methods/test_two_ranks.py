@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from mvmr.bundles.preprocess import Preprocess
+from mvmr.methods.method import Method, Setting
+from mvmr.methods.regulariser import RegulariserConfig, regularise
 from mvmr.methods.table import CONFIGS, METHODS, build_method
 from tests.methods.two_ranks import RANKS
 
 SIZE, WIDTH, BATCH = 8, 12, 8
-# Without batch norm, which a run over several devices makes one over all of them.
-LINEAR: dict[str, dict[str, Any]] = {
+# Any batch norm is in evaluation mode: each device has statistics of its own.
+SETTINGS: dict[str, dict[str, Any]] = {
     "mvmr": {"projector": (8,), "representations": {"pixels": 1.0}, "decorrelation": 0.5},
     "simclr": {"projector": (6,)},
     "moco": {"projector": (6,), "queue": BATCH},
@@ -25,31 +27,46 @@ LINEAR: dict[str, dict[str, Any]] = {
     "swav": {"projector": (6,), "prototypes": 4, "local": 1, "local_scale": 1.0},
     "dino": {"head": (6,), "outputs": 5, "local": 1, "local_scale": 1.0},
     "isd": {"projector": (6,), "predictor": (6,), "queue": BATCH},
+    "simsiam": {"projector": (6,), "predictor": (6,)},
+    "twist": {"hidden": (6,), "classes": 4, "local": 1, "local_scale": 1.0},
+    "deepcluster": {"projector": (6,), "clusters": 3, "heads": 2, "local": 0},
+    "deepercluster": {"clusters": 2, "subclusters": 2},
+    "selflabel": {"classes": 4, "heads": 2},
     "lejepa": {"projector": (6,), "slices": 16, "local": 0},
 }
-WITH_A_NORM = {"simsiam", "twist"}  # their projectors end in one
-CASES = {name: (name, settings) for name, settings in LINEAR.items()} | {
-    "moco-without-a-queue": ("moco", {"projector": (6,), "queue": 0}),
-    "lejepa-energy": ("lejepa", {"projector": (6,), "spread": "energy", "local": 0}),
+HOG = RegulariserConfig(representations={"hog": 0.5})
+CASES = {name: (name, settings, RegulariserConfig()) for name, settings in SETTINGS.items()} | {
+    "moco-without-a-queue": ("moco", {"projector": (6,), "queue": 0}, RegulariserConfig()),
+    "lejepa-energy": ("lejepa", {"projector": (6,), "spread": "energy", "local": 0}, RegulariserConfig()),
+    "twist-labelling": ("twist", SETTINGS["twist"] | {"labelling": 1.0, "momentum": 0.9}, RegulariserConfig()),
+    "simclr-and-hog": ("simclr", SETTINGS["simclr"], HOG),
+    "deepcluster-and-hog": ("deepcluster", SETTINGS["deepcluster"], HOG),
 }
 
 
-def example(name: str, settings: dict[str, Any]) -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]:
-    """A method in evaluation mode, and a batch for it."""
+Example = tuple[Method, RegulariserConfig, dict[str, Tensor], dict[str, Tensor]]
+
+
+def example(name: str, settings: dict[str, Any], regulariser: RegulariserConfig) -> Example:
+    """A method in evaluation mode, what is beside it, and a batch for both."""
     config = CONFIGS[name](**settings)
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, WIDTH), nn.ReLU())
-    method = build_method(config, encoder, WIDTH, Preprocess.for_size(SIZE), {})
+    method = build_method(config, encoder, Setting(WIDTH, Preprocess.for_size(SIZE), 16, {}))
+    method.before_epoch(0, lambda: torch.rand(16, WIDTH))
+    method.eval()
     views = {spec.name: torch.randint(0, 256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8) for spec in config.views}
-    return method, views, dict.fromkeys(config.targets, torch.rand(BATCH, 3 * SIZE * SIZE))
+    views["index"] = torch.randperm(16)[:BATCH]
+    names = (*config.targets, *regulariser.targets)
+    return method, regulariser, views, dict.fromkeys(names, torch.rand(BATCH, 3 * SIZE * SIZE))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What both ranks found of each method."""
     folder = tmp_path_factory.mktemp("ranks")
-    for case, (name, settings) in CASES.items():
-        torch.save(example(name, settings), folder / f"{case}.pt")
+    for case, settings in CASES.items():
+        torch.save(example(*settings), folder / f"{case}.pt")
     subprocess.run([sys.executable, Path(__file__).with_name("two_ranks.py"), folder], check=True)
     return folder
 
@@ -57,8 +74,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_compute_the_gradient_of_the_whole_batch(folder: Path, case: str) -> None:
-    method, views, targets = example(*CASES[case])
-    loss = torch.stack(list(method(views, targets).losses.values())).sum()
+    method, regulariser, views, targets = example(*CASES[case])
+    terms, h, _ = method(views, targets)
+    loss = torch.stack(list((terms | regularise(regulariser, h, targets)).values())).sum()
     loss.backward()
     for rank in range(RANKS):
         theirs, gradients = torch.load(folder / f"{case}-{rank}.pt", weights_only=True)
@@ -69,4 +87,4 @@ def test_two_ranks_compute_the_gradient_of_the_whole_batch(folder: Path, case: s
 
 
 def test_every_method_is_here() -> None:
-    assert {*LINEAR, *WITH_A_NORM} == {*METHODS}
+    assert SETTINGS.keys() == METHODS.keys()

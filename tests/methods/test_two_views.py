@@ -8,6 +8,7 @@ from torch import nn
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
 from mvmr.methods.barlow import BarlowConfig, correlation_terms
+from mvmr.methods.method import Setting
 from mvmr.methods.parts.heads import build_projector
 from mvmr.methods.simsiam import Simsiam, SimsiamConfig, unlikeness
 from mvmr.methods.vicreg import Vicreg, VicregConfig
@@ -41,7 +42,7 @@ def test_unlikeness_is_minus_the_cosine_and_holds_the_projection_still() -> None
 
 def test_simsiam_is_symmetric() -> None:
     config = SimsiamConfig(projector=(4, 3), predictor=(2, 3))
-    method = Simsiam(config, encoder(), 5, Preprocess.for_size(8), {})
+    method = Simsiam(config, encoder(), Setting(5, Preprocess.for_size(8), 20, {}))
     first, second = pictures()
     losses = [method({"first": a, "second": b}, {}).losses["unlikeness"] for a, b in ((first, second), (second, first))]
     torch.testing.assert_close(losses[0], losses[1])
@@ -89,7 +90,7 @@ def test_a_weight_below_0_is_refused() -> None:
 
 def test_vicregs_terms_are_equations_1_to_5() -> None:
     config = VicregConfig(invariance=2.0, variance=3.0, covariance=0.5, gamma=1.5, projector=(4, 3))
-    method = Vicreg(config, encoder(), 5, Preprocess.for_size(8), {})
+    method = Vicreg(config, encoder(), Setting(5, Preprocess.for_size(8), 20, {}))
     first, second = pictures()
     losses = method({"first": first, "second": second}, {}).losses
     a, b = (method.projector(method.features(images)).detach().double().numpy() for images in (first, second))

@@ -1,7 +1,7 @@
 """Two processes compute the gradients of one batch between them, for one method after the other.
 
-Usage: two_ranks.py FOLDER; FOLDER/NAME.pt holds (method, views, targets), and what rank N found of it is written to
-FOLDER/NAME-N.pt: (loss, gradients by parameter). A process of its own, without threads, because it forks.
+Usage: two_ranks.py FOLDER; FOLDER/NAME.pt holds (method, regulariser, views, targets), and what rank N found of it is
+written to FOLDER/NAME-N.pt: (loss, gradients by parameter). A process of its own, without threads, because it forks.
 """
 
 import os
@@ -12,16 +12,19 @@ import torch
 import torch.distributed
 from torch.nn.parallel import DistributedDataParallel
 
+from mvmr.methods.regulariser import regularise
+
 RANKS = 2
 
 
 def work(rank: int, folder: Path, names: list[str]) -> None:
     torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=RANKS)
     for name in names:
-        method, views, targets = torch.load(folder / f"{name}.pt", weights_only=False)
+        method, regulariser, views, targets = torch.load(folder / f"{name}.pt", weights_only=False)
         mine = [{key: value.chunk(RANKS)[rank] for key, value in rows.items()} for rows in (views, targets)]
         module = DistributedDataParallel(method)
-        terms, _ = module(*mine)
+        terms, h, _ = module(*mine)
+        terms |= regularise(regulariser, h, mine[1])
         loss = torch.stack(list(terms.values())).sum()
         loss.backward()
         gradients = {key: value.grad for key, value in method.named_parameters() if value.requires_grad}

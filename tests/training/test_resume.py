@@ -49,7 +49,21 @@ SETTINGS = {
         "method.local_scale=0.5",
     ),
     "isd": ("method.name=isd", "method.projector=[16,8]", "method.predictor=[16,8]", "method.queue=12"),
-    "twist": ("method.name=twist", "method.classes=5", "method.hidden=[16]"),
+    "twist": ("method.name=twist", "method.classes=5", "method.hidden=[16]", "method.local=0", "method.labelling=0.5"),
+    "deepcluster": (
+        "method.name=deepcluster",
+        "method.projector=[16,8]",
+        "method.clusters=3",
+        "method.heads=2",
+        "method.local=0",
+    ),
+    "deepercluster": (
+        "method.name=deepercluster",
+        "method.clusters=2",
+        "method.subclusters=2",
+        "method.every=2",
+    ),
+    "selflabel": ("method.name=selflabel", "method.classes=3", "method.heads=2"),
     "lejepa": ("method.name=lejepa", "method.projector=[16,8]", "method.slices=8", "method.local=0"),
 }
 RUNS = {name: (*TINY, *settings) for name, settings in SETTINGS.items()} | {

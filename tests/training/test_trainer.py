@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
-from mvmr.methods.method import Method
+from mvmr.methods.method import Method, Setting
 from mvmr.methods.mvmr import Mvmr, MvmrConfig
 from mvmr.methods.objective import Embeddings, Objective, ObjectiveConfig
 from mvmr.training import checkpoint
@@ -53,7 +53,7 @@ def learner(seed: int = 0, **config: Any) -> Mvmr:
         torch.manual_seed(seed)
         encoder = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 12))
         settings = MvmrConfig(**({"representations": {"pixels": 1.0}, "projector": (6,)} | config))
-        return Mvmr(settings, encoder, 12, Preprocess.for_size(SIZE), {})
+        return Mvmr(settings, encoder, Setting(12, Preprocess.for_size(SIZE), IMAGES, {}))
 
 
 def pixels(batch: Batch) -> dict[str, Tensor]:

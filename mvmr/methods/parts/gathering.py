@@ -13,7 +13,7 @@ def gather(x: Tensor) -> Tensor:
 
     The backward pass sums over ranks and DDP averages over them: together exactly the gradient of the global batch.
     """
-    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+    if world_size() == 1:
         return x
     rows: Tensor = _Gather.apply(x)
     return rows
@@ -22,6 +22,11 @@ def gather(x: Tensor) -> Tensor:
 def first_row(count: int) -> int:
     """Where this rank's `count` rows begin among those that `gather` gives."""
     return distributed.get_rank() * count if distributed.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many ranks there are."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 class _Gather(torch.autograd.Function):

@@ -12,6 +12,7 @@ from torch import nn
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
 from mvmr.methods.lejepa import Lejepa, LejepaConfig
+from mvmr.methods.method import Setting
 from mvmr.methods.parts.gaussianity import distance_to_gaussian, gaussian_energy, sigreg
 
 
@@ -103,7 +104,7 @@ def lejepa(**settings: object) -> Lejepa:
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5))
     config = LejepaConfig(**{"projector": (4, 3), "slices": 8, "local": 0} | settings)  # type: ignore[arg-type]
-    return Lejepa(config, encoder, 5, Preprocess.for_size(8), {})
+    return Lejepa(config, encoder, Setting(5, Preprocess.for_size(8), 20, {}))
 
 
 def views(count: int) -> dict[str, torch.Tensor]:
