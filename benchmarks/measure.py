@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import multiprocessing
 import os
 import platform
 import re
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -27,6 +24,7 @@ from rich.console import Console
 from rich.progress import track
 
 from mvmr import __version__
+from mvmr.comparison.memory import Memory
 from mvmr.cores import usable_cores
 from mvmr.storage.atomic import write_json
 
@@ -34,7 +32,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 RESULTS = Path(__file__).parent / "results"
-_MIB = 2**20
 _BUSY = 0.05
 _ENOUGH_SECONDS = 0.1  # of matrix products, to a sample of their rate
 _PACKAGES = ("lightning-fabric", "numpy", "open_clip_torch", "torch", "torchvision")
@@ -118,54 +115,6 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
     elif device == "mps":
         torch.mps.synchronize()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """MiB. ``base`` when measuring began, ``peak`` the most since, ``added`` the difference: what the work takes."""
-
-    kind: str
-    base: float
-    peak: float
-    added: float
-
-
-class HighWater:
-    """Peak memory from now on: what CUDA's allocator handed out, elsewhere the resident set of this process."""
-
-    def __init__(self, device: str):
-        gc.collect()
-        self.cuda = device == "cuda"
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-            self.forget()
-            self.base = float(torch.cuda.memory_allocated())
-            return
-        self.forget()
-        self.base = _resident_high_water()
-
-    def forget(self) -> None:
-        """Let the mark fall back to what is held now (not on macOS); ``base`` stays."""
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-        elif (reset := Path("/proc/self/clear_refs")).exists():
-            reset.write_text("5")
-
-    def read(self) -> Memory:
-        """The high-water mark since this object was made."""
-        peak = float(torch.cuda.max_memory_allocated()) if self.cuda else _resident_high_water()
-        base, peak, added = (round(v / _MIB, 2) for v in (self.base, peak, peak - self.base))
-        kind = "torch.cuda.max_memory_allocated" if self.cuda else "resident set, high-water mark of a fresh process"
-        return Memory(kind=kind, base=base, peak=peak, added=added)
-
-
-def _resident_high_water() -> float:
-    status = Path("/proc/self/status")
-    if status.exists():  # not ru_maxrss, which a process takes over from the one that started it
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return float(line.split()[1]) * 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
 
 
 def alone(device: str, preload: Sequence[str], work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -19,11 +19,12 @@ import click
 import measure
 import torch
 import torch.nn.functional as F
-from measure import HighWater, Memory, ratio
+from measure import ratio
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from mvmr.comparison.memory import HighWater, Memory
 from mvmr.methods.objective import Embeddings, Objective, ObjectiveConfig
 from mvmr.methods.parts.dependence import Estimator
 

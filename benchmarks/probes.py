@@ -15,11 +15,11 @@ from typing import Any
 import click
 import measure
 import numpy as np
-from measure import HighWater
 from rich.console import Console
 from rich.table import Table
 from sklearn.neighbors import KNeighborsClassifier
 
+from mvmr.comparison.memory import HighWater
 from mvmr.evaluation.classifiers import LARGE, adam_probe
 from mvmr.evaluation.neighbours import knn_predict
 

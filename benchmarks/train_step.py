@@ -25,7 +25,7 @@ import measure
 import open_clip
 import torch
 from lightning_fabric import Fabric
-from measure import HighWater, Memory, ratio
+from measure import ratio
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mvmr.bundles import weights
 from mvmr.bundles.preprocess import Preprocess
+from mvmr.comparison.memory import HighWater, Memory
 from mvmr.config import to_mapping
 from mvmr.distillation.teachers.clip import ClipTeacher
 from mvmr.errors import MvmrError, unknown

@@ -13,7 +13,8 @@ from mvmr.data import open_images
 from mvmr.distillation.teachers.table import open_teacher, parse_specs
 from mvmr.distillation.teachers.teacher import NAME
 from mvmr.methods.mvmr import MvmrConfig
-from mvmr.training.pretraining import check_recipe, fit
+from mvmr.training.checks import check_recipe
+from mvmr.training.pretraining import fit
 from mvmr.training.recipe import Recipe, load_recipe
 
 

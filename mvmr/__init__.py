@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mvmr.bundles.bundle import load as load
     from mvmr.comparison.ablation import ablate as ablate
+    from mvmr.comparison.methods import compare as compare
     from mvmr.data import open_images as open_images
     from mvmr.distillation.distill import distill as distill
     from mvmr.distillation.report.report import report as report
@@ -29,6 +30,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 _HOMES = {
     "MvmrError": "mvmr.errors",
     "ablate": "mvmr.comparison.ablation",
+    "compare": "mvmr.comparison.methods",
     "distance_correlation": "mvmr.methods.parts.dependence",
     "distill": "mvmr.distillation.distill",
     "evaluate": "mvmr.evaluation.evaluate",
@@ -44,6 +46,7 @@ __all__ = [
     "MvmrError",
     "__version__",
     "ablate",
+    "compare",
     "distance_correlation",
     "distill",
     "evaluate",

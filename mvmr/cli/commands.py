@@ -79,13 +79,36 @@ def finetune(
     click.echo(f"{result.path}: heads {', '.join(result.heads)}; on the test split {format_figures(values)}")
 
 
+_OF_A_STUDY = options(
+    click.option("--data", default="sample:patches", show_default=True, help="Labelled data; training reads no label."),
+    click.option("--out", metavar="FOLDER", help="Folder of the results; made from the names when left out."),
+    click.option("--seeds", default=1, show_default=True, help="Repeat with so many seeds."),
+    click.option("--keep", is_flag=True, help="Keep the bundle of every run."),
+)
+
+
+@click.command()
+@click.option(
+    "--methods",
+    required=True,
+    metavar="A,B,...",
+    help="Methods to compare, each with settings of its own if you like: 'simclr,lejepa spread=energy'.",
+)
+@_OF_A_STUDY
+@options(RECIPE, recipe_options(without=("method", "seed")), DEVICE, DEVICES, MAX_UNREADABLE)
+def compare(methods: str, data: str, out: str | None, assign: tuple[str, ...], **options: Any) -> None:
+    """Train several methods on the same images, measure each and a random encoder, and write a table."""
+    from mvmr.comparison.methods import compare as run
+
+    target = out or f"runs/compare-{slug(data)}"
+    say_plan(methods=methods, data=data, recipe=options["recipe"], out=target)
+    _show_study(run(methods, data, target, assign=assign, progress=True, **options), target)
+
+
 @click.command()
 @click.option("--grid", required=True, type=click.Choice(["losses", "representations", "augmentations", "projector"]))
-@click.option("--data", default="sample:patches", show_default=True, help="Labelled data; training reads no label.")
-@click.option("--out", metavar="FOLDER", help="Folder of the results; made from grid and data when left out.")
-@click.option("--seeds", default=1, show_default=True, help="Repeat with so many seeds.")
 @click.option("--only", metavar="TEXT", help="Rows whose label matches, such as 'L1*'.")
-@click.option("--keep", is_flag=True, help="Keep the bundle of every run.")
+@_OF_A_STUDY
 @click.option(
     "--recipe", default="paper", show_default=True, help="Name of a recipe of `mvmr pretrain`, or a TOML file."
 )
@@ -93,12 +116,17 @@ def finetune(
 def ablate(grid: str, data: str, out: str | None, assign: tuple[str, ...], **options: Any) -> None:
     """Train and measure a grid of the paper's ablations (Tables 5 to 8), a row at a time."""
     from mvmr.comparison.ablation import ablate as run
-    from mvmr.comparison.results import table
 
     target = out or f"runs/ablate-{grid}-{slug(data)}"
     say_plan(grid=grid, data=data, recipe=options["recipe"], out=target)
-    click.echo(table(run(grid, data, target, assign=assign, progress=True, **options)))
-    click.echo(f"{target}/table.md   {target}/plot.svg   {target}/results.jsonl")
+    _show_study(run(grid, data, target, assign=assign, progress=True, **options), target)
+
+
+def _show_study(results: list[dict[str, Any]], target: str) -> None:
+    from mvmr.comparison.results import CURVES, PLOT, RESULTS, TABLE, table
+
+    click.echo(table(results))
+    click.echo("   ".join(f"{target}/{name}" for name in (TABLE, PLOT, CURVES, RESULTS)))
 
 
 @click.command()

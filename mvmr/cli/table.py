@@ -31,6 +31,9 @@ COMMANDS = {
     "report": Entry(
         "mvmr.distillation.cli:report", "Show how faithful a student is to its teacher, on a page.", "train"
     ),
+    "compare": Entry(
+        "mvmr.cli.commands:compare", "Train several methods on the same images and measure each.", "train"
+    ),
     "ablate": Entry("mvmr.cli.commands:ablate", "Run the paper's ablations.", "train"),
     "export": Entry(
         "mvmr.export.cli:export", "Export a student to ONNX or TensorRT, verified on real images.", "export"

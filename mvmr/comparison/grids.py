@@ -1,4 +1,4 @@
-"""The ablation grids of the paper (Tables 5 to 8): what each row changes in a recipe. Reading this needs no torch."""
+"""Rows of a comparison: the paper's ablation grids (Tables 5 to 8), and what each changes in a recipe; torch-free."""
 
 from __future__ import annotations
 
@@ -96,14 +96,19 @@ def rows_of(grid: str, only: str | None = None) -> tuple[Row, ...]:
     return tuple(matching)
 
 
-def check_free(grid: str, assign: Sequence[str]) -> None:
-    """Refuse assignments that the rows of the grid would override, and that of the seed.
+def check_free(rows: Sequence[Row], assign: Sequence[str], what: str, *, but: str | None = None) -> None:
+    """Refuse assignments that rows would override, and that of the seed.
+
+    Args:
+        what: the rows are of; but: a key that may be assigned all the same.
 
     Raises:
         MvmrError: naming the key.
     """
-    own_keys = {assignment.partition("=")[0] for row in GRIDS[grid] for assignment in row.assignments} | {"train.seed"}
+    own_keys = {assignment.partition("=")[0] for row in rows for assignment in row.assignments} | {"train.seed"}
     for assignment in assign:
         key = assignment.partition("=")[0].strip()
-        if any(f"{key}.".startswith(f"{own_key}.") or own_key.startswith(f"{key}.") for own_key in own_keys):
-            raise MvmrError(f"cannot set {key}: the rows of grid {grid} and their seeds decide it; leave it out")
+        if key != but and any(
+            f"{key}.".startswith(f"{own_key}.") or own_key.startswith(f"{key}.") for own_key in own_keys
+        ):
+            raise MvmrError(f"cannot set {key}: the rows of {what} and their seeds decide it; leave it out")

@@ -1,4 +1,4 @@
-"""The results of an ablation: the lines that were written as its runs ended, their table and their picture."""
+"""The results of a study: the lines that were written as its runs ended, their table and their pictures."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from mvmr.comparison.grids import GRIDS
 from mvmr.errors import MvmrError
 from mvmr.storage.atomic import atomic
 
 Result = dict[str, Any]  # a line of results.jsonl
-RESULTS = "results.jsonl"
+RESULTS, TABLE, PLOT, CURVES = "results.jsonl", "table.md", "plot.svg", "curves.svg"
 ACCURACIES = {"linear": "linear top-1 (%)", "knn": "kNN top-1 (%)"}
-_RANKS = {"rank_h": "rank of h", "rank_z": "rank of z"}
+_MORE = {"rank": "rank", "spread": "spread", "dcor": "dCor", "train_seconds": "seconds", "peak_mb": "peak MB"}
+_DIGITS = {"spread": 2, "dcor": 2, "train_seconds": 0, "peak_mb": 0}  # behind the point; else 1
 
 
 def read_results(out: str | os.PathLike[str]) -> list[Result]:
@@ -42,35 +42,39 @@ def run_of(result: Result) -> tuple[str, int]:
     return result["row"], result["seed"]
 
 
-def table(results: Sequence[Result]) -> str:
-    """Markdown: a line to a row of the grid, mean ± sample standard deviation over seeds, the best accuracies bold.
+def table(results: Sequence[Result], order: Sequence[str] = ()) -> str:
+    """Markdown: a line to a row, mean ± sample standard deviation over seeds, the best accuracies bold.
 
-    Effective ranks have no best. Where all seeds of a row failed, its first cell says why.
+    Other figures have no best. Where all seeds of a row failed, its first cell says why.
+
+    Args:
+        order: labels in the order of the table; others come after them, as they are in the results.
     """
-    by_row = _by_row(results)
-    spreads = {label: {key: _spread(runs, key) for key in ACCURACIES | _RANKS} for label, runs in by_row.items()}
+    by_row = _by_row(results, order)
+    titles = ACCURACIES | {key: title for key, title in _MORE.items() if any(key in result for result in results)}
+    spreads = {label: {key: _spread(runs, key) for key in titles} for label, runs in by_row.items()}
     best = {key: max((s[0] for row in spreads.values() if (s := row[key])), default=None) for key in ACCURACIES}
-    titles = ["row", *ACCURACIES.values(), *_RANKS.values(), "seeds"]
-    lines = [f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
+    lines = [f"| {' | '.join(['row', *titles.values(), 'seeds'])} |", f"|---|{'---:|' * (len(titles) + 1)}"]
     for label, runs in by_row.items():
-        cells = [_format(spread, best.get(key)) for key, spread in spreads[label].items()]
+        cells = {key: _format(spread, best.get(key), _DIGITS.get(key, 1)) for key, spread in spreads[label].items()}
+        if null := _spread(runs, "dcor_null"):
+            cells["dcor"] += f" ({null[0]:.2f})"
         errors = [result["error"] for result in runs if "error" in result]
         if len(errors) == len(runs):
-            cells[0] = f"failed ({errors[0].partition(' (')[0]})"
-        cells.append(f"{len(runs) - len(errors)}" + (f", {len(errors)} failed" if errors else ""))
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+            cells["linear"] = f"failed ({errors[0].partition(' (')[0]})"
+        seeds = f"{len(runs) - len(errors)}" + (f", {len(errors)} failed" if errors else "")
+        lines.append(f"| {label} | {' | '.join([*cells.values(), seeds])} |")
     return "\n".join(lines) + "\n"
 
 
-def plot(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
+def plot(results: Sequence[Result], path: str | os.PathLike[str], order: Sequence[str] = ()) -> None:
     """Write an SVG: the accuracies of each row as dots, with sample standard deviations over seeds as bars.
 
     The same results give the same bytes.
     """
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    by_row = _by_row(results)
+    by_row = _by_row(results, order)
     figure = Figure(figsize=(7, 1.2 + 0.3 * len(by_row)), layout="constrained")
     axes = figure.subplots()
     for (key, title), marker, offset in zip(ACCURACIES.items(), "os", (-0.12, 0.12), strict=True):
@@ -86,14 +90,47 @@ def plot(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
     axes.set_xlabel("top-1 on the test split (%)")
     axes.grid(linewidth=0.4)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    _save(figure, path)
+
+
+def plot_curves(results: Sequence[Result], path: str | os.PathLike[str], order: Sequence[str] = ()) -> None:
+    """Write an SVG: kNN accuracy of each row, mean over seeds, against images seen and against seconds of training."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    sides = figure.subplots(1, 2, sharey=True)
+    for number, (label, runs) in enumerate(_by_row(results, order).items()):
+        runs = [result for result in runs if result.get("curve") and result.get("images")]
+        if not runs:
+            continue
+        lengths = {len(result["curve"]) for result in runs}
+        curves = np.array([result["curve"] for result in runs if len(result["curve"]) == max(lengths)])
+        steps, accuracy = curves.mean(0).T
+        for axes, key in zip(sides, ("images", "train_seconds"), strict=True):
+            total = float(np.mean([result[key] for result in runs]))
+            style = ("-", "--", ":")[number // 10 % 3]  # there are ten colours
+            axes.plot(steps / steps[-1] * total, accuracy, style, marker="o", markersize=3, label=label)
+    for axes, title in zip(sides, ("images seen", "seconds of training"), strict=True):
+        axes.set_xlabel(title)
+        axes.grid(linewidth=0.4)
+    sides[0].set_ylabel("kNN top-1 on the test split (%)")
+    handles, labels = sides[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize="small")
+    _save(figure, path)
+
+
+def _save(figure: Any, path: str | os.PathLike[str]) -> None:
+    """The same figure gives the same bytes."""
+    import matplotlib as mpl
+
     with atomic(path) as temporary, mpl.rc_context({"svg.hashsalt": "mvmr", "svg.fonttype": "none"}):
         figure.savefig(temporary, format="svg", metadata={"Date": None})
 
 
-def _by_row(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Results by label, in the order of the grid."""
-    rows = GRIDS[results[0]["grid"]] if results else ()
-    by_label = {row.label: [result for result in results if result["row"] == row.label] for row in rows}
+def _by_row(results: Sequence[Result], order: Sequence[str]) -> dict[str, list[Result]]:
+    """Results by label; labels that `order` names come first, in that order."""
+    labels = dict.fromkeys([*order, *(result["row"] for result in results)])
+    by_label = {label: [result for result in results if result["row"] == label] for label in labels}
     return {label: runs for label, runs in by_label.items() if runs}
 
 
@@ -103,9 +140,9 @@ def _spread(results: Sequence[Result], key: str) -> tuple[float, float | None] |
     return (float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None) if values else None
 
 
-def _format(spread: tuple[float, float | None] | None, best: float | None) -> str:
+def _format(spread: tuple[float, float | None] | None, best: float | None, digits: int) -> str:
     if spread is None:
         return ""
     mean, deviation = spread
-    text = f"{mean:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
+    text = f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
     return f"**{text}**" if mean == best else text

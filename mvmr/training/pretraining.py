@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,15 +33,14 @@ from mvmr.representations import Pretrained
 from mvmr.storage.atomic import write_text
 from mvmr.storage.lock import LOCK
 from mvmr.training import checkpoint
-from mvmr.training.precision import native_precision
+from mvmr.training.checks import check_recipe, check_trainable, settle, side
 from mvmr.training.recipe import Recipe, load_recipe
 from mvmr.training.runs import RunFolder, claim, find_run, give_up
-from mvmr.training.targets import Batch, Targets, WithRows, check_targets
-from mvmr.training.trainer import Precision, read, train
-from mvmr.training.views import Views, make_policies, view_side
+from mvmr.training.targets import Batch, Targets, WithRows
+from mvmr.training.trainer import Precision, Watch, read, train
+from mvmr.training.views import Views
 
 _RECALIBRATION_IMAGES = 16384
-_USUAL_SIZE = 224  # pixels, of students of photographs
 
 
 def pretrain(
@@ -88,30 +86,6 @@ def pretrain(
     )  # fmt: skip
 
 
-def check_recipe(recipe: Recipe, teachers: Collection[str], init: str | Path | None) -> None:
-    """Refuse what can't be whatever the images are, before one of them is read.
-
-    Raises:
-        MvmrError: targets or teachers that aren't there, views or a student that can't be, weights that don't fit.
-    """
-    size = recipe.views.size or _USUAL_SIZE
-    check_targets(recipe.targets, teachers, recipe.name)
-    backbone = open_backbone(recipe.student, size)
-    _check_views(recipe, backbone, Preprocess.for_size(size))
-    if init is not None and (recipe.views.size or not backbone.options.get("fixed")):
-        read_init(backbone, init)
-
-
-def _check_views(recipe: Recipe, backbone: Backbone, preprocess: Preprocess) -> None:
-    make_policies(recipe.view_specs, recipe.views.policy, preprocess)
-    smaller = [spec.name for spec in recipe.view_specs if spec.scale != 1]
-    if smaller and backbone.options.get("fixed"):
-        raise MvmrError(
-            f"student {backbone.name} takes images of one size, and view {smaller[0]!r} is smaller: "
-            "give [method] local_scale = 1"
-        )
-
-
 def fit(
     images: ImageSet,
     out: str | Path,
@@ -123,6 +97,7 @@ def fit(
     overwrite: bool = False,
     device: str = "auto",
     devices: int = 1,
+    watch: Watch | None = None,
     progress: bool = False,
 ) -> Bundle:
     """Train a student of ``images`` by ``recipe``; never reads a label. Arguments as in :func:`pretrain`.
@@ -130,6 +105,7 @@ def fit(
     Args:
         teachers: further representations by the name the recipe calls them. Each is shown what ``images`` give: the
             original image, RGB, upright, on the background of the recipe.
+        watch: called after every step with the method, the step and the number of steps; training waits for it.
     """
     teachers = teachers or {}
     if images.background != recipe.views.background:
@@ -137,31 +113,25 @@ def fit(
             f"{images.name} was opened on background {images.background}, and [views] background = "
             f"{recipe.views.background}: open the images on the recipe's"
         )
-    size = (images.native_size or _USUAL_SIZE) if recipe.views.size is None else recipe.views.size
-    smallest = min(view_side(spec, size) for spec in recipe.view_specs)
-    precision = native_precision(recipe.train.precision, device, smallest)
-    fabric = launch(device, devices, precision)
-    recipe = replace(
-        recipe,
-        views=replace(recipe.views, size=size),
-        method=recipe.method.settle(len(images)),
-        train=replace(recipe.train, precision=precision),
-    )
-    result, preprocess = Path(out), Preprocess.for_size(size, images.background)
+    recipe = settle(recipe, images, device)
+    fabric = launch(device, devices, recipe.train.precision)
     # Refuse what can't be before anything is computed.
-    check_targets(recipe.targets, teachers, recipe.name)
-    recipe.train.steps(len(images), fabric.world_size, recipe.smallest_batch)
-    recipe.method.check(recipe.train.batch_size, len(images))
-    backbone = open_backbone(recipe.student, size)
-    _check_views(recipe, backbone, preprocess)
+    check_trainable(recipe, len(images), teachers, fabric.world_size)
+    size = side(recipe, images)
+    result, preprocess, backbone = (
+        Path(out),
+        Preprocess.for_size(size, images.background),
+        open_backbone(recipe.student, size),
+    )
     run = find_run(result, _describe(images, recipe, teachers, init), resume=resume, overwrite=overwrite)
 
     def make() -> None:
         if not run.finished:
             weights = None if init is None else read_init(backbone, init)
             _train(
-                images, recipe, backbone, preprocess, run, fabric, teachers=teachers, init=weights, progress=progress
-            )
+                images, recipe, backbone, preprocess, run, fabric,
+                teachers=teachers, init=weights, watch=watch, progress=progress,
+            )  # fmt: skip
 
     return carry_out(run, result, fabric, make)
 
@@ -201,6 +171,7 @@ def _train(
     *,
     teachers: Mapping[str, Pretrained],
     init: Mapping[str, Tensor] | None,
+    watch: Watch | None,
     progress: bool,
 ) -> None:
     """Train, and write the bundle's files into the run's folder."""
@@ -217,7 +188,8 @@ def _train(
     )
     learner = build_learner(recipe, backbone, preprocess, len(images), targets, init)
     steps = train(
-        learner, views, targets.of, recipe.train, recipe.objective, fabric=fabric, folder=run.path, progress=progress,
+        learner, views, targets.of, recipe.train, recipe.objective, fabric=fabric, folder=run.path,
+        watch=watch, progress=progress,
         no_weight_decay={f"encoder.{name}" for name in backbone.no_weight_decay(learner.encoder)},
         features=partial(features_of, learner, images, preprocess, batch_size=recipe.train.batch_size, workers=workers),
     )  # fmt: skip

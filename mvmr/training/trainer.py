@@ -27,6 +27,7 @@ from mvmr.training import checkpoint
 T = TypeVar("T")
 Batch = dict[str, Tensor]
 Targets = Callable[[Batch], dict[str, Tensor]]
+Watch = Callable[[Method, int, int], None]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 _SEEDS = 2**32
 _NONE = RegulariserConfig()
@@ -36,7 +37,7 @@ _NONE = RegulariserConfig()
 class TrainConfig:
     """How long, how fast and in which precision."""
 
-    epochs: int = 100
+    epochs: int = 100  # 0: an encoder that has learned nothing, to compare with
     batch_size: int = 256  # images a step takes through the method, over all devices
     accumulate: int = 1  # batches to an optimiser step
     optimizer: Literal["adam", "adamw"] = "adamw"
@@ -53,10 +54,10 @@ class TrainConfig:
     log_steps: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "checkpoint_steps", "log_steps"):
+        for name in ("batch_size", "accumulate", "checkpoint_steps", "log_steps"):
             if getattr(self, name) < 1:
                 raise MvmrError(f"[train] {name} = {getattr(self, name)}: must be 1 or more")
-        for name in ("warmup_steps", "weight_decay", "cache_gb", "workers"):
+        for name in ("epochs", "warmup_steps", "weight_decay", "cache_gb", "workers"):
             if (value := getattr(self, name)) is not None and not value >= 0:
                 raise MvmrError(f"[train] {name} = {value}: must be 0 or more")
         for name in ("lr", "clip_grad"):
@@ -133,6 +134,7 @@ def train(
     folder: Path,
     features: Callable[[], Tensor],
     no_weight_decay: Collection[str] = (),
+    watch: Watch | None = None,
     progress: bool = False,
 ) -> int:
     """Train ``learner`` in place; keep ``checkpoint.pt`` and ``metrics.jsonl`` in ``folder``; go on from them.
@@ -142,6 +144,7 @@ def train(
         targets: from a batch on the device to the target of each name, as the method takes them.
         regulariser: what is added to the method's loss.
         no_weight_decay: names of the parameters that weight decay leaves alone.
+        watch: called after every step with the learner, the step and the number of steps; its time doesn't count.
         features: those of all images, [N, D], in their order: for methods that look at all of them between epochs.
 
     Returns:
@@ -210,6 +213,10 @@ def train(
                 with metrics.open("a") as file:
                     figures = {name: float(f"{float(value):.6g}") for name, value in record.items()}
                     file.write(json.dumps({"step": step} | figures) + "\n")
+            if watch is not None:
+                paused = time.perf_counter()
+                watch(learner, step, steps)
+                began += time.perf_counter() - paused
             advance(step, f"loss {float(loss):.3f}")
             stopping = _on_any_rank(stop.requested, fabric)
             if stopping or step % config.checkpoint_steps == 0 or step == steps:

@@ -26,7 +26,7 @@ import measure, torch
 def work():
     measure.begin("cpu", 1)
     kept = torch.ones(8 * 2**20 // 4)
-    water = measure.HighWater("cpu")
+    water = HighWater("cpu")
     torch.ones(64 * 2**20 // 4).sum()
     water.forget()
     torch.ones(32 * 2**20 // 4).sum()

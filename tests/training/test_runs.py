@@ -259,6 +259,7 @@ def test_a_run_of_before_there_were_methods_is_gone_on_with(tmp_path: Path) -> N
             "name": "paper",
             "student": {"backbone": "resnet18", "small_kernel": True},
             "method": {"name": "mvmr", "projector": (16, 16), "invariance": 1.0, "representations": {"hog": 1.0}},
+            "objective": {"representations": {}, "estimator": "biased"},
             "train": {"lr": 1e-3},
         },
     }
