@@ -132,7 +132,6 @@ def carry_out(
     done = {run_of(result) for result in _start(folder, study.kind, settings)}
     command = ["mvmr", *study.arguments, "--data", data, "--out", str(folder), "--recipe", str(study.recipe)]
     command += [part for change in study.changes for part in ("--set", change)]
-    publish = _Publisher(folder, study, settings, command)
 
     assignments, first = {row.label: list(row.assignments) for row in study.rows}, True
     try:
@@ -145,7 +144,7 @@ def carry_out(
                     run_folder, recipe, images, labelled, device=device, devices=devices, progress=progress
                 )
                 _append(folder / RESULTS, study.settings | description | result)
-                publish()
+                _publish(folder, study, settings, command)
                 done.add((label, seed))
                 if "error" in result:
                     _say(f"{label}, seed {seed} failed: {result['error']}", shown=progress)
@@ -157,7 +156,7 @@ def carry_out(
     except KeyboardInterrupt as stop:
         left = len(runs.keys() - done)
         raise KeyboardInterrupt(f"{left} of {len(runs)} runs are left; type the same command to go on") from stop
-    publish()  # a killed call may have had no time to
+    _publish(folder, study, settings, command)  # a killed call may have had no time to
     return read_results(folder)
 
 
@@ -255,28 +254,20 @@ def _estimate(left: int, seconds: float) -> str:
     return f"about {duration} to go: {left} more at {seconds:.0f} s each"
 
 
-@dataclass(frozen=True)
-class _Publisher:
-    """Writes the table, with its caption, and the pictures of all results there are."""
-
-    folder: Path
-    study: Study
-    settings: dict[str, Any]
-    command: list[str]
-
-    @rank_zero_only
-    def __call__(self) -> None:
-        results, settings = read_results(self.folder), self.settings
-        seeds = max(result["seed"] for result in results) + 1
-        k = next((result["knn_k"] for result in results if "knn_k" in result), None)
-        caption = (
-            f"`{shlex.join([*self.command, '--seeds', str(seeds)])}`: data {settings['data']['name']}, "
-            f"epochs {settings['epochs']}, seeds {seeds}, mvmr {settings['mvmr_version']}. Accuracies are of the test "
-            f"split, by which nothing was chosen; kNN with k = {k}. Mean ± sample standard deviation over seeds; the "
-            "best is bold. Rank (effective rank), spread (1: features fill the sphere evenly) and dCor (unbiased "
-            "dependence of two views' features, and in brackets that of shuffled pairs) are of test features: where "
-            "they are 1, 0 and no more than the brackets, a run has collapsed. Seconds are of the training alone."
-        )
-        write_text(self.folder / TABLE, f"{table(results, self.study.order)}\n{caption}\n")
-        plot(results, self.folder / PLOT, self.study.order)
-        plot_curves(results, self.folder / CURVES, self.study.order)
+@rank_zero_only
+def _publish(folder: Path, study: Study, settings: dict[str, Any], command: Sequence[str]) -> None:
+    """Write the table, with its caption, and the pictures of all results there are."""
+    results = read_results(folder)
+    seeds = max(result["seed"] for result in results) + 1
+    k = next((result["knn_k"] for result in results if "knn_k" in result), None)
+    caption = (
+        f"`{shlex.join([*command, '--seeds', str(seeds)])}`: data {settings['data']['name']}, "
+        f"epochs {settings['epochs']}, seeds {seeds}, mvmr {settings['mvmr_version']}. Accuracies are of the test "
+        f"split, by which nothing was chosen; kNN with k = {k}. Mean ± sample standard deviation over seeds; the "
+        "best is bold. Rank (effective rank), spread (1: features fill the sphere evenly) and dCor (unbiased "
+        "dependence of two views' features, and in brackets that of shuffled pairs) are of test features: where "
+        "they are 1, 0 and no more than the brackets, a run has collapsed. Seconds are of the training alone."
+    )
+    write_text(folder / TABLE, f"{table(results, study.order)}\n{caption}\n")
+    plot(results, folder / PLOT, study.order)
+    plot_curves(results, folder / CURVES, study.order)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from mvmr.bundles.bundle import Bundle
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.data.image_set import ImageSet
+from mvmr.errors import MvmrError
 from mvmr.evaluation.protocols import Labelled, Measured
 from mvmr.methods.method import AUGMENTED, ORIGINAL, Method
 from mvmr.methods.parts.dependence import centred_distances, correlate, effective_rank, permutation_null
@@ -75,7 +76,10 @@ class Curve:
         recalibrate(encoder, self.images, self.preprocess, batch_size=_BATCH, workers=0, device=device)
         weights = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in encoder.state_dict().values()))
         student = Student(encoder, self.preprocess, dim=self.width, name="unfinished", identity=weights.hexdigest())
-        figures = accuracies(student, self.labelled, str(device), linear=False, progress=False)
+        try:
+            figures = accuracies(student, self.labelled, str(device), linear=False, progress=False)
+        except MvmrError:  # features that are not finite, of which the training's own end says more
+            return
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a") as file:
             file.write(json.dumps({"step": step, "knn": figures["knn"]}) + "\n")

@@ -16,7 +16,14 @@ from mvmr.storage.atomic import atomic
 Result = dict[str, Any]  # a line of results.jsonl
 RESULTS, TABLE, PLOT, CURVES = "results.jsonl", "table.md", "plot.svg", "curves.svg"
 ACCURACIES = {"linear": "linear top-1 (%)", "knn": "kNN top-1 (%)"}
-_MORE = {"rank": "rank", "spread": "spread", "dcor": "dCor", "train_seconds": "seconds", "peak_mb": "peak MB"}
+_MORE = {
+    "rank": "rank",
+    "rank_z": "rank of z",
+    "spread": "spread",
+    "dcor": "dCor",
+    "train_seconds": "seconds",
+    "peak_mb": "peak MB",
+}
 _DIGITS = {"spread": 2, "dcor": 2, "train_seconds": 0, "peak_mb": 0}  # behind the point; else 1
 
 

@@ -12,6 +12,7 @@ from mvmr.bundles import bundle as bundles
 from mvmr.bundles.bundle import Bundle
 from mvmr.bundles.preprocess import Background
 from mvmr.data import open_images
+from mvmr.evaluation.own_classes import own_classes
 from mvmr.evaluation.protocols import Labelled, Measured, Values, check_protocols, protocols_for
 
 
@@ -45,7 +46,9 @@ def evaluate(
     background = current.manifest.preprocessing.background
     labelled = open_labelled(data, background=background, max_unreadable=max_unreadable, progress=progress)
     measures = protocols_for(labelled, protocols, ks=ks)
-    measurement = Measured(current.student(device), labelled, device=device, progress=progress)
+    measurement = Measured(
+        current.student(device), labelled, device=device, progress=progress, classify=own_classes(current)
+    )
     results = {}
     for name, measure in measures.items():
         results[name] = measure(measurement)

@@ -84,10 +84,17 @@ class Labelled:
 
 
 class Measured:
-    """Features of both splits under one representation; every test image is counted in every protocol."""
+    """Features of both splits under one representation; every test image is counted in every protocol.
 
-    def __init__(self, representation: Representation, data: Labelled, *, device: str = "cpu", progress: bool = False):
-        self.data, self._progress = data, progress
+    Args:
+        classify: gives features classes that were found without labels, where the representation has such.
+    """
+
+    def __init__(
+        self, representation: Representation, data: Labelled, *, device: str = "cpu", progress: bool = False,
+        classify: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> None:  # fmt: skip
+        self.data, self._progress, self._classify = data, progress, classify
         workers = 0 if data.train.native_size else usable_cores()  # arrays in memory need no help
         self.features, self.test_features = (
             represent(images, representation, device=device, workers=workers, progress=progress)
@@ -135,10 +142,17 @@ class Measured:
     def clustering(self) -> Values:
         """``nmi``, ``ami``, ``ari``, ``accuracy`` in percent and ``silhouette``: k-means, a cluster to a class.
 
-        Fitted on the training split without its labels; see :mod:`mvmr.evaluation.clustering`.
+        Fitted on the training split without its labels; see :mod:`mvmr.evaluation.clustering`. Where the representation
+        has classes of its own, the same of them as ``own_nmi`` and so on, and ``own_classes``, how many there are among
+        test images; with more of them than classes, accuracy counts only one for each class.
         """
         assigned = cluster(self.features, self.test_features, len(self.data.classes))
-        return compare_clusters(assigned, self.data.test_labels) | silhouette(self.test_features, assigned)
+        values = compare_clusters(assigned, self.data.test_labels) | silhouette(self.test_features, assigned)
+        if self._classify is not None:
+            own = self._classify(self.test_features)
+            figures = compare_clusters(own, self.data.test_labels) | silhouette(self.test_features, own)
+            values |= {f"own_{name}": value for name, value in figures.items()} | {"own_classes": len(np.unique(own))}
+        return values
 
     def voc07(self) -> Values:
         """``map_area`` and ``map_11point`` in percent: means over classes of the average precision."""

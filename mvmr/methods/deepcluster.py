@@ -76,7 +76,7 @@ class Deepcluster(Method):
     @property
     def means(self) -> list[Prototypes]:
         """The means of each clustering."""
-        return [self.projector[-1], *self.others]  # type: ignore[list-item]
+        return [self.projector[-1], *self.others]
 
     def forward(self, views: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Step:
         c, index = self.config, views["index"]

@@ -70,7 +70,7 @@ class Selflabel(Method):
     @property
     def heads(self) -> list[nn.Linear]:
         """The classifiers."""
-        return [self.projector, *self.others]  # type: ignore[list-item]
+        return [self.projector, *self.others]
 
     def forward(self, views: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Step:
         h, index = self.features(views["augmented"]), views["index"]

@@ -203,7 +203,7 @@ def _train(
         )  # fmt: skip
 
 
-def launch(device: str, devices: int, precision: Precision) -> Fabric:
+def launch(device: str, devices: int, precision: Precision | None) -> Fabric:
     """Start Fabric on every device.
 
     Raises:

@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mvmr.comparison import ablation
+from mvmr.comparison import engine
 from mvmr.comparison.ablation import ablate
-from mvmr.comparison.results import plot, read_results, table
+from mvmr.comparison.results import plot, plot_curves, read_results, table
 from mvmr.errors import MvmrError
 from mvmr.evaluation.evaluate import evaluate
 from mvmr.training import trainer
@@ -31,7 +31,7 @@ TINY = (
 )  # fmt: skip
 ONLY = "L[12]"  # two rows that take no representation
 ORDER = [("L1", 0), ("L2", 0), ("L1", 1), ("L2", 1)]
-LEFT = ["ablation.json", "plot.svg", "results.jsonl", "table.md"]
+LEFT = ["ablation.json", "curves.svg", "plot.svg", "results.jsonl", "table.md"]
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +76,17 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def figures(recipe: Recipe, *_: object, **__: object) -> dict[str, float]:
         first = 50.0 + 10 * recipe.method.dependence + recipe.train.seed
-        return {"linear": first, "knn": first / 2, "knn_k": 5, "rank_h": 3.0, "rank_z": 2.0, "loss": 1.0, "steps": 3}
+        return {"linear": first, "knn": first / 2, "knn_k": 5, "rank": 3.0, "loss": 1.0, "steps": 3}
 
-    monkeypatch.setattr(ablation, "fit", fit)
-    monkeypatch.setattr(ablation, "_figures", figures)
-    monkeypatch.setattr(ablation, "plot", lambda results, path: path.write_text("drawn"))
+    monkeypatch.setattr(engine, "fit", fit)
+    monkeypatch.setattr(engine, "measure", figures)
+    for name in ("plot", "plot_curves"):
+        monkeypatch.setattr(engine, name, lambda results, path, order: path.write_text("drawn"))
 
 
 def lasting(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in result.items() if key != "seconds"} for result in results]
+    passing = {"seconds", "train_seconds", "peak_mb"}
+    return [{key: value for key, value in result.items() if key not in passing} for result in results]
 
 
 def keys(out: Path) -> list[tuple[str, int]]:
@@ -169,7 +171,7 @@ def test_a_dead_run_goes_on_where_it_was(
         with pytest.raises(SystemExit):
             run(out, photos, "train.checkpoint_steps=1", seeds=1, only="L1")
     assert keys(out) == []
-    interrupt(monkeypatch, trainer, "learning_rate", 2, AssertionError("a step was done again"))
+    interrupt(monkeypatch, trainer, "learning_rate", 2, SystemExit("a step was done again"))
     assert lasting(run(out, photos, seeds=1, only="L1")) == lasting(read_results(reference))
     assert sorted(os.listdir(out)) == LEFT
 
@@ -178,7 +180,7 @@ def test_a_dead_run_goes_on_where_it_was(
     ("name", "call", "written"),
     [
         ("fit", 4, 3),
-        ("_figures", 1, 0),
+        ("measure", 1, 0),
         ("_append", 2, 1),  # when a run is measured, and its line not there
         ("_publish", 3, 3),  # when its line is there, and its bundle, too
         ("_discard", 4, 4),
@@ -191,7 +193,7 @@ def test_a_dead_ablation_goes_on_where_it_was(
     results = lasting(run(tmp_path / "whole", photos))
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        interrupt(patch, ablation, name, call, SystemExit(9))
+        interrupt(patch, engine, name, call, SystemExit(9))
         with pytest.raises(SystemExit):
             run(out, photos)
     assert keys(out) == ORDER[:written]  # all rows of a seed before the next, a line to a run as it ends
@@ -206,21 +208,21 @@ def test_a_dead_ablation_goes_on_where_it_was(
 
 def test_a_run_that_is_there_is_not_done_again(reference: Path, photos: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (reference / "results.jsonl").read_bytes()
-    monkeypatch.setattr(ablation, "fit", raising(AssertionError("trained again")))
+    monkeypatch.setattr(engine, "fit", raising(SystemExit("trained again")))
     for name in ("table.md", "plot.svg"):
         (reference / name).unlink()
     assert run(reference, photos, "train.workers=1", seeds=1, only="L1") == read_results(reference)
     assert (reference / "results.jsonl").read_bytes() == before
     assert "| L1 |" in (reference / "table.md").read_text()
     assert (reference / "plot.svg").exists()
-    with pytest.raises(AssertionError, match="trained again"):
+    with pytest.raises(SystemExit, match="trained again"):
         run(reference, photos, seeds=2, only="L1")
-    with pytest.raises(AssertionError, match="trained again"):
+    with pytest.raises(SystemExit, match="trained again"):
         run(reference, photos, seeds=1, only="L2")
 
 
 def test_ctrl_c_says_how_to_go_on(photos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ablation, "fit", raising(KeyboardInterrupt("step 1 of 3")))
+    monkeypatch.setattr(engine, "fit", raising(KeyboardInterrupt("step 1 of 3")))
     with pytest.raises(KeyboardInterrupt, match="4 of 4 runs are left; type the same command to go on"):
         run(tmp_path / "out", photos)
 
@@ -318,7 +320,7 @@ def test_a_diverging_row_is_recorded_and_the_grid_goes_on(photos: str, tmp_path:
 def test_any_other_error_stops_the_grid(
     no_training: None, photos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupt(monkeypatch, ablation, "fit", 2, MvmrError("disk full"))
+    interrupt(monkeypatch, engine, "fit", 2, MvmrError("disk full"))
     with pytest.raises(MvmrError, match="disk full"):
         run(tmp_path / "out", photos)
     assert keys(tmp_path / "out") == ORDER[:1]
@@ -329,7 +331,10 @@ def test_any_other_error_stops_the_grid(
 
 def a_result(row: str, seed: int, linear: float, knn: float, rank: float | None = 3.0) -> dict[str, Any]:
     run = {"grid": "losses", "row": row, "seed": seed, "assignments": [], "seconds": 1.0}
-    return run | {"linear": linear, "knn": knn, "knn_k": 5, "rank_h": rank, "rank_z": 2.0, "loss": 0.5, "steps": 3}
+    return run | {
+        "linear": linear, "knn": knn, "knn_k": 5, "rank": rank, "spread": 0.5, "dcor": 0.25, "dcor_null": -0.01,
+        "loss": 0.5, "steps": 3, "images": 60, "train_seconds": 2.0, "peak_mb": 100, "curve": [[1, knn / 2], [3, knn]],
+    }  # fmt: skip
 
 
 def a_failure(row: str, seed: int) -> dict[str, Any]:
@@ -347,15 +352,20 @@ MIXED = [
 ]
 
 
+ALONE = ["0.50", "0.25 (-0.01)", "2", "100"]
+
+
 def test_the_table_has_means_deviations_the_best_in_bold_and_what_failed() -> None:
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table(MIXED).splitlines()]
-    assert lines[0] == ["row", "linear top-1 (%)", "kNN top-1 (%)", "rank of h", "rank of z", "seeds"]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table(MIXED, ["L1", "L2"]).splitlines()]
+    assert lines[0] == [
+        "row", "linear top-1 (%)", "kNN top-1 (%)", "rank", "spread", "dCor", "seconds", "peak MB", "seeds",
+    ]  # fmt: skip
     linear, knn = (f"{statistics.mean(v):.1f} ± {statistics.stdev(v):.1f}" for v in (LINEAR, KNN))
-    assert lines[2:] == [  # in the order of the grid
-        ["L1", linear, f"**{knn}**", "3.0 ± 0.0", "2.0 ± 0.0", "3"],
-        ["L2", "10.0", "20.0", "3.0", "2.0", "1, 1 failed"],
-        ["L3", "failed (variance is not finite at step 7)", "", "", "", "0, 1 failed"],
-        ["L1 + L2", "**70.0**", "30.0", "", "2.0", "1"],
+    assert lines[2:] == [  # in the order that is asked for, then in their own
+        ["L1", linear, f"**{knn}**", "3.0 ± 0.0", "0.50 ± 0.00", "0.25 ± 0.00 (-0.01)", "2 ± 0", "100 ± 0", "3"],
+        ["L2", "10.0", "20.0", "3.0", *ALONE, "1, 1 failed"],
+        ["L1 + L2", "**70.0**", "30.0", "", *ALONE, "1"],
+        ["L3", "failed (variance is not finite at step 7)", *[""] * 6, "0, 1 failed"],
     ]
 
 
@@ -365,5 +375,10 @@ def test_the_picture_is_the_same_bytes_again_and_names_every_row(tmp_path: Path)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     texts = [element.text for element in ElementTree.parse(tmp_path / "a.svg").iter("{http://www.w3.org/2000/svg}text")]
     assert {"L1", "L2", "L3", "L1 + L2", "failed", "linear", "kNN"} <= set(texts)
+    plot_curves(MIXED, tmp_path / "curves.svg")
+    curves = (tmp_path / "curves.svg").read_text()
+    assert all(text in curves for text in (">L1<", ">L2<", ">L1 + L2<", ">images seen<", ">seconds of training<"))
+    assert ">L3<" not in curves
     plot([a_failure("L3", 0)], tmp_path / "c.svg")
+    plot_curves([a_failure("L3", 0)], tmp_path / "d.svg")
     assert "failed" in (tmp_path / "c.svg").read_text()

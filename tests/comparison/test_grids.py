@@ -118,8 +118,8 @@ def test_unknown_grids_and_rows_are_named() -> None:
 )
 def test_what_the_rows_decide_cannot_be_set(grid: str, assignment: str) -> None:
     with pytest.raises(MvmrError, match=f"cannot set .*: the rows of grid {grid}"):
-        check_free(grid, ["train.lr=1", assignment])
-    check_free(grid, ["train.lr=1", "method.gamma=1", "views.size=32"])
+        check_free(GRIDS[grid], ["train.lr=1", assignment], f"grid {grid}")
+    check_free(GRIDS[grid], ["train.lr=1", "method.gamma=1", "views.size=32"], "it")
 
 
 def test_grids_are_read_without_torch() -> None:
