@@ -169,7 +169,7 @@ class Bench:
         targets = self._targets(case)
 
         def step() -> None:
-            terms, _ = module({"original": self.original, "augmented": self.augmented}, targets())
+            terms, _, _ = module({"original": self.original, "augmented": self.augmented}, targets())
             loss = torch.stack(list(terms.values())).sum()
             if not torch.isfinite(loss):
                 raise RuntimeError(f"the loss is not finite: {terms}")

@@ -20,7 +20,7 @@ SHORTHANDS = {
     ),
     "small-kernel": ("student.small_kernel", "A stem for small images: 3 x 3, stride 1, no pooling."),
     "size": ("views.size", "Side of the images the student sees, in pixels."),
-    "epochs": ("train.epochs", "Passes over the images."),
+    "epochs": ("train.epochs", "Passes over the images; 0: an encoder that has learned nothing, to compare with."),
     "batch-size": ("train.batch_size", "Images to a batch, over all devices; the objective compares them."),
     "accumulate": ("train.accumulate", "Batches to an optimiser step."),
     "lr": ("train.lr", "Peak learning rate."),

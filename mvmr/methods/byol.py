@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvmr.errors import MvmrError
-from mvmr.methods.method import Method, MethodConfig, Setting, Step, ViewSpec
+from mvmr.methods.method import PAIR, Method, MethodConfig, Setting, Step, ViewSpec
 from mvmr.methods.parts.dependence import effective_rank
 from mvmr.methods.parts.heads import build_projector, check_predictor
 from mvmr.methods.parts.momentum import cosine_momentum, follow, make_follower
@@ -36,7 +36,7 @@ class ByolConfig(MethodConfig):
 
     @property
     def views(self) -> tuple[ViewSpec, ...]:
-        return (ViewSpec("first"), ViewSpec("second"))
+        return PAIR
 
 
 class Byol(Method):

@@ -33,6 +33,7 @@ class ViewSpec:
 
 ORIGINAL = ViewSpec("original", "none")  # resized and cropped by the bundle's preprocessing, as it will be served
 AUGMENTED = ViewSpec("augmented")
+PAIR = (ViewSpec("first"), ViewSpec("second"))  # two augmented ones
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvmr.errors import MvmrError
-from mvmr.methods.method import Method, MethodConfig, Setting, Step, ViewSpec
+from mvmr.methods.method import PAIR, Method, MethodConfig, Setting, Step, ViewSpec
 from mvmr.methods.parts.dependence import effective_rank
 from mvmr.methods.parts.gathering import first_row, gather
 from mvmr.methods.parts.heads import build_projector, check_predictor
@@ -51,7 +51,7 @@ class MocoConfig(MethodConfig):
 
     @property
     def views(self) -> tuple[ViewSpec, ...]:
-        return (ViewSpec("first"), ViewSpec("second"))
+        return PAIR
 
     def check(self, batch_size: int, images: int) -> None:
         if self.queue:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvmr.methods.method import Method, MethodConfig, Setting, Step, ViewSpec
+from mvmr.methods.method import PAIR, Method, MethodConfig, Setting, Step, ViewSpec
 from mvmr.methods.parts.dependence import effective_rank
 from mvmr.methods.parts.heads import build_projector, check_predictor
 
@@ -31,7 +31,7 @@ class SimsiamConfig(MethodConfig):
 
     @property
     def views(self) -> tuple[ViewSpec, ...]:
-        return (ViewSpec("first"), ViewSpec("second"))
+        return PAIR
 
 
 class Simsiam(Method):

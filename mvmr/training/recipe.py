@@ -21,6 +21,7 @@ from mvmr.training.trainer import TrainConfig
 
 T = TypeVar("T")
 _METHOD = "method.name="
+_PUBLISHED = "imagenet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,10 @@ def read_recipe(kind: type[T], recipe: str | Path, shelf: Traversable, assignmen
             raise unknown("recipe", str(recipe), _names(shelf))
         with resources.as_file(shelf / f"{recipe}.toml") as path:
             where, mapping = f"recipe {recipe}", read_toml(path)
-    settings: dict[str, Any] = assign({"name": Path(recipe).stem, **_of_method(mapping, assignments)}, assignments)
+    settings: dict[str, Any] = assign(
+        {"name": Path(recipe).stem if Path(recipe).suffix else str(recipe), **_of_method(mapping, assignments)},
+        assignments,
+    )
     return parse(kind, settings, where=where)
 
 
@@ -110,4 +114,8 @@ def _of_method(mapping: Mapping[str, Any], assignments: Sequence[str]) -> Mappin
 
 
 def _names(shelf: Traversable) -> tuple[str, ...]:
-    return tuple(sorted(f.name.removesuffix(".toml") for f in shelf.iterdir() if f.name.endswith(".toml")))
+    """Names of the recipes on a shelf, and ``imagenet/NAME`` of those in its folder of published runs."""
+    found = [(file, "") for file in shelf.iterdir()]
+    if (published := shelf / _PUBLISHED).is_dir():
+        found += [(file, f"{_PUBLISHED}/") for file in published.iterdir()]
+    return tuple(sorted(folder + f.name.removesuffix(".toml") for f, folder in found if f.name.endswith(".toml")))

@@ -23,6 +23,7 @@ from mvmr.methods.method import Method
 from mvmr.methods.regulariser import RegulariserConfig, regularise
 from mvmr.progress import track
 from mvmr.training import checkpoint
+from mvmr.training.optimizers import build_optimizer
 
 T = TypeVar("T")
 Batch = dict[str, Tensor]
@@ -40,7 +41,7 @@ class TrainConfig:
     epochs: int = 100  # 0: an encoder that has learned nothing, to compare with
     batch_size: int = 256  # images a step takes through the method, over all devices
     accumulate: int = 1  # batches to an optimiser step
-    optimizer: Literal["adam", "adamw"] = "adamw"
+    optimizer: Literal["adam", "adamw", "sgd", "lars"] = "adamw"
     lr: float = 1e-3
     weight_decay: float = 1e-6
     warmup_steps: int = 10  # optimiser steps of linear warm-up, then a cosine to 0
@@ -157,12 +158,13 @@ def train(
     count = len(views)  # type: ignore[arg-type]
     steps, per_step = config.steps(count, fabric.world_size), config.batch_size * config.accumulate
     per_epoch = count // per_step
-    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     if config.channels_last:
         learner = learner.to(memory_format=torch.channels_last)
     fused = config.precision != "16-mixed"  # a fused step unscales gradients itself, too late to clip them
-    groups = _groups(learner, no_weight_decay)
-    optimizer = kinds[config.optimizer](groups, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+    optimizer = build_optimizer(
+        config.optimizer, learner, lr=config.lr, weight_decay=config.weight_decay, no_weight_decay=no_weight_decay,
+        fused=fused,
+    )  # fmt: skip
     module, optimizer = fabric.setup(learner, optimizer)
     metrics = folder / checkpoint.METRICS
     step = checkpoint.restore(folder, learner, optimizer, fabric)
@@ -224,15 +226,6 @@ def train(
             if stopping and step < steps:
                 raise KeyboardInterrupt(f"step {step} of {steps} is saved in {folder}; go on with --resume")
     return steps
-
-
-def _groups(learner: Method, no_weight_decay: Collection[str]) -> list[dict[str, Any]]:
-    """What is trained: first what weight decay is for, then what it leaves alone, if there is such."""
-    parameters = [(name, value) for name, value in learner.named_parameters() if value.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": [value for name, value in parameters if name not in no_weight_decay]}]
-    if exempt := [value for name, value in parameters if name in no_weight_decay]:
-        groups.append({"params": exempt, "weight_decay": 0.0})
-    return groups
 
 
 def _on_any_rank(requested: bool, fabric: Fabric) -> bool:
