@@ -22,7 +22,7 @@ _USUAL_SIZE = 224  # pixels, of students of photographs
 
 def side(recipe: Recipe, images: ImageSet) -> int:
     """Side in pixels of the images that a student is to see."""
-    return recipe.views.size or images.native_size or _USUAL_SIZE
+    return (images.native_size or _USUAL_SIZE) if recipe.views.size is None else recipe.views.size
 
 
 def settle(recipe: Recipe, images: ImageSet, device: str) -> Recipe:
@@ -54,7 +54,7 @@ def check_recipe(recipe: Recipe, teachers: Collection[str], init: str | Path | N
     Raises:
         MvmrError: targets or teachers that aren't there, views or a student that can't be, weights that don't fit.
     """
-    size = recipe.views.size or _USUAL_SIZE
+    size = _USUAL_SIZE if recipe.views.size is None else recipe.views.size
     check_targets(recipe.targets, teachers, recipe.name)
     backbone = open_backbone(recipe.student, size)
     _check_views(recipe, backbone, Preprocess.for_size(size))

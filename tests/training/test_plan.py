@@ -79,7 +79,7 @@ def test_steps_are_optimiser_steps() -> None:
     ("wrong", "message"),
     [
         ({"batch_size": 0}, "batch_size = 0: must be 1 or more"),
-        ({"epochs": 0}, "epochs = 0: must be 1 or more"),
+        ({"epochs": -1}, "epochs = -1: must be 0 or more"),
         ({"lr": 0.0}, "lr = 0.0: must be above 0"),
         ({"clip_grad": -1.0}, "clip_grad = -1.0: must be above 0"),
         ({"workers": -1}, "workers = -1: must be 0 or more"),

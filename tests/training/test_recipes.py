@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mvmr.methods.table import METHODS
 from mvmr.training.recipe import load_recipe, recipe_names
 from mvmr.training.views import make_policy
 
@@ -39,6 +40,28 @@ def test_the_page_says_what_a_recipe_of_the_paper_says(package: str, name: str) 
     assert (train.optimizer, train.lr, train.weight_decay) == ("adam", 1e-4, 1e-6)
     assert recipe.method.projector == (8192, 8192, 8192)
     assert (recipe.student.backbone, recipe.views.policy) == ("resnet50", "paper")
+
+
+PUBLISHED = [name for package, name in SHIPPED if name.startswith("imagenet/")]
+
+
+def test_every_method_but_one_has_its_published_run() -> None:
+    assert {name.removeprefix("imagenet/") for name in PUBLISHED} == METHODS.keys() - {"mvmr", "deepercluster"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_page_says_what_a_published_run_is(name: str) -> None:
+    recipe = load_recipe(name, "mvmr")
+    train = recipe.train
+    _, *cells, _ = cells_of(name)
+    assert [train.optimizer if cell.isalpha() else float(cell) for cell in cells] == [
+        train.epochs, train.batch_size, train.optimizer, train.lr, train.weight_decay, train.warmup_steps,
+    ]  # fmt: skip
+    assert cells[2] == train.optimizer
+    assert recipe.method.name == name.removeprefix("imagenet/")
+    assert (recipe.student.backbone, recipe.views.size, recipe.views.policy) == ("resnet50", 224, "paper")
+    recipe.method.settle(1_281_167).check(train.batch_size, 1_281_167)
+    train.steps(1_281_167, 8, recipe.smallest_batch)
 
 
 @pytest.mark.parametrize(("package", "name"), [pair for pair in SHIPPED if re.search("-(ssl|distill)|paper", pair[1])])
