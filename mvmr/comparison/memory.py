@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import resource
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +37,7 @@ class HighWater:
             self.forget()
             self.base = float(torch.cuda.memory_allocated())
             return
+        _give_back()
         self.forget()
         self.base = _resident_high_water()
 
@@ -51,6 +54,12 @@ class HighWater:
         base, peak, added = (round(v / _MIB, 2) for v in (self.base, peak, peak - self.base))
         kind = "torch.cuda.max_memory_allocated" if self.cuda else "resident set, high-water mark of a fresh process"
         return Memory(kind=kind, base=base, peak=peak, added=added)
+
+
+def _give_back() -> None:
+    """Let glibc return what earlier work has freed, or it would be taken for what is held now."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident_high_water() -> float:

@@ -22,6 +22,7 @@ MEMORY = {"kind", "base", "peak", "added"}
 MACHINE = {"slug", "device", "processor", "cores", "threads", "system", "python", "packages", "date"}
 MEMORY_PROBE = """
 import measure, torch
+from mvmr.comparison.memory import HighWater
 
 def work():
     measure.begin("cpu", 1)
