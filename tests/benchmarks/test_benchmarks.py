@@ -103,6 +103,21 @@ def test_train_step_writes_every_case_and_every_change(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_methods_are_set_beside_supervised_training(tmp_path: Path) -> None:
+    tiny = ["--student", "resnet18_025", "--size", "16", "--batch", "4", "--images", "64", "--method", "selflabel"]
+    supervised, other = run("methods.py", tmp_path, *tiny)["rows"]
+    assert (supervised["method"], supervised["views"], other["method"], other["views"]) == (
+        "supervised", 1, "selflabel", 1,
+    )  # fmt: skip
+    assert supervised["memory_against_supervised"] == supervised["seconds_against_supervised"]["median"] == 1
+    for row in (supervised, other):
+        assert row["seconds_per_step"].keys() == SPREAD
+        assert row["memory_mib"].keys() == MEMORY
+        assert row["images_per_s"]["median"] == pytest.approx(4 / row["seconds_per_step"]["median"], rel=1e-2)
+        assert row["memory_mib"]["added"] > 1
+
+
+@pytest.mark.slow
 def test_objective_writes_every_loss_and_ratio(tmp_path: Path) -> None:
     result = run("objective.py", tmp_path, "--batch", "16", "--batch", "32", "--width", "24")
     assert [(cell["batch"], cell["width"]) for cell in result["cells"]] == [(16, 24), (32, 24)]

@@ -87,6 +87,21 @@ def test_ablate_prints_its_table_and_goes_on(photos: Path, recipe: Path, tmp_pat
     assert [json.loads(line)["seed"] for line in lines] == [0, 1]
 
 
+@pytest.mark.slow
+def test_compare_prints_its_table_and_where_the_rest_is(photos: Path, tmp_path: Path) -> None:
+    result = mvmr(
+        "compare", "--methods", "simclr projector=[8,8],selflabel heads=1", "--data", photos, "--epochs", "1",
+        "--student", "resnet18_025", "--size", "16", "--batch-size", "8", "--workers", "0", "--device", "cpu",
+        "--out", tmp_path / "table", *BROKEN,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    for row in ("random encoder", r"simclr projector=\[8,8\]", "selflabel heads=1"):
+        assert re.search(rf"^\| {row} \|.*\| 1 \|$", result.stdout, re.M)
+    files = result.stdout.splitlines()[-1].split()
+    assert [Path(file).name for file in files] == ["table.md", "plot.svg", "curves.svg", "results.jsonl"]
+    assert all(Path(file).is_file() for file in files)
+
+
 def test_numbers_of_neighbours_are_whole() -> None:
     result = mvmr("evaluate", "somewhere", "--data", "sample:digits", "--k", "5,many")
     assert result.exit_code == 2
