@@ -27,10 +27,13 @@ class Backbone(Protocol):
     @property
     def width(self) -> int: ...
 
-    def build(self) -> nn.Module:
+    def build(self, sides: Collection[int] = ()) -> nn.Module:
         """The encoder, its weights drawn from torch's global generator.
 
+        sides: S of images that it is to take in training beside its own; its weights don't depend on them
+
         Shapes: images [B, 3, S, S] float32, normalised -> features h [B, D] float32, not normalised.
+        Raises: MvmrError for a side that it can't take.
         """
         ...
 

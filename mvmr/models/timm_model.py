@@ -41,8 +41,12 @@ class TimmModel:
     def width(self) -> int:
         return _width(self.name, self.image_size)
 
-    def build(self) -> nn.Module:
-        return _create(self.name, self.image_size)
+    def build(self, sides: Collection[int] = ()) -> nn.Module:
+        others = tuple(sorted(set(sides) - {self.image_size}))
+        if not (others and _is_fixed(self.name)):
+            return _create(self.name, self.image_size)
+        _check_sides(self.name, self.image_size, others)
+        return _create(self.name, self.image_size, dynamic_img_size=True)
 
     def stages(self, encoder: nn.Module) -> nn.Module:
         return _Stages(encoder)
@@ -89,11 +93,11 @@ class _Stages(nn.Module):
         return stages | {"features": head(last)}
 
 
-def _create(name: str, size: int) -> nn.Module:
+def _create(name: str, size: int, **more: Any) -> nn.Module:
     model = name.removeprefix(TIMM)
     if model not in timm.list_models():
         raise unknown("timm model", model, timm.list_models())
-    options: dict[str, Any] = {"img_size": size} if _is_fixed(name) else {}
+    options: dict[str, Any] = {"img_size": size, **more} if _is_fixed(name) else more
     try:
         encoder: nn.Module = timm.create_model(model, pretrained=False, num_classes=0, **options)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:  # a dozen authors, as many habits
@@ -107,6 +111,21 @@ def _is_fixed(name: str) -> bool:
 
 
 _CURE = "give another --size, or another model"
+
+
+@lru_cache
+def _check_sides(name: str, size: int, sides: tuple[int, ...]) -> None:
+    """Whether a model for images of one size takes others, by interpolating its positions; nothing is computed."""
+    try:
+        with torch.device("meta"):
+            encoder = _create(name, size, dynamic_img_size=True).eval()
+            for side in sides:
+                encoder(torch.empty(2, 3, side, side))
+    except Exception as error:  # as above
+        raise MvmrError(
+            f"{name} for images of {size} px does not take views of {', '.join(map(str, sides))} px "
+            f"({one_line(error)}); give [method] local_scale = 1, or one that makes them fit its patches"
+        ) from error
 
 
 @lru_cache

@@ -70,7 +70,7 @@ class Resnet:
         """512 for resnet18, or its share of them; 2048 for resnet50."""
         return _WIDTHS[self.name]
 
-    def build(self) -> nn.Module:
+    def build(self, sides: Collection[int] = ()) -> nn.Module:
         encoder = _FACTORIES[self.name](zero_init_residual=True)
         encoder.fc = nn.Identity()
         if self.small_kernel:

@@ -6,16 +6,17 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.data import ImageSet
-from mvmr.errors import MvmrError
 from mvmr.models.backbone import Backbone
 from mvmr.models.initial import read_init
 from mvmr.models.table import open_backbone
 from mvmr.training.precision import native_precision
 from mvmr.training.recipe import Recipe
 from mvmr.training.targets import check_targets
-from mvmr.training.views import make_policies, view_side
+from mvmr.training.views import make_policies, view_sides
 
 _USUAL_SIZE = 224  # pixels, of students of photographs
 
@@ -28,7 +29,7 @@ def side(recipe: Recipe, images: ImageSet) -> int:
 def settle(recipe: Recipe, images: ImageSet, device: str) -> Recipe:
     """The recipe as it is written into the bundle: what it leaves to images and device is decided."""
     size = side(recipe, images)
-    smallest = min(view_side(spec, size) for spec in recipe.view_specs)
+    smallest = min(view_sides(recipe.view_specs, size))
     return replace(
         recipe,
         views=replace(recipe.views, size=size),
@@ -64,9 +65,6 @@ def check_recipe(recipe: Recipe, teachers: Collection[str], init: str | Path | N
 
 def _check_views(recipe: Recipe, backbone: Backbone, preprocess: Preprocess) -> None:
     make_policies(recipe.view_specs, recipe.views.policy, preprocess)
-    smaller = [spec.name for spec in recipe.view_specs if spec.scale != 1]
-    if smaller and backbone.options.get("fixed"):
-        raise MvmrError(
-            f"student {backbone.name} takes images of one size, and view {smaller[0]!r} is smaller: "
-            "give [method] local_scale = 1"
-        )
+    if others := view_sides(recipe.view_specs, preprocess.crop) - {preprocess.crop}:
+        with torch.device("meta"):
+            backbone.build(others)

@@ -38,7 +38,7 @@ from mvmr.training.recipe import Recipe, load_recipe
 from mvmr.training.runs import RunFolder, claim, find_run, give_up
 from mvmr.training.targets import Batch, Targets, WithRows
 from mvmr.training.trainer import Precision, Watch, read, train
-from mvmr.training.views import Views
+from mvmr.training.views import Views, view_sides
 
 _RECALIBRATION_IMAGES = 16384
 
@@ -224,7 +224,7 @@ def build_learner(
     """Encoder and method of ``recipe``, drawn from its seed; the global random state is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)
-        encoder = backbone.build()
+        encoder = backbone.build(view_sides(recipe.view_specs, preprocess.crop))
         if init is not None:
             encoder.load_state_dict({**encoder.state_dict(), **init})
         statistics = {name: targets.statistics(name) for name in recipe.method.standardised_targets}

@@ -129,6 +129,11 @@ def view_side(spec: ViewSpec, size: int) -> int:
     return max(1, round(spec.scale * size))
 
 
+def view_sides(specs: Sequence[ViewSpec], size: int) -> set[int]:
+    """Sides of all views in pixels."""
+    return {view_side(spec, size) for spec in specs}
+
+
 class Views(Dataset[dict[str, torch.Tensor]]):
     """The training data: for (epoch, index) the views of image `index` that a method asks for, never a label.
 

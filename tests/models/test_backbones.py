@@ -103,6 +103,28 @@ def test_weights_of_another_backbone_are_never_written(backbone: Backbone, tmp_p
         save_student(tmp_path, build_encoder(another), backbone, preprocess=Preprocess.for_size(SIZE), training={})
 
 
+def test_in_training_it_takes_smaller_views_with_the_same_weights(backbone: Backbone) -> None:
+    encoders = []
+    for sides in ((), (SIZE, SIZE // 2)):
+        torch.manual_seed(0)
+        encoders.append(backbone.build(sides).eval())
+    plain, flexible = encoders
+    for key, value in plain.state_dict().items():
+        assert torch.equal(value, flexible.state_dict()[key])
+    with torch.no_grad():
+        torch.testing.assert_close(flexible(images()), plain(images()))
+        half = flexible(torch.nn.functional.avg_pool2d(images(), 2))
+    assert half.shape == (4, backbone.width)
+    assert half.isfinite().all()
+
+
+def test_views_that_do_not_fit_a_transformers_patches_are_one_line() -> None:
+    backbone = open_backbone(CONFIGS["transformer"], SIZE)
+    with pytest.raises(MvmrError, match=r"images of 64 px does not take views of 28, 30 px .*divisible") as caught:
+        backbone.build({SIZE, 30, 28})
+    assert "\n" not in str(caught.value)
+
+
 def test_a_model_that_does_not_pool_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     from mvmr.models import timm_model
 

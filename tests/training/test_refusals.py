@@ -32,8 +32,15 @@ def forbid_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SMALLER_VIEWS = (
-    {"assign": ["method.name=lejepa", "method.local=2", "student.backbone=timm:vit_tiny_patch16_224"]},
-    r"takes images of one size, and view 'local0' is smaller: give \[method\] local_scale = 1",
+    {
+        "assign": [
+            "method.name=lejepa",
+            "method.local=2",
+            "method.local_scale=0.432",
+            "student.backbone=timm:vit_tiny_patch16_224",
+        ]
+    },
+    r"images of 224 px does not take views of 97 px .*give \[method\] local_scale = 1, or one that makes them fit",
 )
 
 

@@ -24,9 +24,8 @@ TINY = (
     "student.backbone=resnet18_025", "views.size=32", "views.policy=crop+flip", "train.epochs=3", "train.batch_size=8",
     "train.workers=0", "train.precision=32-true", "train.checkpoint_steps=2", "train.log_steps=1",
 )  # fmt: skip
-BYOL = ("method.name=byol", "method.projector=[16,8]", "method.predictor=[16,8]")
 SETTINGS = {
-    "byol": BYOL,
+    "byol": ("method.name=byol", "method.projector=[16,8]", "method.predictor=[16,8]"),
     "mvmr": ("method.projector=[16]", "method.representations={pixels=1.0}"),
     "simclr": ("method.name=simclr", "method.projector=[16,8]"),
     "moco": ("method.name=moco", "method.projector=[16,8]", "method.queue=12"),
@@ -67,7 +66,9 @@ SETTINGS = {
     "lejepa": ("method.name=lejepa", "method.projector=[16,8]", "method.slices=8", "method.local=0"),
 }
 RUNS = {name: (*TINY, *settings) for name, settings in SETTINGS.items()} | {
-    "a transformer": (*TINY, *BYOL, "student.backbone=timm:vit_tiny_patch16_224"),
+    "a transformer that sees smaller views": (
+        *TINY, *SETTINGS["dino"], "student.backbone=timm:vit_tiny_patch16_224",
+    ),
     "a depthwise network": (
         *TINY, "student.backbone=timm:mobilenetv3_small_100", "method.projector=[16]",
         "method.representations={pixels=1.0}",
