@@ -17,10 +17,9 @@ from mvmr.errors import MvmrError
 from mvmr.methods.method import AUGMENTED, Method, MethodConfig, Setting, Step, ViewSpec
 from mvmr.methods.parts.classes import check_classes, count_classes
 from mvmr.methods.parts.dependence import effective_rank
-from mvmr.methods.parts.sinkhorn import sinkhorn
+from mvmr.methods.parts.sinkhorn import equal_partition
 
 _CLASSES = 3000  # of the paper, for ImageNet
-_ITERATIONS = 100  # of Sinkhorn and Knopp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +86,7 @@ class Selflabel(Method):
         h = features()
         for number, head in enumerate(self.heads):
             log = F.log_softmax(F.linear(h, head.weight.cpu(), head.bias.cpu()), dim=1)
-            self.labels[number] = sinkhorn(log, 1 / self.config.sharpness, _ITERATIONS).argmax(1)
+            self.labels[number] = equal_partition(log, self.config.sharpness)
 
     @torch.no_grad()
     def diagnose(self, outputs: tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, float]:

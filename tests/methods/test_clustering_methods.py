@@ -16,6 +16,7 @@ from mvmr.errors import MvmrError
 from mvmr.methods.deepcluster import Deepcluster, DeepclusterConfig
 from mvmr.methods.deepercluster import Deepercluster, DeeperclusterConfig, hierarchical_loss, turn
 from mvmr.methods.method import Setting
+from mvmr.methods.parts.sinkhorn import equal_partition, sinkhorn
 from mvmr.methods.selflabel import Selflabel, SelflabelConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -178,6 +179,14 @@ def test_labels_are_likely_and_used_equally_often() -> None:
         swapped = log[:, method.labels[number]]
         assert (taken[:, None] + taken[None, :] - swapped - swapped.T).min() > -0.2
     assert not torch.equal(method.labels[0], method.labels[1])
+
+
+@pytest.mark.parametrize("scale", [0.05, 1.0, 10.0])
+def test_the_partition_is_that_of_the_algorithm_in_logarithms(scale: float) -> None:
+    log = F.log_softmax(scale * torch.randn(200, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    labels = equal_partition(log, 25.0)
+    assert (labels == sinkhorn(log, 1 / 25, 1000).argmax(1)).float().mean() > 0.98
+    assert torch.bincount(labels, minlength=8).min() > 12
 
 
 def test_its_loss_is_the_mean_cross_entropy_of_the_heads() -> None:

@@ -1,12 +1,17 @@
-"""Soft assignments of a batch that use all classes alike, by the algorithm of Sinkhorn and Knopp.
+"""Assignments of rows that use all classes alike, by the algorithm of Sinkhorn and Knopp.
 
-Source: Cuturi, "Sinkhorn distances" (2013), as in SwAV (Caron et al. 2020, section 3.1).
+Source: Cuturi, "Sinkhorn distances" (2013), as in SwAV (Caron et al. 2020, section 3.1) and Self-Label (Asano et al.
+2020, section 3.2).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+_MOST = 1000  # iterations
+_TOLERANCE = 1e-3  # of what one of them still changes, relative
+_LEAST = 1e-300
 
 
 @torch.no_grad()
@@ -23,3 +28,24 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
         log = log - log.logsumexp(dim=0, keepdim=True)
         log = log - log.logsumexp(dim=1, keepdim=True)
     return log.exp()
+
+
+@torch.no_grad()
+def equal_partition(log_probabilities: Tensor, sharpness: float) -> Tensor:
+    """Labels of rows, all used about equally often, that are likely together: of Q = diag(a) p^sharpness diag(b) with
+    equal row and column sums, the largest column of each row.
+
+    Q is never formed: an iteration is two products of the matrix with a vector, in double precision.
+
+    Shapes: [N, K] float32 -> int64 [N].
+    """
+    count, classes = log_probabilities.shape
+    log = log_probabilities.double()
+    power = ((log - log.amax(1, keepdim=True)) * sharpness).exp()
+    columns = torch.full((classes,), 1 / classes, dtype=power.dtype, device=power.device)
+    for _ in range(_MOST):
+        rows = 1 / (count * (power @ columns).clamp(min=_LEAST))
+        before, columns = columns, 1 / (classes * (rows @ power).clamp(min=_LEAST))
+        if (columns / before - 1).abs().max() < _TOLERANCE:
+            break
+    return (power * columns).argmax(1)
