@@ -46,7 +46,7 @@ def ablate(
     check_free([*rows_of(grid)], assign, f"grid {grid}")
     changes = (*assign, *(() if epochs is None else (f"train.epochs={epochs}",)))
     study = Study(
-        kind="ablation", settings={"grid": grid}, arguments=("ablate", "--grid", grid),
+        kind="ablation", settings={"grid": grid}, command=lambda _: ["ablate", "--grid", grid],
         rows=rows, recipe=recipe, changes=changes,
     )  # fmt: skip
     return carry_out(

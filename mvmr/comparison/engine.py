@@ -9,7 +9,7 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,10 @@ import torch
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 
 from mvmr import __version__
+from mvmr.bundles import manifest
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.comparison.grids import Row
-from mvmr.comparison.measuring import Curve, measure
+from mvmr.comparison.measuring import Curve, cut, measure
 from mvmr.comparison.memory import HighWater
 from mvmr.comparison.results import (
     ACCURACIES,
@@ -61,14 +62,15 @@ class Study:
     """Rows that are to be compared, and what all of them have in common.
 
     kind: what messages call it, and the name of its file of settings
-    settings: that tell it from others of its kind; arguments: of its command line, those of the rows
-    recipe, changes: of all rows, before each row's own
+    settings: that tell it from others of its kind; command: the beginning of its command line, of the rows it has
+    recipe, changes: of all rows, before each row's own; own: sections of a recipe that rows don't have in common
     """
 
     kind: str
     settings: dict[str, Any]
-    arguments: tuple[str, ...]
+    command: Callable[[Sequence[str]], list[str]]
     rows: tuple[Row, ...]
+    own: tuple[str, ...] = ()
     recipe: str | Path
     changes: tuple[str, ...]
 
@@ -107,7 +109,8 @@ def carry_out(
 
     All rows run under seed 0 first, then under seed 1 and so on. Each run that ends is one line of
     ``out``/results.jsonl, and the table and the pictures beside it are made anew. A run that is there is not done
-    again; one that diverges, runs out of memory or breaks is recorded as failed, and the others go on.
+    again; one that diverges, runs out of memory or breaks is recorded as failed, and the others go on. The next call
+    tries again what failed but did not diverge.
 
     Returns:
         All lines of results.jsonl: row, seed, assignments, the figures of :func:`mvmr.comparison.measuring.measure`,
@@ -120,19 +123,23 @@ def carry_out(
         KeyboardInterrupt: stopped; the same call goes on where it was.
     """
     folder = Path(out)
-    runs, common = study.recipes(seeds), load_recipe(study.recipe, "mvmr", study.changes)
+    runs = study.recipes(seeds)
+    common = load_recipe(
+        study.recipe, "mvmr", [*study.changes, *study.rows[0].assignments] if study.own else study.changes
+    )
     background = common.views.background
     images = open_images(data, "unlabelled", background=background, max_unreadable=max_unreadable, progress=progress)
     labelled = open_labelled(data, background=background, max_unreadable=max_unreadable, progress=progress)
     protocols_for(labelled, list(ACCURACIES))
     runs = {key: settle(recipe, images, device) for key, recipe in runs.items()}
     for recipe in runs.values():
-        check_trainable(recipe, len(images))
+        check_trainable(recipe, len(images), devices=devices)
     settings = _settings(study, (images, labelled.train, labelled.test), settle(common, images, device), keep=keep)
-    done = {run_of(result) for result in _start(folder, study.kind, settings)}
-    command = ["mvmr", *study.arguments, "--data", data, "--out", str(folder), "--recipe", str(study.recipe)]
+    done = {run_of(result) for result in _start(folder, study.kind, settings) if not _may_succeed(result)}
+    command = ["--data", data, "--out", str(folder), "--recipe", str(study.recipe)]
     command += [part for change in study.changes for part in ("--set", change)]
 
+    failed: set[tuple[str, int]] = set()
     assignments, first = {row.label: list(row.assignments) for row in study.rows}, True
     try:
         for number, ((label, seed), recipe) in enumerate(runs.items(), 1):
@@ -146,12 +153,14 @@ def carry_out(
                 _append(folder / RESULTS, study.settings | description | result)
                 _publish(folder, study, settings, command)
                 done.add((label, seed))
+                if _may_succeed(result):
+                    failed.add((label, seed))  # what it has learned stays for the next attempt
                 if "error" in result:
                     _say(f"{label}, seed {seed} failed: {result['error']}", shown=progress)
                 elif first and (left := len(runs.keys() - done)):
                     _say(_estimate(left, result["seconds"]), shown=progress)
                     first = False
-            if not keep:
+            if not (keep or (label, seed) in failed):
                 _discard(run_folder)  # also what a killed call had no time to
     except KeyboardInterrupt as stop:
         left = len(runs.keys() - done)
@@ -162,7 +171,7 @@ def carry_out(
 
 def _settings(study: Study, splits: Sequence[ImageSet], recipe: Recipe, *, keep: bool) -> dict[str, Any]:
     """What all results of a folder have in common."""
-    table_of_recipe = to_mapping(recipe)
+    table_of_recipe = {key: value for key, value in to_mapping(recipe).items() if key not in study.own}
     table_of_recipe["train"] = {key: value for key, value in table_of_recipe["train"].items() if key not in _FREE}
     return study.settings | {
         "data": {"name": splits[0].name, "fingerprint": {images.split: images.fingerprint for images in splits}},
@@ -193,8 +202,7 @@ def _start(folder: Path, kind: str, settings: dict[str, Any]) -> list[Result]:
 @rank_zero_only
 def _settle(path: Path, settings: dict[str, Any]) -> None:
     write_json(path, settings)
-    if (results := path.with_name(RESULTS)).exists():
-        os.truncate(results, results.read_bytes().rfind(b"\n") + 1)  # without the line cut by a kill
+    cut(path.with_name(RESULTS))
 
 
 def _train_and_measure(
@@ -205,24 +213,36 @@ def _train_and_measure(
     torch_device = "cuda" if device in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
     size = side(recipe, images)
     width = open_backbone(recipe.student, size).width
-    curve = Curve(_curve_of(folder), images, labelled, Preprocess.for_size(size, images.background), width)
+    trained = (folder / manifest.NAME).exists()  # by a call that was killed before it had measured it
     try:
         water = HighWater(torch_device)
+        curve = Curve(_curve_of(folder), images, labelled, Preprocess.for_size(size, images.background), width, water)
         bundle = fit(
             images, folder, recipe, resume=True, device=device, devices=devices, watch=curve, progress=progress
         )
-        peak = round(water.read().peak)
+        peak = None if trained else round(water.read().peak)
         figures = rank_zero_only(measure)(bundle, labelled, torch_device, progress=progress) or {}
         figures |= {"peak_mb": peak, "curve": [*curve.read(), (figures["steps"], figures["knn"])] if figures else []}
     except MvmrError as error:
         if not any(words in str(error) for words in _DIVERGED):
             raise
-        figures = {"error": str(error).partition(";")[0]}
+        figures = {"error": str(error).partition(";")[0], "diverged": True}
     except Exception as error:  # of a method, out of memory among them: the other rows are not to blame
-        if isinstance(error, OSError) or is_disk_full(error):
+        if isinstance(error, OSError | ImportError) or is_disk_full(error) or _is_of_the_process(error):
             raise
         figures = {"error": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
     return figures | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+def _is_of_the_process(error: Exception) -> bool:
+    """Whether nothing that comes after it in this process can go well."""
+    broken = any(words in str(error) for words in ("CUDA error", "cuDNN error", "DataLoader worker"))
+    return broken and not isinstance(error, torch.OutOfMemoryError)
+
+
+def _may_succeed(result: Result) -> bool:
+    """Whether a failed run is worth another attempt: one that diverged would only diverge again."""
+    return "error" in result and not result.get("diverged")
 
 
 def _curve_of(folder: Path) -> Path:
@@ -258,6 +278,7 @@ def _estimate(left: int, seconds: float) -> str:
 def _publish(folder: Path, study: Study, settings: dict[str, Any], command: Sequence[str]) -> None:
     """Write the table, with its caption, and the pictures of all results there are."""
     results = read_results(folder)
+    command = ["mvmr", *study.command(list(dict.fromkeys(result["row"] for result in results))), *command]
     seeds = max(result["seed"] for result in results) + 1
     k = next((result["knn_k"] for result in results if "knn_k" in result), None)
     caption = (

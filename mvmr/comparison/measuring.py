@@ -6,16 +6,18 @@ import copy
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from mvmr.bundles.bundle import Bundle
 from mvmr.bundles.preprocess import Preprocess
+from mvmr.comparison.memory import HighWater
 from mvmr.data.image_set import ImageSet
 from mvmr.errors import MvmrError
 from mvmr.evaluation.protocols import Labelled, Measured
@@ -62,8 +64,11 @@ class Curve:
     same again.
     """
 
-    def __init__(self, file: Path, images: ImageSet, labelled: Labelled, preprocess: Preprocess, width: int) -> None:
-        self.file, self.images, self.labelled, self.preprocess, self.width = file, images, labelled, preprocess, width
+    def __init__(
+        self, file: Path, images: ImageSet, labelled: Labelled, preprocess: Preprocess, width: int, water: HighWater
+    ) -> None:
+        self.file, self.images, self.labelled, self.water = file, images, labelled, water
+        self.preprocess, self.width = preprocess, width
 
     def __call__(self, learner: Method, step: int, steps: int) -> None:
         """Measure the encoder as it would be served now; the learner stays as it is."""
@@ -71,7 +76,10 @@ class Curve:
             return
         if distributed.is_initialized() and distributed.get_rank():
             return
-        encoder = copy.deepcopy(learner.encoder)
+        with self.water.leave_out():
+            self._measure(copy.deepcopy(learner.encoder), step)
+
+    def _measure(self, encoder: nn.Module, step: int) -> None:
         device = next(encoder.parameters()).device
         recalibrate(encoder, self.images, self.preprocess, batch_size=_BATCH, workers=0, device=device)
         weights = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in encoder.state_dict().values()))
@@ -81,6 +89,7 @@ class Curve:
         except MvmrError:  # features that are not finite, of which the training's own end says more
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
+        cut(self.file)
         with self.file.open("a") as file:
             file.write(json.dumps({"step": step, "knn": figures["knn"]}) + "\n")
 
@@ -129,6 +138,12 @@ def spread(h: Tensor) -> float:
     Shapes: [N, D] -> a number.
     """
     return float(F.normalize(h, dim=1).std(0, correction=0).mean() * math.sqrt(h.shape[1]))
+
+
+def cut(path: Path) -> None:
+    """Take a last line away that was cut by a kill."""
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,8 @@ import ctypes
 import gc
 import resource
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ class HighWater:
 
     def __init__(self, device: str):
         gc.collect()
+        self._before = 0.0  # the peak until something was left out
         self.cuda = device == "cuda"
         if self.cuda:
             torch.cuda.synchronize()
@@ -48,9 +50,20 @@ class HighWater:
         elif (reset := Path("/proc/self/clear_refs")).exists():
             reset.write_text("5")
 
+    @contextmanager
+    def leave_out(self) -> Iterator[None]:
+        """What is done inside doesn't count."""
+        self._before = self._peak()
+        yield
+        self.forget()
+
+    def _peak(self) -> float:
+        now = float(torch.cuda.max_memory_allocated()) if self.cuda else _resident_high_water()
+        return max(self._before, now)
+
     def read(self) -> Memory:
         """The high-water mark since this object was made."""
-        peak = float(torch.cuda.max_memory_allocated()) if self.cuda else _resident_high_water()
+        peak = self._peak()
         base, peak, added = (round(v / _MIB, 2) for v in (self.base, peak, peak - self.base))
         kind = "torch.cuda.max_memory_allocated" if self.cuda else "resident set, high-water mark of a fresh process"
         return Memory(kind=kind, base=base, peak=peak, added=added)

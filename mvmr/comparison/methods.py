@@ -15,6 +15,7 @@ from mvmr.methods.table import METHODS
 
 RANDOM = Row("random encoder", ("method.name=simclr", "train.epochs=0"))
 _SECTIONS = ("student", "views", "method", "objective", "train")
+_COMMON = ("method.name", "train.seed", "views.background")
 
 
 def compare(
@@ -53,8 +54,8 @@ def compare(
     )
     changes = (*assign, *(() if epochs is None else (f"train.epochs={epochs}",)))
     study = Study(
-        kind="comparison", settings={}, arguments=("compare", "--methods", ",".join(row.label for row in rows)),
-        rows=(RANDOM, *rows), recipe=recipe, changes=changes,
+        kind="comparison", settings={}, command=_command, rows=(RANDOM, *rows), own=("method",), recipe=recipe,
+        changes=changes,
     )  # fmt: skip
     return carry_out(
         study, data, out, seeds=seeds, keep=keep, device=device, devices=devices, max_unreadable=max_unreadable,
@@ -62,11 +63,15 @@ def compare(
     )  # fmt: skip
 
 
+def _command(labels: Sequence[str]) -> list[str]:
+    return ["compare", "--methods", ",".join(label for label in labels if label != RANDOM.label)]
+
+
 def parse_methods(text: str) -> tuple[Row, ...]:
     """Rows of a comparison from ``NAME [KEY=VALUE ...], ...``; a key without a section is one of the method's.
 
     Raises:
-        MvmrError: an unknown method, a setting that is none, or the same row twice.
+        MvmrError: an unknown method, a setting that is none or can't be a row's own, or the same row twice.
     """
     rows = []
     for entry in re.split(r",(?![^\[{]*[\]}])", text):  # not inside [ ] and { }
@@ -74,8 +79,10 @@ def parse_methods(text: str) -> tuple[Row, ...]:
         if name not in METHODS:
             raise unknown("method", name, METHODS)
         if odd := [setting for setting in settings if not re.match(r"[\w.]+=.", setting)]:
-            raise MvmrError(f"method {name}: {odd[0]!r} is no KEY=VALUE, such as temperature=0.2")
+            raise MvmrError(f"method {name}: {odd[0]!r} is no KEY=VALUE, such as temperature=0.2 (without a space)")
         keys = [setting if setting.partition(".")[0] in _SECTIONS else f"method.{setting}" for setting in settings]
+        if common := [key for key in keys if key.partition("=")[0] in _COMMON]:
+            raise MvmrError(f"method {name}: {common[0].partition('=')[0]} is the same for all rows")
         rows.append(Row(" ".join([name, *settings]), (f"method.name={name}", *keys)))
     labels = [row.label for row in rows]
     if twice := [label for label in labels if labels.count(label) > 1]:

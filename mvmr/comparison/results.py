@@ -38,7 +38,7 @@ def read_results(out: str | os.PathLike[str]) -> list[Result]:
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], 1):
         try:
             result = json.loads(line)
-            results.setdefault(run_of(result), result)
+            results[run_of(result)] = result  # a later attempt counts
         except (ValueError, KeyError, TypeError) as error:
             raise MvmrError(f"{path}, line {number}, is no result: delete the line; its run is repeated") from error
     return list(results.values())

@@ -56,8 +56,10 @@ def silhouette(queries: np.ndarray, assigned: np.ndarray) -> dict[str, float]:
 
     Of more than 10,000 images, of so many that are drawn. Nothing where all are of one cluster, or each of its own.
     """
+    if len(queries) > _LARGEST:
+        drawn = np.random.default_rng(0).permutation(len(queries))[:_LARGEST]
+        queries, assigned = queries[drawn], assigned[drawn]
     if not 1 < len(np.unique(assigned)) < len(assigned):
         return {}
-    drawn = min(len(queries), _LARGEST)
-    score = silhouette_score(queries, assigned, metric="cosine", sample_size=drawn, random_state=0)
+    score = silhouette_score(queries, assigned, metric="cosine")
     return {"silhouette": float(score)}

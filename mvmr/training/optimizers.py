@@ -28,7 +28,8 @@ def build_optimizer(
     if exempt:
         groups.append({"params": [value for key, value in trained if key in exempt], "weight_decay": 0.0})
     if name == "lars":
-        from timm.optim import Lars  # here: timm takes a second to import
+        groups[0]["always_adapt"] = True  # else timm adapts what is decayed alone
+        from timm.optim.lars import Lars  # here: timm takes a second to import
 
         optimizer: Optimizer = Lars(groups, lr=lr, weight_decay=weight_decay, momentum=_MOMENTUM)
         return optimizer

@@ -37,7 +37,7 @@ from mvmr.training.checks import check_recipe, check_trainable, settle, side
 from mvmr.training.recipe import Recipe, load_recipe
 from mvmr.training.runs import RunFolder, claim, find_run, give_up
 from mvmr.training.targets import Batch, Targets, WithRows
-from mvmr.training.trainer import Precision, Watch, read, train
+from mvmr.training.trainer import Precision, Watch, leave_the_group, read, train
 from mvmr.training.views import Views, view_sides
 
 _RECALIBRATION_IMAGES = 16384
@@ -193,9 +193,10 @@ def _train(
         no_weight_decay={f"encoder.{name}" for name in backbone.no_weight_decay(learner.encoder)},
         features=partial(features_of, learner, images, preprocess, batch_size=recipe.train.batch_size, workers=workers),
     )  # fmt: skip
-    recalibrate(
-        learner.encoder, images, preprocess, batch_size=recipe.train.batch_size, workers=workers, device=fabric.device
-    )
+    served: nn.Module = learner.encoder
+    if recipe.method.has_classes and learner.projector is not None:
+        served = nn.Sequential(learner.encoder, learner.projector)
+    recalibrate(served, images, preprocess, batch_size=recipe.train.batch_size, workers=workers, device=fabric.device)
     if fabric.is_global_zero:
         save_student(
             run.path, learner.encoder, backbone, preprocess=preprocess,
@@ -236,8 +237,9 @@ def features_of(learner: Method, images: ImageSet, preprocess: Preprocess, *, ba
     """Features of all original views as they are now, [N, D] float32 on the CPU; training goes on as if never asked."""
     device = next(learner.parameters()).device
     loader = DataLoader(
-        Originals(images, preprocess), batch_size=batch_size, num_workers=workers, generator=torch.Generator()
-    )
+        Originals(images, preprocess), batch_size=batch_size, num_workers=workers, worker_init_fn=leave_the_group,
+        generator=torch.Generator(),
+    )  # fmt: skip
     learner.eval()
     rows = [learner.features(batch.to(device)).float().cpu() for batch in read(loader)]
     learner.train()
@@ -247,7 +249,7 @@ def features_of(learner: Method, images: ImageSet, preprocess: Preprocess, *, ba
 def recalibrate(
     encoder: nn.Module, images: ImageSet, preprocess: Preprocess, *, batch_size: int, workers: int, device: torch.device
 ) -> None:
-    """Set the encoder's batch-norm statistics to those of original views, the only kind it is served.
+    """Set an encoder's batch-norm statistics to those of original views, the only kind it is served.
 
     In training they are running averages over both views, and lag behind the weights.
     """

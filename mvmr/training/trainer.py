@@ -8,12 +8,13 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mvmr.cores import usable_cores
@@ -181,7 +182,8 @@ def train(
     ):
         while step < steps:
             if step % per_epoch == 0:
-                learner.before_epoch(step // per_epoch, features)
+                learner.before_epoch(step // per_epoch, partial(_finite, features, step, folder))
+                share_state(learner)
             lr = learning_rate(config, step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -192,7 +194,7 @@ def train(
                     terms, h, outputs = module(batch, target)
                     terms |= regularise(regulariser, h, target)
                     loss = torch.stack(list(terms.values())).sum()
-                    if not torch.isfinite(loss):
+                    if _on_any_rank(not torch.isfinite(loss), fabric):
                         raise _not_finite(terms, step, folder)
                     fabric.backward(loss / config.accumulate)
                 loss, terms = loss.detach(), {name: term.detach() for name, term in terms.items()}
@@ -235,7 +237,21 @@ def _on_any_rank(requested: bool, fabric: Fabric) -> bool:
     return bool(fabric.all_reduce(torch.tensor(float(requested), device=fabric.device), reduce_op="sum"))
 
 
-def _leave_the_group(worker: int) -> None:
+def share_state(learner: Method) -> None:
+    """Give all ranks what the first one found between epochs: each computes it, in its own roundings and statistics."""
+    if distributed.is_initialized():
+        for value in learner.state_dict().values():
+            distributed.broadcast(value, src=0)
+
+
+def _finite(features: Callable[[], Tensor], step: int, folder: Path) -> Tensor:
+    rows = features()
+    if not torch.isfinite(rows).all():
+        raise MvmrError(f"features are not finite at step {step}; {checkpoint.cure(folder)}")
+    return rows
+
+
+def leave_the_group(worker: int) -> None:
     """A terminal's Ctrl-C goes to the whole process group; a worker must live until the step is done."""
     os.setpgid(0, 0)
 
@@ -264,7 +280,7 @@ def _loader(views: Dataset[Batch], config: TrainConfig, fabric: Fabric, *, start
     workers = usable_cores() if config.workers is None else config.workers
     loader = DataLoader(
         views, batch_sampler=order, num_workers=workers, pin_memory=fabric.device.type == "cuda",
-        prefetch_factor=4 if workers else None, worker_init_fn=_leave_the_group,
+        prefetch_factor=4 if workers else None, worker_init_fn=leave_the_group,
         generator=torch.Generator(),  # else the loader draws a seed from the global generator
     )  # fmt: skip
     return fabric.setup_dataloaders(loader, use_distributed_sampler=False)

@@ -14,7 +14,7 @@ from torch import nn
 
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.comparison import engine
-from mvmr.comparison.measuring import collapse, measure, spread
+from mvmr.comparison.measuring import collapse, cut, measure, read_lines, spread
 from mvmr.comparison.methods import compare, parse_methods
 from mvmr.comparison.results import read_results
 from mvmr.data import open_images
@@ -77,6 +77,10 @@ def test_a_row_is_a_method_with_settings_of_its_own() -> None:
         ("simclr,,byol", {}, "unknown method ''"),
         ("simclr,byol,simclr", {}, "'simclr' is named twice"),
         ("simclr hot", {}, "method simclr: 'hot' is no KEY=VALUE"),
+        ("simclr projector=[8, 8]", {}, r"'8\]' is no KEY=VALUE, .* \(without a space\)"),
+        ("simclr views.background=[0,0,0]", {}, r"views\.background is the same for all rows"),
+        ("simclr train.seed=3", {}, r"train\.seed is the same for all rows"),
+        ("simclr", {"devices": 3}, "batch_size = 20: give a multiple of the 3 devices"),
         ("simclr temprature=1", {}, "unknown key 'method.temprature', did you mean 'temperature'"),
         ("swav prototypes=61 local=0", {}, "prototypes = 61, of 60 images: give 60 or fewer"),
         ("simclr", {"seeds": 0}, "seeds = 0: give 1 or more"),
@@ -161,16 +165,56 @@ def test_methods_and_seeds_are_added_and_a_broken_method_loses_no_other(
     failures = [(result["row"], result["seed"]) for result in results if "error" in result]
     assert failures == [("simclr", 0), (LABELS[1], 1), ("simclr", 1)]
     assert results[2]["error"] == "OutOfMemoryError: tried to allocate 80 GiB"
-    assert "| failed" in (out / "table.md").read_text()
+    table = (out / "table.md").read_text()
+    assert "| failed" in table
+    assert f"--methods '{LABELS[1]},simclr,byol projector=[8,8] predictor=[8,8]'" in table  # of both calls
+    again = run(out, photos, "simclr projector=[8]", seeds=1)  # and simclr is not among these
+    assert [result["row"] for result in again if "error" in result] == ["simclr", LABELS[1], "simclr"]
+    mended = run(out, photos, f"{LABELS[1]}", seeds=2)
+    assert [result["row"] for result in mended if "error" in result] == ["simclr", "simclr"]
+    assert [(result["row"], result["seed"]) for result in mended[:8]] == [
+        (result["row"], result["seed"]) for result in results
+    ]
 
 
-def test_a_full_disk_is_no_methods_fault(photos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+        ImportError("no such module"),
+    ],
+)
+def test_what_befalls_the_process_is_no_methods_fault(
+    photos: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise error
 
-    monkeypatch.setattr(engine, "fit", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(engine, "fit", broken)
+    with pytest.raises(type(error), match=str(error.args[-1])[:12]):
         run(tmp_path / "out", photos, "simclr")
+    assert read_results(tmp_path / "out") == []
+
+
+def test_a_line_of_a_curve_cut_by_a_kill_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "curve.jsonl"
+    path.write_text('{"step": 1, "knn": 5.0}\n{"step": 2, "kn')
+    assert read_lines(path) == [{"step": 1, "knn": 5.0}]
+    cut(path)
+    with path.open("a") as file:
+        file.write('{"step": 2, "knn": 6.0}\n')
+    assert [line["step"] for line in read_lines(path)] == [1, 2]
+
+
+@pytest.mark.slow
+def test_a_term_beside_the_methods_is_common_to_all(photos: str, tmp_path: Path) -> None:
+    results = compare(
+        "simclr projector=[16,8]", photos, tmp_path / "out", epochs=1, device="cpu",
+        assign=[*TINY, "objective.representations.local_std=0.5"],
+    )  # fmt: skip
+    assert [result["row"] for result in results] == LABELS[:2]
 
 
 # -- collapse

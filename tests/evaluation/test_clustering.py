@@ -57,6 +57,15 @@ def test_random_clusters_are_worth_nothing() -> None:
     assert figures["accuracy"] < 25
 
 
+def test_a_cluster_that_no_drawn_image_has_leaves_no_silhouette(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mvmr.evaluation.clustering._LARGEST", 40)
+    rows = np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32)
+    drawn = np.random.default_rng(0).permutation(60)[:40]
+    left_out = np.setdiff1d(np.arange(60), drawn)
+    assert silhouette(rows, np.isin(np.arange(60), left_out[:1]).astype(np.int64)) == {}
+    assert "silhouette" in silhouette(rows, np.isin(np.arange(60), drawn[:3]).astype(np.int64))
+
+
 def test_equal_features_are_one_cluster_and_have_no_silhouette() -> None:
     rows = np.ones((12, 3), np.float32)
     assigned = cluster(rows, rows, 3)

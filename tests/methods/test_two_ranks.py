@@ -13,9 +13,9 @@ from mvmr.bundles.preprocess import Preprocess
 from mvmr.methods.method import Method, Setting
 from mvmr.methods.regulariser import RegulariserConfig, regularise
 from mvmr.methods.table import CONFIGS, METHODS, build_method
-from tests.methods.two_ranks import RANKS
+from tests.methods.two_ranks import RANKS, WIDTH
 
-SIZE, WIDTH, BATCH = 8, 12, 8
+SIZE, BATCH = 8, 8
 # Any batch norm is in evaluation mode: each device has statistics of its own.
 SETTINGS: dict[str, dict[str, Any]] = {
     "mvmr": {"projector": (8,), "representations": {"pixels": 1.0}, "decorrelation": 0.5},
@@ -79,11 +79,18 @@ def test_two_ranks_compute_the_gradient_of_the_whole_batch(folder: Path, case: s
     loss = torch.stack(list((terms | regularise(regulariser, h, targets)).values())).sum()
     loss.backward()
     for rank in range(RANKS):
-        theirs, gradients = torch.load(folder / f"{case}-{rank}.pt", weights_only=True)
+        theirs, gradients, _ = torch.load(folder / f"{case}-{rank}.pt", weights_only=True)
         torch.testing.assert_close(theirs, loss.detach(), rtol=1e-5, atol=1e-5)
         for key, parameter in method.named_parameters():
             if parameter.requires_grad:
                 torch.testing.assert_close(gradients[key], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_found_between_epochs_is_the_same_on_all_ranks(folder: Path, case: str) -> None:
+    states = [torch.load(folder / f"{case}-{rank}.pt", weights_only=True)[2] for rank in range(RANKS)]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 
 def test_every_method_is_here() -> None:

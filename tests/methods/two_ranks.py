@@ -1,11 +1,13 @@
 """Two processes compute the gradients of one batch between them, for one method after the other.
 
 Usage: two_ranks.py FOLDER; FOLDER/NAME.pt holds (method, regulariser, views, targets), and what rank N found of it is
-written to FOLDER/NAME-N.pt: (loss, gradients by parameter). A process of its own, without threads, because it forks.
+written to FOLDER/NAME-N.pt: (loss, gradients by parameter, state after the next epoch has begun). A process of its own,
+without threads, because it forks.
 """
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,8 +15,9 @@ import torch.distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from mvmr.methods.regulariser import regularise
+from mvmr.training.trainer import share_state
 
-RANKS = 2
+RANKS, WIDTH = 2, 12
 
 
 def work(rank: int, folder: Path, names: list[str]) -> None:
@@ -30,7 +33,9 @@ def work(rank: int, folder: Path, names: list[str]) -> None:
         gradients = {key: value.grad for key, value in method.named_parameters() if value.requires_grad}
         loss = loss.detach() / RANKS
         torch.distributed.all_reduce(loss)  # the mean of what the ranks say
-        torch.save((loss, gradients), folder / f"{name}-{rank}.pt")
+        method.before_epoch(1, partial(torch.randn, 16, WIDTH, generator=torch.Generator().manual_seed(rank)))
+        share_state(method)
+        torch.save((loss, gradients, method.state_dict()), folder / f"{name}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 

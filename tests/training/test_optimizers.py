@@ -51,6 +51,15 @@ def test_lars_adapts_and_decays_matrices_alone() -> None:
             torch.testing.assert_close(after, before - LR * gradient)
 
 
+def test_lars_adapts_without_decay_too() -> None:
+    model = module()
+    before, gradient = model[0].weight.detach().clone(), model[0].weight.grad
+    build_optimizer("lars", model, lr=LR, weight_decay=0.0, no_weight_decay=(), fused=False).step()
+    assert gradient is not None
+    expected = before - LR * 0.001 * before.norm() / gradient.norm() * gradient
+    torch.testing.assert_close(model[0].weight.detach(), expected)
+
+
 def test_momentum_is_nine_tenths() -> None:
     model = module()
     optimizer = build_optimizer("sgd", model, lr=LR, weight_decay=0.0, no_weight_decay=(), fused=False)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _ITERATIONS = 20
+_ROWS = 2**16  # compared with all means at once
 _APART = 1e-3  # of the halves of a cluster that is split, as a share of their length
 
 
@@ -37,7 +38,7 @@ def fill_empty(means: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     Shapes: means [K, D] and rows [N, D] of norm 1 -> means [K, D], cluster of each row int64 [N].
     """
     means, generator = means.clone(), torch.Generator().manual_seed(0)
-    assigned = (rows @ means.T).argmax(1)
+    assigned = torch.cat([(part @ means.T).argmax(1) for part in rows.split(_ROWS)])
     for _ in range(len(means)):
         counts = torch.bincount(assigned, minlength=len(means))
         empty, fullest = int(counts.argmin()), int(counts.argmax())
