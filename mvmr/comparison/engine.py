@@ -79,6 +79,14 @@ class Study:
         """The labels of its rows."""
         return tuple(row.label for row in self.rows)
 
+    def common(self) -> Recipe:
+        """A recipe of which all but the rows' own sections is that of all rows; its method is some row's.
+
+        Raises: MvmrError: a recipe that can't be.
+        """
+        methods = [part for row in self.rows for part in row.assignments if part.startswith("method.name=")]
+        return load_recipe(self.recipe, "mvmr", [*self.changes, *methods[:1]])
+
     def recipes(self, seeds: int) -> dict[tuple[str, int], Recipe]:
         """The recipe of each run, by label and seed: all rows under seed 0 first.
 
@@ -124,9 +132,7 @@ def carry_out(
     """
     folder = Path(out)
     runs = study.recipes(seeds)
-    common = load_recipe(
-        study.recipe, "mvmr", [*study.changes, *study.rows[0].assignments] if study.own else study.changes
-    )
+    common = study.common()
     background = common.views.background
     images = open_images(data, "unlabelled", background=background, max_unreadable=max_unreadable, progress=progress)
     labelled = open_labelled(data, background=background, max_unreadable=max_unreadable, progress=progress)

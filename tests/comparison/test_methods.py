@@ -122,6 +122,9 @@ def test_all_methods_and_a_random_encoder_are_measured(finished: Path) -> None:
         assert 1 <= result["rank"] <= 60
         assert 0 < result["spread"] <= 1
         assert result["dcor"] > result["dcor_null"]
+    settings = json.loads((finished / "comparison.json").read_text())
+    assert settings["epochs"] == 2
+    assert "method" not in settings["recipe"]
     table = (finished / "table.md").read_text()
     assert all(f"\n| {label} |" in table for label in LABELS)
     assert "`mvmr compare --methods " in table
