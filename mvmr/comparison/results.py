@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ _MORE = {
     "peak_mb": "peak MB",
 }
 _DIGITS = {"spread": 2, "dcor": 2, "train_seconds": 0, "peak_mb": 0}  # behind the point; else 1
+_LONGEST = 45  # characters to a line of a label
 
 
 def read_results(out: str | os.PathLike[str]) -> list[Result]:
@@ -92,7 +94,7 @@ def plot(results: Sequence[Result], path: str | os.PathLike[str], order: Sequenc
     for y, runs in enumerate(by_row.values()):
         if all("error" in result for result in runs):
             axes.text(0.01, y, "failed", transform=axes.get_yaxis_transform(), va="center", color="firebrick")
-    axes.set_yticks(range(len(by_row)), list(by_row))
+    axes.set_yticks(range(len(by_row)), [_wrapped(label) for label in by_row])
     axes.set_ylim(len(by_row) - 0.5, -0.5)
     axes.set_xlabel("top-1 on the test split (%)")
     axes.grid(linewidth=0.4)
@@ -104,9 +106,10 @@ def plot_curves(results: Sequence[Result], path: str | os.PathLike[str], order: 
     """Write an SVG: kNN accuracy of each row, mean over seeds, against images seen and against seconds of training."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    by_row = _by_row(results, order)
+    figure = Figure(figsize=(9, 4.5 + 0.2 * len(by_row)), layout="constrained")
     sides = figure.subplots(1, 2, sharey=True)
-    for number, (label, runs) in enumerate(_by_row(results, order).items()):
+    for number, (label, runs) in enumerate(by_row.items()):
         runs = [result for result in runs if result.get("curve") and result.get("images")]
         if not runs:
             continue
@@ -116,14 +119,19 @@ def plot_curves(results: Sequence[Result], path: str | os.PathLike[str], order: 
         for axes, key in zip(sides, ("images", "train_seconds"), strict=True):
             total = float(np.mean([result[key] for result in runs]))
             style = ("-", "--", ":")[number // 10 % 3]  # there are ten colours
-            axes.plot(steps / steps[-1] * total, accuracy, style, marker="o", markersize=3, label=label)
+            axes.plot(steps / steps[-1] * total, accuracy, style, marker="o", markersize=3, label=_wrapped(label))
     for axes, title in zip(sides, ("images seen", "seconds of training"), strict=True):
         axes.set_xlabel(title)
         axes.grid(linewidth=0.4)
     sides[0].set_ylabel("kNN top-1 on the test split (%)")
     handles, labels = sides[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize="small")
+    figure.legend(handles, labels, loc="outside lower left", ncols=2, frameon=False, fontsize="small")
     _save(figure, path)
+
+
+def _wrapped(label: str) -> str:
+    """A label in lines that leave room for the figures."""
+    return "\n".join(textwrap.wrap(label, _LONGEST, break_long_words=False))
 
 
 def _save(figure: Any, path: str | os.PathLike[str]) -> None:
