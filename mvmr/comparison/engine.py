@@ -163,7 +163,7 @@ def carry_out(
                     failed.add((label, seed))  # what it has learned stays for the next attempt
                 if "error" in result:
                     _say(f"{label}, seed {seed} failed: {result['error']}", shown=progress)
-                elif first and (left := len(runs.keys() - done)):
+                elif first and result.get("steps") and (left := len(runs.keys() - done)):  # one that was trained
                     _say(_estimate(left, result["seconds"]), shown=progress)
                     first = False
             if not (keep or (label, seed) in failed):
