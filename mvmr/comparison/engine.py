@@ -94,11 +94,13 @@ class Study:
         """
         if seeds < 1:
             raise MvmrError(f"seeds = {seeds}: give 1 or more")
-        return {
-            (row.label, seed): load_recipe(self.recipe, "mvmr", [*self.changes, *row.assignments, f"train.seed={seed}"])
-            for seed in range(seeds)
-            for row in self.rows
-        }
+        return {(row.label, seed): self._recipe(row, seed) for seed in range(seeds) for row in self.rows}
+
+    def _recipe(self, row: Row, seed: int) -> Recipe:
+        try:
+            return load_recipe(self.recipe, "mvmr", [*self.changes, *row.assignments, f"train.seed={seed}"])
+        except MvmrError as error:
+            raise MvmrError(f"row {row.label!r}: {error}") from error
 
 
 def carry_out(

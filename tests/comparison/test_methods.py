@@ -81,7 +81,7 @@ def test_a_row_is_a_method_with_settings_of_its_own() -> None:
         ("simclr views.background=[0,0,0]", {}, r"views\.background is the same for all rows"),
         ("simclr train.seed=3", {}, r"train\.seed is the same for all rows"),
         ("simclr", {"devices": 3}, "batch_size = 20: give a multiple of the 3 devices"),
-        ("simclr temprature=1", {}, "unknown key 'method.temprature', did you mean 'temperature'"),
+        ("simclr temprature=1", {}, "row 'simclr temprature=1': .*unknown key 'method.temprature', did you mean"),
         ("swav prototypes=61 local=0", {}, "prototypes = 61, of 60 images: give 60 or fewer"),
         ("simclr", {"seeds": 0}, "seeds = 0: give 1 or more"),
         ("simclr", {"device": "cpuu"}, "cannot use 1 of device 'cpuu'"),
