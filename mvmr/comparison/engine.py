@@ -295,8 +295,8 @@ def _publish(folder: Path, study: Study, settings: dict[str, Any], command: Sequ
         f"split, by which nothing was chosen; kNN with k = {k}. Mean ± sample standard deviation over seeds; the "
         "best is bold. Rank (effective rank), spread (1: features fill the sphere evenly) and dCor (unbiased "
         "dependence of two views' features, and in brackets that of shuffled pairs) are of test features. Rank 1 or "
-        "spread 0 is a collapse; where dCor is no more than the brackets, two views of an image have nothing in common, "
-        "by a collapse or because so little of the image is in them. Seconds are of the training alone."
+        "spread 0 is a collapse; where dCor is no more than the brackets, two views of an image have nothing in "
+        "common, by a collapse or because so little of the image is in them. Seconds are of the training alone."
     )
     write_text(folder / TABLE, f"{table(results, study.order)}\n{caption}\n")
     plot(results, folder / PLOT, study.order)
