@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mvmr.errors import MvmrError
-from mvmr.methods.parts.dependence import Estimator, distance_correlation
+from mvmr.methods.parts.dependence import Estimator, centred_distances, correlate
 from mvmr.methods.parts.gathering import gather
 from mvmr.representations import AUGMENTED_PIXELS
 
@@ -53,9 +53,9 @@ def regularise(config: RegulariserConfig, h: Tensor, targets: Mapping[str, Tenso
     if not config.targets:
         return {}
     with torch.autocast(h.device.type, enabled=False):
-        everyone = gather(h.float())
-        return {
-            f"dcor.{name}": config.representations[name]
-            * (1 - distance_correlation(everyone, gather(targets[name].float()), estimator=config.estimator))
-            for name in config.targets
-        }
+        a = centred_distances(gather(h.float()), config.estimator)
+        terms = {}
+        for name in config.targets:
+            b = centred_distances(gather(targets[name].float()), config.estimator)
+            terms[f"dcor.{name}"] = config.representations[name] * (1 - correlate(a, b, config.estimator))
+        return terms

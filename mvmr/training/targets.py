@@ -31,7 +31,10 @@ def check_targets(names: Sequence[str], teachers: Collection[str], recipe: str) 
         if name not in (*teachers, *HAND_CRAFTED, AUGMENTED_PIXELS):
             raise unknown("representation", name, (*HAND_CRAFTED, AUGMENTED_PIXELS, *teachers))
     if unused := sorted(set(teachers) - set(names)):
-        raise MvmrError(f"recipe {recipe} has no use for a {unused[0]}: take another, or run `mvmr pretrain`")
+        raise MvmrError(
+            f"recipe {recipe} has no use for a {unused[0]}: take another, "
+            f"give [objective.representations] {unused[0]} = 1, or run `mvmr pretrain`"
+        )
 
 
 class Targets:
