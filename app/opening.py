@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mvmr.app.embedders.embedder import TEACHER
@@ -34,7 +34,8 @@ def open_workbench(
 
     Args:
         bundle: None takes the newest below runs/, unless there is a service.
-        teacher, pretrained: as `mvmr report` takes them; one that can't be had leaves the app without its side.
+        teacher, pretrained: as `mvmr report` takes them; one that can't be had leaves the app without its side. Of a
+            bundle of several the first is shown, where none is named.
         gallery: as of `Gallery.open`; None takes the data the bundle was trained on.
         service: URL of an embedding service, in the place of the bundle's student.
 
@@ -47,11 +48,13 @@ def open_workbench(
     engines = Engines(opened, device=device, service=service, api_key=api_key)
     spec = os.fspath(gallery) if gallery else _training_data(opened)
     images = Gallery.open(spec, background=engines.background, limit=limit, progress=progress)
-    side, reason = _teacher(opened, teacher, pretrained, device)
+    named, others = (teacher, ()) if teacher is not None or opened is None else _first_of_several(opened)
+    side, reason = _teacher(opened, named, pretrained, device)
     if progress:
+        also = f"; also distilled from {', '.join(others)}: --teacher {others[0]}" if others else ""
         say_plan(
             student=f"{engines.name} ({engines.choices[0].label})",
-            teacher=reason if side is None else side.label,
+            teacher=(reason if side is None else side.label) + also,
             gallery=f"{images.name}, {len(images):,} images",
         )
     bench = Workbench(
@@ -87,6 +90,13 @@ def _teacher(
         return load_teacher(bundle, teacher, pretrained, device), ""
     except MvmrError as error:
         return None, str(error)
+
+
+def _first_of_several(bundle: Bundle) -> tuple[str | None, Sequence[str]]:
+    """The first teacher that a bundle of several records, by name, and the others; none is named where there is one."""
+    teachers = bundle.manifest.training.get("teachers")
+    names = list(teachers) if isinstance(teachers, Mapping) else []
+    return (None, ()) if len(names) < 2 or TEACHER in names else (names[0], names[1:])
 
 
 def _training_data(bundle: Bundle | None) -> str:

@@ -55,7 +55,7 @@ SIZES = {
 def ours(estimator: Estimator) -> Loss:
     """The dependence terms of :class:`mvmr.methods.objective.Objective`, and no other."""
     config = ObjectiveConfig(invariance=0, variance=0, representations={"teacher": 1.0}, estimator=estimator)
-    objective = Objective(config, feature_dim=1, statistics={})
+    objective = Objective(config)
 
     def loss(z: Tensor, za: Tensor, teacher: Tensor) -> Tensor:
         terms = objective(Embeddings(z, za, z, za), {"teacher": teacher})

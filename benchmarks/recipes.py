@@ -16,14 +16,12 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import click
 import torch
-from objectives import Observed
 from trials import DISTIL, PRETRAIN, SETS, Trial, splits_of, teacher_of
 
 from mvmr import __version__
@@ -31,7 +29,6 @@ from mvmr.bundles.preprocess import Preprocess
 from mvmr.config import assign, parse
 from mvmr.errors import MvmrError
 from mvmr.evaluation.protocols import Labelled, Measured
-from mvmr.methods import mvmr as mvmr_method
 from mvmr.models.student import Student
 from mvmr.models.table import open_backbone
 from mvmr.representations import Pretrained, Representation
@@ -43,12 +40,12 @@ RUNS = Path(__file__).resolve().parents[1] / "runs" / "trials"
 TRIALS = {"distil": DISTIL, "pretrain": PRETRAIN}
 BASELINE = {"distil": "regression", "pretrain": "paper"}
 COMMON = {
-    "student": {"backbone": "resnet18"},
     "train": {"batch_size": 64, "lr": 1e-3, "workers": 0, "checkpoint_steps": 10**9},
 }
 _NEIGHBOURS = 5
 _MEASURED = ("linear", "knn")
-_KEY = ("kind", "set", "teacher", "trial", "seed", "size", "split", "device")
+_KEY = ("kind", "set", "teacher", "trial", "seed", "size", "split", "device", "student")
+_STUDENT = "resnet18"  # of results that name none
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -62,18 +59,19 @@ def _numbers(text: str) -> tuple[int, ...]:
 @click.option("--seeds", default="0,1,2", show_default=True, type=_numbers)
 @click.option("--only", multiple=True, help="Trials of this name; may be given several times.")
 @click.option("--size", default=32, show_default=True, help="Side of the images in pixels.")
+@click.option("--student", default=_STUDENT, show_default=True, help="Its backbone.")
 @click.option("--test", is_flag=True, help="Train on the whole training split, and read the test split.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--threads", default=1, show_default=True)
 @click.option("--table", is_flag=True, help="Print what has been measured, as Markdown, and stop.")
 def main(
-    kind: str, sets: str, teachers: str | None, seeds: tuple[int, ...], only: tuple[str, ...], size: int, test: bool,
-    device: str, threads: int, table: bool,
+    kind: str, sets: str, teachers: str | None, seeds: tuple[int, ...], only: tuple[str, ...], size: int,
+    student: str, test: bool, device: str, threads: int, table: bool,
 ) -> None:  # fmt: skip
     """Run the trials of KIND that have not been run yet, and append their results."""
     split, chosen = "test" if test else "validation", sets.split(",")
     if table:
-        print_tables(kind, size, split)
+        print_tables(kind, size, split, student)
         return
     torch.set_num_threads(threads)
     try:
@@ -92,7 +90,9 @@ def main(
                 for name in chosen:
                     named = SETS[name].teachers if kind == "distil" else ("none",)
                     for teacher in named if teachers is None else [t for t in named if t in teachers.split(",")]:
-                        key = dict(zip(_KEY, (kind, name, teacher, label, seed, size, split, device), strict=True))
+                        key = dict(
+                            zip(_KEY, (kind, name, teacher, label, seed, size, split, device, student), strict=True)
+                        )
                         carry_out(key, TRIALS[kind][label])
     except MvmrError as error:
         raise click.ClickException(str(error)) from error
@@ -114,17 +114,16 @@ def measure(key: dict[str, Any], trial: Trial | None, *, device: str = "cpu") ->
     data, seed = Labelled.of(train, held), key["seed"]
     teacher = None if key["teacher"] == "none" else teacher_of(key["teacher"], train, seed, RUNS)
     if trial is None:
-        return score(teacher or random_encoder(key["size"], seed, data), data)
+        return score(teacher or random_encoder(key, data), data)
     epochs = SETS[key["set"]].epochs * trial.epochs
     where = [f"train.seed={seed}", f"train.epochs={epochs}", f"views.size={key['size']}"]
+    where.append(f"student.backbone={key['student']}")
     recipe = parse(Recipe, assign(COMMON, [*trial.assign.split(), *where]), where="trial")
     teachers: dict[str, Pretrained] = {}
     if teacher is not None:
         teachers = {name: change(teacher, train) for name, change in trial.teachers.items()}
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as patches:
-        observed = partial(Observed, steps=recipe.train.steps(len(train)), **trial.objective)
-        patches.enter_context(patch.object(mvmr_method, "Objective", observed))
         if trial.crop is not None:
             patches.enter_context(patch.object(views, "CROP_AREA", (trial.crop, 1.0)))
         bundle = pretraining.fit(train, Path(scratch) / "bundle", recipe, teachers=teachers, device=device)
@@ -141,9 +140,11 @@ def measure(key: dict[str, Any], trial: Trial | None, *, device: str = "cpu") ->
     )
 
 
-def random_encoder(size: int, seed: int, data: Labelled) -> Student:
+def random_encoder(key: Mapping[str, Any], data: Labelled) -> Student:
     """A student that was not trained but for its batch-norm statistics."""
-    backbone = open_backbone(parse(Recipe, COMMON, where="trial").student, size)
+    size, seed = key["size"], key["seed"]
+    recipe = parse(Recipe, assign(COMMON, [f"student.backbone={key['student']}"]), where="trial")
+    backbone = open_backbone(recipe.student, size)
     preprocess = Preprocess.for_size(size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -162,21 +163,22 @@ def score(representation: Representation, data: Labelled) -> dict[str, float]:
 
 def read() -> list[dict[str, Any]]:
     """The results so far."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    return [{"student": _STUDENT} | json.loads(line) for line in lines]
 
 
 Run = tuple[str, int]  # device and seed
 Runs = dict[str, dict[Run, dict[str, Any]]]  # trial -> run -> result
 
 
-def print_tables(kind: str, size: int, split: str) -> None:
+def print_tables(kind: str, size: int, split: str, student: str) -> None:
     """What each trial gains over the baseline, then the same set by set for those that have run on every set.
 
     Gains are taken run by run, on the same device and seed; a set with its teacher counts once, however often it ran.
     """
     combos: dict[tuple[str, str], Runs] = defaultdict(lambda: defaultdict(dict))
     for record in read():
-        if (record["kind"], record["size"], record["split"]) == (kind, size, split):
+        if (record["kind"], record["size"], record["split"], record["student"]) == (kind, size, split, student):
             run = record["device"], record["seed"]
             combos[record["set"], record["teacher"]][record["trial"]][run] = record
     base = BASELINE[kind]
@@ -205,34 +207,6 @@ def print_tables(kind: str, size: int, split: str) -> None:
     for name, of in combos.items():
         cells = [_cell(of, label, base) for label in (base, *shown_labels)]
         print(f"| {', '.join(_named(name))} | {' | '.join(cells)} |")
-    if kind == "distil":
-        print_pulls(combos)
-
-
-def print_pulls(combos: Mapping[tuple[str, str], Runs]) -> None:
-    """What dependence does to the regression, from the last batch of each run: means over the runs."""
-    columns = (
-        "set", "regression's error, without / with 1.0 dCor", "effective rank of h",
-        "dCor reached with weight 0 / 0.1 / 1", "dCor's pull, in regression's", "cosine of the two",
-    )  # fmt: skip
-    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    labels = (BASELINE["distil"], "regression + 0.1 dCor", "regression + 1.0 dCor")
-    for name, of in combos.items():
-        without, little, much = (list(of.get(label, {}).values()) for label in labels)
-        if not (without and little and much) or "pull.cosine" not in much[0]:
-            continue
-
-        def mean(runs: Sequence[dict[str, Any]], key: str) -> float:
-            return statistics.mean(run[key] for run in runs)
-
-        error, rank = (
-            f"{mean(without, key):.{digits}f} / {mean(much, key):.{digits}f}"
-            for key, digits in (("regression.teacher", 2), ("rank_h", 0))
-        )
-        reached = " / ".join(f"{mean(runs, 'unbiased.teacher'):.2f}" for runs in (without, little, much))
-        pull = mean(much, "pull.dcor.teacher") / mean(much, "pull.regression.teacher")
-        cosine = mean(much, "pull.cosine")
-        print(f"| {', '.join(_named(name))} | {error} | {rank} | {reached} | {pull:.1f} | {cosine:.2f} |")
 
 
 def _named(combo: tuple[str, str]) -> list[str]:

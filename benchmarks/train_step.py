@@ -28,7 +28,7 @@ from lightning_fabric import Fabric
 from measure import ratio
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mvmr.bundles import weights
@@ -38,7 +38,6 @@ from mvmr.config import to_mapping
 from mvmr.distillation.teachers.clip import ClipTeacher
 from mvmr.errors import MvmrError, unknown
 from mvmr.methods.method import Method, Setting
-from mvmr.methods.objective import Embeddings
 from mvmr.methods.table import build_method
 from mvmr.models.table import open_backbone
 from mvmr.models.torchvision_resnet import NAMES
@@ -113,6 +112,17 @@ CHANGES = {
 }
 
 
+class _Given(nn.Module):
+    """Features in the place of an encoder's."""
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(rows)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.rows
+
+
 class Bench:
     """Learners, a batch, its targets and the teacher, on the device; used by every case in ``cases``."""
 
@@ -148,15 +158,12 @@ class Bench:
                 rows[name] = hand_crafted(name, Preprocess.for_size(self.setup.size))(self.original)
         return rows
 
-    def _learner(self) -> Method:
-        """What `pretraining.build_learner` builds, with targets taken to be standardised already."""
+    def _learner(self, encoder: nn.Module | None = None) -> Method:
+        """What `pretraining.build_learner` builds of images that are those of the batch."""
         recipe, backbone = self.setup.recipe, open_backbone(self.setup.recipe.student, self.setup.size)
-        width = backbone.width
-        statistics = {name: (torch.zeros(row.shape[1]), torch.ones(row.shape[1])) for name, row in self.rows.items()}
-        preprocess = Preprocess.for_size(self.setup.size)
-        setting = Setting(width, preprocess, self.setup.batch, statistics)
-        learner = build_method(recipe.method, backbone.build(), setting)
-        return learner.to(self.setup.device)
+        rows = {name: row.cpu().numpy() for name, row in self.rows.items()}
+        setting = Setting(backbone.width, Preprocess.for_size(self.setup.size), self.setup.batch, rows)
+        return build_method(recipe.method, encoder or backbone.build(), setting).to(self.setup.device)
 
     def step(self, case: Case) -> Callable[[], None]:
         """A function that does one step, with an optimiser of its own."""
@@ -182,17 +189,13 @@ class Bench:
         return step
 
     def objective(self) -> Callable[[], object]:
-        """The objective's forward and backward alone, on features and projections of the step's own shapes."""
-        learner, device = next(iter(self.learners.values())), self.setup.device
+        """Forward and backward of all that is not the encoder, on features of the step's own shape."""
         width = open_backbone(self.setup.recipe.student, self.setup.size).width
-        h, ha = torch.randn(2, self.setup.batch, width, device=device)
-        with torch.no_grad():
-            z, za = learner.projector(h), learner.projector(ha)
-        views = Embeddings(*(t.detach().requires_grad_() for t in (h, ha, z, za)))
-        trained = (*views, *learner.objective.parameters())
+        learner = self._learner(_Given(torch.randn(self.setup.batch, width)))
+        trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
 
         def once() -> object:
-            terms = learner.objective(views, self.rows)
+            terms, _, _ = learner({"original": self.original, "augmented": self.augmented}, self.rows)
             return torch.autograd.grad(torch.stack(list(terms.values())).sum(), trained, allow_unused=True)
 
         return once
@@ -320,7 +323,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 @click.option("--steps", type=click.IntRange(1), help="Timed steps to a case and round.")
 @click.option("--teacher", help="An open_clip model; its weights are random here.")
 @click.option("--recipe", default="default", show_default=True, help="A recipe of `mvmr distill`, or a TOML file.")
-@click.option("--set", "assign", multiple=True, metavar="KEY=VALUE", help="Change the recipe: method.space=features.")
+@click.option("--set", "assign", multiple=True, metavar="KEY=VALUE", help="Change the recipe: train.optimizer=adam.")
 def main(
     device: str, quick: bool, rounds: int | None, threads: int | None, out: Path, recipe: str, assign: tuple[str, ...],
     student: str | None, size: int | None, batch: int | None, steps: int | None, teacher: str | None,

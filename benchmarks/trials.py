@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -153,24 +152,27 @@ def _whitened(teacher: Pretrained, images: ImageSet) -> Pretrained:
 class Trial:
     """A change to the plainest recipe.
 
-    assign: to the recipe; objective: arguments of `objectives.Observed`
+    assign: to the recipe
     teachers: what becomes of the teacher, by the name the recipe calls it
     crop: smallest share of the area that a crop keeps, where it is not the views' own 8 %
     epochs: times the set's
     """
 
     assign: str = ""
-    objective: dict[str, Any] = field(default_factory=dict)
     teachers: dict[str, Change] = field(default_factory=lambda: {"teacher": _as_it_is})
     crop: float | None = None
     epochs: int = 1
 
 
-_OFF = "method.invariance=0 method.variance=0 method.dependence=0"
 _CF = "views.policy=crop+flip"
-_REG = f"{_OFF} method.space=features {_CF} method.estimator=unbiased method.regression.teacher=1"
+_BY = f"{_CF} method.name"
+_SUM = f"{_BY}=combination method.losses"
+_REG = f"{_BY}=regression objective.estimator=unbiased"
+_BESIDE = {name: f"objective.representations.{name}" for name in ("teacher", "scattering", "hog")}
+_D, _DS, _DH = _BESIDE["teacher"], _BESIDE["scattering"], _BESIDE["hog"]
+_BIASED = "objective.estimator=biased"
+_OFF = "method.invariance=0 method.variance=0 method.dependence=0 method.space=features"
 _T, _S, _H = (f"method.representations.{name}" for name in ("teacher", "scattering", "hog"))
-_BIASED = "method.estimator=biased"
 _Z = "method.projector=[1024,1024,1024]"
 _ALL = " ".join(
     f"method.representations.{name}=1" for name in ("augmented_pixels", "pixels", "scattering", "hog", "local_std")
@@ -178,42 +180,55 @@ _ALL = " ".join(
 DISTIL: dict[str, Trial | None] = {
     "the teacher itself": None,
     "regression": Trial(_REG),
-    "regression + 1.0 dCor": Trial(f"{_REG} {_T}=1"),
-    "regression + 0.3 dCor": Trial(f"{_REG} {_T}=0.3"),
-    "regression + 0.1 dCor": Trial(f"{_REG} {_T}=0.1"),
-    "regression + 0.03 dCor": Trial(f"{_REG} {_T}=0.03"),
+    "regression + 1.0 dCor": Trial(f"{_REG} {_D}=1"),
+    "regression + 0.3 dCor": Trial(f"{_REG} {_D}=0.3"),
+    "regression + 0.1 dCor": Trial(f"{_REG} {_D}=0.1"),
+    "regression + 0.03 dCor": Trial(f"{_REG} {_D}=0.03"),
     "regression, crops of 25 % or more": Trial(_REG, crop=0.25),
     "regression, crops of 50 % or more": Trial(_REG, crop=0.5),
     "regression, views flip": Trial(f"{_REG} views.policy=flip"),
     "regression, targets of length 1": Trial(_REG, teachers={"teacher": _unit}),
-    "regression, one scale": Trial(_REG, objective={"one_scale": True}),
+    "regression, one scale": Trial(f"{_REG} method.standardise=scale"),
     "regression, targets whitened (64)": Trial(_REG, teachers={"teacher": _whitened}),
-    "regression + 0.3 dCor, features of length 1": Trial(f"{_REG} {_T}=0.3", objective={"unit": True}),
-    "regression + 1.0 dCor, features of length 1": Trial(f"{_REG} {_T}=1", objective={"unit": True}),
     "regression + 0.3 dCor, teacher standardised": Trial(
-        f"{_REG} method.representations.standardised=0.3",
+        f"{_REG} objective.representations.standardised=0.3",
         teachers={"teacher": _as_it_is, "standardised": _standardised},
     ),
     "regression + 0.3 dCor, teacher whitened": Trial(
-        f"{_REG} method.representations.whitened=0.3", teachers={"teacher": _as_it_is, "whitened": _whitened}
+        f"{_REG} objective.representations.whitened=0.3", teachers={"teacher": _as_it_is, "whitened": _whitened}
     ),
-    "regression + 1.0 dCor, ramped out": Trial(f"{_REG} {_T}=1", objective={"ramp": "out"}),
-    "regression + 1.0 dCor, ramped in": Trial(f"{_REG} {_T}=1", objective={"ramp": "in"}),
-    "regression + 0.1 dCor, biased": Trial(f"{_REG} {_T}=0.1 {_BIASED}"),
-    "regression + 1.0 dCor, biased": Trial(f"{_REG} {_T}=1 {_BIASED}"),
-    "regression + 0.1 dCor(HOG)": Trial(f"{_REG} {_H}=0.1"),
-    "regression + 0.1 dCor(HOG, scattering)": Trial(f"{_REG} {_H}=0.1 {_S}=0.1"),
-    "regression + 0.1 dCor(teacher, HOG, scattering)": Trial(f"{_REG} {_T}=0.1 {_H}=0.1 {_S}=0.1"),
+    "regression + 0.1 dCor, biased": Trial(f"{_REG} {_D}=0.1 {_BIASED}"),
+    "regression + 1.0 dCor, biased": Trial(f"{_REG} {_D}=1 {_BIASED}"),
+    "regression + 0.1 dCor(HOG)": Trial(f"{_REG} {_DH}=0.1"),
+    "regression + 0.1 dCor(HOG, scattering)": Trial(f"{_REG} {_DH}=0.1 {_DS}=0.1"),
+    "regression + 0.1 dCor(teacher, HOG, scattering)": Trial(f"{_REG} {_D}=0.1 {_DH}=0.1 {_DS}=0.1"),
     "regression, lr 3e-4": Trial(f"{_REG} train.lr=3e-4"),
     "regression, lr 3e-3": Trial(f"{_REG} train.lr=3e-3"),
     "regression, views crop+flip+jitter": Trial(f"{_REG} views.policy=crop+flip+jitter"),
     "regression, the paper's views": Trial(f"{_REG} views.policy=paper"),
-    "dCor alone": Trial(f"{_REG} method.regression.teacher=0 {_T}=1"),
+    "dCor alone": Trial(f"{_OFF} {_CF} method.estimator=unbiased {_T}=1"),
     "paper": Trial(f"{_Z} {_T}=1"),
     "paper, crop+flip": Trial(f"{_Z} {_T}=1 {_CF}"),
     "regression, twice the epochs": Trial(_REG, epochs=2),
     "regression, lr 3e-3, twice the epochs": Trial(f"{_REG} train.lr=3e-3", epochs=2),
-    "regression + 0.1 dCor, twice the epochs": Trial(f"{_REG} {_T}=0.1", epochs=2),
+    "regression + 0.1 dCor, twice the epochs": Trial(f"{_REG} {_D}=0.1", epochs=2),
+    "cosine": Trial(f"{_BY}=cosine"),
+    "dcor": Trial(f"{_BY}=dcor"),
+    "cka": Trial(f"{_BY}=cka"),
+    "rkd": Trial(f"{_BY}=rkd"),
+    "seed": Trial(f"{_BY}=seed"),
+    "relational": Trial(f"{_BY}=relational"),
+    "gram": Trial(f"{_BY}=gram"),
+    "procrustes": Trial(f"{_BY}=procrustes"),
+    "cospress": Trial(f"{_BY}=cospress"),
+    "regression + cosine": Trial(_SUM + "={regression=1,cosine=1}"),
+    "regression + relational": Trial(_SUM + "={regression=1,relational=1}"),
+    "regression + 0.3 seed": Trial(_SUM + "={regression=1,seed=0.3}"),
+    "regression + procrustes": Trial(_SUM + "={regression=1,procrustes=1}"),
+    "regression + gram": Trial(_SUM + "={regression=1,gram=1}"),
+    "regression + rkd": Trial(_SUM + "={regression=1,rkd=1}"),
+    "cosine, by dimension": Trial(f"{_BY}=cosine method.standardise=dimension"),
+    "seed, by dimension": Trial(f"{_BY}=seed method.standardise=dimension"),
 }
 PRETRAIN: dict[str, Trial | None] = {
     "a random encoder": None,

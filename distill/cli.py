@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -18,7 +19,8 @@ from mvmr.progress import say_plan
     required=True,
     multiple=True,
     metavar="[NAME=]SPEC",
-    help="An open_clip model such as ViT-B-16, a folder in its hub format, timm:NAME[:FILE] or python:MODULE:FACTORY. "
+    help="An open_clip model such as ViT-B-16, a folder in its hub format, timm:NAME[:FILE], "
+    "torchvision:NAME[:WEIGHTS|FILE], onnx:FILE, python:MODULE:FACTORY or rows:FILE.parquet (docs/teachers.md). "
     "Given several times, each with a name: clip=ViT-B-16.",
 )
 @click.option(
@@ -28,6 +30,9 @@ from mvmr.progress import say_plan
 )
 @click.option("--data", default="sample:patches", show_default=True, help="A folder, glob, list:FILE, or stl10:ROOT.")
 @TRAINING
+@click.option(
+    "--max-missing", default=0.01, show_default=True, help="Share of images without a row in rows:FILE that stops it."
+)
 def distill(
     teachers: tuple[str, ...], pretrained: str | None, data: str, out: str | None, assign: tuple[str, ...],
     **options: Any,
@@ -107,24 +112,32 @@ def evaluate(
 @click.option("--device", default="cpu", show_default=True)
 @MAX_UNREADABLE
 def report(bundle: str | None, data: str, out: str | None, **options: Any) -> None:
-    """Show how faithful BUNDLE (the newest below runs/ when left out) is to its teacher, on one HTML page."""
+    """Show how faithful BUNDLE (the newest below runs/ when left out) is to its teacher or to each of them, in HTML."""
     from mvmr.distillation.report.report import report as run
     from mvmr.evaluation.evaluate import newest_or
 
     path = newest_or(bundle)
     target = out or f"{path}-report"
     result = run(path, data, out=target, progress=True, **options)
-    if result["neighbours"]:
-        overlap, untrained = (result["neighbours"][name]["mean"] for name in ("overlap", "untrained"))
-        click.echo(f"neighbours of the teacher kept: {overlap:.1f} %, by an untrained encoder {untrained:.1f} %")
-    if result["probe"]:
-        probes = {name: result["probe"][name] for name in ("teacher", "student")}
-        click.echo(
-            "linear probe: " + ", ".join(f"{name} {probe['top1']:.1f} %" for name, probe in probes.items() if probe)
-        )
-    for gap in result["not_measured"]:
-        click.echo(f"not measured: {gap['what']}: {gap['why']}", err=True)
+    for name, content in result.get("teachers", {"": result}).items():
+        _say_report(f"{name}: " if name else "", content)
     click.echo(f"{target}/index.html")
+
+
+def _say_report(prefix: str, report: Mapping[str, Any]) -> None:
+    if report["neighbours"]:
+        overlap, untrained = (report["neighbours"][name]["mean"] for name in ("overlap", "untrained"))
+        click.echo(
+            f"{prefix}neighbours of the teacher kept: {overlap:.1f} %, by an untrained encoder {untrained:.1f} %"
+        )
+    if report["probe"]:
+        probes = {name: report["probe"][name] for name in ("teacher", "student")}
+        click.echo(
+            f"{prefix}linear probe: "
+            + ", ".join(f"{name} {probe['top1']:.1f} %" for name, probe in probes.items() if probe)
+        )
+    for gap in report["not_measured"]:
+        click.echo(f"{prefix}not measured: {gap['what']}: {gap['why']}", err=True)
 
 
 def _numbers(text: str | None) -> list[int] | None:

@@ -7,18 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
+import numpy as np
+
 from mvmr.bundles import bundle as bundles
 from mvmr.bundles.bundle import Bundle
-from mvmr.distillation.teachers.recorded import teacher_of
-from mvmr.distillation.teachers.teacher import NoTextTower, TextTeacher
+from mvmr.distillation.teachers.recorded import names_to_open, teacher_of
+from mvmr.distillation.teachers.teacher import NoTextTower, Teacher, TextTeacher
 from mvmr.distillation.zeroshot import SpaceMap, fit_space_map, store_map, templates_for, zero_shot_logits
 from mvmr.errors import MvmrError
 from mvmr.evaluation.evaluate import open_labelled, record
 from mvmr.evaluation.protocols import Labelled, Measured, Values, protocols_for
 from mvmr.evaluation.scores import top_k
-from mvmr.representations import Representation
 
-ZERO_SHOT = "zeroshot"
+STUDENT, ZERO_SHOT = "student", "zeroshot"
 Comparison = dict[str, dict[str, Values]]
 
 
@@ -35,20 +36,21 @@ def compare(
     max_unreadable: float = 0.01,
     progress: bool = False,
 ) -> Comparison:
-    """Measure a student and its teacher by the same protocols, and note the figures in the bundle.
+    """Measure a student and its teachers by the same protocols, and note the figures in the bundle.
 
     ``zeroshot`` is the teacher's text tower against its image embeddings, and against the student's features after a
     linear map to the teacher's space, fitted on the training images without their labels (``distill/zeroshot.py``).
 
     Args:
-        teacher, pretrained: left out, those the student was distilled from, as the bundle records them.
+        teacher, pretrained: left out, those the student was distilled from, as the bundle records them: all of them.
         protocols: ``zeroshot`` and those of :func:`mvmr.evaluate`; left out, ``zeroshot`` (for one label to an image)
             and those that suit the data.
         ks: numbers of neighbours for ``knn``, as in :func:`mvmr.evaluate`.
         keep_map: store the map in the bundle, so that text search works on the student.
 
     Returns:
-        Figures by protocol under ``"teacher"`` and ``"student"``, as :func:`mvmr.evaluate` names them.
+        Figures by protocol under ``"teacher"`` and ``"student"``, as :func:`mvmr.evaluate` names them. Of several
+        teachers each is under its own name, and zero-shot is ``"zeroshot by NAME"``.
 
     Raises:
         MvmrError: as :func:`mvmr.evaluate`; or the bundle names no teacher, or its teacher can't be had.
@@ -57,66 +59,86 @@ def compare(
     background = opened.manifest.preprocessing.background
     labelled = open_labelled(data, background=background, max_unreadable=max_unreadable, progress=progress)
     measures, with_text = _split(labelled, protocols, ks)
-    try:
-        loaded = teacher_of(opened, teacher, pretrained, device, text=with_text or keep_map)
-    except NoTextTower:
-        if protocols is not None or keep_map:  # asked for, not a default
-            raise
-        loaded, with_text = teacher_of(opened, teacher, pretrained, device, text=False), False
-    representations: dict[str, Representation] = {"teacher": loaded, "student": opened.student(device)}
+    teachers = {
+        label: _open(opened, named, pretrained, device, with_text or keep_map, asked=protocols is not None or keep_map)
+        for label, named in names_to_open(opened, teacher).items()
+    }
+    representations = {label: loaded for label, (loaded, _) in teachers.items()} | {STUDENT: opened.student(device)}
     sides = {
         name: Measured(representation, labelled, device=device, progress=progress)
         for name, representation in representations.items()
     }
     comparison: Comparison = {name: {} for name in sides}
-    if with_text or keep_map:
-        space_map = fit_space_map(sides["student"].features, sides["teacher"].features)
+    for label, (loaded, has_text) in teachers.items():
+        if not (has_text or keep_map):
+            continue
+        space_map = fit_space_map(sides[STUDENT].features, sides[label].features)
         if keep_map:
             opened = store_map(opened, space_map, loaded)
-    if with_text:
-        for name, values in _zero_shot(cast(TextTeacher, loaded), space_map, sides, labelled).items():
-            comparison[name][ZERO_SHOT] = values
+        if has_text and with_text:
+            protocol = ZERO_SHOT if len(teachers) == 1 else f"{ZERO_SHOT} by {label}"
+            both = sides[label], sides[STUDENT]
+            values = _zero_shot(cast(TextTeacher, loaded), space_map, *both, labelled)
+            comparison[label][protocol], comparison[STUDENT][protocol] = values
     for protocol, measure in measures.items():
         for name, side in sides.items():
             comparison[name][protocol] = measure(side)
-    _note(opened, comparison, data, loaded.name, ks, {"teacher": teacher, "pretrained": pretrained})
+    options = {"teacher": teacher, "pretrained": pretrained}
+    for name, by_protocol in comparison.items():
+        told = options if len(teachers) == 1 else {"teacher": name}
+        opened = _note(opened, by_protocol, data, None if name == STUDENT else teachers[name][0].name, ks, told)
     return comparison
 
 
+def _open(
+    bundle: Bundle, name: str | Path | None, pretrained: str | Path | None, device: str, text: bool, *, asked: bool
+) -> tuple[Teacher, bool]:
+    """A teacher, and whether it has its text tower; one without any will do where zero-shot was not asked for."""
+    try:
+        return teacher_of(bundle, name, pretrained, device, text=text), text
+    except NoTextTower:
+        if asked:
+            raise
+        return teacher_of(bundle, name, pretrained, device, text=False), False
+
+
 def _zero_shot(
-    teacher: TextTeacher, space_map: SpaceMap, sides: Mapping[str, Measured], labelled: Labelled
-) -> dict[str, Values]:
+    teacher: TextTeacher, space_map: SpaceMap, of_teacher: Measured, of_student: Measured, labelled: Labelled
+) -> tuple[Values, Values]:
     """Accuracies of the teacher's text tower on its own embeddings, and on the student's features once mapped."""
     columns = teacher.zero_shot_classifier(labelled.classes, templates_for(teacher))
-    embeddings = {"teacher": sides["teacher"].test_features, "student": space_map(sides["student"].test_features)}
     tops = [k for k in (1, 5) if k < len(labelled.classes)]
-    accuracies: dict[str, Values] = {}
-    for name, rows in embeddings.items():
+
+    def measure(rows: np.ndarray) -> Values:
         logits = zero_shot_logits(rows, columns)
-        accuracies[name] = {f"top{k}": top_k(logits, labelled.test_labels, k) for k in tops}
-    accuracies["student"]["map_r2"] = space_map.r2
-    return accuracies
+        return {f"top{k}": top_k(logits, labelled.test_labels, k) for k in tops}
+
+    student = measure(space_map(of_student.test_features)) | {"map_r2": space_map.r2}
+    return measure(of_teacher.test_features), student
 
 
 def _note(
     bundle: Bundle,
-    comparison: Comparison,
+    by_protocol: Mapping[str, Values],
     data: str,
-    teacher: str,
+    teacher: str | None,
     ks: Sequence[int] | None,
     options: Mapping[str, object],
-) -> None:
-    """Put the figures into the bundle, each with the command that measures it; options: of that, where not None."""
+) -> Bundle:
+    """Put the figures of a side into the bundle, with the command that measures each.
+
+    teacher: whose they are, None for the student's; options: of the command, where not None
+    """
     table = " --table" + "".join(f" --{name} {value}" for name, value in options.items() if value)
-    for side, by_protocol in comparison.items():
-        for protocol, values in by_protocol.items():
-            command = f"mvmr evaluate {bundle.path} --data {data} --protocol {protocol}"
-            if ks is not None and protocol == "knn":
-                command += f" --k {','.join(map(str, ks))}"
-            if side == "teacher" or protocol == ZERO_SHOT:
-                command += table
-            label = f"{protocol}, teacher {teacher}" if side == "teacher" else protocol
-            bundle = bundles.add_metrics(bundle, record(command, data, label, values))
+    for protocol, values in by_protocol.items():
+        command = f"mvmr evaluate {bundle.path} --data {data} --protocol {protocol.partition(' ')[0]}"
+        if ks is not None and protocol == "knn":
+            command += f" --k {','.join(map(str, ks))}"
+        if teacher is not None or protocol.startswith(ZERO_SHOT):
+            command += table
+        label = protocol if teacher is None else f"{protocol}, teacher {teacher}"
+        bundle = bundles.add_metrics(bundle, record(command, data, label, values))
+    return bundle
 
 
 def _split(

@@ -6,15 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from mvmr.bundles.bundle import Bundle
-from mvmr.data import open_images
-from mvmr.distillation.teachers.table import open_teacher, parse_specs
-from mvmr.distillation.teachers.teacher import NAME
-from mvmr.methods.mvmr import MvmrConfig
+from mvmr.data import ImageSet, open_images
+from mvmr.distillation.teachers.remembered import open_or_recall
+from mvmr.distillation.teachers.stored_rows import StoredRows, describe_missing
+from mvmr.distillation.teachers.table import parse_specs
+from mvmr.distillation.teachers.teacher import NAME, Teacher
+from mvmr.errors import MvmrError
+from mvmr.progress import say
 from mvmr.training.checks import check_recipe
-from mvmr.training.pretraining import fit
+from mvmr.training.pretraining import fit, teacher_device
 from mvmr.training.recipe import Recipe, load_recipe
 
 
@@ -32,6 +35,7 @@ def distill(
     device: str = "auto",
     devices: int = 1,
     max_unreadable: float = 0.01,
+    max_missing: float = 0.01,
     progress: bool = False,
 ) -> Bundle:
     """Distil a teacher into a student from unlabelled images, and write the student's bundle.
@@ -40,10 +44,14 @@ def distill(
     epoch (and by the next run on the same images).
 
     Args:
-        teacher: an open_clip model name, a folder in open_clip's hub format, ``timm:NAME[:FILE]`` or
-            ``python:MODULE:FACTORY``; or several, each with a name: ``["clip=ViT-B-16", "dino=timm:..."]``. What the
-            recipe says of its ``teacher`` holds for each that it does not name, its weights shared between them.
+        teacher: an open_clip model name, a folder in open_clip's hub format, ``timm:NAME[:FILE]``,
+            ``torchvision:NAME[:WEIGHTS|FILE]``, ``onnx:FILE``, ``python:MODULE:FACTORY`` or ``rows:FILE.parquet``; or
+            several, each with a name: ``["clip=ViT-B-16", "dino=timm:..."]``. What the recipe says of its ``teacher``
+            holds for each that it does not name, its weights shared between them. One whose weights are gone will do
+            where its embeddings of the images are in the cache.
         pretrained: a tag of open_clip's, or a weights file; left out, `teachers.open_clip` names the default.
+        max_missing: the run stops when a larger share of the images has no row in a teacher's file; the others are
+            left out.
 
     The other arguments, and what is raised: as in :func:`mvmr.training.pretraining.pretrain`.
     """
@@ -51,27 +59,69 @@ def distill(
     names = [spec.name for spec in specs]
     resolved = share_weights(load_recipe(recipe, "mvmr.distillation", assign), names)
     check_recipe(resolved, names, None if resume else init)
-    teacher_device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    teachers = {spec.name: open_teacher(spec, pretrained, device=teacher_device) for spec in specs}
+    say(describe(resolved), shown=progress)
+    computing = teacher_device(device)
+    teachers = {spec.name: open_or_recall(spec, pretrained, device=computing, progress=progress) for spec in specs}
     images = open_images(
         data, "unlabelled", background=resolved.views.background, max_unreadable=max_unreadable, progress=progress
     )
+    images = leave_out_unknown(images, teachers, max_missing, progress=progress)
     return fit(
         images, out, resolved, teachers=teachers, init=init, resume=resume, overwrite=overwrite,
         device=device, devices=devices, progress=progress,
     )  # fmt: skip
 
 
+def describe(recipe: Recipe) -> str:
+    """One line on what is learnt, from whom and how long."""
+    method, train = recipe.method, recipe.train
+    weights = [(name, weight) for field in method.weighted for name, weight in getattr(method, field).items() if weight]
+    whole = f"{method.name} of " + ", ".join(f"{name} ({weight:g})" for name, weight in weights)
+    if beside := [f"{name} ({weight:g})" for name, weight in recipe.objective.representations.items() if weight]:
+        whole += f", and dependence on {', '.join(beside)}"
+    return (
+        f"learning by {whole}: {recipe.student.backbone}, views {recipe.views.policy}, {train.epochs} epochs of "
+        f"batches of {train.batch_size}"
+    )
+
+
+def leave_out_unknown(
+    images: ImageSet, teachers: Mapping[str, Teacher], max_missing: float, *, progress: bool
+) -> ImageSet:
+    """The images of which every teacher that is a file of embeddings has a row.
+
+    Raises:
+        MvmrError: a larger share than ``max_missing`` has none, or two rows could be of one image.
+    """
+    known = np.ones(len(images), bool)
+    for teacher in teachers.values():
+        if not isinstance(teacher, StoredRows):
+            continue
+        numbers = teacher.numbers(images)
+        known &= numbers >= 0
+        if missing := describe_missing(images, numbers):
+            say(f"{teacher.weights} lacks {missing}", shown=progress)
+            if (numbers < 0).mean() > max_missing:
+                raise MvmrError(
+                    f"{teacher.weights} lacks {missing}, more than the {100 * max_missing:.3g} % allowed; embed them, "
+                    "too, or allow a larger share with max_missing (--max-missing), and they are left out"
+                )
+    return images if known.all() else images.subset(np.flatnonzero(known))
+
+
 def share_weights(recipe: Recipe, names: Sequence[str]) -> Recipe:
     """A recipe in which what is said of `teacher` holds for those that it doesn't name, its weights shared equally."""
     method = recipe.method
-    unnamed = [name for name in names if name not in method.targets]
-    if NAME in names or NAME not in method.targets or not unnamed or not isinstance(method, MvmrConfig):
+    unnamed = [name for name in names if name not in recipe.targets]
+    if NAME in names or not unnamed:
         return recipe
 
     def share(weights: Mapping[str, float]) -> dict[str, float]:
         shares = {name: weight for name, weight in weights.items() if name != NAME}
         return shares | (dict.fromkeys(unnamed, weights[NAME] / len(unnamed)) if NAME in weights else {})
 
-    full = replace(method, representations=share(method.representations), regression=share(method.regression))
-    return replace(recipe, method=full)
+    return replace(
+        recipe,
+        method=replace(method, **{field: share(getattr(method, field)) for field in method.weighted}),  # type: ignore[arg-type]
+        objective=replace(recipe.objective, representations=share(recipe.objective.representations)),
+    )

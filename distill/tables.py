@@ -56,7 +56,7 @@ def print_comparison(comparison: dict[str, dict[str, dict[str, float]]], *, titl
         table.add_column(side, justify="right")
     for protocol, values in comparison["student"].items():
         for key in values:
-            cells = [figures[protocol].get(key) for figures in comparison.values()]
+            cells = [figures.get(protocol, {}).get(key) for figures in comparison.values()]
             table.add_row(f"{protocol} {key}", *("" if value is None else format_figure(key, value) for value in cells))
     Console().print(table)
 

@@ -20,7 +20,7 @@ from mvmr.bundles.bundle import ENCODER, Bundle
 from mvmr.bundles.head import Head
 from mvmr.errors import MvmrError, unknown
 
-IMAGE, EMBEDDING, LOGITS = "image", "embedding", "logits_"
+IMAGE, EMBEDDING, DENSE, LOGITS = "image", "embedding", "dense", "logits_"
 Precision = Literal["fp32", "fp16", "int8"]
 LOWEST_OPSET, HIGHEST_OPSET = 18, 23
 
@@ -37,6 +37,7 @@ class Artifact:
     builder: a module that keeps the contract of `mvmr.export.attempt.Builder`
     device: what it is meant for, which Triton and the benchmark go by
     needs: keys of artifacts that are exported along with it, before it; calibrated: whether it is made with images
+    dense: whether it can also give the map of features before pooling
     machine: what can make it, in words, where not every machine can
     """
 
@@ -51,6 +52,7 @@ class Artifact:
     device: Literal["any", "cpu", "gpu"]
     needs: tuple[str, ...] = ()
     calibrated: bool = False
+    dense: bool = False
     machine: str = ""
 
     def files(self, names: Iterable[str]) -> list[str]:
@@ -69,6 +71,7 @@ _TABLE = (
         gate="fp32",
         builder="mvmr.export.onnx.builder",
         device="any",
+        dense=True,
     ),
     Artifact(
         key="fp16",
@@ -80,6 +83,7 @@ _TABLE = (
         gate="fp16",
         builder="mvmr.export.onnx.builder",
         device="gpu",
+        dense=True,
     ),
     Artifact(
         key="int8",
@@ -122,6 +126,13 @@ def choose_artifacts(keys: Sequence[str]) -> list[Artifact]:
         raise MvmrError(f"no format to export; give some of {', '.join(ARTIFACTS)}")
     needed = {need for key in keys for need in ARTIFACTS[key].needs}
     return [row for row in ARTIFACTS.values() if row.key in needed.union(keys)]
+
+
+def check_dense(rows: Sequence[Artifact]) -> None:
+    """Refuse those that can't give a map of features beside the embedding."""
+    if other := next((row for row in rows if not row.dense), None):
+        able = " and ".join(row.key for row in ARTIFACTS.values() if row.dense)
+        raise MvmrError(f"{other.key} does not take dense, only {able} do; export it by itself, without")
 
 
 def report_of(name: str, *, failed: bool = False) -> str:

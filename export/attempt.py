@@ -20,7 +20,7 @@ from mvmr.bundles.head import Head
 from mvmr.bundles.manifest import plain_json
 from mvmr.data import ImageSet
 from mvmr.errors import MvmrError, missing_extra
-from mvmr.export.artifacts import EMBEDDING, LOGITS, Artifact, report_of
+from mvmr.export.artifacts import DENSE, EMBEDDING, LOGITS, Artifact, report_of
 from mvmr.export.verification import LARGEST, Gates, Reference, Report, Run, verify
 from mvmr.models.student import Student
 from mvmr.progress import say
@@ -36,6 +36,7 @@ class BuildOptions:
     batches: tuple[int, int, int]
     workspace_gb: float
     rebuild: bool
+    dense: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +113,11 @@ def builder_of(artifact: Artifact) -> Builder:
 def summarise(report: Report, bundle: Path) -> str:
     """Where an artifact is, how large, how near to torch, and how fast."""
     latency = ", ".join(f"{value:.1f} ms at batch {size}" for size, value in report["latency_ms"].items())
+    dense = f"dense cosine {report[DENSE]['cosine_min']:.6f} or more  " if DENSE in report else ""
     return (
         f"{bundle / report['artifact']}  {report['bytes'] / 1e6:.1f} MB  cosine {report['cosine_min']:.6f} or more, "
         f"centred {report['centred_cosine_mean']:.4f}  overlap@{report['neighbours']} {report['overlap']:.3f}  "
-        f"{latency}"
+        f"{dense}{latency}"
     )
 
 

@@ -24,6 +24,7 @@ def _add_artifact_options(command: Callable[..., None]) -> Callable[..., None]:
 @_add_artifact_options
 @click.option("--triton", metavar="DIR", help="A Triton model repository, which the last format is added to.")
 @click.option("--heads", multiple=True, metavar="all|NAME", help="Linear heads whose logits the graph gives, too.")
+@click.option("--dense", is_flag=True, help="The features of each patch, too: a second output; of --onnx and --fp16.")
 @click.option("--data", help="Images to verify with; left out, the test split of what BUNDLE was trained on.")
 @click.option("--images", default=256, show_default=True, help="How many of them.")
 @click.option("--calibration", metavar="DATA", help="Images for int8, 100 or more; left out, the training data.")

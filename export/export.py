@@ -16,7 +16,7 @@ from mvmr.bundles.bundle import Bundle
 from mvmr.bundles.head import Head
 from mvmr.cores import usable_cores
 from mvmr.data import ImageSet
-from mvmr.export.artifacts import Artifact, check_opset, choose_artifacts
+from mvmr.export.artifacts import Artifact, check_dense, check_opset, choose_artifacts
 from mvmr.export.attempt import Attempt, BuildOptions, builder_of, check_package
 from mvmr.export.images import IMAGES, choose_calibration_images, choose_verification_images
 from mvmr.export.runtimes import locate
@@ -32,6 +32,7 @@ def export(
     *,
     formats: Sequence[str] = ("onnx",),
     heads: Sequence[str] | str = (),
+    dense: bool = False,
     data: str | None = None,
     calibration: str | None = None,
     images: int = IMAGES,
@@ -51,6 +52,8 @@ def export(
         formats: of ``onnx`` (fp32), ``fp16``, ``int8`` and ``trt``, which brings fp16 along. Where TensorRT or its GPU
             is not there and TensorRT for RTX is here, ``trt`` stands for that: see `docs/export.md`.
         heads: names of linear heads to put into the graph, or ``all``.
+        dense: the graph also gives ``dense``, the map of features before pooling (see
+            :meth:`mvmr.models.student.Student.embed`); of ``onnx`` and ``fp16`` alone.
         data: images to verify with; left out, the test split of what the student was trained on, or all of it.
         calibration: images that int8's ranges are taken from, at least 100; left out, the training data.
         images: how many to verify with, drawn at random.
@@ -70,9 +73,13 @@ def export(
     """
     rows = choose_artifacts(formats)
     check_opset(opset)
+    if dense:
+        check_dense(rows)
     opened = bundles.load(bundle)
     limits = {row.key: Gates.of(row.gate, gates) for row in rows}
-    options = BuildOptions(opset=opset, provider=provider, batches=batches, workspace_gb=workspace_gb, rebuild=rebuild)
+    options = BuildOptions(
+        opset=opset, provider=provider, batches=batches, workspace_gb=workspace_gb, rebuild=rebuild, dense=dense
+    )
     _check_machine(rows, opened, options, triton=triton is not None)
     outputs = _choose_heads(opened, heads)
     sample, origin = choose_verification_images(
@@ -82,7 +89,8 @@ def export(
     if any(row.calibrated for row in rows):
         ranges = choose_calibration_images(opened, calibration, max_unreadable=max_unreadable, progress=progress)
     student = opened.student()
-    reference = _compute_reference(student, sample, [opened.head(name) for name in opened.heads], progress)
+    bundled = [opened.head(name) for name in opened.heads]
+    reference = _compute_reference(student, sample, bundled, dense=dense, progress=progress)
     reports: dict[str, Report] = {}
     for row in rows:
         attempt = Attempt(
@@ -91,7 +99,8 @@ def export(
         )  # fmt: skip
         reports[row.key] = builder_of(row).build(attempt)
     if triton is not None:
-        _add_to_repository(bundles.load(opened.path), rows[-1], outputs, Path(triton), options)
+        exported = bundles.load(opened.path)
+        _add_to_repository(exported, rows[-1], outputs, Path(triton), options, dense=reference.dense)
     return reports
 
 
@@ -108,9 +117,12 @@ def _choose_heads(bundle: Bundle, names: Sequence[str] | str) -> list[Head]:
     return [bundle.head(name) for name in dict.fromkeys(bundle.heads if "all" in names else names)]
 
 
-def _compute_reference(student: Student, images: ImageSet, heads: Sequence[Head], progress: bool) -> Reference:
+def _compute_reference(
+    student: Student, images: ImageSet, heads: Sequence[Head], *, dense: bool, progress: bool
+) -> Reference:
     prepared = student.preprocess.batch(images.load(index) for index in range(len(images)))
-    return Reference.of(student, prepared, heads, labels=images.labels, classes=images.classes or (), progress=progress)
+    labels, classes = images.labels, images.classes or ()
+    return Reference.of(student, prepared, heads, labels=labels, classes=classes, dense=dense, progress=progress)
 
 
 def _circumstances(bundle: Bundle) -> Report:
@@ -124,8 +136,9 @@ def _circumstances(bundle: Bundle) -> Report:
 
 
 def _add_to_repository(
-    bundle: Bundle, artifact: Artifact, heads: Sequence[Head], out: Path, options: BuildOptions
-) -> None:
+    bundle: Bundle, artifact: Artifact, heads: Sequence[Head], out: Path, options: BuildOptions, *,
+    dense: tuple[int, ...],
+) -> None:  # fmt: skip
     from mvmr.export import triton
 
     student = triton.ExportedStudent(
@@ -133,6 +146,7 @@ def _add_to_repository(
         platform=artifact.runtime,
         dim=bundle.manifest.embedding_dim,
         heads={head.name: head.classes for head in heads},
+        dense=dense,
         space_id=bundle.space_id,
         preprocessing=bundle.manifest.preprocessing,
         precision=artifact.precision,

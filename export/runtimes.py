@@ -22,7 +22,8 @@ class Runner(Protocol):
     """An open artifact.
 
     Shapes: called with uint8 [N, size, size, 3] RGB, prepared by the bundle's preprocessing, of any N, it returns
-        ``embedding`` float32 [N, dim], not normalised, and ``logits_<head>`` float32 [N, C] of each head in it.
+        ``embedding`` float32 [N, dim], not normalised, ``logits_<head>`` float32 [N, C] of each head in it and, where
+        it was exported with it, ``dense`` float32 [N, h, w, C].
     metadata: what it says of the student that it was made from, see `mvmr.export.artifacts.metadata`
     """
 

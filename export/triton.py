@@ -17,7 +17,7 @@ from typing import Any
 
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.errors import MvmrError
-from mvmr.export.artifacts import EMBEDDING, IMAGE, LOGITS, Precision
+from mvmr.export.artifacts import DENSE, EMBEDDING, IMAGE, LOGITS, Precision
 from mvmr.export.runtimes import RUNTIMES
 from mvmr.storage.atomic import atomic, sync, write_text
 from mvmr.storage.lock import hold
@@ -35,6 +35,7 @@ class ExportedStudent:
 
     name: of the model; platform: the runtime that it is for
     dim, heads: width of the embedding, and class names by head, as in the exported file
+    dense: h, w and width of the map of features, () where the file doesn't give it
     """
 
     name: str
@@ -44,6 +45,7 @@ class ExportedStudent:
     space_id: str
     preprocessing: Preprocess
     precision: Precision
+    dense: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,10 +133,12 @@ def _add_version(folder: Path, model: Path | bytes, file: str, config: Any) -> N
 
 def _tensors(student: ExportedStudent) -> dict[str, Any]:
     size = student.preprocessing.crop
-    widths = {EMBEDDING: student.dim} | {f"{LOGITS}{head}": len(classes) for head, classes in student.heads.items()}
+    shapes = {EMBEDDING: [student.dim]}
+    shapes |= {f"{LOGITS}{head}": [len(classes)] for head, classes in student.heads.items()}
+    shapes |= {DENSE: [*student.dense]} if student.dense else {}
     return {
         "input": [{"name": IMAGE, "data_type": "TYPE_UINT8", "dims": [size, size, 3]}],
-        "output": [{"name": name, "data_type": "TYPE_FP32", "dims": [width]} for name, width in widths.items()],
+        "output": [{"name": name, "data_type": "TYPE_FP32", "dims": dims} for name, dims in shapes.items()],
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from mvmr.bundles.head import Head
 from mvmr.bundles.tensors import channels_first
 from mvmr.errors import MvmrError, unknown
 from mvmr.evaluation.neighbours import neighbour_overlap
-from mvmr.export.artifacts import EMBEDDING, LOGITS, Precision
+from mvmr.export.artifacts import DENSE, EMBEDDING, LOGITS, Precision
 from mvmr.models.student import Student
 from mvmr.progress import track
 
@@ -31,8 +31,9 @@ _RUNS = 16  # of each batch size but the largest, which sees all images
 class Reference:
     """What torch makes of real images in float32, by the encoder as it was trained (batch norm not folded).
 
-    Shapes: images uint8 [N, S, S, 3], prepared by the bundle's preprocessing; outputs: ``embedding`` float32 [N, D] and
-        ``logits_<head>`` [N, C]; labels int64 [N], numbers into `classes`, None where there are none.
+    Shapes: images uint8 [N, S, S, 3], prepared by the bundle's preprocessing; outputs: ``embedding`` float32 [N, D],
+        ``logits_<head>`` [N, C] and, where it is compared, ``dense`` [N, h, w, C]; labels int64 [N], numbers into
+        `classes`, None where there are none.
     heads: the classes of each head.
     """
 
@@ -41,6 +42,11 @@ class Reference:
     heads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     labels: npt.NDArray[np.int64] | None = None
     classes: tuple[str, ...] = ()
+
+    @property
+    def dense(self) -> tuple[int, ...]:
+        """h, w and width of the map of features, () where there is none to compare."""
+        return self.outputs[DENSE].shape[1:] if DENSE in self.outputs else ()
 
     @classmethod
     def of(
@@ -51,17 +57,21 @@ class Reference:
         *,
         labels: npt.NDArray[np.int64] | None = None,
         classes: Sequence[str] = (),
+        dense: bool = False,
         progress: bool = False,
     ) -> Reference:
-        """Run `student` over prepared images.
+        """Run `student` over prepared images; dense: its map of features is compared, too.
 
-        Raises: MvmrError when it gives every image the same embedding, or one that is not finite.
+        Raises: MvmrError when it gives every image the same embedding, or one that is not finite; with `dense`, for
+            a network that has no map.
         """
-        rows, step = [], 32
+        rows, maps, step = [], [], 32
         with track("torch float32", 0, len(images), shown=progress) as advance:
             for start in range(0, len(images), step):
-                part = channels_first(images[start : start + step])
-                rows.append(student(part.to(student.device)).cpu().numpy())
+                part = channels_first(images[start : start + step]).to(student.device)
+                rows.append(student(part).cpu().numpy())
+                if dense:
+                    maps.append(student.dense(part).cpu().numpy())
                 advance(min(start + step, len(images)), "")
         embedding = np.concatenate(rows)
         if not np.isfinite(embedding).all() or np.ptp(embedding, axis=0).max() == 0:
@@ -69,7 +79,7 @@ class Reference:
         logits = {f"{LOGITS}{head.name}": embedding @ head.weight.T + head.bias for head in heads}
         return cls(
             images=images,
-            outputs={EMBEDDING: embedding, **logits},
+            outputs={EMBEDDING: embedding, **logits} | ({DENSE: np.concatenate(maps)} if dense else {}),
             heads={head.name: head.classes for head in heads},
             labels=labels,
             classes=tuple(classes),
@@ -79,6 +89,8 @@ class Reference:
 @dataclass(frozen=True, kw_only=True)
 class Gates:
     """What an artifact must reach before it may be used; None is not judged.
+
+    Where it gives the map of features, too, the first and the last hold for an image's whole map as well.
 
     cosine_min: the lowest cosine of an image's embedding with torch's must be above it.
     centred_cosine_mean: the same after subtracting torch's mean embedding, on average over the images; plain cosines
@@ -114,10 +126,10 @@ class Gates:
         return replace(_GATES[precision], **changes)
 
     def judge(self, figures: Mapping[str, Any]) -> list[str]:
-        """What falls short, in words; a figure that could not be measured (None) is not judged."""
+        """What falls short, in words; a figure that was not or could not be measured (None) is not judged."""
         failures = []
         for name, bound in asdict(self).items():
-            value = figures[name]
+            value = figures.get(name)
             if bound is None or value is None:
                 continue
             upper = name in ("accuracy_drop", "batch_difference")
@@ -149,8 +161,8 @@ def verify(
 
     Returns:
         passed, failures (in words), gates, images, batches, the figures that :class:`Gates` names and more, heads
-        (percent and points) and latency_ms (median, by batch size). Where an output is missing or not finite the
-        figures are None.
+        (percent and points), latency_ms (median, by batch size) and, where the reference has a map, dense, the
+        figures of that. Where an output is missing or not finite the figures are None.
     """
     total = len(reference.images)
     sizes = list(dict.fromkeys(min(size, total) for size in batches))
@@ -163,8 +175,12 @@ def verify(
     figures: Report = dict.fromkeys(_FIGURES) | {"heads": {}}
     if not failures:
         figures = _figures(outputs[sizes[-1]], reference)
-        figures["batch_difference"] = _batch_difference([outputs[size][EMBEDDING] for size in sizes], reference)
+        figures["batch_difference"] = _batch_difference(EMBEDDING, outputs.values(), reference)
         failures = gates.judge(figures)
+        if reference.dense:
+            figures[DENSE] = _dense_figures(outputs[sizes[-1]], reference)
+            figures[DENSE]["batch_difference"] = _batch_difference(DENSE, outputs.values(), reference)
+            failures += [f"{DENSE} {failure}" for failure in gates.judge(figures[DENSE])]
     return {
         "passed": not failures,
         "failures": failures,
@@ -203,8 +219,8 @@ def _find_misfits(outputs: Mapping[str, Floats], reference: Reference) -> list[s
     for name, wanted in reference.outputs.items():
         if name not in outputs or outputs[name].shape[1:] != wanted.shape[1:]:
             shape = list(outputs[name].shape) if name in outputs else "missing"
-            failures.append(f"output {name} is {shape}, wanted [N, {wanted.shape[1]}]")
-        elif broken := int((~np.isfinite(outputs[name])).any(1).sum()):
+            failures.append(f"output {name} is {shape}, wanted [N, {', '.join(map(str, wanted.shape[1:]))}]")
+        elif broken := sum(not np.isfinite(row).all() for row in outputs[name]):
             failures.append(f"{name} of {broken} of {len(outputs[name])} images holds NaN or infinity")
     return failures
 
@@ -228,6 +244,21 @@ def _figures(outputs: Mapping[str, Floats], reference: Reference) -> Report:
     }
 
 
+def _dense_figures(outputs: Mapping[str, Floats], reference: Reference) -> Report:
+    """Of each image's map as one long vector: of a patch that ReLU leaves next to nothing, a cosine says nothing."""
+    cosines, largest = [], 0.0
+    for pair in zip(outputs[DENSE], reference.outputs[DENSE], strict=True):  # one by one: all at once may be gigabytes
+        actual, expected = (side.astype(np.float64).reshape(1, -1) for side in pair)
+        cosines.append(float(_cosines(actual, expected)[0]))
+        largest = max(largest, float(np.abs(actual - expected).max()))
+    return {
+        "cosine_min": min(cosines),
+        "cosine_mean": float(np.mean(cosines)),
+        "max_abs": largest,
+        "max_abs_relative": largest / float(np.abs(reference.outputs[DENSE]).max()),
+    }
+
+
 def _cosines(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     cosines: npt.NDArray[np.float64] = (a * b).sum(1) / np.maximum(norms, np.finfo(np.float64).tiny)
@@ -247,8 +278,11 @@ def _head_figures(name: str, outputs: Mapping[str, Floats], reference: Reference
     return figures
 
 
-def _batch_difference(embeddings: Sequence[Floats], reference: Reference) -> float:
-    """The largest change of a value with the batch its image is in, relative to torch's largest value."""
-    last = embeddings[-1]
-    changes = (float(np.abs(rows - last[: len(rows)]).max()) for rows in embeddings[:-1])
-    return max(changes, default=0.0) / float(np.abs(reference.outputs[EMBEDDING]).max())
+def _batch_difference(name: str, outputs: Iterable[Mapping[str, Floats]], reference: Reference) -> float:
+    """The largest change of a value with the batch its image is in, relative to torch's largest value.
+
+    outputs: of each batch size, the largest last
+    """
+    *others, last = (part[name] for part in outputs)
+    changes = (float(np.abs(rows - last[: len(rows)]).max()) for rows in others)
+    return max(changes, default=0.0) / float(np.abs(reference.outputs[name]).max())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from mvmr.bundles.head import Head
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.data.image_bytes import LIMITS, Limits, Prepared, prepare
 from mvmr.errors import MvmrError, unknown
-from mvmr.export.artifacts import ARTIFACTS, EMBEDDING, Artifact, Precision, decode_canary, report_of
+from mvmr.export.artifacts import ARTIFACTS, DENSE, EMBEDDING, Artifact, Precision, decode_canary, report_of
 from mvmr.export.runtimes import PROVIDERS, Runner, check_provider, export_command, locate, open_artifact, run_by
 
 Pixels = npt.NDArray[np.uint8]
@@ -113,23 +113,39 @@ class Engine:
         """
         return self.runner(pixels)[EMBEDDING]
 
-    def embed(self, images: Images, limits: Limits = LIMITS) -> Floats:
+    def dense(self, pixels: Pixels) -> Floats:
+        """Map prepared images: their features before they are pooled.
+
+        Shapes: uint8 [N, S, S, 3] RGB -> float32 [N, h, w, C], not normalised.
+        Raises: MvmrError for a file that was exported without.
+        """
+        outputs = self.runner(pixels)
+        if DENSE not in outputs:
+            cure = f"export it by `mvmr export {self.path} --onnx --dense` and load it with precision='fp32'"
+            raise MvmrError(f"{self.path / self.file} gives no dense output; {cure}")
+        return outputs[DENSE]
+
+    def embed(self, images: Images, limits: Limits = LIMITS, *, dense: bool = False) -> Floats:
         """Embed images of any size: PIL images, paths, the bytes of files, or an array; each resized and cropped.
 
         Shapes: N images, or uint8 [N, H, W, 3] RGB in [0, 255] -> float32 [N, D], not normalised.
         limits: of pixels and formats, for paths and bytes.
+        dense: give the features of each patch instead, float32 [N, h, w, C]; see `mvmr.models.student.Student.embed`.
 
-        Raises: MvmrError for an image that cannot be read (naming it), or an array of another type or shape.
+        Raises: MvmrError for an image that cannot be read (naming it), an array of another type or shape, or, with
+            `dense`, a file that was exported without.
         """
         if isinstance(images, str | Path | bytes | Image.Image):
             raise MvmrError("embed takes several images; put the one into a list")
         if isinstance(images, np.ndarray) and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3):
             shape = f"{images.dtype} {list(images.shape)}"
             raise MvmrError(f"embed takes arrays of uint8 [N, H, W, 3], this one is {shape}")
-        rows = [np.empty((0, self.dim), np.float32)]
+        run: Callable[[Pixels], Floats] = self.dense if dense else self
+        none = np.empty((0, self.size, self.size, 3), np.uint8)
+        rows = [self.dense(none) if dense else np.empty((0, self.dim), np.float32)]
         for start in range(0, len(images), self.at_once):
             part = images[start : start + self.at_once]
-            rows.append(self(np.stack([self._prepare(image, start + i, limits) for i, image in enumerate(part)])))
+            rows.append(run(np.stack([self._prepare(image, start + i, limits) for i, image in enumerate(part)])))
         return np.concatenate(rows)
 
     def classify(self, embeddings: Floats, head: str) -> Floats:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from mvmr.progress import say_plan
 from mvmr.serve.options import ENGINE, LIMITS, MAX_FILE, limits_of
@@ -13,9 +14,12 @@ THREADS = click.option("--threads", type=click.IntRange(1), help="Cores that emb
 
 
 @click.command()
-@click.argument("bundle")
-@click.argument("images")
+@click.argument("sources", nargs=-1, metavar="[BUNDLE] IMAGES")
 @click.option("--out", required=True, metavar="DIR|FILE", help="Folder of parts, FILE.parquet or FILE.npy.")
+@click.option(
+    "--teacher", metavar="SPEC", help="In BUNDLE's place, as `mvmr distill` takes it; then FILE is a rows:FILE."
+)
+@click.option("--pretrained", metavar="TAG|FILE", help="That teacher's weights.")
 @ENGINE
 @THREADS
 @click.option("--head", "heads", multiple=True, metavar="all|NAME", help="Head whose best class becomes a column.")
@@ -25,8 +29,12 @@ THREADS = click.option("--threads", type=click.IntRange(1), help="Cores that emb
 @click.option("--part-rows", default=4096, show_default=True, type=click.IntRange(1), help="Images to a part.")
 @MAX_FILE
 @LIMITS
-def embed(bundle: str, images: str, out: str, shard: str | None, **options: Any) -> None:
-    """Embed IMAGES by BUNDLE's exported file.
+@click.pass_context
+def embed(
+    context: click.Context, /, sources: tuple[str, ...], out: str, teacher: str | None, pretrained: str | None,
+    shard: str | None, **options: Any,
+) -> None:  # fmt: skip
+    """Embed IMAGES by BUNDLE's exported file, or by a teacher.
 
     IMAGES: a folder, a quoted glob, list:FILE with a path a line (- for standard input), tar files (shards:PATTERN,
     with {000..009}), an address such as s3://bucket/prefix, or a data set such as stl10:ROOT (docs/data.md).
@@ -34,6 +42,12 @@ def embed(bundle: str, images: str, out: str, shard: str | None, **options: Any)
     from mvmr.serve.batch.job import embed as run
     from mvmr.serve.batch.job import read_shard
 
+    if teacher is not None:
+        _embed_by_teacher(context, teacher, pretrained, sources, out)
+        return
+    if pretrained is not None or len(sources) != 2:
+        raise click.UsageError("give BUNDLE and IMAGES, or --teacher SPEC (and its --pretrained) and IMAGES")
+    bundle, images = sources
     piece = read_shard(shard) if shard else None
     say_plan(bundle=bundle, images=images, out=out)
     summary = run(bundle, images, out=out, shard=piece, limits=limits_of(options), progress=True, **options)
@@ -42,6 +56,24 @@ def embed(bundle: str, images: str, out: str, shard: str | None, **options: Any)
     if summary.errors:
         click.echo(f"{summary.errors} images could not be read: {summary.errors_file}", err=True)
     click.echo(f"next: mvmr index {out} --out INDEX{' (after the other shards)' if piece else ''}", err=True)
+
+
+def _embed_by_teacher(
+    context: click.Context, teacher: str, pretrained: str | None, sources: tuple[str, ...], out: str
+) -> None:
+    if len(sources) != 1:
+        raise click.UsageError("with --teacher give IMAGES alone: no bundle embeds them")
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if name not in ("sources", "out", "teacher", "pretrained") and source is not ParameterSource.DEFAULT:
+            raise click.UsageError(f"--{name.replace('_', '-')} is for bundles: leave it out with --teacher")
+    from mvmr.distillation.embedding import embed as run
+
+    (images,) = sources
+    say_plan(teacher=teacher, images=images, out=out)
+    count, width = run(teacher, images, out, pretrained=pretrained, progress=True)
+    click.echo(f"{out}: {count} embeddings of width {width}")
+    click.echo(f"next: mvmr distill --teacher rows:{out} --data {images}", err=True)
 
 
 @click.command()

@@ -1,4 +1,8 @@
-"""A virtual environment for each peer: its pinned version, and mvmr with the libraries that this environment has."""
+"""A virtual environment for each peer: its pinned version, with the libraries that this environment has.
+
+Servers get mvmr beside them, whose files they serve. Distillers don't: LightlyTrain is under the AGPL, so it is kept in
+a process and an environment of its own, and neither side imports the other.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +19,36 @@ from pathlib import Path
 PINNED = {"litserve": "0.2.19", "bentoml": "1.4.39"}
 # What mvmr.serve's engine and decoding import; of the versions of this environment, so that all compute alike.
 _SAME = ("numpy", "onnxruntime", "pillow", "rich", "safetensors")
-_SOURCE = Path(__file__).parents[2]
-_PARTS = ("pyproject.toml", "README.md", "LICENSE", "mvmr", "distill", "export", "serve")
+# What trains beside ours; with each what its results depend on.
+DISTILLERS = {
+    "lightly-train": {"lightly-train": "0.18.0", "pytorch-lightning": "2.6.6", "albumentations": "2.0.8"},
+    "sentence-transformers": {
+        "sentence-transformers": "6.0.0",
+        "transformers": "5.24.0",
+        "accelerate": "1.15.0",
+        "datasets": "5.2.0",
+    },
+}
+_TRAINS = ("numpy", "pillow", "torch", "torchvision")
+HERE = Path(__file__).parent
+_SOURCE = HERE.parents[1]
+_PARTS = ("pyproject.toml", "README.md", "LICENSE", "mvmr", "distill", "export", "serve", "app")
 
 
 def prepare(folder: Path, peers: list[str]) -> dict[str, Path]:
     """The Python of each peer's environment below `folder`: made where there is none, mvmr always as it is now."""
     with tempfile.TemporaryDirectory() as scratch:
         wheel = _wheel(Path(scratch))
-        return {peer: _environment(folder / peer, peer, wheel) for peer in peers}
+        pythons = {peer: _environment(folder / peer, versions(peer)) for peer in peers}
+        for python in pythons.values():
+            _install(python, "--no-deps", *_again(), str(wheel))
+        return pythons
+
+
+def prepare_distiller(folder: Path, peer: str) -> Path:
+    """The Python of a distiller's environment below `folder`, made where there is none."""
+    same = {name: metadata.version(name).partition("+")[0] for name in _TRAINS}
+    return _environment(folder / peer, DISTILLERS[peer] | same)
 
 
 def versions(peer: str) -> dict[str, str]:
@@ -38,14 +63,22 @@ def quiet(folder: Path) -> dict[str, str]:
         "BENTOML_DO_NOT_TRACK": "True",
         "BENTOML_HOME": str(folder / "bentoml-home"),
         "DO_NOT_TRACK": "1",
+        "HF_HOME": str(folder / "huggingface"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_OFFLINE": "1",
+        "LIGHTLY_TRAIN_CACHE_DIR": str(folder / "lightly-train"),
+        "LIGHTLY_TRAIN_EVENTS_DISABLED": "1",
+        "MPLCONFIGDIR": str(folder / "matplotlib"),
+        "NO_ALBUMENTATIONS_UPDATE": "1",
         "ORT_DISABLE_TELEMETRY": "1",
         "PYTHONWARNINGS": "ignore",
     }
 
 
-def _environment(place: Path, peer: str, wheel: Path) -> Path:
+def _environment(place: Path, packages: dict[str, str]) -> Path:
+    """The Python of an environment with these versions, made again where others were wanted before."""
     python, stamp = place / "bin" / "python", place / "requirements.txt"
-    wanted = "\n".join(f"{name}=={version}" for name, version in versions(peer).items()) + "\n"
+    wanted = "\n".join(f"{name}=={version}" for name, version in packages.items()) + "\n"
     if not (python.exists() and stamp.exists() and stamp.read_text() == wanted):
         shutil.rmtree(place, ignore_errors=True)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +88,6 @@ def _environment(place: Path, peer: str, wheel: Path) -> Path:
             _run("venv", str(place))
         _install(python, *wanted.split())
         stamp.write_text(wanted)
-    _install(python, "--no-deps", *_again(), str(wheel))
     return python
 
 

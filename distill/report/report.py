@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -14,12 +14,15 @@ import numpy as np
 
 from mvmr import __version__
 from mvmr.bundles import bundle as bundles
+from mvmr.bundles.bundle import Bundle
 from mvmr.cores import usable_cores
 from mvmr.distillation.report.fidelity import Figures, dependence, neighbours, predictions, spectrum
 from mvmr.distillation.report.images import SEED
+from mvmr.distillation.report.overview import write_overview
 from mvmr.distillation.report.page import write_page
 from mvmr.distillation.report.stages import build_untrained, split, stages_of
 from mvmr.distillation.report.subject import Subject
+from mvmr.distillation.teachers.recorded import names_to_open
 from mvmr.errors import MvmrError
 from mvmr.evaluation.protocols import Measured
 from mvmr.models.table import backbone_of
@@ -53,7 +56,8 @@ def report(
     """Measure how much of its teacher a student has kept, and write ``out``/report.json and ``out``/index.html.
 
     Measured on the test split, or on all images where there are no labels. What can't be measured is listed in the
-    report, with the reason. The same input gives the same report.json.
+    report, with the reason. The same input gives the same report.json. Of a student of several teachers, of which none
+    is named, there is a report on each in a folder of its name below ``out``, and ``out``/index.html shows them all.
 
     Args:
         teacher, pretrained: left out, those the student was distilled from, as the bundle records them.
@@ -63,17 +67,40 @@ def report(
         limit: of more images than these, so many are drawn, always the same; the probe takes all.
 
     Returns:
-        The content of report.json.
+        The content of report.json; of several, ``teachers``: that of each by its name.
 
     Raises:
         MvmrError: a teacher that was named and can't be had, too few images for ``k``, or other files in ``out``; all
             of this before any feature is computed.
     """
     folder = Path(out)
-    _refuse_other_files(folder)
     if permutations < 1:
         raise MvmrError(f"permutations = {permutations}: give 1 or more")
     opened = bundles.load(bundle)
+    names = names_to_open(opened, teacher)
+    if len(names) == 1:
+        return _report(
+            opened, data, teacher=teacher, pretrained=pretrained, folder=folder, k=k, permutations=permutations,
+            limit=limit, device=device, max_unreadable=max_unreadable, progress=progress,
+        )  # fmt: skip
+    _refuse_other_files(folder, names)
+    reports = {
+        name: _report(
+            opened, data, teacher=name, pretrained=pretrained, folder=folder / name, k=k, permutations=permutations,
+            limit=limit, device=device, max_unreadable=max_unreadable, progress=progress,
+        )
+        for name in names
+    }  # fmt: skip
+    write_overview(reports, PAGE, folder / PAGE)
+    return {"teachers": reports}
+
+
+def _report(
+    opened: Bundle, data: str, *, teacher: str | Path | None, pretrained: str | Path | None, folder: Path, k: int,
+    permutations: int, limit: int, device: str, max_unreadable: float, progress: bool,
+) -> Figures:  # fmt: skip
+    """The report on one teacher, or where there is none on the student alone."""
+    _refuse_other_files(folder)
     subject = Subject.open(
         opened, data, teacher=teacher, pretrained=pretrained,
         limit=limit, k=k, device=device, max_unreadable=max_unreadable, progress=progress,
@@ -83,7 +110,7 @@ def report(
     content = {
         "schema": SCHEMA,
         "mvmr_version": __version__,
-        "command": _command(opened.path, {"data": data, "out": out}, options),
+        "command": _command(opened.path, {"data": data, "out": folder}, options),
         **subject.describe(),
         "dependence": _dependence(features, permutations, progress),
         "neighbours": _neighbours(subject, features, k),
@@ -154,12 +181,12 @@ def _command(path: Path, arguments: Mapping[str, Any], options: Mapping[str, Any
     return shlex.join(["mvmr", "report", str(path), *flags])
 
 
-def _refuse_other_files(folder: Path) -> None:
+def _refuse_other_files(folder: Path, folders: Iterable[str] = ()) -> None:
     try:
         names = sorted(os.listdir(folder))
     except FileNotFoundError:
         return
     except OSError as error:
         raise MvmrError(f"cannot write a report to {folder}: {error.strerror}; give another folder") from error
-    if strangers := [name for name in names if name not in (JSON, PAGE)]:
+    if strangers := [name for name in names if name not in (JSON, PAGE, *folders)]:
         raise MvmrError(f"{folder} holds {strangers[0]!r}, which is no part of a report; give a folder of its own")

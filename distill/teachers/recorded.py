@@ -22,6 +22,14 @@ def recorded_teachers(bundle: Bundle) -> dict[str, Mapping[str, Any]]:
     return {name: record for name, record in records.items() if isinstance(record, Mapping) and set(record) >= _KEYS}
 
 
+def names_to_open(bundle: Bundle, name: str | Path | None) -> dict[str, str | Path | None]:
+    """What `teacher_of` is to be asked for, by what to call it: the one that is meant, or all that are recorded."""
+    recorded = recorded_teachers(bundle)
+    if name is not None or len(recorded) < 2 or NAME in recorded:
+        return {NAME: name}
+    return dict(zip(recorded, recorded, strict=True))
+
+
 def teacher_of(
     bundle: Bundle, name: str | Path | None, pretrained: str | Path | None, device: str, *, text: bool
 ) -> Teacher:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from mvmr.distillation.teachers import clip, python_module, timm_model
+from mvmr.distillation.teachers import clip, onnx_model, python_module, stored_rows, timm_model, torchvision_model
 from mvmr.distillation.teachers.teacher import Spec, Teacher
 from mvmr.errors import MvmrError
 
@@ -23,7 +23,10 @@ class Load(Protocol):
 KINDS: dict[str, Load] = {
     "open_clip": clip.load,
     "timm": timm_model.load,
+    "torchvision": torchvision_model.load,
+    "onnx": onnx_model.load,
     "python": python_module.load,
+    "rows": stored_rows.load,
 }
 
 

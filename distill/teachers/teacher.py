@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mvmr.errors import MvmrError, summarise
 
 NAME = "teacher"  # of one that is given none
+_SAME = 1e-2  # relative; half precision on a GPU is nearer
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
@@ -26,7 +27,7 @@ class Teacher(Protocol):
 
     name: what it is, for people; weights: the tag or file its weights came from, for people
     identity: hex sha256 of all that its embeddings depend on but the image
-    dim: length of an embedding; parameters: how many it has
+    dim: length of an embedding; parameters: how many it has, None where nobody knows
     """
 
     name: str
@@ -35,7 +36,7 @@ class Teacher(Protocol):
     dim: int
 
     @property
-    def parameters(self) -> int: ...
+    def parameters(self) -> int | None: ...
 
     def prepare(self, image: Image.Image) -> Tensor:
         """An RGB image of any size -> what the teacher takes, [C, H, W]; carries no weights to worker processes."""
@@ -106,10 +107,11 @@ def canaries() -> list[Image.Image]:
     return [Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)) for shape in ((64, 96, 3), (300, 200, 3))]
 
 
-def measure_width(network: nn.Module, prepare: Callable[[Image.Image], Tensor], name: str) -> int:
+def measure_width(network: Callable[[Tensor], Tensor], prepare: Callable[[Image.Image], Tensor], name: str) -> int:
     """The width of a network's embeddings, after a look at what it makes of two images, together and alone.
 
-    Raises: MvmrError where they are no rows of one width, [B, D], in floating point and finite.
+    Raises: MvmrError where they are no rows of one width, [B, D], in floating point and finite, or that of an image
+        hangs on the others of its batch.
     """
     images = canaries()
     try:
@@ -137,6 +139,11 @@ def measure_width(network: nn.Module, prepare: Callable[[Image.Image], Tensor], 
         raise MvmrError(f"teacher {name} gives rows of {widths}")
     if not both.isfinite().all():
         raise MvmrError(f"teacher {name} gives values that are not finite")
+    if not torch.allclose(both[:1], alone, rtol=_SAME, atol=_SAME * float(both.abs().amax())):
+        raise MvmrError(
+            f"teacher {name} gives an image another row when it stands beside another: is a batch norm in training "
+            "mode, or a dropout on?"
+        )
     return int(both.shape[1])
 
 

@@ -17,7 +17,7 @@ from mvmr.progress import say
 
 # Of each student, as long as it is there: torch's exporter takes seconds, and gives the same every time. A student is
 # opened anew for each export, so that the weights of its heads need not be compared.
-_WRITTEN: WeakKeyDictionary[Student, dict[tuple[int, str], bytes]] = WeakKeyDictionary()
+_WRITTEN: WeakKeyDictionary[Student, dict[tuple[int, bool, str], bytes]] = WeakKeyDictionary()
 
 
 def check(bundle: Bundle, options: BuildOptions, *, triton: bool) -> None:
@@ -33,11 +33,14 @@ def build(attempt: Attempt) -> Report:
 
 def write(attempt: Attempt, precision: Precision) -> bytes:
     """The student as an ONNX file in fp32 or fp16; int8 takes the fp32 file that was written before it."""
-    opset, about = attempt.options.opset, metadata(attempt.bundle, attempt.heads, precision)
-    files, key = _WRITTEN.setdefault(attempt.student, {}), (opset, repr(about))
+    opset, dense = attempt.options.opset, attempt.options.dense
+    about = metadata(attempt.bundle, attempt.heads, precision)
+    files, key = _WRITTEN.setdefault(attempt.student, {}), (opset, dense, repr(about))
     if key not in files:
         say(f"exporting {precision}, opset {opset}", shown=attempt.progress)
-        files[key] = to_onnx(attempt.student, attempt.heads, precision=precision, opset=opset, metadata=about)
+        files[key] = to_onnx(
+            attempt.student, attempt.heads, precision=precision, opset=opset, metadata=about, dense=dense
+        )
     return files[key]
 
 

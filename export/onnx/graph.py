@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from mvmr.bundles.head import Head
-from mvmr.export.artifacts import EMBEDDING, IMAGE, LOGITS, Precision, check_opset
+from mvmr.export.artifacts import DENSE, EMBEDDING, IMAGE, LOGITS, Precision, check_opset
 from mvmr.models.student import Student
 
 LARGEST_BATCH = 1024
@@ -27,11 +27,15 @@ class ServedEncoder(nn.Module):
 
     Batch norm is folded into the convolutions in float32. With `half` the folded encoder computes in half precision;
     normalisation, heads and outputs stay float32. (Halving first and folding then doubles the error.)
+    dense: also give the map of features before pooling
     """
 
-    def __init__(self, student: Student, heads: Sequence[Head] = (), *, half: bool = False) -> None:
+    def __init__(
+        self, student: Student, heads: Sequence[Head] = (), *, half: bool = False, dense: bool = False
+    ) -> None:
         super().__init__()
-        self.encoder = student.copy_for_export()
+        self.encoder = student.copy_for_export(dense=dense)
+        self.dense = dense
         self.dtype = torch.float16 if half else torch.float32
         self.encoder.to(self.dtype)
         preprocess = student.preprocess
@@ -46,9 +50,13 @@ class ServedEncoder(nn.Module):
         return image.to(torch.float32).permute(0, 3, 1, 2) * self.scale + self.shift
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """uint8 [N, S, S, 3] RGB -> features float32 [N, D] as they are, then logits float32 [N, C] of each head."""
-        features = self.encoder(self.normalise(image).to(self.dtype)).float()
-        return (features, *(head(features) for head in self.heads))
+        """uint8 [N, S, S, 3] RGB -> features float32 [N, D] as they are, then logits float32 [N, C] of each head.
+
+        With `dense` the last is the map, float32 [N, h, w, C]: whoever takes outputs by position finds them as before.
+        """
+        encoded = self.encoder(self.normalise(image).to(self.dtype))
+        features, *maps = (part.float() for part in (encoded if self.dense else (encoded,)))
+        return (features, *(head(features) for head in self.heads), *maps)
 
 
 def to_onnx(
@@ -58,6 +66,7 @@ def to_onnx(
     precision: Precision = "fp32",
     opset: int = 20,
     metadata: Mapping[str, str],
+    dense: bool = False,
 ) -> bytes:
     """Export a student, with linear heads on its features, as one ONNX file; the same student gives the same bytes.
 
@@ -66,21 +75,22 @@ def to_onnx(
     Args:
         precision: ``fp32`` or ``fp16``; int8 is made from an fp32 file by :mod:`mvmr.export.onnx.int8`.
         metadata: text by name, put into the file (see :func:`mvmr.export.artifacts.metadata`).
+        dense: also give the map of features before pooling.
 
     Shapes:
         The graph takes ``image`` uint8 [N, S, S, 3] RGB in [0, 255] of any N, and gives ``embedding`` float32 [N, D],
-        not normalised, and ``logits_<head>`` float32 [N, C].
+        not normalised, ``logits_<head>`` float32 [N, C] and, with `dense`, ``dense`` float32 [N, h, w, C].
 
     Raises:
-        MvmrError: an opset that can't be written as asked.
+        MvmrError: an opset that can't be written as asked, or, with `dense`, a network that has no map.
     """
     check_opset(opset)
     if precision == "int8":
         raise ValueError("int8 is made from an fp32 file: see mvmr.export.onnx.int8")
-    encoder = ServedEncoder(student, heads, half=precision == "fp16").eval()
-    names = [EMBEDDING, *(f"{LOGITS}{head.name}" for head in heads)]
+    encoder = ServedEncoder(student, heads, half=precision == "fp16", dense=dense).eval()
+    names = [EMBEDDING, *(f"{LOGITS}{head.name}" for head in heads), *([DENSE] if dense else [])]
     model = _trace(encoder, student.preprocess.crop, names, opset)
-    _name_layers(model.graph)
+    _name_layers(model.graph, prefix=2 * _ENCODER if dense else _ENCODER)
     _forget_this_machine(model)
     check_graph(model, opset)
     for key, value in metadata.items():
@@ -169,10 +179,10 @@ def _linear(head: Head) -> nn.Module:
     return layer.requires_grad_(False)
 
 
-def _name_layers(graph: onnx.GraphProto) -> None:
+def _name_layers(graph: onnx.GraphProto, *, prefix: str) -> None:
     for node in graph.node:
         if node.op_type == "Conv":  # its weight keeps torch's name
-            node.name = node.input[1].removeprefix(_ENCODER).removesuffix(".weight")
+            node.name = node.input[1].removeprefix(prefix).removesuffix(".weight")
 
 
 def _forget_this_machine(model: onnx.ModelProto) -> None:

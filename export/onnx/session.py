@@ -18,7 +18,7 @@ from mvmr.bundles.bundle import Bundle
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.cores import usable_cores
 from mvmr.errors import MvmrError, shorten, unknown
-from mvmr.export.artifacts import EMBEDDING, IMAGE, LOGITS, Artifact
+from mvmr.export.artifacts import DENSE, EMBEDDING, IMAGE, LOGITS, Artifact
 from mvmr.export.tensorrt import rtx_provider
 from mvmr.storage.atomic import cache_dir
 
@@ -51,7 +51,8 @@ class Session:
     """An exported ONNX file, ready to run.
 
     Shapes: called with uint8 [N, S, S, 3] RGB, prepared by `preprocess`, it returns ``embedding`` float32 [N, D], not
-        normalised, and ``logits_<head>`` float32 [N, C] of each head.
+        normalised, ``logits_<head>`` float32 [N, C] of each head and, of a file exported with it, ``dense`` float32
+        [N, h, w, C], the features before they are pooled.
 
     Args:
         model: the file, or its bytes.
@@ -92,7 +93,7 @@ class Session:
     @property
     def dim(self) -> int:
         """Width of the features."""
-        return int(self._widths()[EMBEDDING])
+        return self._shapes()[EMBEDDING][0]
 
     @property
     def preprocess(self) -> Preprocess:
@@ -106,7 +107,7 @@ class Session:
             raise MvmrError(f"{self.name} takes {wanted}, this array is {images.dtype} {list(images.shape)}")
         names = [output.name for output in self._session.get_outputs()]
         if not len(images):
-            return {name: np.empty((0, width), np.float32) for name, width in self._widths().items()}
+            return {name: np.empty((0, *shape), np.float32) for name, shape in self._shapes().items()}
         step = self._largest_batch or len(images)
         parts = [
             self._session.run(names, {IMAGE: images[start : start + step]}) for start in range(0, len(images), step)
@@ -114,8 +115,9 @@ class Session:
         rows = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
         return dict(zip(names, rows, strict=True))
 
-    def _widths(self) -> dict[str, int]:
-        return {output.name: output.shape[1] for output in self._session.get_outputs()}
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of one image's outputs."""
+        return {output.name: tuple(output.shape[1:]) for output in self._session.get_outputs()}
 
     def _check_contract(self) -> None:
         inputs = [
@@ -128,11 +130,13 @@ class Session:
             raise MvmrError(
                 f"{self.name} takes {signature} instead of {IMAGE} uint8 [N, S, S, 3]; make it by `mvmr export`"
             )
-        outputs = {
-            tensor.name: (tensor.type, len(tensor.shape), isinstance(tensor.shape[-1], int))
-            for tensor in self._session.get_outputs()
-        }
-        if EMBEDDING not in outputs or set(outputs.values()) != {("tensor(float)", 2, True)}:
+        shapes, kinds = self._shapes(), {tensor.type for tensor in self._session.get_outputs()}
+        misfits = [
+            name
+            for name, shape in shapes.items()
+            if len(shape) != (3 if name == DENSE else 1) or not all(isinstance(axis, int) for axis in shape)
+        ]
+        if EMBEDDING not in shapes or misfits or kinds != {"tensor(float)"}:
             signature = ", ".join(
                 f"{tensor.name} {tensor.type} {tensor.shape}" for tensor in self._session.get_outputs()
             )
@@ -143,7 +147,7 @@ class Session:
     def _read_heads(self) -> dict[str, tuple[str, ...]]:
         heads = {name: tuple(classes) for name, classes in self._read("heads").items() if _are_names(classes)}
         wanted = {f"{LOGITS}{name}": len(classes) for name, classes in heads.items()}
-        widths = {name: width for name, width in self._widths().items() if name != EMBEDDING}
+        widths = {name: shape[0] for name, shape in self._shapes().items() if name not in (EMBEDDING, DENSE)}
         if wanted != widths:
             mismatch = f"gives {shorten(widths)} where its metadata say {shorten(wanted)}"
             raise MvmrError(f"{self.name} {mismatch}; export it again")

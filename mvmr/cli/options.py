@@ -16,7 +16,8 @@ SHORTHANDS = {
     "method": (
         "method.name",
         "How it learns: mvmr, simclr, moco, byol, simsiam, barlow, vicreg, swav, dino, isd, twist, "
-        "deepcluster, deepercluster, selflabel, lejepa.",
+        "deepcluster, deepercluster, selflabel, lejepa; from a teacher by regression, cosine, dcor, cka, rkd, seed, "
+        "relational, gram, procrustes, cospress, or their combination.",
     ),
     "small-kernel": ("student.small_kernel", "A stem for small images: 3 x 3, stride 1, no pooling."),
     "size": ("views.size", "Side of the images the student sees, in pixels."),

@@ -38,7 +38,6 @@ def _objective(losses: tuple[str, ...], representations: tuple[str, ...]) -> tup
         f"method.variance={on['L1']}",
         f"method.dependence={on['L2']}",
         f"method.representations={{{weights}}}",  # the table is replaced: those it does not name are off
-        "method.regression={}",
         "method.decorrelation=0",
     )
 

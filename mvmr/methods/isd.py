@@ -20,6 +20,7 @@ from mvmr.methods.parts.gathering import gather
 from mvmr.methods.parts.heads import build_projector, check_predictor
 from mvmr.methods.parts.momentum import encode_in_halves, follow, make_follower
 from mvmr.methods.parts.queue import Queue, check_queue
+from mvmr.methods.parts.similarity import similarity_loss
 
 WEAK, STRONG = ViewSpec("weak", "crop+flip"), ViewSpec("strong")
 
@@ -80,7 +81,7 @@ class Isd(Method):
         )
         with torch.autocast(h.device.type, enabled=False):
             teacher, anchors = F.normalize(teacher.float(), dim=1), self.queue.entries.clone()  # they move on below
-            loss = similarity_loss(student, teacher, anchors, c.student_temperature, c.teacher_temperature)
+            loss = similarity_loss(student.float(), teacher, anchors, c.student_temperature, c.teacher_temperature)
         self.queue.push(gather(teacher))
         return Step({"similarity": loss}, h, h.detach().float())
 
@@ -93,15 +94,3 @@ class Isd(Method):
     def diagnose(self, outputs: Tensor, generator: torch.Generator) -> dict[str, float]:
         """Effective rank of the features: 1 is a collapse."""
         return {"rank_h": effective_rank(outputs)}
-
-
-def similarity_loss(
-    student: Tensor, teacher: Tensor, anchors: Tensor, student_temperature: float, teacher_temperature: float
-) -> Tensor:
-    """KL from the teacher's softmax over similarities to the anchors to the student's (equations 1 to 3).
-
-    Shapes: student [B, D], teacher [B, D] and anchors [K, D] of norm 1 -> scalar.
-    """
-    p = F.softmax(teacher @ anchors.T / teacher_temperature, dim=1)
-    q = F.log_softmax(F.normalize(student.float(), dim=1) @ anchors.T / student_temperature, dim=1)
-    return F.kl_div(q, p, reduction="batchmean")

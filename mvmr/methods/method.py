@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.bundles.tensors import Normalise
+from mvmr.methods.parts.standardising import Rows
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class MethodConfig:
 
     smallest_batch: ClassVar[int] = 2  # images, over all devices
     has_classes: ClassVar[bool] = False  # whether the projector's outputs are logits of classes that it has found
+    weighted: ClassVar[tuple[str, ...]] = ()  # settings that are weights by the name of a target
 
     name: str
 
@@ -66,8 +68,8 @@ class MethodConfig:
         return ()
 
     @property
-    def standardised_targets(self) -> tuple[str, ...]:
-        """Those of `targets` of which it must know mean and standard deviation over all images."""
+    def stored_targets(self) -> tuple[str, ...]:
+        """Those of `targets` of which it must have the rows of all images."""
         return ()
 
 
@@ -75,13 +77,13 @@ class Setting(NamedTuple):
     """What a method is built for.
 
     width: of the encoder's features; images: how many there are to learn from
-    statistics: mean and standard deviation, [K] each, of every one of `standardised_targets`, by name
+    rows: of all images, float32 [N, K], of every one of `stored_targets`, by name
     """
 
     width: int
     preprocess: Preprocess
     images: int
-    statistics: Mapping[str, tuple[Tensor, Tensor]]
+    rows: Mapping[str, Rows]
 
 
 class Step(NamedTuple):

@@ -27,6 +27,7 @@ class MvmrConfig(ObjectiveConfig, MethodConfig):
     """Weights of the objective's terms, and the projector."""
 
     smallest_batch: ClassVar[int] = 4  # the unbiased estimator is not defined below
+    weighted: ClassVar[tuple[str, ...]] = ("representations",)
 
     name: Literal["mvmr"] = "mvmr"
     projector: tuple[int, ...] = ()  # widths; none: z = h
@@ -35,20 +36,16 @@ class MvmrConfig(ObjectiveConfig, MethodConfig):
     def views(self) -> tuple[ViewSpec, ...]:
         return (ORIGINAL, AUGMENTED, SECOND) if AUGMENTED_PIXELS in self.targets else (ORIGINAL, AUGMENTED)
 
-    @property
-    def standardised_targets(self) -> tuple[str, ...]:
-        return tuple(name for name, weight in self.regression.items() if weight)
-
 
 class Mvmr(Method):
-    """Encoder, projector, and the maps inside the objective."""
+    """Encoder and projector."""
 
     projector: nn.Module
 
     def __init__(self, config: MvmrConfig, encoder: nn.Module, setting: Setting) -> None:
         super().__init__(encoder, setting.preprocess)
         self.projector = build_projector(setting.width, config.projector)
-        self.objective = Objective(config, setting.width, setting.statistics)
+        self.objective = Objective(config)
 
     def forward(self, views: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Step:
         original, augmented = views["original"], views["augmented"]

@@ -7,9 +7,8 @@ original view::
     L2 = dependence * (1 - dCor(z~, z))
     L3 = sum_k representations[k] * (1 - dCor(z~, z*_k))
 
-Two more terms, both zero in the paper's objective, were added by measurement (docs/method.md)::
+One more term, zero in the paper's objective, was added by measurement (docs/method.md)::
 
-    regression[k] * mean over both views of MSE(W_k h, standardised z*_k),   W_k a linear map trained along
     decorrelation * [c(z) + c(z~)],   c(z) = sum of squared off-diagonal covariances / D   (VICReg, equation 3)
 """
 
@@ -21,7 +20,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mvmr.errors import MvmrError
 from mvmr.methods.parts.dependence import Estimator, centred_distances, correlate, effective_rank, permutation_null
@@ -38,7 +37,6 @@ class ObjectiveConfig:
     eps: float = 1e-4  # inside the square root of v(z)
     dependence: float = 1.0  # alpha
     representations: dict[str, float] = field(default_factory=dict)  # beta_k, by name
-    regression: dict[str, float] = field(default_factory=dict)
     decorrelation: float = 0.0
     space: Literal["projection", "features"] = "projection"  # what the terms in z are taken on
     estimator: Estimator = "biased"
@@ -47,7 +45,6 @@ class ObjectiveConfig:
         weights = {"invariance": self.invariance, "variance": self.variance, "dependence": self.dependence}
         weights |= {"decorrelation": self.decorrelation}
         weights |= {f"representations.{name}": weight for name, weight in self.representations.items()}
-        weights |= {f"regression.{name}": weight for name, weight in self.regression.items()}
         if negative := [name for name, weight in weights.items() if not weight >= 0]:
             raise MvmrError(f"[method] {negative[0]} = {weights[negative[0]]}: a weight must be 0 or more")
         if not any(weights.values()):
@@ -56,24 +53,16 @@ class ObjectiveConfig:
     @property
     def targets(self) -> tuple[str, ...]:
         """Names of the representations that some term needs."""
-        names = {**self.representations, **self.regression}
-        return tuple(name for name in names if self.representations.get(name) or self.regression.get(name))
+        return tuple(name for name, weight in self.representations.items() if weight)
 
 
-class Objective(nn.Module):
-    """The loss of a batch; holds the linear maps of the regression terms and nothing else that is trained.
+class Objective:
+    """The loss of a batch."""
 
-    Args:
-        statistics: mean and standard deviation, [K] each, of every target that is regressed, by name.
-    """
-
-    def __init__(self, config: ObjectiveConfig, feature_dim: int, statistics: Mapping[str, tuple[Tensor, Tensor]]):
-        super().__init__()
+    def __init__(self, config: ObjectiveConfig) -> None:
         self.config = config
-        names = [name for name, weight in config.regression.items() if weight]
-        self.regressions = nn.ModuleDict({name: Regression(feature_dim, *statistics[name]) for name in names})
 
-    def forward(self, views: Embeddings, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def __call__(self, views: Embeddings, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every weighted term by name; the loss is their sum.
 
         Shapes:
@@ -97,9 +86,6 @@ class Objective(nn.Module):
                 if weight:
                     b = centred_distances(targets[name], c.estimator)
                     terms[f"dcor.{name}"] = weight * (1 - correlate(a, b, c.estimator))
-        for name, regress in self.regressions.items():
-            error = regress(views.h, targets[name]) + regress(views.h_augmented, targets[name])
-            terms[f"regression.{name}"] = c.regression[name] * error / 2
         return terms
 
     @torch.no_grad()
@@ -122,23 +108,6 @@ class Objective(nn.Module):
                 report[f"{estimator}.{name}"] = float(correlate(a, b, estimator))
                 report[f"{estimator}.{name}.null"] = float(permutation_null(a, b, estimator, generator))
         return report
-
-
-class Regression(nn.Module):
-    """Mean squared error of a linear map from features to a standardised target: any width to any width."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, feature_dim: int, mean: Tensor, std: Tensor):
-        super().__init__()
-        self.linear = nn.Linear(feature_dim, len(mean))
-        self.register_buffer("mean", mean.float())
-        self.register_buffer("std", std.float().clamp(min=1e-6))
-
-    def forward(self, h: Tensor, target: Tensor) -> Tensor:
-        """[B, D] and [B, K] -> scalar; 1 is what the mean of the target would score."""
-        return F.mse_loss(self.linear(h), (target - self.mean) / self.std)
 
 
 class Embeddings(NamedTuple):

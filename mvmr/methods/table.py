@@ -11,6 +11,9 @@ from mvmr.methods.byol import Byol, ByolConfig
 from mvmr.methods.deepcluster import Deepcluster, DeepclusterConfig
 from mvmr.methods.deepercluster import Deepercluster, DeeperclusterConfig
 from mvmr.methods.dino import Dino, DinoConfig
+from mvmr.methods.distillers.combination import CombinationConfig
+from mvmr.methods.distillers.distiller import Distiller
+from mvmr.methods.distillers.table import DISTILLERS
 from mvmr.methods.isd import Isd, IsdConfig
 from mvmr.methods.lejepa import Lejepa, LejepaConfig
 from mvmr.methods.method import Method, MethodConfig, Setting
@@ -47,6 +50,8 @@ METHODS = {
     "deepercluster": Entry(DeeperclusterConfig, Deepercluster),
     "selflabel": Entry(SelflabelConfig, Selflabel),
     "lejepa": Entry(LejepaConfig, Lejepa),
+    **{name: Entry(config, Distiller) for name, config in DISTILLERS.items()},
+    "combination": Entry(CombinationConfig, Distiller),
 }
 CONFIGS = {name: entry.config for name, entry in METHODS.items()}
 

@@ -45,12 +45,28 @@ class Backbone(Protocol):
         """
         ...
 
+    def dense(self, encoder: nn.Module) -> nn.Module:
+        """A module that shares the encoder's tensors and gives its features, and the map before they are pooled.
+
+        The features are the map's mean where the encoder pools by a plain average and ends there. Where layers follow
+        the pooling, the map is what the model itself has before it, and C may be another than D.
+
+        Shapes: images [B, 3, S, S] float32, normalised -> features [B, D], map [B, h, w, C], not normalised.
+        Raises: MvmrError for a model that has no such map.
+        """
+        ...
+
     def no_weight_decay(self, encoder: nn.Module) -> Collection[str]:
         """Names of the parameters that weight decay must leave alone."""
         ...
 
-    def copy_for_export(self, encoder: nn.Module) -> nn.Module:
-        """A copy as it is exported, on the CPU in float32: what can be folded is folded."""
+    def copy_for_export(self, encoder: nn.Module, *, dense: bool = False) -> nn.Module:
+        """A copy as it is exported, on the CPU in float32: what can be folded is folded.
+
+        dense: of what `dense` gives, features and map, in its attribute `encoder`
+
+        Raises: MvmrError as `dense` does.
+        """
         ...
 
 

@@ -1,8 +1,8 @@
 """The student at work: images in, features out, by the preprocessing its bundle says."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -47,11 +47,14 @@ class Student:
         """How many numbers the encoder has learned."""
         return sum(values.numel() for values in self.encoder.parameters())
 
-    def copy_for_export(self) -> nn.Module:
-        """A copy of the encoder as it is exported: float32, on the CPU, batch norms folded."""
-        if self.backbone is None:
+    def copy_for_export(self, *, dense: bool = False) -> nn.Module:
+        """A copy of the encoder as it is exported: float32, on the CPU, batch norms folded.
+
+        dense: see `mvmr.models.backbone.Backbone.copy_for_export`
+        """
+        if self.backbone is None and not dense:
             return fold_batch_norm(plain_copy(self.encoder))
-        return self.backbone.copy_for_export(self.encoder)
+        return self._known_backbone().copy_for_export(self.encoder, dense=dense)
 
     def prepare(self, image: Image.Image) -> Tensor:
         """Resize and crop one image of any mode: uint8 [3, S, S], not normalised."""
@@ -67,25 +70,52 @@ class Student:
         features: Tensor = self.encoder(self._normalise.to(batch.device)(batch))
         return features.float()
 
-    def embed(self, images: Images, *, batch_size: int = 64) -> Tensor:
+    @torch.no_grad()
+    def dense(self, batch: Tensor) -> Tensor:
+        """Map prepared images: their features before they are pooled.
+
+        Shapes: uint8 [B, 3, S, S], not normalised, on the student's device -> float32 [B, h, w, C] on that device.
+        Raises: MvmrError for a network that has no such map.
+        """
+        self.encoder.eval()  # as above
+        _, maps = self._known_backbone().dense(self.encoder)(self._normalise.to(batch.device)(batch))
+        return cast(Tensor, maps.float())
+
+    def embed(self, images: Images, *, batch_size: int = 64, dense: bool = False) -> Tensor:
         """Embed decoded images or image files; each is resized and cropped as in training.
 
         images: PIL images of any size and mode, paths, or uint8 [N, H, W, 3] RGB in [0, 255].
-        Shapes: returns float32 [N, D] on the CPU, not normalised; row i belongs to image i alone.
+        dense: features of each patch of the resized and cropped image, row by row from the top left, before pooling.
+            For ResNets and whatever else pools by a plain average, their mean over h and w is the embedding, and C is
+            D. Where a network has more layers after pooling (MobileNetV3's last convolution, ConvNeXt's norm), it is
+            not: the map is what the network itself has before it pools, its width C may be another than D, and heads
+            do not take it. Transformers give the tokens of the patches, with the norm they leave the last block by.
+        Shapes: returns float32 [N, D] on the CPU, not normalised; with `dense` [N, h, w, C]. Row i belongs to image i
+            alone.
 
-        Raises: MvmrError for a file that cannot be read (naming it), or an array of another type or shape.
+        Raises: MvmrError for a file that cannot be read (naming it), an array of another type or shape, or, with
+            `dense`, a network that has no map.
         """
         if isinstance(images, str | Path | Image.Image):
             raise MvmrError("embed takes several images; put the one into a list")
         if isinstance(images, np.ndarray) and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3):
             seen = f"{images.dtype} {list(images.shape)}"
             raise MvmrError(f"embed takes arrays of uint8 [N, H, W, 3], this one is {seen}")
-        rows = [torch.empty(0, self.dim)]
+        run: Callable[[Tensor], Tensor] = self.dense if dense else self
+        rows = []
         for start in range(0, len(images), batch_size):
             part = images[start : start + batch_size]
             batch = torch.stack([self._read(image, start + i) for i, image in enumerate(part)])
-            rows.append(self(batch.to(self.device)).cpu())
+            rows.append(run(batch.to(self.device)).cpu())
+        if not rows:  # the shape of none is that of a black image's
+            side = self.preprocess.crop
+            rows.append(run(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.device)).cpu()[:0])
         return torch.cat(rows)
+
+    def _known_backbone(self) -> Backbone:
+        if self.backbone is None:
+            raise MvmrError(f"where {self.name} pools its features is not known here; load it from a bundle")
+        return self.backbone
 
     def _read(self, image: object, index: int) -> Tensor:
         if not isinstance(image, Image.Image | np.ndarray | str | Path):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import timm
@@ -51,14 +51,22 @@ class TimmModel:
     def stages(self, encoder: nn.Module) -> nn.Module:
         return _Stages(encoder)
 
+    def dense(self, encoder: nn.Module) -> nn.Module:
+        """What timm calls `forward_features`, of images of this size: a map, or the tokens of the patches.
+
+        As the model leaves it: with the norm that it applies before pooling, without the layers that it has behind.
+        """
+        return _Dense(encoder, _layout(self.name, self.image_size))
+
     def no_weight_decay(self, encoder: nn.Module) -> Collection[str]:
         """Norms and biases, as timm's own training has it, and what a model names itself: positions, tokens."""
         ask: Any = getattr(encoder, "no_weight_decay", set)
         names = ask()
         return {name for name, value in encoder.named_parameters() if value.ndim <= 1 or name in names}
 
-    def copy_for_export(self, encoder: nn.Module) -> nn.Module:
+    def copy_for_export(self, encoder: nn.Module, *, dense: bool = False) -> nn.Module:
         network = plain_copy(encoder)
+        network = self.dense(network) if dense else network
         if not any(isinstance(part, nn.BatchNorm2d) for part in network.modules()):
             return network
         _part_activations(network)
@@ -91,6 +99,32 @@ class _Stages(nn.Module):
         stages = {f"stage{number}": activation.mean((-2, -1)) for number, activation in enumerate(maps, 1)}
         head: Any = self.encoder.forward_head
         return stages | {"features": head(last)}
+
+
+class _Dense(nn.Module):
+    """timm's own forward pass, which gives the map on its way, too."""
+
+    def __init__(self, encoder: nn.Module, lay_out: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.encoder, self.lay_out = encoder, lay_out
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        network: Any = self.encoder
+        unpooled = network.forward_features(images)
+        return network.forward_head(unpooled), self.lay_out(unpooled)
+
+
+def _from_channels_first(maps: Tensor) -> Tensor:
+    return maps.permute(0, 2, 3, 1)
+
+
+def _from_channels_last(maps: Tensor) -> Tensor:
+    return maps
+
+
+def _from_tokens(tokens: Tensor, *, prefix: int, height: int, width: int) -> Tensor:
+    """[B, prefix + h w, C], row by row after the tokens that are no patch's -> [B, h, w, C]."""
+    return tokens[:, prefix:].unflatten(1, (height, width))
 
 
 def _create(name: str, size: int, **more: Any) -> nn.Module:
@@ -141,3 +175,26 @@ def _width(name: str, size: int) -> int:
         seen = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise MvmrError(f"{name} gives {seen} for two images, no vector each; take a model that pools")
     return int(features.shape[1])
+
+
+@lru_cache
+def _layout(name: str, size: int) -> Callable[[Tensor], Tensor]:
+    """What makes a map [B, h, w, C] of a model's unpooled output; found out without computing anything."""
+    with torch.device("meta"):
+        encoder: Any = _create(name, size).eval()
+        images = torch.empty(2, 3, size, size)
+        try:
+            unpooled = encoder.forward_features(images)
+            if isinstance(unpooled, Tensor) and unpooled.ndim == 4:
+                last_axis = getattr(encoder, "output_fmt", "NCHW") == "NHWC"
+                return _from_channels_last if last_axis else _from_channels_first
+            # Tokens: one to a patch if, but for the prefix, they are as many as on timm's grid of the last block
+            *_, height, width = encoder.forward_intermediates(images)[1][-1].shape
+            prefix = getattr(encoder, "num_prefix_tokens", 0)
+            if isinstance(unpooled, Tensor) and unpooled.shape[1] == prefix + height * width:
+                return partial(_from_tokens, prefix=prefix, height=height, width=width)
+            seen = list(unpooled.shape) if isinstance(unpooled, Tensor) else f"a {type(unpooled).__name__}"
+            reason = f"timm's forward_features gives {seen} of two images"
+        except Exception as error:  # as above
+            reason = one_line(error)
+    raise MvmrError(f"{name} has no one map of features before it pools ({reason}); leave out dense, or take another")

@@ -83,14 +83,18 @@ class Resnet:
     def stages(self, encoder: nn.Module) -> nn.Module:
         return _Stages(encoder)
 
+    def dense(self, encoder: nn.Module) -> nn.Module:
+        """What `layer4` gives, of which the features are the mean: C = D."""
+        return _Dense(encoder)
+
     def no_weight_decay(self, encoder: nn.Module) -> Collection[str]:
         """None: the paper decays batch norms, too."""
         return ()
 
-    def copy_for_export(self, encoder: nn.Module) -> nn.Module:
+    def copy_for_export(self, encoder: nn.Module, *, dense: bool = False) -> nn.Module:
         network = plain_copy(encoder)
         network.avgpool = _SpatialMean()
-        return fold_batch_norm(network)
+        return fold_batch_norm(self.dense(network) if dense else network)
 
 
 class _Stages(nn.Module):
@@ -103,6 +107,20 @@ class _Stages(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         maps = self.extractor(images)
         return {name: F.adaptive_avg_pool2d(activation, 1).flatten(1) for name, activation in maps.items()}
+
+
+class _Dense(nn.Module):
+    """torchvision's own forward pass, which gives the map on its way, too."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        network: Any = self.encoder
+        stem = network.maxpool(network.relu(network.bn1(network.conv1(images))))
+        maps = network.layer4(network.layer3(network.layer2(network.layer1(stem))))
+        return network.fc(network.avgpool(maps).flatten(1)), maps.permute(0, 2, 3, 1)
 
 
 class _SpatialMean(nn.Module):

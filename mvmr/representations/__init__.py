@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from inspect import isfunction
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 from torch import Tensor
 
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.bundles.tensors import channels_first
+from mvmr.data.image_set import ImageSet
 from mvmr.errors import unknown
 from mvmr.representations.hog import Hog
 from mvmr.representations.local_std import local_std
@@ -41,6 +44,18 @@ class Representation(Protocol):
 
     def __call__(self, batch: Tensor) -> Tensor:
         """[B, C, H, W] prepared -> [B, K] float32, on the device of the batch; row i depends on image i alone."""
+        ...
+
+
+@runtime_checkable
+class Stored(Protocol):
+    """A representation of which there are rows already, for images that it knows."""
+
+    def batches(self, images: ImageSet, start: int) -> Iterable[npt.NDArray[np.floating]]:
+        """Rows of the images from number `start` on, in order, [b, K] at a time.
+
+        Raises: MvmrError: an image has none.
+        """
         ...
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mvmr.data.image_set import ImageSet
 from mvmr.errors import MvmrError
-from mvmr.representations import Representation
+from mvmr.representations import Representation, Stored
 from mvmr.storage.atomic import cache_dir
 from mvmr.storage.row_store import Floats, cached_rows
 
@@ -36,7 +36,10 @@ def represent(
     Raises: MvmrError when an image cannot be read, a row is not finite, or the cache folder cannot be written.
     """
 
-    def batches(start: int) -> Iterator[Floats]:
+    def batches(start: int) -> Iterable[Floats]:
+        return representation.batches(images, start) if isinstance(representation, Stored) else compute(start)
+
+    def compute(start: int) -> Iterator[Floats]:
         loader = DataLoader(
             _Prepared(images, representation.prepare, start),
             batch_size=batch_size,

@@ -218,6 +218,11 @@ def launch(device: str, devices: int, precision: Precision | None) -> Fabric:
     return fabric
 
 
+def teacher_device(device: str) -> str:
+    """Where a teacher is computed, before any device of the training is taken."""
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
 def build_learner(
     recipe: Recipe, backbone: Backbone, preprocess: Preprocess, images: int, targets: Targets,
     init: Mapping[str, Tensor] | None = None,
@@ -228,8 +233,8 @@ def build_learner(
         encoder = backbone.build(view_sides(recipe.view_specs, preprocess.crop))
         if init is not None:
             encoder.load_state_dict({**encoder.state_dict(), **init})
-        statistics = {name: targets.statistics(name) for name in recipe.method.standardised_targets}
-        return build_method(recipe.method, encoder, Setting(backbone.width, preprocess, images, statistics))
+        rows = {name: targets.stored(name) for name in recipe.method.stored_targets}
+        return build_method(recipe.method, encoder, Setting(backbone.width, preprocess, images, rows))
 
 
 @torch.no_grad()

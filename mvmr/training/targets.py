@@ -79,19 +79,17 @@ class Targets:
             )
         self.second = AUGMENTED_PIXELS in names
 
-    def statistics(self, name: str) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation over all images, [K] float32 each.
+    def stored(self, name: str) -> np.ndarray:
+        """Its rows, float32 [N, K].
 
         Raises:
-            MvmrError: the representation is not computed once, so its statistics are not known.
+            MvmrError: the representation is not computed once.
         """
         if name not in self.rows:
             raise MvmrError(
-                f"[method] regression.{name}: only a teacher, hog or scattering (in the cache) can be regressed"
+                f"[method] {name}: only a teacher, hog or scattering (in the cache) can be regressed or distilled"
             )
-        rows = self.rows[name]
-        mean, std = rows.mean(0, dtype=np.float64), rows.std(0, dtype=np.float64)
-        return torch.from_numpy(mean).float(), torch.from_numpy(std).float()
+        return self.rows[name]
 
     def of(self, batch: Batch) -> dict[str, Tensor]:
         """Name -> [B, K] float32, for a batch of :class:`WithRows`."""

@@ -72,7 +72,7 @@ def check_spread(value: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_train_step_writes_every_case_and_every_change(tmp_path: Path) -> None:
-    tiny = ("--quick", "--threads", "1", "--size", "32", "--batch", "4", "--set", "method.projector=[16]")
+    tiny = ("--quick", "--threads", "1", "--size", "32", "--batch", "4")
     result = run("train_step.py", tmp_path, *tiny)
     cases = {case["name"]: case for case in result["cases"]}
     assert len(cases) == 6

@@ -19,7 +19,6 @@ from click.testing import CliRunner
 from PIL import Image
 
 from mvmr.errors import MvmrError
-from mvmr.methods.objective import Embeddings, Objective, ObjectiveConfig
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -189,7 +188,7 @@ def test_the_table_compares_the_same_runs(
     lines += [lines[0] | {"size": 64, "linear": 99.0}, lines[3] | {"device": "cuda", "linear": 99.0}]
     monkeypatch.setattr(recipes, "RESULTS", tmp_path / "results.jsonl")
     recipes.RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    recipes.print_tables("distil", 32, "validation")
+    recipes.print_tables("distil", 32, "validation", "resnet18")
     printed = capsys.readouterr().out.splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed]
     assert rows[0] == ["trial", "sets", "runs", "linear", "kNN", "worst set", "mean rank"]
@@ -199,25 +198,6 @@ def test_the_table_compares_the_same_runs(
     assert rows[6] == ["set", "regression", "dCor alone", "paper"]
     assert rows[8][:3] == ["emoji, lite2", "64.7 ± 22.0 / 63.7 ± 22.0 (3)", "-1.5 ± 0.7 / -1.5 ± 0.7 (2)"]
     assert rows[9][:3] == ["digits, lite2", "93.7 ± 4.7 / 92.7 ± 4.7 (3)", "+3.5 ± 0.7 / +3.5 ± 0.7 (2)"]
-
-
-def test_the_table_says_how_the_terms_pull(load: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """Means over the runs; a set without all three trials is left out."""
-    recipes = load("recipes")
-
-    def run(error: float, rank: float, dcor: float, **pulls: float) -> dict[str, float]:
-        return {"regression.teacher": error, "rank_h": rank, "unbiased.teacher": dcor, **pulls}
-
-    pulls = {"pull.dcor.teacher": 6.0, "pull.regression.teacher": 2.0, "pull.cosine": 0.25}
-    trials = {
-        "regression": {("cpu", 0): run(0.5, 40, 0.3), ("cpu", 1): run(0.7, 50, 0.5)},
-        "regression + 0.1 dCor": {("cpu", 0): run(0.6, 41, 0.6)},
-        "regression + 1.0 dCor": {("cpu", 0): run(0.8, 30, 0.5, **pulls)},
-    }
-    recipes.print_pulls({("emoji", "lite2"): trials, ("food", "lite2"): {"regression": trials["regression"]}})
-    assert capsys.readouterr().out.splitlines()[3:] == [
-        "| emoji, lite2 | 0.60 / 0.80 | 45 / 30 | 0.40 / 0.60 / 0.50 | 3.0 | 0.25 |"
-    ]
 
 
 @pytest.mark.slow
@@ -267,88 +247,6 @@ def test_options_that_cannot_be_are_one_line(options: list[str], code: int, text
     done = CliRunner().invoke(load("recipes").main, ["distil", *options])
     assert done.exit_code == code
     assert text in done.stderr
-
-
-# -- the objective under observation
-
-
-def batch(seed: int = 0) -> tuple[Embeddings, dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    views = Embeddings(*(torch.randn(16, 8, generator=generator).abs() for _ in range(4)))
-    return views, {"teacher": torch.randn(16, 5, generator=generator)}
-
-
-CONFIG = ObjectiveConfig(
-    invariance=0, variance=0, dependence=0, space="features", regression={"teacher": 1.0},
-    representations={"teacher": 0.5},
-)  # fmt: skip
-STATISTICS = {"teacher": (torch.zeros(5), torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))}
-
-
-def pair(load: Any, **options: Any) -> tuple[Objective, Any]:
-    module = load("objectives")
-    torch.manual_seed(0)
-    plain = Objective(CONFIG, 8, STATISTICS)
-    torch.manual_seed(0)
-    return plain, module.Observed(CONFIG, 8, STATISTICS, steps=4, **options)
-
-
-def test_observing_changes_nothing(load: Any) -> None:
-    plain, observed = pair(load)
-    views, targets = batch()
-    assert observed(views, targets) == plain(views, targets)
-
-
-def test_it_reports_how_the_terms_pull(load: Any) -> None:
-    """Against gradients by finite differences."""
-    _, observed = pair(load)
-    views, targets = batch()
-    report = observed.diagnose(views, targets, torch.Generator().manual_seed(0))
-    wide = Embeddings(*(each.double() for each in views))
-    leaf = wide.h_augmented.clone().requires_grad_()
-    a, b = leaf.detach().clone(), leaf.detach().clone()
-    a[3, 2] += 1e-5
-    b[3, 2] -= 1e-5
-
-    def dcor(h: torch.Tensor) -> torch.Tensor:
-        terms = observed(wide._replace(h_augmented=h), {"teacher": targets["teacher"].double()})
-        return terms["dcor.teacher"]
-
-    observed.regressions.double()
-    (gradient,) = torch.autograd.grad(dcor(leaf), leaf)
-    assert float(gradient[3, 2]) == pytest.approx(float(dcor(a) - dcor(b)) / 2e-5, rel=1e-3)
-    assert report["pull.dcor.teacher"] == pytest.approx(float(gradient.norm()), rel=1e-4)
-    assert -1 <= report["pull.cosine"] <= 1
-    assert report["pull.regression.teacher"] > 0
-
-
-def test_with_features_of_length_1_their_length_does_not_matter(load: Any) -> None:
-    _, observed = pair(load, unit=True)
-    views, targets = batch()
-    lengths = torch.linspace(0.5, 3, 16)[:, None]
-    longer = views._replace(h=views.h * lengths, h_augmented=views.h_augmented * lengths)
-    torch.testing.assert_close(
-        observed(views, targets)["dcor.teacher"], observed(longer, targets)["dcor.teacher"], atol=1e-6, rtol=1e-5
-    )
-    assert observed(views, targets)["regression.teacher"] != observed(longer, targets)["regression.teacher"]
-
-
-@pytest.mark.parametrize(("ramp", "shares"), [("in", [0, 0.25, 0.5, 0.75]), ("out", [1, 0.75, 0.5, 0.25])])
-def test_dependence_fades_over_the_run(ramp: str, shares: list[float], load: Any) -> None:
-    plain, observed = pair(load, ramp=ramp)
-    views, targets = batch()
-    whole = plain(views, targets)
-    for share in shares:
-        terms = observed(views, targets)
-        assert float(terms["dcor.teacher"]) == pytest.approx(share * float(whole["dcor.teacher"]))
-        assert terms["regression.teacher"] == whole["regression.teacher"]
-
-
-def test_one_scale_keeps_the_proportions_of_the_target(load: Any) -> None:
-    _, observed = pair(load, one_scale=True)
-    std = observed.regressions["teacher"].std
-    assert std.unique().numel() == 1
-    assert float(std[0]) ** 2 == pytest.approx(np.mean([1, 4, 9, 16, 25]))
 
 
 def test_whitened_targets_have_unit_variance_in_every_direction(load: Any) -> None:

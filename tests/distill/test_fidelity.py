@@ -332,7 +332,7 @@ def students(
     torch.set_num_threads(1)
     recipe = load_recipe("quickstart", "mvmr.distillation", [
         "student.backbone=resnet18_025", "views.size=16", "train.epochs=16", "train.batch_size=85", "train.lr=2e-3",
-        "train.precision=32-true", "method.representations={teacher=1.0}", "method.estimator=unbiased",
+        "train.precision=32-true", "objective.representations={teacher=1.0}", "objective.estimator=unbiased",
     ])  # fmt: skip
     folder, (train, _) = tmp_path_factory.mktemp("students"), photographs
     yield {

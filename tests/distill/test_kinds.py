@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import skimage
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
+from torchvision import models
 
 import mvmr
 from mvmr.bundles import bundle as bundles
@@ -19,6 +23,7 @@ from mvmr.distillation.teachers.recorded import recorded_teachers, teacher_of
 from mvmr.distillation.teachers.table import KINDS, open_teacher, parse_specs
 from mvmr.distillation.teachers.teacher import NoTextTower, Spec, Teacher, canaries
 from mvmr.errors import MvmrError
+from tests.distill.small_onnx import small_onnx
 from tests.distill.test_run import TINY, a_teacher, photos
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
@@ -76,6 +81,17 @@ class Words(Colours):
     def prepare(self, image):
         return "pixels"
 
+class Crowd(Colours):
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(5)
+
+    def eval(self):
+        return self
+
+    def forward(self, images):
+        return self.norm(super().forward(images)) if len(images) > 1 else super().forward(images)
+
 class Endless(Colours):
     def forward(self, images):
         return super().forward(images) * float("inf")
@@ -100,11 +116,26 @@ def small_timm(folder: Path, seed: int = 0) -> Path:
     return file
 
 
-@pytest.fixture(params=KINDS)
+def small_torchvision(folder: Path) -> Path:
+    """Weights of a small model of torchvision's, with its classifier."""
+    torch.manual_seed(0)
+    file = folder / "shufflenet.pth"
+    torch.save(models.get_model("shufflenet_v2_x0_5").state_dict(), file)
+    return file
+
+
+SPECS: dict[str, Callable[[Path], str]] = {
+    "open_clip": lambda here: a_teacher(here / "clip"),
+    "timm": lambda here: f"timm:resnet10t:{small_timm(here)}",
+    "torchvision": lambda here: f"torchvision:shufflenet_v2_x0_5:{small_torchvision(here)}",
+    "onnx": lambda here: f"onnx:{small_onnx(here / 'bytes.onnx')}",
+    "python": lambda here: "python:my_teachers:colours",
+}
+
+
+@pytest.fixture(params=[kind for kind in KINDS if kind != "rows"])
 def spec(request: pytest.FixtureRequest, here: Path) -> str:
-    if request.param == "open_clip":
-        return a_teacher(here / "clip")
-    return f"timm:resnet10t:{small_timm(here)}" if request.param == "timm" else "python:my_teachers:colours"
+    return SPECS[request.param](here)
 
 
 def load_teacher(spec: str) -> Teacher:
@@ -123,7 +154,7 @@ def test_it_gives_a_row_of_its_width_for_an_image_of_any_size(spec: str) -> None
     assert not embeddings.requires_grad
     alone = torch.cat([teacher(teacher.prepare(image)[None]) for image in canaries()])
     torch.testing.assert_close(alone, embeddings, rtol=1e-4, atol=1e-5)
-    assert teacher.parameters > 0
+    assert teacher.parameters is None or teacher.parameters > 0
     assert teacher.name
     assert teacher.weights
 
@@ -163,6 +194,32 @@ def mvmr_weights(file: Path) -> dict[str, Tensor]:
     return load_file(file)
 
 
+def test_a_torchvision_model_is_torchvisions_own_with_torchvisions_preprocessing(tmp_path: Path) -> None:
+    file = small_torchvision(tmp_path)
+    model = models.get_model("shufflenet_v2_x0_5").eval()
+    model.load_state_dict(torch.load(file, weights_only=True))
+    model.fc = torch.nn.Identity()
+    teacher = load_teacher(f"torchvision:shufflenet_v2_x0_5:{file}")
+    with torch.no_grad():
+        torch.testing.assert_close(rows(teacher), model(torch.stack([teacher.prepare(image) for image in canaries()])))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "CMYK"])
+def test_inputs_are_those_of_the_librarys_own_evaluation_transform_to_the_bit(here: Path, mode: str) -> None:
+    """Of a photograph's file; the training shows a teacher what it shows a student: upright, in RGB."""
+    picture = Image.fromarray(skimage.data.astronaut()).crop((40, 10, 400, 300)).convert(mode)
+    file = here / f"photo.{'tiff' if mode == 'CMYK' else 'png'}"
+    picture.save(file)
+    with Image.open(file) as image:
+        rgb = image.convert("RGB")
+    network = timm.create_model("resnet10t", num_classes=0)
+    timms = create_transform(**resolve_model_data_config(network), is_training=False)
+    torchvisions = models.ShuffleNet_V2_X0_5_Weights.DEFAULT.transforms()
+    for kind, own in (("timm", timms), ("torchvision", torchvisions)):
+        teacher = load_teacher(SPECS[kind](here))
+        assert torch.equal(teacher.prepare(rgb), own(rgb))
+
+
 def test_other_weights_or_other_pixels_are_another_teacher(here: Path) -> None:
     identities = {load_teacher(f"timm:resnet10t:{small_timm(here, seed)}").identity for seed in range(2)}
     identities |= {load_teacher(f"python:my_teachers:{name}").identity for name in ("colours", "pair")}
@@ -193,6 +250,11 @@ def test_neither_has_a_text_tower(here: Path) -> None:
         ("python:my_teachers:Odd", r"gives \[3, 64, 96\] and \[3, 300, 200\] for two images; all must have one shape"),
         ("python:my_teachers:Words", r"its preprocessing gives str, not a tensor \[C, H, W\]"),
         ("python:my_teachers:Endless", "gives values that are not finite"),
+        ("python:my_teachers:Crowd", r"another row when it stands beside another: is a batch norm in training mode"),
+        ("torchvision:resnet1", r"unknown torchvision model 'resnet1'; did you mean"),
+        ("torchvision:resnet18:IMAGENET", r"unknown weights of torchvision's resnet18 'IMAGENET'; did you mean"),
+        ("torchvision:resnet18:gone.pth", "weights file gone.pth of teacher torchvision:resnet18 does not exist"),
+        ("torchvision:squeezenet1_1:my_teachers.py", "does not end in a linear layer"),
         ("timm:resnet10", r"unknown timm model 'resnet10'; did you mean 'resnet10t'\?"),
         ("timm:resnet10t:gone.pth", "weights file gone.pth of teacher timm:resnet10t does not exist"),
         ("a b=ViT-B-16", "'a b' is no name"),
@@ -207,6 +269,8 @@ def test_what_can_not_teach_is_one_line(here: Path, what: str, message: str) -> 
 def test_weights_of_another_model_name_the_keys(here: Path) -> None:
     with pytest.raises(MvmrError, match=r"as weights of timm:resnet18, does not fit: keys .* missing"):
         load_teacher(f"timm:resnet18:{small_timm(here)}")
+    with pytest.raises(MvmrError, match=r"as weights of torchvision:resnet18, does not fit: keys .* missing"):
+        load_teacher(f"torchvision:resnet18:{small_torchvision(here)}")
 
 
 def test_weights_of_a_spec_are_not_given_twice(here: Path) -> None:
@@ -233,7 +297,7 @@ def test_a_student_of_two_teachers_learns_from_both_and_finds_each_again(here: P
     specs = [f"clip={a_teacher(here / 'clip')}", "mine=python:my_teachers:colours"]
     student = mvmr.distill(specs, photos(here / "photos", 16), here / "out", assign=TINY, device="cpu")
     training = student.manifest.training
-    assert training["recipe"]["method"]["regression"] == {"clip": 0.5, "mine": 0.5}
+    assert training["recipe"]["method"]["teachers"] == {"clip": 0.5, "mine": 0.5}
     assert list(recorded_teachers(student)) == ["clip", "mine"]
     for spec in parse_specs(specs):
         assert teacher_of(student, spec.name, None, "cpu", text=False).identity == open_teacher(spec).identity
@@ -247,16 +311,16 @@ def test_a_student_of_two_teachers_learns_from_both_and_finds_each_again(here: P
 
 def test_weights_given_by_hand_stay_and_the_rest_is_shared(here: Path) -> None:
     specs = [f"clip={a_teacher(here / 'clip')}", "mine=python:my_teachers:colours"]
-    assign = (*TINY, "method.regression={clip=2.0,teacher=1.0}")
+    assign = (*TINY, "method.teachers={clip=2.0,teacher=1.0}")
     student = mvmr.distill(specs, photos(here / "photos", 16), here / "out", assign=assign, device="cpu")
-    assert student.manifest.training["recipe"]["method"]["regression"] == {"clip": 2.0, "mine": 1.0}
+    assert student.manifest.training["recipe"]["method"]["teachers"] == {"clip": 2.0, "mine": 1.0}
 
 
 @pytest.mark.parametrize(
     ("assign", "message"),
     [
-        ("method.regression={clip=1.0,dino=1.0}", "unknown representation 'dino'"),
-        ("method.regression={clip=1.0}", "recipe default has no use for a mine"),
+        ("method.teachers={clip=1.0,dino=1.0}", "unknown representation 'dino'"),
+        ("method.teachers={clip=1.0}", "recipe default has no use for a mine"),
     ],
 )
 def test_a_teacher_that_is_not_given_or_not_used_is_refused_before_anything_is_computed(

@@ -56,7 +56,7 @@ def student(offset: float = 0.0) -> bytes:
 def export(out: Path, model: bytes | Path, *, overwrite: bool = False, **options: Any) -> Path:
     facts: dict[str, Any] = {
         "name": "mine", "platform": "onnxruntime", "dim": DIM, "heads": HEADS, "space_id": SPACE,
-        "preprocessing": PREPROCESSING, "precision": "fp32",
+        "preprocessing": PREPROCESSING, "precision": "fp32", "dense": (),
     }  # fmt: skip
     facts |= {key: options.pop(key) for key in facts.keys() & options.keys()}
     serving = triton.Serving(**({"gpu": False} | options))
@@ -100,6 +100,13 @@ def test_the_config_says_what_the_model_is(tmp_path):
     assert Preprocess.from_dict(json.loads(parameters["preprocessing"])) == PREPROCESSING
     assert json.loads(parameters["heads"]) == HEADS
     assert (parameters["bundle_space_id"], parameters["precision"]) == (SPACE, "fp32")
+
+
+def test_the_map_of_features_is_an_output_of_the_config(tmp_path):
+    outputs = {
+        output.name: list(output.dims) for output in config(export(tmp_path, student(), dense=(2, 3, DIM))).output
+    }
+    assert outputs == {"embedding": [DIM], "logits_flowers": [2], "logits_x": [3], "dense": [2, 3, DIM]}
 
 
 def test_batching_is_on_without_being_asked_for(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from mvmr.bundles.preprocess import Preprocess
 from mvmr.cli.options import SHORTHANDS
 from mvmr.config import parse, to_mapping
 from mvmr.errors import MvmrError
+from mvmr.methods.distillers.table import DISTILLERS
 from mvmr.methods.method import Method, MethodConfig, Setting, ViewSpec
 from mvmr.methods.table import CONFIGS, METHODS, build_method
 from mvmr.training.recipe import Recipe
@@ -21,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZE, WIDTH, BATCH = 8, 12, 6
 SMALL: dict[str, dict[str, Any]] = {
-    "mvmr": {"projector": (8,), "representations": {"pixels": 1.0}, "regression": {"pixels": 0.5}},
+    "mvmr": {"projector": (8,), "representations": {"pixels": 1.0}},
     "simclr": {"projector": (8, 6)},
     "moco": {"projector": (8, 6), "queue": BATCH + 2},
     "byol": {"projector": (8, 6), "predictor": (8, 6)},
@@ -36,6 +38,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "deepercluster": {"clusters": 2, "subclusters": 2},
     "selflabel": {"classes": 3, "heads": 2},
     "lejepa": {"projector": (8, 6), "slices": 16, "local": 1, "local_scale": 0.5},
+    **{name: {"teachers": {"pixels": 1.0}} for name in (*DISTILLERS, "combination")},
 }
 
 
@@ -58,10 +61,10 @@ def config(name: str) -> MethodConfig:
 
 
 def build(name: str, seed: int = 0) -> Method:
-    statistics = {"pixels": (torch.zeros(3 * SIZE * SIZE), torch.full((3 * SIZE * SIZE,), 80.0))}
+    rows = {"pixels": np.random.default_rng(0).uniform(0, 255, (2 * BATCH, 3 * SIZE * SIZE)).astype(np.float32)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        method = build_method(config(name), Encoder(), Setting(WIDTH, Preprocess.for_size(SIZE), BATCH, statistics))
+        method = build_method(config(name), Encoder(), Setting(WIDTH, Preprocess.for_size(SIZE), BATCH, rows))
     method.before_epoch(0, lambda: torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(seed)))
     return method
 
@@ -115,7 +118,7 @@ def test_its_views_have_names_of_their_own(name: str) -> None:
     names = [spec.name for spec in config(name).views]
     assert names
     assert len(set(names)) == len(names)
-    assert set(config(name).standardised_targets) <= set(config(name).targets)
+    assert set(config(name).stored_targets) <= set(config(name).targets)
 
 
 @every
@@ -208,5 +211,6 @@ def test_an_unknown_method_names_the_nearest_and_an_unknown_setting_its_key() ->
 @every
 def test_the_help_and_the_docs_tell_of_it(name: str) -> None:
     assert name in SHORTHANDS["method"][1]
-    docs = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    pages = Path(__file__).parents[2] / "docs"
+    docs = "".join((pages / page).read_text() for page in ("methods.md", "distillers.md"))
     assert name == "mvmr" or f"\n## `{name}`\n" in docs

@@ -5,17 +5,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from mvmr.bundles.preprocess import Preprocess
+from mvmr.methods.distillers.table import DISTILLERS
 from mvmr.methods.method import Method, Setting
 from mvmr.methods.regulariser import RegulariserConfig, regularise
 from mvmr.methods.table import CONFIGS, METHODS, build_method
 from tests.methods.two_ranks import RANKS, WIDTH
 
-SIZE, BATCH = 8, 8
+SIZE, BATCH, TARGET = 8, 8, 24
 # Any batch norm is in evaluation mode: each device has statistics of its own.
 SETTINGS: dict[str, dict[str, Any]] = {
     "mvmr": {"projector": (8,), "representations": {"pixels": 1.0}, "decorrelation": 0.5},
@@ -33,6 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "deepercluster": {"clusters": 2, "subclusters": 2},
     "selflabel": {"classes": 4, "heads": 2},
     "lejepa": {"projector": (6,), "slices": 16, "local": 0},
+    **{name: {"teachers": {"hog": 1.0, "pixels": 0.5}} for name in (*DISTILLERS, "combination")},
 }
 HOG = RegulariserConfig(representations={"hog": 0.5})
 CASES = {name: (name, settings, RegulariserConfig()) for name, settings in SETTINGS.items()} | {
@@ -52,13 +55,16 @@ def example(name: str, settings: dict[str, Any], regulariser: RegulariserConfig)
     config = CONFIGS[name](**settings)
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, WIDTH), nn.ReLU())
-    method = build_method(config, encoder, Setting(WIDTH, Preprocess.for_size(SIZE), 16, {}))
+    rows = {
+        name: np.random.default_rng(0).normal(size=(16, TARGET)).astype(np.float32) for name in config.stored_targets
+    }
+    method = build_method(config, encoder, Setting(WIDTH, Preprocess.for_size(SIZE), 16, rows))
     method.before_epoch(0, lambda: torch.rand(16, WIDTH))
     method.eval()
     views = {spec.name: torch.randint(0, 256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8) for spec in config.views}
     views["index"] = torch.randperm(16)[:BATCH]
     names = (*config.targets, *regulariser.targets)
-    return method, regulariser, views, dict.fromkeys(names, torch.rand(BATCH, 3 * SIZE * SIZE))
+    return method, regulariser, views, dict.fromkeys(names, torch.rand(BATCH, TARGET))
 
 
 @pytest.fixture(scope="module")

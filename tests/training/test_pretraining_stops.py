@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
         ("views.size=-3", r"crop = -3 must lie between 1 and"),
         ("method.representations={pixls=1.0}", r"unknown representation 'pixls'; did you mean 'pixels'\?"),
         ("method.representations={teacher=1.0}", r"this recipe has a teacher: run it with `mvmr distill"),
-        ("method.regression={pixels=1.0}", r"regression\.pixels: only a teacher, hog or scattering"),
+        ("method={name='cosine',teachers={pixels=1.0}}", r"pixels: only a teacher, hog or scattering"),
         ("train.lrr=1", r"unknown key 'train\.lrr', did you mean 'lr'\?"),
         ("train.precision=bf16", r"train\.precision = 'bf16' should be one of 32-true, bf16-mixed, 16-mixed"),
     ],
@@ -76,7 +76,7 @@ def test_a_teacher_that_the_recipe_ignores_is_refused(images: ImageSet, tmp_path
 def test_a_loss_that_is_not_finite_can_be_gone_on_with_at_a_lower_rate(
     images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = Objective.forward, 0
+    real, calls = Objective.__call__, 0
 
     def spoil(self: Objective, views: Embeddings, targets: Any) -> dict[str, Tensor]:
         nonlocal calls
@@ -84,7 +84,7 @@ def test_a_loss_that_is_not_finite_can_be_gone_on_with_at_a_lower_rate(
         terms = real(self, views, targets)
         return terms if calls != 4 else terms | {"dcor.pixels": terms["dcor.pixels"] * torch.inf}
 
-    monkeypatch.setattr(Objective, "forward", spoil)
+    monkeypatch.setattr(Objective, "__call__", spoil)
     text = r"^dcor\.pixels is not finite at step 3 \(.*dcor\.pixels = inf, .*; the checkpoint of step 3 in .* is kept"
     with pytest.raises(MvmrError, match=text):
         fit(images, tmp_path / "out", recipe(), device="cpu")

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from mvmr.data import open_images
+from mvmr.methods.distillers.table import DISTILLERS
 from mvmr.methods.table import METHODS
 from mvmr.training.pretraining import fit
 from mvmr.training.recipe import load_recipe
@@ -63,6 +64,12 @@ SETTINGS = {
         "method.every=2",
     ),
     "selflabel": ("method.name=selflabel", "method.classes=3", "method.heads=2"),
+    "combination": (  # of all distillers, which share everything but the loss
+        "method.name=combination",
+        "method.teachers={hog=1.0,scattering=0.5}",
+        "method.drop=0.5",
+        f"method.losses={{{','.join(f'{name}=1.0' for name in DISTILLERS)}}}",
+    ),
     "lejepa": ("method.name=lejepa", "method.projector=[16,8]", "method.slices=8", "method.local=0"),
 }
 RUNS = {name: (*TINY, *settings) for name, settings in SETTINGS.items()} | {
@@ -128,10 +135,13 @@ def test_killed_it_goes_on_to_the_weights_of_an_undisturbed_run(
     assert torch.load(killed / f"{name}.partial" / "checkpoint.pt", weights_only=True)["step"] == 4
     again = fit(images, killed / name, recipe, device="cpu", resume=True)
     files = sorted(path.name for path in reference.path.glob("*.safetensors"))
-    assert files == ["encoder.safetensors", *(["projector.safetensors"] if name != "deepercluster" else [])]
+    assert files == [
+        "encoder.safetensors",
+        *(["projector.safetensors"] if name not in ("deepercluster", "combination") else []),
+    ]
     for file in files:
         assert (again.path / file).read_bytes() == (reference.path / file).read_bytes()
 
 
 def test_every_method_is_here() -> None:
-    assert SETTINGS.keys() == METHODS.keys()
+    assert SETTINGS.keys() | DISTILLERS.keys() == METHODS.keys()

@@ -7,36 +7,42 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mvmr.bundles.bundle import ENCODER
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.data import ImageSet
 from mvmr.methods.method import AUGMENTED, ORIGINAL
 from mvmr.methods.mvmr import SECOND
 from mvmr.training import pretraining
 from mvmr.training.pretraining import fit
+from mvmr.training.recipe import load_recipe
 from mvmr.training.targets import Targets, WithRows
 from mvmr.training.views import Views
-from tests.training.tiny import IMAGES, Brightness, interrupt, recipe, weights
+from tests.training.tiny import IMAGES, TINY, Brightness, interrupt
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
 
 
 THREE = (ORIGINAL, AUGMENTED, SECOND)
+BY_REGRESSION = (
+    *(assignment for assignment in TINY if not assignment.startswith("method.")),
+    "method.name=regression", "objective.representations={teacher=1.0}",
+)  # fmt: skip
 
 
 @pytest.mark.slow
 def test_a_teacher_sees_each_image_once_in_its_life(images: ImageSet, tmp_path: Path) -> None:
     teacher = Brightness()
-    with_teacher = recipe("method.representations={teacher=1.0}", "method.regression={teacher=1.0}")
+    with_teacher = load_recipe("paper", "mvmr", BY_REGRESSION)
     first = fit(images, tmp_path / "a", with_teacher, teachers={"teacher": teacher}, device="cpu")
     assert teacher.seen == IMAGES  # though there were two epochs
     second = fit(images, tmp_path / "b", with_teacher, teachers={"teacher": teacher}, device="cpu")
     assert teacher.seen == IMAGES
-    assert weights(first) == weights(second)
-    assert first.manifest.training["method"] == "mvmr"
+    assert (first.path / ENCODER).read_bytes() == (second.path / ENCODER).read_bytes()
+    assert first.manifest.training["method"] == "regression"
     described = {"name": "brightness", "weights": "none", "identity": "b" * 64}
     assert first.manifest.training["teachers"] == {"teacher": described}
     line = json.loads((first.path / "metrics.jsonl").read_text().splitlines()[0])
-    assert {"dcor.teacher", "regression.teacher", "biased.teacher.null"} <= line.keys()
+    assert {"dcor.teacher", "regression.teacher", "unbiased.teacher.null"} <= line.keys()
     fit(images.subset(range(16)), tmp_path / "c", with_teacher, teachers={"teacher": teacher}, device="cpu")
     assert teacher.seen == IMAGES + 16
 
@@ -98,11 +104,11 @@ def test_neither_teacher_nor_its_weights_are_in_the_checkpoint(
             return self.tower(batch.flatten(1))
 
     interrupt(monkeypatch, pretraining, "recalibrate", 1, SystemExit(9))
-    with_teacher = recipe("method.representations={teacher=1.0}", "method.regression={teacher=1.0}")
+    with_teacher = load_recipe("paper", "mvmr", BY_REGRESSION)
     with pytest.raises(SystemExit):
         fit(images, tmp_path / "out", with_teacher, teachers={"teacher": Network()}, device="cpu")
     state = torch.load(tmp_path / "out.partial" / "checkpoint.pt", weights_only=True)
-    assert {key.split(".")[0] for key in state["learner"]} == {"encoder", "projector", "objective"}
-    objective = {key for key in state["learner"] if key.startswith("objective")}
-    regression = ("linear.weight", "linear.bias", "mean", "std")
-    assert objective == {f"objective.regressions.teacher.{name}" for name in regression}
+    assert {key.split(".")[0] for key in state["learner"]} == {"encoder", "losses", "steps"}
+    beside = {key for key in state["learner"] if key.startswith("losses")}
+    regression = ("loss.linear.weight", "loss.linear.bias", "standard.mean", "standard.scale")
+    assert beside == {f"losses.regression-teacher.{name}" for name in regression}

@@ -113,6 +113,14 @@ def test_a_file_of_another_contract_is_refused(changes: dict[str, Any], message:
     assert "export" in reason
 
 
+def test_a_dense_output_without_places_is_refused() -> None:
+    model = onnx.ModelProto.FromString(a_model())
+    model.graph.node.append(helper.make_node("Neg", ["embedding"], ["dense"]))
+    model.graph.output.append(helper.make_tensor_value_info("dense", FLOAT, ["batch", 3]))
+    reason = refusal(model.SerializeToString())
+    assert "dense tensor(float) ['batch', 3] instead of embedding float32 [N, D]" in reason
+
+
 def test_preprocessing_that_the_file_does_not_say_is_one_line() -> None:
     session = Session(a_model(metadata={"heads": METADATA["heads"]}))
     with pytest.raises(MvmrError, match="has no metadata 'preprocessing'"):
