@@ -55,7 +55,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 @click.command()
 @click.argument("kind", type=click.Choice(list(TRIALS)))
 @click.option("--sets", default=",".join(SETS), show_default=True)
-@click.option("--teachers", help="Only these, such as lite2.")
+@click.option("--teachers", help="Only these, such as lite2; lite2+lite0: both at once.")
 @click.option("--seeds", default="0,1,2", show_default=True, type=_numbers)
 @click.option("--only", multiple=True, help="Trials of this name; may be given several times.")
 @click.option("--size", default=32, show_default=True, help="Side of the images in pixels.")
@@ -83,13 +83,14 @@ def main(
         if test and not only:
             raise MvmrError("--test reads test splits: say for which trials, --only NAME")
         known = {teacher for each in SETS.values() for teacher in each.teachers}
-        if strange := sorted(set(teachers.split(",") if teachers else ()) - known):
+        wanted = teachers.split(",") if teachers else []
+        if strange := sorted({name for several in wanted for name in several.split("+")} - known):
             raise MvmrError(f"there is no teacher {strange[0]!r}; there are {', '.join(sorted(known))}")
         for seed in seeds:
             for label in only or TRIALS[kind]:
                 for name in chosen:
                     named = SETS[name].teachers if kind == "distil" else ("none",)
-                    for teacher in named if teachers is None else [t for t in named if t in teachers.split(",")]:
+                    for teacher in [t for t in wanted if "+" in t or t in named] if wanted else named:
                         key = dict(
                             zip(_KEY, (kind, name, teacher, label, seed, size, split, device, student), strict=True)
                         )
@@ -112,16 +113,20 @@ def measure(key: dict[str, Any], trial: Trial | None, *, device: str = "cpu") ->
     """Train one student and score its frozen features; without a trial score the teacher, or a random encoder."""
     train, held = splits_of(key["set"], test=key["split"] == "test")
     data, seed = Labelled.of(train, held), key["seed"]
-    teacher = None if key["teacher"] == "none" else teacher_of(key["teacher"], train, seed, RUNS)
+    names = [] if key["teacher"] == "none" else key["teacher"].split("+")
+    each = {name: teacher_of(name, train, seed, RUNS) for name in names}
     if trial is None:
-        return score(teacher or random_encoder(key, data), data)
+        return score(each[names[0]] if names else random_encoder(key, data), data)
     epochs = SETS[key["set"]].epochs * trial.epochs
     where = [f"train.seed={seed}", f"train.epochs={epochs}", f"views.size={key['size']}"]
     where.append(f"student.backbone={key['student']}")
-    recipe = parse(Recipe, assign(COMMON, [*trial.assign.split(), *where]), where="trial")
     teachers: dict[str, Pretrained] = {}
-    if teacher is not None:
-        teachers = {name: change(teacher, train) for name, change in trial.teachers.items()}
+    if len(names) > 1:
+        teachers = each
+        where.append(f"method.teachers={{{', '.join(f'{name} = {1 / len(names)}' for name in names)}}}")
+    elif names:
+        teachers = {name: change(each[names[0]], train) for name, change in trial.teachers.items()}
+    recipe = parse(Recipe, assign(COMMON, [*trial.assign.split(), *where]), where="trial")
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as patches:
         if trial.crop is not None:
@@ -176,11 +181,12 @@ def print_tables(kind: str, size: int, split: str, student: str) -> None:
 
     Gains are taken run by run, on the same device and seed; a set with its teacher counts once, however often it ran.
     """
-    combos: dict[tuple[str, str], Runs] = defaultdict(lambda: defaultdict(dict))
+    everything: dict[tuple[str, str], Runs] = defaultdict(lambda: defaultdict(dict))
     for record in read():
         if (record["kind"], record["size"], record["split"], record["student"]) == (kind, size, split, student):
             run = record["device"], record["seed"]
-            combos[record["set"], record["teacher"]][record["trial"]][run] = record
+            everything[record["set"], record["teacher"]][record["trial"]][run] = record
+    combos = {name: runs for name, runs in everything.items() if "+" not in name[1]}
     base = BASELINE[kind]
     gains = {label: {name: _gain(runs, label, base) for name, runs in combos.items()} for label in TRIALS[kind]}
     found = {label: {name: gain for name, gain in of.items() if gain} for label, of in gains.items()}
@@ -207,6 +213,17 @@ def print_tables(kind: str, size: int, split: str, student: str) -> None:
     for name, of in combos.items():
         cells = [_cell(of, label, base) for label in (base, *shown_labels)]
         print(f"| {', '.join(_named(name))} | {' | '.join(cells)} |")
+    if several := {name for name, teacher in everything if "+" in teacher}:
+        print_teachers({name: runs for name, runs in everything.items() if name[0] in several})
+
+
+def print_teachers(combos: Mapping[tuple[str, str], Runs]) -> None:
+    """Linear / kNN, mean ± deviation (runs), of students of one teacher and of several at once, by trial."""
+    labels = sorted({label for (_, teacher), runs in combos.items() if "+" in teacher for label in runs})
+    print(f"\n| set, teachers | {' | '.join(labels)} |\n|{'---|' * (len(labels) + 1)}")
+    for (name, teacher), runs in sorted(combos.items()):
+        cells = [_cell(runs, label, label) if label in runs else "" for label in labels]
+        print(f"| {name}, {teacher} | {' | '.join(cells)} |")
 
 
 def _named(combo: tuple[str, str]) -> list[str]:
@@ -239,6 +256,8 @@ def _gain(runs: Runs, label: str, base: str) -> tuple[float, float] | None:
 
 def _cell(runs: Runs, label: str, base: str) -> str:
     texts, pairs = [], _pairs(runs, label, base)
+    if not pairs:
+        return ""
     for of in _MEASURED:
         values = [run[of] - (0 if label == base else against[of]) for run, against in pairs]
         spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""

@@ -227,6 +227,8 @@ DISTIL: dict[str, Trial | None] = {
     "regression + procrustes": Trial(_SUM + "={regression=1,procrustes=1}"),
     "regression + gram": Trial(_SUM + "={regression=1,gram=1}"),
     "regression + rkd": Trial(_SUM + "={regression=1,rkd=1}"),
+    "regression, the best left out at times": Trial(f"{_BY}=regression method.drop=0.5"),
+    "regression, phi-s": Trial(f"{_BY}=regression method.standardise=phi-s"),
     "cosine, by dimension": Trial(f"{_BY}=cosine method.standardise=dimension"),
     "seed, by dimension": Trial(f"{_BY}=seed method.standardise=dimension"),
 }

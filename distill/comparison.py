@@ -12,14 +12,17 @@ import numpy as np
 from mvmr.bundles import bundle as bundles
 from mvmr.bundles.bundle import Bundle
 from mvmr.distillation.teachers.recorded import names_to_open, teacher_of
+from mvmr.distillation.teachers.stored_rows import StoredRows
 from mvmr.distillation.teachers.teacher import NoTextTower, Teacher, TextTeacher
 from mvmr.distillation.zeroshot import SpaceMap, fit_space_map, store_map, templates_for, zero_shot_logits
 from mvmr.errors import MvmrError
 from mvmr.evaluation.evaluate import open_labelled, record
 from mvmr.evaluation.protocols import Labelled, Measured, Values, protocols_for
 from mvmr.evaluation.scores import top_k
+from mvmr.progress import say
 
 STUDENT, ZERO_SHOT = "student", "zeroshot"
+_BY = " by "  # before the name of one of several teachers
 Comparison = dict[str, dict[str, Values]]
 
 
@@ -59,10 +62,20 @@ def compare(
     background = opened.manifest.preprocessing.background
     labelled = open_labelled(data, background=background, max_unreadable=max_unreadable, progress=progress)
     measures, with_text = _split(labelled, protocols, ks)
-    teachers = {
-        label: _open(opened, named, pretrained, device, with_text or keep_map, asked=protocols is not None or keep_map)
-        for label, named in names_to_open(opened, teacher).items()
-    }
+    names = names_to_open(opened, teacher)
+    teachers = {}
+    for label, named in names.items():
+        asked = protocols is not None or keep_map
+        try:
+            loaded, has_text = _open(opened, named, pretrained, device, with_text or keep_map, asked=asked)
+            if isinstance(loaded, StoredRows):
+                for images in (labelled.train, labelled.test):
+                    loaded.check(images)
+            teachers[label] = loaded, has_text
+        except MvmrError as error:
+            if len(names) == 1 or asked:
+                raise
+            say(f"without teacher {label}: {error}", shown=progress)
     representations = {label: loaded for label, (loaded, _) in teachers.items()} | {STUDENT: opened.student(device)}
     sides = {
         name: Measured(representation, labelled, device=device, progress=progress)
@@ -76,17 +89,17 @@ def compare(
         if keep_map:
             opened = store_map(opened, space_map, loaded)
         if has_text and with_text:
-            protocol = ZERO_SHOT if len(teachers) == 1 else f"{ZERO_SHOT} by {label}"
+            protocol = ZERO_SHOT if len(names) == 1 else f"{ZERO_SHOT}{_BY}{label}"
             both = sides[label], sides[STUDENT]
             values = _zero_shot(cast(TextTeacher, loaded), space_map, *both, labelled)
             comparison[label][protocol], comparison[STUDENT][protocol] = values
     for protocol, measure in measures.items():
         for name, side in sides.items():
             comparison[name][protocol] = measure(side)
-    options = {"teacher": teacher, "pretrained": pretrained}
     for name, by_protocol in comparison.items():
-        told = options if len(teachers) == 1 else {"teacher": name}
-        opened = _note(opened, by_protocol, data, None if name == STUDENT else teachers[name][0].name, ks, told)
+        whose = None if name == STUDENT else (name if len(names) > 1 else teachers[name][0].name)
+        option = name if len(names) > 1 and name != STUDENT else teacher
+        opened = _note(opened, by_protocol, data, whose, ks, {"teacher": option, "pretrained": pretrained})
     return comparison
 
 
@@ -123,15 +136,17 @@ def _note(
     data: str,
     teacher: str | None,
     ks: Sequence[int] | None,
-    options: Mapping[str, object],
+    options: dict[str, object],
 ) -> Bundle:
     """Put the figures of a side into the bundle, with the command that measures each.
 
     teacher: whose they are, None for the student's; options: of the command, where not None
     """
-    table = " --table" + "".join(f" --{name} {value}" for name, value in options.items() if value)
     for protocol, values in by_protocol.items():
-        command = f"mvmr evaluate {bundle.path} --data {data} --protocol {protocol.partition(' ')[0]}"
+        bare, _, by = protocol.partition(_BY)
+        chosen = options | ({"teacher": by} if by else {})
+        table = " --table" + "".join(f" --{key} {value}" for key, value in chosen.items() if value)
+        command = f"mvmr evaluate {bundle.path} --data {data} --protocol {bare}"
         if ks is not None and protocol == "knn":
             command += f" --k {','.join(map(str, ks))}"
         if teacher is not None or protocol.startswith(ZERO_SHOT):

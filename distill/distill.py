@@ -55,17 +55,19 @@ def distill(
 
     The other arguments, and what is raised: as in :func:`mvmr.training.pretraining.pretrain`.
     """
+    if not 0 <= max_missing <= 1:
+        raise MvmrError(f"max_missing = {max_missing}: a share, from 0 to 1")
     specs = parse_specs(teacher)
     names = [spec.name for spec in specs]
     resolved = share_weights(load_recipe(recipe, "mvmr.distillation", assign), names)
     check_recipe(resolved, names, None if resume else init)
-    say(describe(resolved), shown=progress)
     computing = teacher_device(device)
     teachers = {spec.name: open_or_recall(spec, pretrained, device=computing, progress=progress) for spec in specs}
     images = open_images(
         data, "unlabelled", background=resolved.views.background, max_unreadable=max_unreadable, progress=progress
     )
     images = leave_out_unknown(images, teachers, max_missing, progress=progress)
+    say(describe(resolved), shown=progress)
     return fit(
         images, out, resolved, teachers=teachers, init=init, resume=resume, overwrite=overwrite,
         device=device, devices=devices, progress=progress,
@@ -110,16 +112,16 @@ def leave_out_unknown(
 
 
 def share_weights(recipe: Recipe, names: Sequence[str]) -> Recipe:
-    """A recipe in which what is said of `teacher` holds for those that it doesn't name, its weights shared equally."""
-    method = recipe.method
-    unnamed = [name for name in names if name not in recipe.targets]
-    if NAME in names or not unnamed:
-        return recipe
+    """A recipe in which the weight of `teacher` in a table is shared equally by those that the table doesn't name."""
 
     def share(weights: Mapping[str, float]) -> dict[str, float]:
-        shares = {name: weight for name, weight in weights.items() if name != NAME}
-        return shares | (dict.fromkeys(unnamed, weights[NAME] / len(unnamed)) if NAME in weights else {})
+        if NAME in names or NAME not in weights:
+            return dict(weights)
+        unnamed = [name for name in names if name not in weights]
+        named = {name: weight for name, weight in weights.items() if name != NAME}
+        return named | dict.fromkeys(unnamed, weights[NAME] / max(1, len(unnamed)))
 
+    method = recipe.method
     return replace(
         recipe,
         method=replace(method, **{field: share(getattr(method, field)) for field in method.weighted}),  # type: ignore[arg-type]

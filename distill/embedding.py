@@ -12,8 +12,9 @@ from pyarrow import parquet
 from mvmr import __version__
 from mvmr.cores import usable_cores
 from mvmr.data import ImageSet, open_images
+from mvmr.distillation.teachers.remembered import open_or_recall
 from mvmr.distillation.teachers.stored_rows import HASH, content_hash
-from mvmr.distillation.teachers.table import open_teacher, parse_specs
+from mvmr.distillation.teachers.table import parse_specs
 from mvmr.errors import MvmrError
 from mvmr.representations.cache import represent
 from mvmr.storage.atomic import atomic
@@ -55,9 +56,9 @@ def embed(
     if target.exists():
         raise MvmrError(f"{out} is there already; remove it, or give another name")
     specs = parse_specs(teacher)
-    source = open_images(images, "unlabelled", max_unreadable=max_unreadable, progress=progress)
     computing = teacher_device(device)
-    network = open_teacher(specs[0], pretrained, device=computing)
+    network = open_or_recall(specs[0], pretrained, device=computing, progress=progress)
+    source = open_images(images, "unlabelled", max_unreadable=max_unreadable, progress=progress)
     rows = represent(source, network, device=computing, workers=usable_cores(), progress=progress)
     schema = pa.schema(
         [("path", pa.string()), ("embedding", pa.list_(pa.float32(), rows.shape[1])), (HASH, pa.string())],

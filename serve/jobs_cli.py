@@ -63,10 +63,10 @@ def _embed_by_teacher(
 ) -> None:
     if len(sources) != 1:
         raise click.UsageError("with --teacher give IMAGES alone: no bundle embeds them")
-    for name in context.params:
-        source = context.get_parameter_source(name)
-        if name not in ("sources", "out", "teacher", "pretrained") and source is not ParameterSource.DEFAULT:
-            raise click.UsageError(f"--{name.replace('_', '-')} is for bundles: leave it out with --teacher")
+    for parameter in context.command.params:
+        given = context.get_parameter_source(str(parameter.name)) is not ParameterSource.DEFAULT
+        if given and parameter.name not in ("sources", "out", "teacher", "pretrained"):
+            raise click.UsageError(f"{parameter.opts[0]} is for bundles: leave it out with --teacher")
     from mvmr.distillation.embedding import embed as run
 
     (images,) = sources

@@ -15,7 +15,8 @@ import numpy as np
 from mvmr.bundles.bundle import Bundle
 from mvmr.data import ImageSet, open_images
 from mvmr.distillation.report.images import SEED, Open, draw, open_evaluation_images
-from mvmr.distillation.teachers.recorded import teacher_of
+from mvmr.distillation.teachers.recorded import recorded_teachers, teacher_of
+from mvmr.distillation.teachers.stored_rows import StoredRows
 from mvmr.distillation.teachers.teacher import Teacher
 from mvmr.errors import MvmrError
 from mvmr.evaluation.protocols import Labelled
@@ -77,16 +78,25 @@ class Subject:
         images = _choose(pool, limit, k)
         single = pool.labels is not None and pool.labels.ndim == 1
         unlabelled = "the probe" if single else "the probe, and figures by label"
-        load = partial(teacher_of, bundle, teacher, pretrained, device, text=False)
+        labelled = _attempt(unlabelled, partial(_open_labelled, open_split, pool), missing)
+
+        def load() -> Teacher:
+            loaded = teacher_of(bundle, teacher, pretrained, device, text=False)
+            if isinstance(loaded, StoredRows):
+                for each in (images, labelled.train, labelled.test) if labelled is not None else (images,):
+                    loaded.check(each)
+            return loaded
+
+        recorded = teacher is None or str(teacher) in recorded_teachers(bundle)
         return cls(
             bundle=bundle,
             student=bundle.student(device),
-            teacher=_attempt("all that takes a teacher", load, missing) if teacher is None else load(),
+            teacher=_attempt("all that takes a teacher", load, missing) if recorded else load(),
             images=images,
             available=len(pool),
             labels=images.labels if single else None,
             classes=images.classes if single else None,
-            labelled=_attempt(unlabelled, partial(_open_labelled, open_split, pool), missing),
+            labelled=labelled,
             training=_attempt("training curves", partial(_records, bundle.path / METRICS), missing),
             missing=missing,
         )

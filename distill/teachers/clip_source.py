@@ -16,6 +16,7 @@ from open_clip.factory import HF_HUB_PREFIX, LOCAL_DIR_PREFIX
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
 from mvmr import strict_json
+from mvmr.distillation.teachers.teacher import TeacherGone
 from mvmr.errors import MvmrError, nearest, unknown
 
 # What `default_tag` looks for, best first: weights trained on the most openly described data.
@@ -90,7 +91,7 @@ def _model(name: str) -> str:
     model = name.replace("/", "-")  # "ViT-B/16", as OpenAI wrote it
     if model not in models:
         if os.sep in name and nearest(model, models) is None:
-            raise MvmrError(f"teacher {name} is neither a folder here nor a model of open_clip's, such as ViT-B-16")
+            raise TeacherGone(f"teacher {name} is neither a folder here nor a model of open_clip's, such as ViT-B-16")
         raise unknown("teacher", name, models)
     return model
 
@@ -106,7 +107,7 @@ def _built_in(model: str, pretrained: str | Path | None) -> TeacherSource:
     elif Path(weights).is_file():
         preprocess, file = _shared_preprocess(model), Path(weights)
     elif Path(weights).suffix in WEIGHT_SUFFIXES or os.sep in weights:
-        raise MvmrError(f"weights file {weights} of teacher {model} does not exist")
+        raise TeacherGone(f"weights file {weights} of teacher {model} does not exist")
     else:
         raise unknown(f"weights of {model}:", weights, open_clip.list_pretrained_tags_by_model(model))
     return TeacherSource(
@@ -120,14 +121,14 @@ def _from_folder(folder: Path, name: str) -> TeacherSource:
         content = strict_json.read(config)
         model_cfg, preprocess = content["model_cfg"], _preprocess(content.get("preprocess_cfg", {}))
     except FileNotFoundError as error:
-        raise MvmrError(
+        raise TeacherGone(
             f"teacher folder {folder} has no {HF_CONFIG_NAME}, which open_clip's hub format needs"
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MvmrError(f"{config} is not a configuration of open_clip's hub format: {error!r}") from error
     file = next((folder / candidate for candidate in WEIGHT_FILES if (folder / candidate).is_file()), None)
     if file is None:
-        raise MvmrError(f"teacher folder {folder} has no weights; put {' or '.join(WEIGHT_FILES[:2])} there")
+        raise TeacherGone(f"teacher folder {folder} has no weights; put {' or '.join(WEIGHT_FILES[:2])} there")
     return TeacherSource(
         name=name,
         weights=str(file),
@@ -161,11 +162,11 @@ def _fetch(model: str, tag: str, tag_cfg: dict[str, Any]) -> Path:
     where = f"{wanted[0]} of {repository} on the Hugging Face Hub" if repository else str(tag_cfg.get("url"))
     advice = f"fetch {where} on a machine with network and give it here: --pretrained FILE"
     if _offline():
-        raise MvmrError(f"weights {tag!r} of {model} are not in the cache and there is no network; {advice}")
+        raise TeacherGone(f"weights {tag!r} of {model} are not in the cache and there is no network; {advice}")
     try:
         return Path(tags.download_pretrained(tag_cfg))
     except Exception as error:  # urllib, huggingface_hub and open_clip each raise their own
-        raise MvmrError(
+        raise TeacherGone(
             f"weights {tag!r} of {model} could not be downloaded ({type(error).__name__}); {advice}"
         ) from error
 
@@ -178,12 +179,12 @@ def _hub_folder(repository: str) -> Path:
         return config.parent
     advice = f"fetch {HF_CONFIG_NAME} and {wanted[0]} of it into one folder and give that: --teacher FOLDER"
     if _offline():
-        raise MvmrError(f"teacher {HF_HUB_PREFIX}{repository} is not in the cache and there is no network; {advice}")
+        raise TeacherGone(f"teacher {HF_HUB_PREFIX}{repository} is not in the cache and there is no network; {advice}")
     try:
         tags.download_pretrained_from_hf(repository)
         return Path(tags.download_pretrained_from_hf(repository, filename=HF_CONFIG_NAME)).parent
     except Exception as error:
-        raise MvmrError(
+        raise TeacherGone(
             f"teacher {HF_HUB_PREFIX}{repository} could not be downloaded ({type(error).__name__}); {advice}"
         ) from error
 

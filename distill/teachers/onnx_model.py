@@ -17,7 +17,6 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
 
 import numpy as np
 import onnxruntime
@@ -26,11 +25,12 @@ from PIL import Image
 from torch import Tensor
 
 from mvmr.bundles.preprocess import Preprocess
-from mvmr.distillation.teachers.teacher import NoTextTower, measure_width
+from mvmr.distillation.teachers.teacher import NoTextTower, TeacherGone, measure_width, read_settings
 from mvmr.errors import MvmrError, one_line, unknown
 
 _KEYS = ("mean", "std", "size", "resize", "interpolation", "output")
 _KINDS = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32, "tensor(float16)": np.float16}
+_Three = tuple[float, float, float]
 _ERRORS_ONLY = 4  # of onnxruntime's log: what fails is raised
 
 
@@ -40,13 +40,9 @@ def load(what: str, *, device: str | torch.device, text: bool) -> OnnxTeacher:
     Raises: MvmrError for a file that is missing, damaged, in several parts or needs an operator that onnxruntime
         doesn't have; an input that is no image or of an unknown normalisation; several outputs of which none is named.
     """
-    file, _, query = what.partition("?")
+    file, options = read_settings("onnx", what, _KEYS)
     if text:
         raise NoTextTower(f"teacher onnx:{file} has no text tower: zero-shot takes a CLIP, such as ViT-B-16")
-    options = dict(parse_qsl(query, keep_blank_values=True))
-    for key in options:
-        if key not in _KEYS:
-            raise unknown(f"setting of teacher onnx:{file}", key, _KEYS)
     return OnnxTeacher(Path(file), options, what=what, device=torch.device(device))
 
 
@@ -97,34 +93,38 @@ class OnnxTeacher:
         return inputs
 
     def _read_preprocess(self, file: Path, side: int | None, options: Mapping[str, str]) -> Preprocess:
-        told = {key: options[key] for key in ("mean", "std", "size", "resize", "interpolation") if key in options}
         recorded = self._session.get_modelmeta().custom_metadata_map.get("preprocessing")
-        if recorded is not None and not told:
-            return _from_metadata(file, recorded, side)
-        size = _whole(file, "size", told.get("size", side))
+        base = None if recorded is None else _from_metadata(file, recorded)
+        size = _whole(file, "size", options.get("size", side or (base.crop if base else None)))
         if side not in (None, size):
             raise MvmrError(f"teacher onnx:{file} takes images of {side} px; leave out size={size}")
+        if base is not None and "size" not in options and base.crop != size:
+            raise MvmrError(f"teacher onnx:{file} takes images of {size} px, its metadata say {base.crop} px")
+        mean, std = self._scales(file, base, options)
+        resize = _whole(file, "resize", options.get("resize", base.resize if base and base.crop == size else size))
+        interpolation = options.get("interpolation", base.interpolation if base else "bicubic")
+        return Preprocess(resize=resize, crop=size, interpolation=interpolation, mean=mean, std=std)  # type: ignore[arg-type]
+
+    def _scales(self, file: Path, base: Preprocess | None, options: Mapping[str, str]) -> tuple[_Three, _Three]:
         if self._kind is np.uint8:
-            if "mean" in told or "std" in told:
+            if "mean" in options or "std" in options:
                 raise MvmrError(f"teacher onnx:{file} takes bytes and normalises them itself; leave out mean and std")
-            mean = std = (0.5, 0.5, 0.5)
-        elif "mean" in told and "std" in told:
-            mean, std = (_three(file, key, told[key]) for key in ("mean", "std"))
-        else:
+            return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # not used
+        if base is None and not {"mean", "std"} <= options.keys():
             raise MvmrError(
                 f"teacher onnx:{file} takes floats and doesn't say how they are normalised; give it, of RGB in [0, 1]: "
                 f"'onnx:{file}?mean=0.485,0.456,0.406&std=0.229,0.224,0.225'"
             )
-        resize = _whole(file, "resize", told.get("resize", size))
-        interpolation = told.get("interpolation", "bicubic")
-        return Preprocess(resize=resize, crop=size, interpolation=interpolation, mean=mean, std=std)  # type: ignore[arg-type]
+        mean = _three(file, "mean", options["mean"]) if "mean" in options or base is None else base.mean
+        std = _three(file, "std", options["std"]) if "std" in options or base is None else base.std
+        return mean, std
 
 
 def _read(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise MvmrError(f"teacher onnx:{file}: cannot read it: {error.strerror or error}") from error
+        raise TeacherGone(f"teacher onnx:{file}: cannot read it: {error.strerror or error}") from error
 
 
 def _start(content: bytes, file: Path, device: torch.device) -> onnxruntime.InferenceSession:
@@ -165,14 +165,11 @@ def _choose_output(file: Path, outputs: Sequence[Any], wanted: str | None) -> st
     return wanted or names[0]
 
 
-def _from_metadata(file: Path, text: str, side: int | None) -> Preprocess:
+def _from_metadata(file: Path, text: str) -> Preprocess:
     try:
-        preprocess = Preprocess.from_dict(json.loads(text))
+        return Preprocess.from_dict(json.loads(text))
     except (ValueError, TypeError, AttributeError) as error:
         raise MvmrError(f"teacher onnx:{file}: its metadata's preprocessing is no JSON table ({error})") from error
-    if side not in (None, preprocess.crop):
-        raise MvmrError(f"teacher onnx:{file} takes images of {side} px, its metadata say {preprocess.crop} px")
-    return preprocess
 
 
 def _whole(file: Path, key: str, value: str | int | None) -> int:
@@ -184,7 +181,7 @@ def _whole(file: Path, key: str, value: str | int | None) -> int:
         raise MvmrError(f"teacher onnx:{file}: {key}={value} should be a whole number of pixels") from error
 
 
-def _three(file: Path, key: str, text: str) -> tuple[float, float, float]:
+def _three(file: Path, key: str, text: str) -> _Three:
     try:
         red, green, blue = map(float, text.split(","))
     except ValueError as error:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mvmr.distillation.teachers.teacher import NetworkTeacher, NoTextTower
+from mvmr.distillation.teachers.teacher import NetworkTeacher, NoTextTower, TeacherGone
 from mvmr.errors import MvmrError, summarise, unknown
 
 
@@ -35,7 +35,7 @@ def load(what: str, *, device: str | torch.device, text: bool) -> NetworkTeacher
     try:
         module = importlib.import_module(package)
     except ModuleNotFoundError as error:
-        raise MvmrError(
+        raise TeacherGone(
             f"teacher python:{what}: there is no module {error.name!r}, looked from {os.getcwd()}"
         ) from error
     except Exception as error:  # a user's own code

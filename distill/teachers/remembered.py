@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,15 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from open_clip.factory import HF_HUB_PREFIX
 from PIL import Image
 from torch import Tensor
 
 from mvmr import strict_json
+from mvmr.distillation.teachers.clip_source import WEIGHT_SUFFIXES
 from mvmr.distillation.teachers.table import open_teacher
-from mvmr.distillation.teachers.teacher import Spec, Teacher
+from mvmr.distillation.teachers.teacher import Spec, Teacher, TeacherGone
 from mvmr.errors import MvmrError
 from mvmr.progress import say
 from mvmr.storage.atomic import cache_dir, write_json
+
+logger = logging.getLogger(__name__)
 
 _TYPES = {"name": str, "weights": str, "identity": str, "dim": int, "parameters": int | None, "origin": dict}
 
@@ -48,30 +54,44 @@ class RememberedTeacher:
 def open_or_recall(
     spec: Spec, pretrained: str | Path | None, *, device: str | torch.device, progress: bool = False
 ) -> Teacher:
-    """Open a teacher, and remember it; one that can't be opened is recalled, for images whose rows are in the cache.
+    """Open a teacher, and remember it; one that is gone is recalled, for images whose embeddings are in the cache.
 
-    Raises: MvmrError: as `open_teacher`, of a teacher that nothing is known of.
+    Raises: MvmrError: as `open_teacher`, of a teacher that nothing is known of, or that is there and wrong.
     """
     file = _file(spec, pretrained)
     try:
         teacher = open_teacher(spec, pretrained, device=device)
-    except MvmrError as error:
+    except TeacherGone as error:
         if (remembered := _recall(file, str(error))) is None:
             raise
-        say(f"{error}; going on with its embeddings in the cache", shown=progress)
+        line = f"{error}; going on with its embeddings in the cache"
+        say(line) if progress else logger.warning(line)
         return remembered
-    write_json(file, {key: getattr(teacher, key, {}) for key in _TYPES})
+    with contextlib.suppress(MvmrError):  # a cache that can only be read will do
+        write_json(file, {key: getattr(teacher, key, {}) for key in _TYPES})
     return teacher
 
 
 def _file(spec: Spec, pretrained: str | Path | None) -> Path:
-    words = [spec.kind, _absolute(spec.what), "" if pretrained is None else _absolute(str(pretrained))]
+    words = [spec.kind, _place(spec), "" if pretrained is None else _absolute(str(pretrained))]
     return cache_dir() / "teachers" / f"{hashlib.sha256(repr(words).encode()).hexdigest()[:32]}.json"
 
 
+def _place(spec: Spec) -> str:
+    """What is meant by a spec, wherever it is typed: a relative path in another folder is another file."""
+    name, colon, file = spec.what.partition(":")
+    if spec.kind in ("onnx", "rows"):
+        return os.path.abspath(spec.what)
+    if spec.kind == "python":  # its module may be one of the working folder
+        return f"{os.getcwd()} {spec.what}"
+    if spec.kind == "open_clip":
+        return spec.what if spec.what.startswith(HF_HUB_PREFIX) else _absolute(spec.what)
+    return f"{name}{colon}{_absolute(file)}"
+
+
 def _absolute(text: str) -> str:
-    """The same words in another folder mean another file, where they may mean a file."""
-    return os.path.abspath(text) if os.sep in text or "." in text else text
+    """A path in full; a name or a tag as it is."""
+    return os.path.abspath(text) if os.sep in text or Path(text).suffix in WEIGHT_SUFFIXES else text
 
 
 def _recall(file: Path, why: str) -> RememberedTeacher | None:

@@ -11,9 +11,8 @@ this form. Columns are found by themselves, or named:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from urllib.parse import parse_qsl
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from mvmr.data import ImageSet
 from mvmr.data.scan import Files
-from mvmr.distillation.teachers.teacher import NoTextTower
+from mvmr.distillation.teachers.teacher import NoTextTower, TeacherGone, read_settings
 from mvmr.errors import MvmrError, one_line, shorten, unknown
 
 HASH = "sha256"
@@ -44,21 +43,16 @@ def load(what: str, *, device: str | torch.device, text: bool) -> StoredRows:
     Raises: MvmrError for a file that is missing or damaged, columns that aren't there or could be several, rows without
         an embedding, of several widths or not finite, or two rows of one name.
     """
-    file, _, query = what.partition("?")
+    file, options = read_settings("rows", what, _KEYS)
     if text:
         raise NoTextTower(f"teacher rows:{file} has no text tower: zero-shot takes a CLIP, such as ViT-B-16")
-    options = dict(parse_qsl(query, keep_blank_values=True))
-    for key in options:
-        if key not in _KEYS:
-            raise unknown(f"setting of teacher rows:{file}", key, _KEYS)
     return StoredRows(Path(file), what, options.get("key"), options.get("embedding"))
 
 
 class StoredRows:
     """See `mvmr.distillation.teachers.teacher.Teacher`; it knows the images of its file and no others.
 
-    names: of the rows, by column
-    rows: float32 [M, dim]
+    names: of the rows, by column; dim: of an embedding
     """
 
     parameters = None
@@ -66,15 +60,13 @@ class StoredRows:
     def __init__(self, file: Path, what: str, key: str | None, embedding: str | None) -> None:
         self.name, self.weights = f"rows:{file.name}", str(file)
         self.origin = {"kind": "rows", "what": what}
-        table, digest = _read(file)
+        self._parts = _parts(file)
+        schema, digest = _read_schema(file, self._parts)
         self.identity = hashlib.sha256(f"{digest} {key} {embedding}".encode()).hexdigest()
-        self.names = {name: table.column(name).to_pylist() for name in _key_columns(file, table, key)}
-        first = next(iter(self.names.values()))
-        self.rows = _embeddings(file, table, embedding, first)
-        self.dim = self.rows.shape[1]
-        for name, values in self.names.items():
-            if not _is_hash(values):
-                _refuse_twins(file, name, values)
+        self._column = _embedding_column(file, schema, embedding)
+        self.names = _read_names(file, self._parts, _key_columns(file, schema, key), asked=key is not None)
+        self.dim = self._check()
+        self._known: dict[str, npt.NDArray[np.int64]] = {}  # by fingerprint
 
     def prepare(self, image: Image.Image) -> Tensor:
         raise MvmrError(f"teacher {self.name} is a file of embeddings: it knows its own images and embeds no others")
@@ -87,32 +79,95 @@ class StoredRows:
 
         Raises: MvmrError: none knows any, or two rows could be of one image.
         """
-        best = np.full(len(images), -1)
-        for values in self.names.values():
-            found = _by_hash(values, images) if _is_hash(values) else _by_name(self.weights, values, images.keys)
-            if (found >= 0).sum() > (best >= 0).sum():
-                best = found
-            if (best >= 0).all():
-                break
-        if (best < 0).all():
-            column, values = next(iter(self.names.items()))
-            raise MvmrError(
-                f"no row of {self.weights} is of an image of {images.name}: {column} has {shorten(values[0])!r}, "
-                f"the images are called {shorten(images.keys[0])!r}; name the column of paths, file names or sha256: "
-                f"'rows:{self.weights}?key=COLUMN'"
-            )
-        return best
+        if images.fingerprint not in self._known:
+            self._known[images.fingerprint] = self._match(images)
+        return self._known[images.fingerprint]
+
+    def check(self, images: ImageSet) -> None:
+        """Refuse images of which some have no row.
+
+        Raises: MvmrError: that says which.
+        """
+        if missing := describe_missing(images, self.numbers(images)):
+            raise MvmrError(f"{self.weights} lacks {missing}")
 
     def batches(self, images: ImageSet, start: int) -> Iterator[Floats]:
         """Rows of the images from number `start` on, in order, [b, dim] at a time.
 
         Raises: MvmrError: as `numbers`, or an image has none.
         """
+        self.check(images)
         numbers = self.numbers(images)
-        if missing := describe_missing(images, numbers):
-            raise MvmrError(f"{self.weights} lacks {missing}")
+        rows = np.empty((len(next(iter(self.names.values()))), self.dim), np.float32)
+        for first, values in self._stream():
+            rows[first : first + len(values)] = values
         for first in range(start, len(numbers), _BLOCK):
-            yield self.rows[numbers[first : first + _BLOCK]]
+            yield rows[numbers[first : first + _BLOCK]]
+
+    def _match(self, images: ImageSet) -> npt.NDArray[np.int64]:
+        best = np.full(len(images), -1)
+        for values in self.names.values():
+            matched = _by_hash(values, images) if _is_hash(values) else _by_name(self.weights, values, images.keys)
+            if (matched >= 0).sum() > (best >= 0).sum():
+                best = matched
+            if (best >= 0).all():
+                break
+        if (best < 0).all():
+            column, values = next(iter(self.names.items()))
+            raise MvmrError(
+                f"no row of {self.weights} is of an image of {images.name}: {column} has {shorten(values[0])!r}, the "
+                f"images are called {shorten(images.keys[0])!r}; give rows of these images, or name the column of "
+                f"paths, file names or sha256: 'rows:{self.weights}?key=COLUMN'"
+            )
+        return best
+
+    def _stream(self) -> Iterator[tuple[int, Floats]]:
+        """Number of the first row, and rows, [n, width], of the whole file in order."""
+        first = 0
+        for part in self._parts:
+            with parquet.ParquetFile(part) as opened:
+                for batch in opened.iter_batches(_BLOCK, columns=[self._column]):
+                    yield first, self._read(batch.column(0), first)
+                    first += len(batch)
+
+    def _read(self, column: pa.Array, first: int) -> Floats:
+        names = next(iter(self.names.values()))
+        if column.null_count:
+            empty = int(np.flatnonzero(np.asarray(column.is_null()))[0])
+            raise MvmrError(f"teacher {self.name} has no embedding for {shorten(names[first + empty])}")
+        widths = np.asarray(pa.compute.list_value_length(column))
+        if (widths != widths[0]).any() or not widths[0]:
+            other = int(np.flatnonzero(widths != widths[0])[0]) if widths.any() else 0
+            name = shorten(names[first + other])
+            raise MvmrError(f"teacher {self.name} has rows of two widths, {widths[0]} and {widths[other]} ({name})")
+        values = column.flatten()
+        rows = np.asarray(values.to_numpy(zero_copy_only=False), np.float32).reshape(len(column), int(widths[0]))
+        finite = np.isfinite(rows).all(1)
+        if values.null_count or not finite.all():
+            name = shorten(names[first + int(np.argmin(finite))])
+            raise MvmrError(f"teacher {self.name}: the embedding of {name} is not finite")
+        return rows
+
+    def _check(self) -> int:
+        """The width of all rows, each looked at once and kept nowhere but for those of files with the same content."""
+        pairs = _twins(self.names)
+        wanted = {number for pair in pairs for number in pair}
+        seen: dict[int, Floats] = {}
+        width = 0
+        try:
+            for first, rows in self._stream():
+                if width not in (0, rows.shape[1]):
+                    name = shorten(next(iter(self.names.values()))[first])
+                    raise MvmrError(f"teacher {self.name} has rows of two widths, {width} and {rows.shape[1]} ({name})")
+                width = rows.shape[1]
+                seen |= {first + k: rows[k].copy() for k in range(len(rows)) if wanted and first + k in wanted}
+        except (ValueError, MemoryError, OSError, pa.ArrowException) as error:
+            raise MvmrError(f"teacher {self.name} can't be read ({one_line(error)}); make it again") from error
+        for one, other in pairs:
+            if not np.array_equal(seen[one], seen[other]):
+                name = shorten(next(iter(self.names.values()))[other])
+                raise MvmrError(f"teacher {self.name} has two embeddings of one content ({name}); keep one")
+        return width
 
 
 def describe_missing(images: ImageSet, numbers: npt.NDArray[np.int64]) -> str | None:
@@ -134,66 +189,70 @@ def content_hash(images: ImageSet, index: int) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read(file: Path) -> tuple[pa.Table, str]:
-    """All rows, and a hash of the files."""
-    parts = sorted(file.glob("part-*.parquet")) if file.is_dir() else [file]
-    digest = hashlib.sha256()
+def _parts(file: Path) -> list[Path]:
+    return sorted(file.glob("part-*.parquet")) if file.is_dir() else [file]
+
+
+def _read_schema(file: Path, parts: Sequence[Path]) -> tuple[pa.Schema, str]:
+    """The one schema of all parts, and a hash of them."""
+    digest, schemas, count = hashlib.sha256(), [], 0
     try:
         for part in parts:
             with part.open("rb") as content:
                 digest.update(hashlib.file_digest(content, "sha256").digest())
-        tables = [parquet.ParquetFile(part).read() for part in parts]
-        if not sum(len(table) for table in tables):
-            raise MvmrError(f"teacher rows:{file} has no rows")
-        return pa.concat_tables(tables, promote_options="default"), digest.hexdigest()
+            with parquet.ParquetFile(part) as opened:
+                schemas.append(opened.schema_arrow)
+                count += opened.metadata.num_rows
     except OSError as error:
-        raise MvmrError(f"teacher rows:{file}: cannot read it: {error.strerror or one_line(error)}") from error
+        raise TeacherGone(f"teacher rows:{file}: cannot read it: {error.strerror or one_line(error)}") from error
     except (ValueError, MemoryError, pa.ArrowException) as error:
-        raise MvmrError(f"teacher rows:{file} is not a whole Parquet file of one schema ({one_line(error)})") from error
+        raise MvmrError(f"teacher rows:{file} is not a whole Parquet file ({one_line(error)})") from error
+    if not count:
+        raise MvmrError(f"teacher rows:{file} has no rows")
+    if any(not schema.equals(schemas[0]) for schema in schemas):
+        raise MvmrError(f"teacher rows:{file}: its parts have different columns; give those of one run")
+    return schemas[0], digest.hexdigest()
 
 
-def _key_columns(file: Path, table: pa.Table, wanted: str | None) -> list[str]:
-    """Columns of text without a gap; those of names before those of hashes, which take a look into every file."""
-    if wanted is not None and wanted not in table.column_names:
-        raise unknown(f"column of {file}", wanted, table.column_names)
+def _key_columns(file: Path, schema: pa.Schema, wanted: str | None) -> list[str]:
+    """Columns of text; those of names before those of hashes, which take a look into every file."""
+    if wanted is not None and wanted not in schema.names:
+        raise unknown(f"column of {file}", wanted, schema.names)
     texts = [
         field.name
-        for field in table.schema
-        if wanted in (None, field.name)
-        and (pa.types.is_string(field.type) or pa.types.is_large_string(field.type))
-        and not table.column(field.name).null_count
+        for field in schema
+        if wanted in (None, field.name) and (pa.types.is_string(field.type) or pa.types.is_large_string(field.type))
     ]
-    if not texts:
-        held = f"column {wanted}" if wanted is not None else f"none of the columns {', '.join(table.column_names)}"
-        raise MvmrError(f"teacher rows:{file}: {held} holds a text in every row: no row can be given to its image")
     return sorted(texts, key=lambda name: (name == HASH, name != "path"))
 
 
-def _embeddings(file: Path, table: pa.Table, wanted: str | None, names: Sequence[str]) -> Floats:
-    lists = [field.name for field in table.schema if _is_list_of_numbers(field.type)]
+def _read_names(file: Path, parts: Sequence[Path], columns: Sequence[str], *, asked: bool) -> dict[str, list[str]]:
+    """The columns that can tell rows apart: a text in every row, and no name twice."""
+    table = pa.concat_tables([parquet.read_table(part, columns=list(columns)) for part in parts])
+    names = {name: table.column(name).to_pylist() for name in columns if not table.column(name).null_count}
+    if not names:
+        held = f"column {columns[0]}" if asked and columns else "no column"
+        raise MvmrError(f"teacher rows:{file}: {held} holds a text in every row: no row can be given to its image")
+    twins = {name: None if _is_hash(values) else _first_twin(values) for name, values in names.items()}
+    usable = {name: values for name, values in names.items() if twins[name] is None}
+    if not usable:
+        name = next(iter(names))
+        raise MvmrError(f"teacher rows:{file} has two rows with {name} {shorten(twins[name])!r}; keep one")
+    if "path" in twins and twins["path"] is not None and not asked:
+        raise MvmrError(f"teacher rows:{file} has two rows with path {shorten(twins['path'])!r}; keep one")
+    return usable
+
+
+def _embedding_column(file: Path, schema: pa.Schema, wanted: str | None) -> str:
+    lists = [field.name for field in schema if _is_list_of_numbers(field.type)]
     if wanted is not None and wanted not in lists:
         raise unknown(f"column of lists of numbers in {file}", wanted, lists)
     if wanted is None and len(lists) > 1 and "embedding" in lists:
-        lists = ["embedding"]
+        return "embedding"
     if wanted is None and len(lists) != 1:
         several = f"several columns of lists of numbers ({', '.join(lists)})" if lists else "no column of embeddings"
         raise MvmrError(f"teacher rows:{file} has {several}; name one: 'rows:{file}?embedding=COLUMN'")
-    column = table.column(wanted or lists[0]).combine_chunks()
-    if column.null_count:
-        empty = int(np.flatnonzero(np.asarray(column.is_null()))[0])
-        raise MvmrError(f"teacher rows:{file} has no embedding for {shorten(names[empty])}")
-    widths = np.asarray(pa.compute.list_value_length(column))
-    if widths.min() != widths.max() or not widths[0]:
-        other = int(np.flatnonzero(widths != widths[0])[0]) if widths.min() != widths.max() else 0
-        raise MvmrError(
-            f"teacher rows:{file} has rows of two widths, {widths[0]} and {widths[other]} ({shorten(names[other])})"
-        )
-    values = column.flatten()
-    rows: Floats = np.asarray(values.to_numpy(zero_copy_only=False), np.float32).reshape(len(column), int(widths[0]))
-    finite = np.isfinite(rows).all(1)
-    if values.null_count or not finite.all():
-        raise MvmrError(f"teacher rows:{file}: the embedding of {shorten(names[int(np.argmin(finite))])} is not finite")
-    return rows
+    return wanted or lists[0]
 
 
 def _is_list_of_numbers(kind: pa.DataType) -> bool:
@@ -205,12 +264,27 @@ def _is_hash(values: Sequence[str]) -> bool:
     return len(values[0]) == _HEX and all(letter in "0123456789abcdef" for letter in values[0].lower())
 
 
-def _refuse_twins(file: Path, column: str, values: Sequence[str]) -> None:
+def _first_twin(values: Sequence[str]) -> str | None:
     seen: set[str] = set()
     for value in values:
         if value in seen:
-            raise MvmrError(f"teacher rows:{file} has two rows with {column} {shorten(value)!r}; keep one")
+            return value
         seen.add(value)
+    return None
+
+
+def _twins(names: Mapping[str, Sequence[str]]) -> list[tuple[int, int]]:
+    """Pairs of rows of the same content hash: copies of a file are natural, but must have one embedding."""
+    pairs = []
+    for values in names.values():
+        places: dict[str, int] = {}
+        if _is_hash(values):
+            pairs += [
+                (places[value.lower()], number)
+                for number, value in enumerate(values)
+                if places.setdefault(value.lower(), number) != number
+            ]
+    return pairs
 
 
 def _by_hash(values: Sequence[str], images: ImageSet) -> npt.NDArray[np.int64]:
@@ -222,15 +296,15 @@ def _by_hash(values: Sequence[str], images: ImageSet) -> npt.NDArray[np.int64]:
 def _by_name(file: str, values: Sequence[str], keys: Sequence[str]) -> npt.NDArray[np.int64]:
     """By the whole name, else by the end of a longer one, else by the file name where it tells images apart."""
     places = {value: number for number, value in enumerate(values)}
-    found = np.array([places.get(key, -1) for key in keys])
+    matched = np.array([places.get(key, -1) for key in keys])
     for ends in (_ends_of_values, _ends_of_keys):
         for index, number in ends(values, keys):
-            if found[index] < 0:
-                found[index] = number
-            elif values[found[index]] != keys[index] and found[index] != number:
-                one, other = values[found[index]], values[number]
+            if matched[index] < 0:
+                matched[index] = number
+            elif values[matched[index]] != keys[index] and matched[index] != number:
+                one, other = values[matched[index]], values[number]
                 raise MvmrError(f"two rows of {file} could be of {keys[index]}: {shorten(one)} and {shorten(other)}")
-    return found
+    return matched
 
 
 def _ends_of_values(values: Sequence[str], keys: Sequence[str]) -> Iterator[tuple[int, int]]:

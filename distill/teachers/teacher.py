@@ -9,16 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import parse_qsl
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mvmr.errors import MvmrError, summarise
+from mvmr.errors import MvmrError, summarise, unknown
 
 NAME = "teacher"  # of one that is given none
 _SAME = 1e-2  # relative; half precision on a GPU is nearer
+_STUDENT = "student"
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
@@ -45,6 +47,10 @@ class Teacher(Protocol):
     def __call__(self, batch: Tensor) -> Tensor:
         """Prepared images [B, C, H, W], on any device -> raw embeddings, not normalised, float32 [B, dim]."""
         ...
+
+
+class TeacherGone(MvmrError):
+    """A teacher that may well be right, but whose file, weights or module can't be had here."""
 
 
 class NoTextTower(MvmrError):
@@ -81,6 +87,8 @@ class Spec:
             name, model = NAME, str(text)
         if not _NAME.fullmatch(name):
             raise MvmrError(f"teacher {text}: {name!r} is no name; give letters and digits, such as clip=ViT-B-16")
+        if name == _STUDENT:
+            raise MvmrError(f"teacher {text}: {name!r} is what tables call the student; give another name")
         kind, colon, what = model.partition(":")
         if colon and kind in kinds:
             return cls(name, kind, what)
@@ -88,6 +96,19 @@ class Spec:
 
     def __str__(self) -> str:
         return self.what if self.kind == "open_clip" else f"{self.kind}:{self.what}"
+
+
+def read_settings(kind: str, what: str, keys: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """What stands before the question mark of "FILE?KEY=VALUE&...", and the settings behind it.
+
+    Raises: MvmrError for a key that is none of `keys`.
+    """
+    file, _, query = what.partition("?")
+    settings = dict(parse_qsl(query.replace("+", "%2B"), keep_blank_values=True))  # a plus is a plus here
+    for key in settings:
+        if key not in keys:
+            raise unknown(f"setting of teacher {kind}:{file}", key, keys)
+    return file, settings
 
 
 def identity_of(network: nn.Module, prepare: Callable[[Image.Image], Tensor], description: Mapping[str, Any]) -> str:

@@ -12,8 +12,8 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
 from mvmr.bundles import weights
-from mvmr.distillation.teachers.teacher import NetworkTeacher, NoTextTower
-from mvmr.errors import MvmrError, summarise, unknown
+from mvmr.distillation.teachers.teacher import NetworkTeacher, NoTextTower, TeacherGone
+from mvmr.errors import summarise, unknown
 
 
 class _Prepare:
@@ -41,12 +41,12 @@ def load(what: str, *, device: str | torch.device, text: bool) -> NetworkTeacher
     if text:
         raise NoTextTower(f"teacher timm:{name} has no text tower: zero-shot takes a CLIP, such as ViT-B-16")
     if file and not Path(file).is_file():
-        raise MvmrError(f"weights file {file} of teacher timm:{name} does not exist")
+        raise TeacherGone(f"weights file {file} of teacher timm:{name} does not exist")
     try:
         network: nn.Module = timm.create_model(name, pretrained=not file, num_classes=0)
     except Exception as error:  # timm, huggingface_hub and urllib each raise their own
         cure = f"fetch its weights on a machine with network and give them here: timm:{name}:FILE"
-        raise MvmrError(f"teacher timm:{name} can't be had ({summarise(error)}); {cure}") from error
+        raise TeacherGone(f"teacher timm:{name} can't be had ({summarise(error)}); {cure}") from error
     if file:
         state = weights.drop_classifier(network, weights.read(Path(file)))
         weights.fit(network, state, origin=f"{file}, as weights of timm:{name},")

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torchvision import models
 
 from mvmr.bundles import weights
-from mvmr.distillation.teachers.teacher import NetworkTeacher, NoTextTower
+from mvmr.distillation.teachers.teacher import NetworkTeacher, NoTextTower, TeacherGone
 from mvmr.errors import MvmrError, summarise, unknown
+
+_WITHOUT_WEIGHTS: dict[str, Any] = {"weights": None}
 
 
 def load(what: str, *, device: str | torch.device, text: bool) -> NetworkTeacher:
@@ -55,25 +57,28 @@ class _Prepare:
 def _choose(name: str, source: str, published: EnumType) -> Any:
     """The published weights that are meant; None for a file."""
     if not source:
-        return published.__members__["DEFAULT"] if "DEFAULT" in published.__members__ else list(published)[-1]
+        return published.__members__["DEFAULT"]
     if source in published.__members__:
         return published.__members__[source]
     if Path(source).is_file():
         return None
     if Path(source).suffix:
-        raise MvmrError(f"weights file {source} of teacher torchvision:{name} does not exist")
+        raise TeacherGone(f"weights file {source} of teacher torchvision:{name} does not exist")
     raise unknown(f"weights of torchvision's {name}", source, list(published.__members__))
 
 
 def _load(name: str, chosen: Any, file: Path) -> nn.Module:
-    try:
-        network = models.get_model(name, weights=chosen)
-    except Exception as error:  # torch.hub and urllib each raise their own
-        cure = f"fetch its weights on a machine with network and give them here: torchvision:{name}:FILE"
-        raise MvmrError(f"teacher torchvision:{name} can't be had ({summarise(error)}); {cure}") from error
-    last = _last_linear(network)
+    with torch.device("meta"):
+        last = _last_linear(models.get_model(name, **_WITHOUT_WEIGHTS))
     if last is None:
         raise MvmrError(f"teacher torchvision:{name} does not end in a linear layer; give a model that does")
+    # the published weights of these two are for inputs that they normalise again, which torchvision asks for with them
+    changed = {"transform_input": True} if chosen is None and name in ("googlenet", "inception_v3") else {}
+    try:
+        network = models.get_model(name, **({"weights": chosen} if chosen else _WITHOUT_WEIGHTS), **changed)
+    except Exception as error:  # torch.hub and urllib each raise their own
+        cure = f"fetch its weights on a machine with network and give them here: torchvision:{name}:FILE"
+        raise TeacherGone(f"teacher torchvision:{name} can't be had ({summarise(error)}); {cure}") from error
     network.set_submodule(last, nn.Identity())
     if chosen is None:
         keys = network.state_dict().keys()

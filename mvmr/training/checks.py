@@ -56,7 +56,7 @@ def check_recipe(recipe: Recipe, teachers: Collection[str], init: str | Path | N
         MvmrError: targets or teachers that aren't there, views or a student that can't be, weights that don't fit.
     """
     size = _USUAL_SIZE if recipe.views.size is None else recipe.views.size
-    check_targets(recipe.targets, teachers, recipe.name)
+    check_targets(recipe.targets, recipe.method.stored_targets, teachers, recipe.name)
     backbone = open_backbone(recipe.student, size)
     _check_views(recipe, backbone, Preprocess.for_size(size))
     if init is not None and (recipe.views.size or not backbone.options.get("fixed")):

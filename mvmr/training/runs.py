@@ -139,6 +139,8 @@ def _in_todays_words(old: dict[str, Any]) -> dict[str, Any]:
         recipe["student"] = {"backbone": model["architecture"], "small_kernel": model["small_kernel"]}
         recipe["method"] = {"name": "mvmr", "projector": recipe.pop("projector"), **objective}
     recipe.setdefault("objective", {"representations": {}, "estimator": "biased"})
+    if recipe["method"].get("regression") == {}:  # of before that was a method of its own
+        recipe["method"] = {key: value for key, value in recipe["method"].items() if key != "regression"}
     return {**old, "method": recipe["method"]["name"], "recipe": recipe}
 
 

@@ -19,21 +19,28 @@ Batch = dict[str, Tensor]
 _SLOW = ("scattering", "hog")  # slower than reading their rows back
 
 
-def check_targets(names: Sequence[str], teachers: Collection[str], recipe: str) -> None:
+def check_targets(names: Sequence[str], stored: Sequence[str], teachers: Collection[str], recipe: str) -> None:
     """Whether all that a method of `recipe` names is there, and all teachers are of use.
 
+    Args:
+        stored: those of ``names`` of which the rows of all images are needed.
+
     Raises:
-        MvmrError: a name is neither a hand-crafted representation nor a teacher, or a teacher is not named.
+        MvmrError: a name is neither a hand-crafted representation nor a teacher, one is not computed once but has to
+            be, or a teacher is not named.
     """
     for name in names:
         if name == "teacher" and not teachers:
             raise MvmrError("this recipe has a teacher: run it with `mvmr distill --teacher NAME --recipe ...`")
         if name not in (*teachers, *HAND_CRAFTED, AUGMENTED_PIXELS):
             raise unknown("representation", name, (*HAND_CRAFTED, AUGMENTED_PIXELS, *teachers))
+    for name in stored:
+        if name not in (*teachers, *_SLOW):
+            raise MvmrError(f"[method] {name}: only a teacher, {' or '.join(_SLOW)} can be distilled")
     if unused := sorted(set(teachers) - set(names)):
         raise MvmrError(
-            f"recipe {recipe} has no use for a {unused[0]}: take another, "
-            f"give [objective.representations] {unused[0]} = 1, or run `mvmr pretrain`"
+            f"recipe {recipe} has no use for a {unused[0]}: take another, or give it a weight, in [method] where the "
+            "method takes teachers, else in [objective.representations]"
         )
 
 
@@ -86,9 +93,7 @@ class Targets:
             MvmrError: the representation is not computed once.
         """
         if name not in self.rows:
-            raise MvmrError(
-                f"[method] {name}: only a teacher, hog or scattering (in the cache) can be regressed or distilled"
-            )
+            raise MvmrError(f"[method] {name}: its rows are needed, and do not fit into [train] cache_gb; raise that")
         return self.rows[name]
 
     def of(self, batch: Batch) -> dict[str, Tensor]:

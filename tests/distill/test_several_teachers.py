@@ -15,9 +15,13 @@ from mvmr.app.opening import open_workbench
 from mvmr.bundles import bundle as bundles
 from mvmr.bundles.bundle import Bundle
 from mvmr.cli.main import main
+from mvmr.config import to_mapping
 from mvmr.distillation.comparison import compare
+from mvmr.distillation.distill import share_weights
 from mvmr.distillation.report.report import report
+from mvmr.distillation.teachers.table import parse_specs
 from mvmr.errors import MvmrError
+from mvmr.training.recipe import load_recipe
 from tests.distill.small_onnx import small_onnx
 from tests.distill.test_run import TINY, a_teacher
 
@@ -57,6 +61,37 @@ def test_the_order_in_which_teachers_are_given_does_not_matter(folder: Path, stu
 
 
 @pytest.mark.slow
+def test_a_teacher_under_two_names_is_that_teacher_with_both_weights(folder: Path, tmp_path: Path) -> None:
+    def train(name: str, *teachers: str, **weights: float) -> np.ndarray:
+        table = ",".join(f"{teacher}={weight}" for teacher, weight in weights.items())
+        assign = (*TINY, f"method.teachers={{{table}}}")
+        bundle = mvmr.distill(teachers, str(folder / "photos"), tmp_path / name, assign=assign, device="cpu")
+        state = bundle.student().encoder.state_dict()
+        return np.concatenate([value.double().flatten().numpy() for value in state.values()])
+
+    spec = f"onnx:{folder / 'colours.onnx'}"
+    two = train("two", f"a={spec}", f"b={spec}", a=1.5, b=0.5)
+    np.testing.assert_allclose(two, train("one", f"a={spec}", a=2.0), rtol=1e-4, atol=1e-5)
+    # AdamW minds the weight of the only teacher little, but more than that
+    assert np.abs(two - train("half", f"a={spec}", a=1.0)).max() > 1e-4
+
+
+def test_weights_are_given_to_every_teacher_or_shared_by_the_rest() -> None:
+    def weights(*assign: str) -> tuple[dict[str, float], dict[str, float]]:
+        resolved = share_weights(load_recipe("default", "mvmr.distillation", assign), ["a", "b"])
+        return to_mapping(resolved)["method"]["teachers"], dict(resolved.objective.representations)
+
+    assert weights() == ({"a": 0.5, "b": 0.5}, {})
+    assert weights("method.teachers.a=2") == ({"a": 2.0, "b": 1.0}, {})
+    assert weights("method.teachers.a=2", "method.teachers.b=1") == ({"a": 2.0, "b": 1.0}, {})
+    both = weights("method.teachers.a=2", "objective.representations.teacher=0.1")
+    assert both == ({"a": 2.0, "b": 1.0}, {"a": 0.05, "b": 0.05})
+    assert weights("method.teachers.a=0")[0] == {"a": 0.0, "b": 1.0}
+    with pytest.raises(MvmrError, match="'student' is what tables call the student"):
+        parse_specs(["student=ViT-B-16"])
+
+
+@pytest.mark.slow
 def test_evaluation_measures_each_beside_the_student(folder: Path, student: Bundle) -> None:
     data = str(folder / "photos")
     comparison = compare(student.path, data)
@@ -66,8 +101,9 @@ def test_evaluation_measures_each_beside_the_student(folder: Path, student: Bund
     assert comparison["student"].keys() == {"zeroshot by clip", "linear", "knn"}
     assert comparison["colours"]["linear"]["top1"] > 90  # the classes are colours
     records = {record["protocol"]: record for record in bundles.load(student.path).manifest.metrics}
-    assert records["linear, teacher onnx:colours.onnx"]["values"] == comparison["colours"]["linear"]
-    assert records["linear, teacher onnx:colours.onnx"]["command"].endswith("--table --teacher colours")
+    assert records["linear, teacher colours"]["values"] == comparison["colours"]["linear"]
+    assert records["linear, teacher colours"]["command"].endswith("--protocol linear --table --teacher colours")
+    assert records["zeroshot by clip"]["command"].endswith("--protocol zeroshot --table --teacher clip")
     alone = compare(student.path, data, teacher="colours", protocols=["linear"])
     assert alone["teacher"]["linear"] == comparison["colours"]["linear"]
     with pytest.raises(MvmrError, match="has no text tower"):

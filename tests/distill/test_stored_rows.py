@@ -17,6 +17,7 @@ from PIL import Image
 from pyarrow import parquet
 
 import mvmr
+from mvmr.bundles import bundle as bundles
 from mvmr.bundles.bundle import Bundle
 from mvmr.data import open_images
 from mvmr.distillation.embedding import embed
@@ -148,6 +149,22 @@ def test_images_without_a_row_are_counted_left_out_and_refused_above_a_share(fol
         represent(open_images(str(folder / "photos"), "unlabelled"), open_rows(file))
 
 
+def test_a_column_that_tells_no_rows_apart_is_no_key(folder: Path, tmp_path: Path) -> None:
+    columns = {"label": ["cat"] * 16, "image": keys(folder), "embedding": numbered(16)}
+    images = open_images(str(folder / "photos"), "unlabelled")
+    np.testing.assert_array_equal(open_rows(write(tmp_path / "r.parquet", columns)).numbers(images), np.arange(16))
+    with pytest.raises(MvmrError, match="has two rows with label 'cat'; keep one"):
+        open_rows(f"{tmp_path / 'r.parquet'}?key=label")
+
+
+def test_copies_of_a_file_have_one_embedding(folder: Path, tmp_path: Path) -> None:
+    columns = {"sha256": ["a" * 64, "b" * 64, "a" * 64], "embedding": [[1.0], [2.0], [1.0]]}
+    assert open_rows(write(tmp_path / "same.parquet", columns)).dim == 1
+    columns["embedding"] = [[1.0], [2.0], [3.0]]
+    with pytest.raises(MvmrError, match="has two embeddings of one content"):
+        open_rows(write(tmp_path / "other.parquet", columns))
+
+
 # -- files that can't teach
 
 
@@ -161,8 +178,8 @@ def test_images_without_a_row_are_counted_left_out_and_refused_above_a_share(fol
         ({"path": ["a", "b"], "embedding": [[1.0], None]}, "", "has no embedding for b"),
         ({"path": ["a"], "embedding": [1.0]}, "", r"has no column of embeddings; name one"),
         ({"path": ["a"], "x": [[1.0]], "y": [[2.0]]}, "", r"several columns of lists of numbers \(x, y\); name one"),
-        ({"number": [1], "embedding": [[1.0]]}, "", r"none of the columns number, embedding holds a text in every row"),
-        ({"path": ["a", None], "embedding": [[1.0], [2.0]]}, "", "none of the columns"),
+        ({"number": [1], "embedding": [[1.0]]}, "", r"no column holds a text in every row"),
+        ({"path": ["a", None], "embedding": [[1.0], [2.0]]}, "", "no column holds a text in every row"),
         ({"path": ["a"], "embedding": [[1.0]]}, "?key=paht", r"unknown column of .* 'paht'; did you mean 'path'\?"),
         (
             {"path": ["a"], "embedding": [[1.0]]},
@@ -184,7 +201,7 @@ def test_rows_that_can_not_teach_are_one_line(
 
 def test_files_that_are_none_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "text.parquet").write_text("path,embedding")
-    with pytest.raises(MvmrError, match=r"text\.parquet is not a whole Parquet file of one schema"):
+    with pytest.raises(MvmrError, match=r"text\.parquet is not a whole Parquet file"):
         open_rows(tmp_path / "text.parquet")
     with pytest.raises(MvmrError, match=r"gone\.parquet: cannot read it: No such file"):
         open_rows(tmp_path / "gone.parquet")
@@ -192,7 +209,7 @@ def test_files_that_are_none_are_one_line(tmp_path: Path) -> None:
 
 def test_rows_of_other_images_say_what_both_are_called(folder: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "rows.parquet", {"path": ["x.jpg", "y.jpg"], "embedding": numbered(2)})
-    message = r"no row of .* is of an image of .*: path has 'x\.jpg', the images are called '00\.jpg'; name the column"
+    message = r"no row of .* is of an image of .*: path has 'x\.jpg', the images are called '00\.jpg'; give rows of"
     with pytest.raises(MvmrError, match=message):
         distil(f"rows:{file}", folder, tmp_path / "out")
 
@@ -229,6 +246,30 @@ def test_a_teacher_is_computed_once_an_image_and_then_not_needed_any_more(
     more = photos(tmp_path / "more", 8)
     with pytest.raises(MvmrError, match=r"teacher .*clip"):
         mvmr.distill(teacher, more, tmp_path / "third", assign=TINY, device="cpu")
+
+
+def test_a_teacher_that_is_there_and_wrong_is_not_recalled(folder: Path, tmp_path: Path) -> None:
+    columns = {"path": keys(folder), "embedding": numbered(16)}
+    file = write(tmp_path / "rows.parquet", columns)
+    distil(f"rows:{file}", folder, tmp_path / "first")
+    write(file, columns | {"path": ["00.jpg"] * 16})
+    with pytest.raises(MvmrError, match="has two rows with path"):
+        distil(f"rows:{file}", folder, tmp_path / "second")
+    file.unlink()
+    assert weights(distil(f"rows:{file}", folder, tmp_path / "third")) == weights(bundles.load(tmp_path / "first"))
+
+
+def test_rows_that_were_embedded_need_no_weights(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under its name the teacher is recalled in any folder; a relative path is another file in another folder."""
+    model = small_onnx(tmp_path / "model.onnx")
+    monkeypatch.chdir(tmp_path)
+    embed("onnx:model.onnx", str(folder / "photos"), tmp_path / "rows.parquet", device="cpu")
+    model.unlink()
+    distil("onnx:model.onnx", folder, tmp_path / "out")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(MvmrError, match="cannot read it"):
+        distil("onnx:model.onnx", folder, tmp_path / "other")
 
 
 def test_a_teacher_that_was_never_opened_is_not_recalled(folder: Path, tmp_path: Path) -> None:

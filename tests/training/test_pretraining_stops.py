@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
         ("views.size=-3", r"crop = -3 must lie between 1 and"),
         ("method.representations={pixls=1.0}", r"unknown representation 'pixls'; did you mean 'pixels'\?"),
         ("method.representations={teacher=1.0}", r"this recipe has a teacher: run it with `mvmr distill"),
-        ("method={name='cosine',teachers={pixels=1.0}}", r"pixels: only a teacher, hog or scattering"),
+        ("method={name='cosine',teachers={pixels=1.0}}", r"pixels: only a teacher, scattering or hog"),
         ("train.lrr=1", r"unknown key 'train\.lrr', did you mean 'lr'\?"),
         ("train.precision=bf16", r"train\.precision = 'bf16' should be one of 32-true, bf16-mixed, 16-mixed"),
     ],

@@ -18,7 +18,10 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"recipe": "papr"}, r"unknown recipe 'papr'; did you mean 'paper'"),
     ({"assign": ["train.epoch=3"]}, r"unknown key 'train\.epoch', did you mean 'epochs'"),
     ({"assign": ["method.name=simcrl"]}, r"method\.name = 'simcrl' should be one of .*did you mean 'simclr'"),
-    ({"assign": ["method.representations={pixls=1.0}"]}, r"unknown representation 'pixls'; did you mean 'pixels'"),
+    (
+        {"recipe": "paper", "assign": ["method.representations={pixls=1.0}"]},
+        r"unknown representation 'pixls'; did you mean 'pixels'",
+    ),
     ({"assign": ["views.policy=crp"]}, r"unknown view policy or step 'crp'"),
     ({"assign": ["student.backbone=resnet19"]}, r"unknown student 'resnet19'; did you mean 'resnet18'"),
     ({"assign": ["student.backbone=timm:vit_tny"]}, r"unknown timm model 'vit_tny'"),

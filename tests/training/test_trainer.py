@@ -244,11 +244,11 @@ class Broken(Objective):
     """Its term "dcor.pixels" is not a number from a given step on."""
 
     def __init__(self, good_steps: int):
-        super().__init__(ObjectiveConfig(representations={"pixels": 1.0}), 12, {})
+        super().__init__(ObjectiveConfig(representations={"pixels": 1.0}))
         self.left = good_steps
 
-    def forward(self, views: Embeddings, targets: Any) -> dict[str, Tensor]:
-        terms = super().forward(views, targets)
+    def __call__(self, views: Embeddings, targets: Any) -> dict[str, Tensor]:
+        terms = super().__call__(views, targets)
         self.left -= 1
         return terms if self.left >= 0 else terms | {"dcor.pixels": terms["dcor.pixels"] * math.nan}
 

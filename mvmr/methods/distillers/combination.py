@@ -13,7 +13,7 @@ from mvmr.methods.distillers.table import DISTILLERS
 
 @dataclass(frozen=True, kw_only=True)
 class CombinationConfig(DistillerConfig):
-    """losses: weights by name of a distiller; each standardises as it does by default."""
+    """losses: weights by name of a distiller; each in its own units, or all in those of `standardise`."""
 
     name: Literal["combination"] = "combination"
     losses: dict[str, float] = field(default_factory=lambda: {"regression": 1.0, "relational": 1.0})
@@ -27,4 +27,8 @@ class CombinationConfig(DistillerConfig):
 
     @property
     def parts(self) -> Mapping[str, tuple[float, DistillerConfig]]:
-        return {name: (weight, DISTILLERS[name](name=name)) for name, weight in self.losses.items() if weight}
+        return {
+            name: (weight, DISTILLERS[name](name=name, standardise=self.standardise))
+            for name, weight in self.losses.items()
+            if weight
+        }

@@ -24,16 +24,18 @@ class DistillerConfig(MethodConfig):
     """Settings of every distiller.
 
     teachers: weights by name; a hand-crafted representation that is computed once may stand among them
-    standardise: the units of a teacher's embeddings, see `mvmr.methods.parts.standardising.Standard`
-    drop: probability with which a step leaves out the teacher that it has learnt best, as Sariyildiz et al., "UNIC:
-        universal classification models via multi-teacher distillation" (2024), section 3.3, does for an image
+    standardise: the units of a teacher's embeddings, see `mvmr.methods.parts.standardising.Standard`; None: `units`
+    drop: probability with which a step leaves out the teacher whose loss is smallest; after Sariyildiz et al., "UNIC:
+        universal classification models via multi-teacher distillation" (2024), section 3.3, where for every image each
+        teacher but the one of the largest loss is left out with this probability, and the weights are scaled up again
     """
 
     smallest_batch: ClassVar[int] = 4  # the unbiased estimator, in diagnoses too, is not defined below
     weighted: ClassVar[tuple[str, ...]] = ("teachers",)
+    units: ClassVar[How] = "scale"
 
     teachers: dict[str, float] = field(default_factory=lambda: {"teacher": 1.0})
-    standardise: How = "scale"
+    standardise: How | None = None
     drop: float = 0.0
 
     def __post_init__(self) -> None:
@@ -66,7 +68,8 @@ class DistillerConfig(MethodConfig):
 class Distiller(Method):
     """Encoder, and for each teacher the losses with whatever of them is trained along.
 
-    Those of all teachers start alike, so that two names for one teacher are that teacher with both weights.
+    Those of all teachers start alike, so that two names for one teacher are that teacher with both weights, as far as
+    an optimiser moves a head by its gradient's direction alone.
     """
 
     steps: Tensor
@@ -133,7 +136,7 @@ class TeacherLoss(nn.Module):
 
     def __init__(self, config: DistillerConfig, width: int, rows: Rows) -> None:
         super().__init__()
-        self.standard = Standard(rows, config.standardise)
+        self.standard = Standard(rows, config.standardise or config.units)
         self.loss = config.loss(width, Bank(rows, self.standard))
 
     def forward(self, h: Tensor, target: Tensor) -> Tensor:

@@ -36,6 +36,8 @@ class Procrustes(nn.Module):
 
     def forward(self, h: Tensor, target: Tensor) -> Tensor:
         mine, theirs = _unit(h), _unit(target)
+        if not mine.isfinite().all():  # an SVD would raise, and the trainer has a sentence for such a loss
+            return mine.sum() * torch.nan
         # The nuclear norm is <H'T, UV'>, whose gradient is that with the turn UV' held: no gradient of an SVD is taken.
         turned = _turn(mine.detach(), theirs.detach())
         return 2 - 2 * (mine * turned).sum()

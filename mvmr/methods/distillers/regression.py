@@ -8,7 +8,7 @@ Source: Romero et al., "FitNets: hints for thin deep nets" (2015), equation 3, o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,8 +21,9 @@ from mvmr.methods.parts.standardising import Bank, How
 class RegressionConfig(DistillerConfig):
     """No settings beside those of every distiller."""
 
+    units: ClassVar[How] = "dimension"
+
     name: Literal["regression"] = "regression"
-    standardise: How = "dimension"
 
     def loss(self, width: int, bank: Bank) -> nn.Module:
         return Regression(width, bank.width)

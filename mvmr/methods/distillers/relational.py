@@ -42,7 +42,8 @@ class Relational(nn.Module):
 
     def forward(self, h: Tensor, target: Tensor) -> Tensor:
         theirs = off_diagonal(distances(target))
-        scale = theirs.mean().clamp(min=torch.finfo(theirs.dtype).tiny)
+        mean = theirs.mean()
+        scale = torch.where(mean == 0, torch.ones_like(mean), mean)
         mine, theirs = off_diagonal(distances(self.linear(h))) / scale, theirs / scale
         excess = torch.where(theirs <= theirs.median(), mine - theirs, theirs - mine)
         return F.relu(excess).square().mean()

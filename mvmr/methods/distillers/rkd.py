@@ -59,7 +59,8 @@ class Rkd(nn.Module):
 
 def _relative_distances(x: Tensor) -> Tensor:
     d = distances(x)
-    return d / d[d > 0].mean()
+    mean = d.sum() / (d > 0).sum().clamp(min=1)
+    return d / torch.where(mean == 0, torch.ones_like(mean), mean)
 
 
 def _cosines(x: Tensor) -> Tensor:
