@@ -72,7 +72,7 @@ def check_spread(value: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_train_step_writes_every_case_and_every_change(tmp_path: Path) -> None:
-    tiny = ("--quick", "--threads", "1", "--size", "32", "--batch", "4")
+    tiny = ("--quick", "--threads", "1", "--size", "32", "--batch", "4", "--set", "train.optimizer=adam")
     result = run("train_step.py", tmp_path, *tiny)
     cases = {case["name"]: case for case in result["cases"]}
     assert len(cases) == 6
@@ -99,7 +99,7 @@ def test_train_step_writes_every_case_and_every_change(tmp_path: Path) -> None:
     assert (settings["student"], settings["size"], settings["batch"], settings["teacher"]) == (
         "resnet18", 32, 4, "ViT-S-32",
     )  # fmt: skip
-    assert settings["recipe"]["method"]["projector"] == [16]
+    assert settings["recipe"]["train"]["optimizer"] == "adam"
 
 
 @pytest.mark.slow

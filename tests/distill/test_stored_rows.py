@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from click.testing import CliRunner, Result
 from PIL import Image
 from pyarrow import parquet
 
 import mvmr
 from mvmr.bundles import bundle as bundles
 from mvmr.bundles.bundle import Bundle
+from mvmr.cli.main import main
 from mvmr.data import open_images
 from mvmr.distillation.embedding import embed
 from mvmr.distillation.teachers.recorded import recorded_teachers, teacher_of
@@ -280,25 +280,24 @@ def test_a_teacher_that_was_never_opened_is_not_recalled(folder: Path, tmp_path:
 # -- the command
 
 
-@pytest.mark.slow
-def test_the_command_embeds_by_a_teacher(folder: Path, tmp_path: Path) -> None:
+def test_the_command_embeds_by_a_teacher(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_onnx(tmp_path / "model.onnx")
 
-    def command(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "mvmr", "embed", *words], cwd=tmp_path, capture_output=True, text=True, check=False
-        )
+    monkeypatch.chdir(tmp_path)
+
+    def command(*words: str) -> Result:
+        return CliRunner().invoke(main, ["embed", *words])
 
     done = command(str(folder / "photos"), "--teacher", f"onnx:{model}", "--out", "rows.parquet")
-    assert (done.returncode, done.stdout) == (0, "rows.parquet: 16 embeddings of width 5\n"), done.stderr
+    assert (done.exit_code, done.stdout) == (0, "rows.parquet: 16 embeddings of width 5\n"), done.stderr
     assert "next: mvmr distill --teacher rows:rows.parquet" in done.stderr
-    assert parquet.read_table(tmp_path / "rows.parquet").num_rows == 16
+    assert parquet.read_table("rows.parquet").num_rows == 16
     wrong = command("bundle", "photos", "--teacher", f"onnx:{model}", "--out", "other.parquet")
-    assert (wrong.returncode, "give IMAGES alone" in wrong.stderr) == (2, True)
+    assert (wrong.exit_code, "give IMAGES alone" in wrong.stderr) == (2, True)
     wrong = command("photos", "--teacher", f"onnx:{model}", "--out", "other.parquet", "--dtype", "float16")
-    assert (wrong.returncode, "--dtype is for bundles" in wrong.stderr) == (2, True)
+    assert (wrong.exit_code, "--dtype is for bundles" in wrong.stderr) == (2, True)
     wrong = command("photos", "--out", "other.parquet")
-    assert (wrong.returncode, "give BUNDLE and IMAGES" in wrong.stderr) == (2, True)
+    assert (wrong.exit_code, "give BUNDLE and IMAGES" in wrong.stderr) == (2, True)
 
 
 def test_metadata_of_a_run_name_the_file(folder: Path, tmp_path: Path) -> None:

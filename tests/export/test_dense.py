@@ -181,9 +181,8 @@ def test_heads_come_before_the_map_and_without_dense_it_is_not_there(tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "vit_tiny_patch16_224"])
-def test_a_timm_models_map_is_exported(name: str, tmp_path: Path) -> None:
-    backbone = open_backbone(StudentConfig(backbone=f"timm:{name}"), SIZE)
+def test_a_timm_models_map_is_exported(tmp_path: Path) -> None:
+    backbone = open_backbone(StudentConfig(backbone="timm:vit_tiny_patch16_224"), SIZE)
     bundle = write_bundle(tmp_path / "student", backbone=backbone, preprocess=Preprocess.for_size(SIZE))
     student, images = bundle.student(), patches(3, SIZE)
     outputs = Session(to_onnx(student, metadata=metadata(bundle, [], "fp32"), dense=True), threads=1)(images)
