@@ -102,12 +102,12 @@ def leave_out_unknown(
         numbers = teacher.numbers(images)
         known &= numbers >= 0
         if missing := describe_missing(images, numbers):
-            say(f"{teacher.weights} lacks {missing}", shown=progress)
             if (numbers < 0).mean() > max_missing:
                 raise MvmrError(
                     f"{teacher.weights} lacks {missing}, more than the {100 * max_missing:.3g} % allowed; embed them, "
                     "too, or allow a larger share with max_missing (--max-missing), and they are left out"
                 )
+            say(f"{teacher.weights} lacks {missing}, which are left out", shown=progress)
     return images if known.all() else images.subset(np.flatnonzero(known))
 
 
