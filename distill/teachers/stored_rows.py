@@ -32,6 +32,7 @@ HASH = "sha256"
 _KEYS = ("key", "embedding")
 _BLOCK = 4096
 _SHOWN = 3
+_COMPARED = 16  # images whose content is looked at where names and hashes are both there
 _HEX = 64  # letters of a sha256
 
 Floats = npt.NDArray[np.float32]
@@ -65,6 +66,7 @@ class StoredRows:
         self.identity = hashlib.sha256(f"{digest} {key} {embedding}".encode()).hexdigest()
         self._column = _embedding_column(file, schema, embedding)
         self.names = _read_names(file, self._parts, _key_columns(file, schema, key), asked=key is not None)
+        self._asked = key is not None
         self.dim = self._check()
         self._known: dict[str, npt.NDArray[np.int64]] = {}  # by fingerprint
 
@@ -112,6 +114,8 @@ class StoredRows:
                 best = matched
             if (best >= 0).all():
                 break
+        if not self._asked:
+            self._compare_contents(images, best)
         if (best < 0).all():
             column, values = next(iter(self.names.items()))
             raise MvmrError(
@@ -120,6 +124,18 @@ class StoredRows:
                 f"paths, file names or sha256: 'rows:{self.weights}?key=COLUMN'"
             )
         return best
+
+    def _compare_contents(self, images: ImageSet, numbers: npt.NDArray[np.int64]) -> None:
+        """Refuse rows whose names are those of the images, but whose hashes say that they are of others."""
+        known = np.flatnonzero(numbers >= 0)
+        for index in known[:: max(1, len(known) // _COMPARED)].tolist():
+            digest = content_hash(images, index)
+            for values in filter(_is_hash, self.names.values()):
+                if digest is not None and values[numbers[index]].lower() != digest:
+                    raise MvmrError(
+                        f"{self.weights} has a row of the name {images.keys[index]}, but its sha256 is that of another "
+                        f"file; embed these images, or go by names alone: 'rows:{self.weights}?key=COLUMN'"
+                    )
 
     def _stream(self) -> Iterator[tuple[int, Floats]]:
         """Number of the first row, and rows, [n, width], of the whole file in order."""

@@ -127,6 +127,21 @@ def test_rows_are_found_by_content_whatever_a_file_is_called(folder: Path, tmp_p
     np.testing.assert_array_equal(open_rows(tmp_path / "rows.parquet").numbers(images), np.arange(16)[::-1])
 
 
+def test_rows_of_the_same_names_and_other_files_are_refused_unless_names_are_meant(
+    folder: Path, tmp_path: Path
+) -> None:
+    embed(f"onnx:{small_onnx(tmp_path / 'm.onnx')}", str(folder / "photos"), tmp_path / "rows.parquet", device="cpu")
+    others = tmp_path / "others"
+    for key in keys(folder):
+        (others / key).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9), "blue").save(others / key)
+    images = open_images(str(others), "unlabelled")
+    with pytest.raises(MvmrError, match=r"has a row of the name 00\.jpg, but its sha256 is that of another file"):
+        open_rows(tmp_path / "rows.parquet").numbers(images)
+    by_name = open_rows(f"{tmp_path / 'rows.parquet'}?key=path")
+    np.testing.assert_array_equal(by_name.numbers(images), np.arange(16))
+
+
 def test_the_parts_that_the_batch_job_writes_are_one_file(folder: Path, tmp_path: Path) -> None:
     names = keys(folder)
     for number, part in enumerate((slice(0, 10), slice(10, 16))):
