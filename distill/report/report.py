@@ -78,19 +78,14 @@ def report(
         raise MvmrError(f"permutations = {permutations}: give 1 or more")
     opened = bundles.load(bundle)
     names = names_to_open(opened, teacher)
+    report_on = partial(
+        _report, opened, data, pretrained=pretrained, k=k, permutations=permutations, limit=limit, device=device,
+        max_unreadable=max_unreadable, progress=progress,
+    )  # fmt: skip
     if len(names) == 1:
-        return _report(
-            opened, data, teacher=teacher, pretrained=pretrained, folder=folder, k=k, permutations=permutations,
-            limit=limit, device=device, max_unreadable=max_unreadable, progress=progress,
-        )  # fmt: skip
+        return report_on(teacher=teacher, folder=folder)
     _refuse_other_files(folder, names)
-    reports = {
-        name: _report(
-            opened, data, teacher=name, pretrained=pretrained, folder=folder / name, k=k, permutations=permutations,
-            limit=limit, device=device, max_unreadable=max_unreadable, progress=progress,
-        )
-        for name in names
-    }  # fmt: skip
+    reports = {name: report_on(teacher=name, folder=folder / name) for name in names}
     write_overview(reports, PAGE, folder / PAGE)
     return {"teachers": reports}
 

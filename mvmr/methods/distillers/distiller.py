@@ -78,6 +78,7 @@ class Distiller(Method):
         super().__init__(encoder, setting.preprocess)
         self.config = config
         self.names = sorted(config.targets)
+        self.weights = {part: weight for part, (weight, _) in config.parts.items()}
         self.losses = nn.ModuleDict()
         state = torch.get_rng_state()
         for name in self.names:
@@ -99,7 +100,7 @@ class Distiller(Method):
     def _losses(self, name: str, both: Sequence[Tensor], target: Tensor) -> dict[str, Tensor]:
         """The losses of one teacher by name, each the mean over both views, weighted against each other."""
         terms = {}
-        for part, (weight, _) in self.config.parts.items():
+        for part, weight in self.weights.items():
             loss = self.losses[f"{part}-{name}"]
             terms[part] = weight * torch.stack([loss(features, target) for features in both]).mean()
         return terms
