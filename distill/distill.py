@@ -78,7 +78,9 @@ def describe(recipe: Recipe) -> str:
     """One line on what is learnt, from whom and how long."""
     method, train = recipe.method, recipe.train
     weights = [(name, weight) for field in method.weighted for name, weight in getattr(method, field).items() if weight]
-    whole = f"{method.name} of " + ", ".join(f"{name} ({weight:g})" for name, weight in weights)
+    whole = method.name
+    if weights:
+        whole += f" of {', '.join(f'{name} ({weight:g})' for name, weight in weights)}"
     if beside := [f"{name} ({weight:g})" for name, weight in recipe.objective.representations.items() if weight]:
         whole += f", and dependence on {', '.join(beside)}"
     return (

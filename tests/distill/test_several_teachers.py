@@ -17,7 +17,7 @@ from mvmr.bundles.bundle import Bundle
 from mvmr.cli.main import main
 from mvmr.config import to_mapping
 from mvmr.distillation.comparison import compare
-from mvmr.distillation.distill import share_weights
+from mvmr.distillation.distill import describe, share_weights
 from mvmr.distillation.report.report import report
 from mvmr.distillation.teachers.table import parse_specs
 from mvmr.errors import MvmrError
@@ -87,6 +87,10 @@ def test_weights_are_given_to_every_teacher_or_shared_by_the_rest() -> None:
     both = weights("method.teachers.a=2", "objective.representations.teacher=0.1")
     assert both == ({"a": 2.0, "b": 1.0}, {"a": 0.05, "b": 0.05})
     assert weights("method.teachers.a=0")[0] == {"a": 0.0, "b": 1.0}
+    by_byol = ["method.name=byol", "objective.representations.teacher=0.1"]
+    line = describe(share_weights(load_recipe("default", "mvmr.distillation", by_byol), ["a", "b"]))
+    assert line.startswith("learning by byol, and dependence on a (0.05), b (0.05): resnet50, ")
+    assert describe(load_recipe("default", "mvmr.distillation")).startswith("learning by regression of teacher (1): ")
     with pytest.raises(MvmrError, match="'student' is what tables call the student"):
         parse_specs(["student=ViT-B-16"])
 
