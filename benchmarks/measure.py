@@ -101,7 +101,7 @@ def matrix_tflops(device: str, dtype: torch.dtype) -> float:
 
     They are random, for products of zeros run faster than those of anything else.
     """
-    side = 8192 if device == "cuda" else 1024
+    side = 8192 if device == "cuda" else 512
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     work = partial(torch.mm, a, b)
     calls = enough_calls(work, device, _ENOUGH_SECONDS)

@@ -33,6 +33,7 @@ _FLAGS = (
     "--disable-sync", "--no-first-run", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader",
 )  # fmt: skip
 _SECONDS = 120
+WAIT = 120_000  # milliseconds for what a page shows at once on a quiet machine
 _OPEN = ("centred_cosine_mean=-1", "overlap=-1", "accuracy_drop=100")  # a student of one epoch need not export well
 # Of Gradio's own frontend, on a page without a frame around it.
 _HARMLESS = ("Method not implemented",)
@@ -128,7 +129,7 @@ def visit(browser: Browser, url: str, *, width: int = 1366, height: int = 850, d
         viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light", accept_downloads=True
     )
     page = context.new_page()
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(WAIT)
     visitor = Visit(page)
 
     def heard(message: ConsoleMessage) -> None:

@@ -17,12 +17,12 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
 from mvmr.distillation.report.report import report
-from tests.app.apps import DATA, Running, Visit, make_quickstart, running, visit, wait_until
+from tests.app.apps import DATA, WAIT, Running, Visit, make_quickstart, running, visit, wait_until
 from tests.app.pictures import encoded, giant, odd_images, photograph
 from tests.serve import serving
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
-expect.set_options(timeout=30_000)
+expect.set_options(timeout=WAIT)
 SHOTS = Path(__file__).parents[2] / "build" / "screenshots"
 
 
@@ -188,7 +188,7 @@ def test_disagreements_and_figures_are_those_of_the_report(
     page = visitor.page
     open_tab(page, "Disagreements")
     page.click("#fit")
-    expect(page.locator("#disagreements")).to_contain_text("linear probes of both", timeout=120_000)
+    expect(page.locator("#disagreements")).to_contain_text("linear probes of both", timeout=2 * WAIT)
     with page.expect_download() as begun:
         page.get_by_role("link", name="classes").click()
     rows = list(csv.DictReader(io.StringIO(Path(begun.value.path()).read_text(encoding="utf-8"))))
@@ -222,7 +222,7 @@ def test_disagreements_and_figures_are_those_of_the_report(
     open_tab(page, "Figures")
     page.click("#measure")
     cells = page.locator("#figures td[data-value]")
-    expect(page.locator("#figures tbody")).to_contain_text("images/s", timeout=180_000)
+    expect(page.locator("#figures tbody")).to_contain_text("images/s", timeout=2 * WAIT)
     assert cells.count() > 20
     cell = next(
         each

@@ -25,6 +25,7 @@ plotly = pytest.importorskip("plotly", reason="plotly is not installed")
 from playwright.sync_api import Browser, Page  # noqa: E402
 
 from mvmr.app.tabs.maps import Map, map_json  # noqa: E402
+from tests.app.apps import WAIT  # noqa: E402
 
 STATIC = Path(__file__).parents[3] / "app" / "static"
 PLOTLY = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
@@ -153,7 +154,7 @@ def visiting(browser: Browser, site: Site) -> Iterator[Opened]:
         context = browser.new_context(viewport={"width": width, "height": height}, **more)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(WAIT)
         page.on("console", lambda line: wrong.append(line.text) if line.type in {"error", "warning"} else None)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         if script:
