@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from mvmr.cli.commands import format_figures, show_result, slug
-from mvmr.cli.options import LABELLED, MAX_UNREADABLE, TRAINING
+from mvmr.cli.options import CONFUSION, LABELLED, MAX_UNREADABLE, TRAINING
 from mvmr.progress import say_plan
 
 
@@ -64,6 +64,7 @@ def distill(
 @click.option("--table", is_flag=True, help="Measure the teacher, too, and print both side by side.")
 @click.option("--teacher", metavar="NAME|FOLDER", help="With --table: another teacher than the student's own.")
 @click.option("--pretrained", metavar="TAG|FILE", help="That teacher's weights.")
+@CONFUSION
 @click.option("--keep-map", is_flag=True, help="With --table: store the map to the teacher's space, for text search.")
 @click.option("--device", default="cpu", show_default=True)
 @MAX_UNREADABLE
@@ -76,6 +77,7 @@ def evaluate(
     teacher: str | None,
     pretrained: str | None,
     keep_map: bool,
+    confusion: str | None,
     **options: Any,
 ) -> None:
     """Measure the frozen features of BUNDLE (the newest below runs/ when left out), and of its teacher."""
@@ -87,9 +89,12 @@ def evaluate(
     if not table:
         if teacher or pretrained or keep_map or "zeroshot" in (protocols or ()):
             raise click.UsageError("--teacher, --pretrained, --keep-map and protocol zeroshot go with --table")
-        for name, values in run(path, data, protocols=protocols, ks=neighbours, progress=True, **options).items():
+        figures = run(path, data, protocols=protocols, ks=neighbours, confusion=confusion, progress=True, **options)
+        for name, values in figures.items():
             click.echo(f"{path} on {data}: {name} {format_figures(values)}")
         return
+    if confusion:
+        raise click.UsageError("--confusion is of the student alone: without --table")
     from mvmr.distillation.comparison import compare
     from mvmr.distillation.tables import print_comparison
 

@@ -8,6 +8,8 @@ from typing import Any
 import click
 
 from mvmr.cli.options import (
+    BALANCED,
+    CONFUSION,
     DEVICE,
     DEVICES,
     LABELLED,
@@ -39,16 +41,16 @@ def pretrain(data: str, out: str | None, assign: tuple[str, ...], **options: Any
 @click.argument("bundle", required=False)
 @LABELLED
 @click.option("--head", help="Name of the head; made from the data's name when left out.")
+@BALANCED
+@CONFUSION
 @click.option("--device", default="cpu", show_default=True)
 @MAX_UNREADABLE
-def probe(bundle: str | None, data: str, head: str | None, device: str, max_unreadable: float) -> None:
+def probe(bundle: str | None, data: str, **options: Any) -> None:
     """Fit a linear head on frozen features and store it in BUNDLE (the newest below runs/ when left out)."""
     from mvmr.evaluation.evaluate import newest_or
     from mvmr.evaluation.evaluate import probe as run
 
-    current, values = run(
-        newest_or(bundle), data, head=head, device=device, max_unreadable=max_unreadable, progress=True
-    )
+    current, values = run(newest_or(bundle), data, progress=True, **options)
     click.echo(f"{current.path}: heads {', '.join(current.heads)}; on the test split {format_figures(values)}")
 
 
@@ -64,15 +66,17 @@ def probe(bundle: str | None, data: str, head: str | None, device: str, max_unre
 )
 @click.option("--out", metavar="FOLDER", help="Folder of the fine-tuned bundle; made from BUNDLE's when left out.")
 @click.option("--head", help="Name of the classifier; made from the data's name when left out.")
+@BALANCED
 @options(RECIPE, recipe_options(without=(*OF_PRETRAINING, "accumulate")), RESUME, OVERWRITE, DEVICE, MAX_UNREADABLE)
 def finetune(
-    bundle: str | None, data: str, labels: str, out: str | None, assign: tuple[str, ...], **options: Any
+    bundle: str | None, data: str, labels: str, out: str | None, assign: tuple[str, ...], balanced: bool, **options: Any
 ) -> None:
     """Fine-tune the whole of BUNDLE (the newest below runs/ when left out) on few labels, into a bundle of its own."""
     from mvmr.evaluation.evaluate import newest_or
     from mvmr.training.finetuning import finetune as run
 
     path = newest_or(bundle)
+    assign = ("balanced=true", *assign) if balanced else assign
     target = out or f"{path}-{slug(labels)}"
     say_plan(bundle=path, data=data, labels=labels, recipe=options["recipe"], out=target)
     result, values = run(path, data, target, labels=labels, assign=assign, progress=True, **options)
@@ -178,9 +182,12 @@ def _look_up(record: object, *keys: str) -> str:
     return str(record)
 
 
+_PERCENT = ("top", "map_11point", "map_area", "balanced_accuracy", "macro_f1")
+
+
 def format_figure(name: str, value: float) -> str:
     """A figure of a protocol: accuracies and precisions in percent, anything else as a number."""
-    return f"{value:.1f} %" if name.startswith(("top", "map_11point", "map_area")) else f"{value:.3g}"
+    return f"{value:.1f} %" if name.startswith(_PERCENT) else f"{value:.3g}"
 
 
 def format_figures(values: Mapping[str, float]) -> str:

@@ -43,7 +43,13 @@ MAX_UNREADABLE = click.option(
     "--max-unreadable", default=0.01, show_default=True, help="Share of unreadable images that stops it."
 )
 LABELLED = click.option(
-    "--data", required=True, help="Labelled data: a folder with a folder to a class, or a name such as stl10:ROOT."
+    "--data",
+    required=True,
+    help="Labelled data: a folder with a folder to a class, a table (labels.csv), or a name such as stl10:ROOT.",
+)
+BALANCED = click.option("--balanced", is_flag=True, help="Weigh each class alike, however many images it has.")
+CONFUSION = click.option(
+    "--confusion", metavar="FILE.csv", help="Write which class of the test split is taken for which."
 )
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +17,14 @@ from mvmr.errors import MvmrError
 
 TEST_SHARE = 0.2
 _NAMED = 3  # unreadable files named in an error
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """Names of classes, and what computes the numbers into them of all files, int64 [N]."""
+
+    classes: tuple[str, ...]
+    read: Callable[[], Labels]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,26 +57,26 @@ def open_folder(path: str, opening: Opening) -> ImageSet:
     if test_part is not None and os.path.isdir(os.path.join(root, b"train")):
         return open_parts(root, b"train", test_part, opening)
     contents = scan(root)
-    return _one_piece(contents, opening, None if opening.split == "unlabelled" else _first_level(contents.files.names))
+    return _one_piece(contents, opening, _by_folder(contents.files, b"", _first_level(contents.files.names)))
 
 
-def open_files(files: Files, opening: Opening) -> ImageSet:
-    """Open files whose names are known, without labels, as a folder of one piece.
+def open_files(files: Files, opening: Opening, labelling: Labelling | None = None) -> ImageSet:
+    """Open files whose names are known as a folder of one piece.
 
     Raises: MvmrError when too many cannot be read.
     """
-    return _one_piece(Scan(files), opening, None)
+    return _one_piece(Scan(files), opening, labelling)
 
 
-def _one_piece(contents: Scan, opening: Opening, classes: tuple[bytes, ...] | None) -> ImageSet:
+def _one_piece(contents: Scan, opening: Opening, labelling: Labelling | None) -> ImageSet:
     files, verdicts = contents.files, _check_readable(contents, opening)
     good = np.flatnonzero(verdicts.short_sides > 0)
     if opening.split == "unlabelled":
         return _image_set(contents, verdicts, good, opening, None)
-    labels = np.zeros(len(files.names), np.int64) if classes is None else folder_labels(files, b"", classes)
+    labels = np.zeros(len(files.names), np.int64) if labelling is None else labelling.read()
     in_test = _test_mask(files, good, labels)
     indices = good[in_test if opening.split == "test" else ~in_test]
-    return _image_set(contents, verdicts, indices, opening, classes)
+    return _image_set(contents, verdicts, indices, opening, labelling)
 
 
 def open_parts(root: bytes, train: bytes, test: bytes, opening: Opening) -> ImageSet:
@@ -82,14 +90,20 @@ def open_parts(root: bytes, train: bytes, test: bytes, opening: Opening) -> Imag
         # a class without images in one part must not shift the numbers of the others
         both = sorted({*_folders(os.path.join(root, train)), *_folders(os.path.join(root, test))})
         classes = tuple(both) if len(both) > 1 else None
-    return _image_set(contents, verdicts, good, opening, classes, part + b"/")
+    return _image_set(contents, verdicts, good, opening, _by_folder(contents.files, part + b"/", classes))
 
 
-def open_listed(files: Files, opening: Opening) -> ImageSet:
-    """Open all files whose names are known, without labels, whatever the split."""
+def open_listed(files: Files, opening: Opening, labelling: Labelling | None = None) -> ImageSet:
+    """Open all files whose names are known, whatever the split."""
     contents = Scan(files)
     verdicts = _check_readable(contents, opening)
-    return _image_set(contents, verdicts, np.flatnonzero(verdicts.short_sides > 0), opening, None)
+    return _image_set(contents, verdicts, np.flatnonzero(verdicts.short_sides > 0), opening, labelling)
+
+
+def _by_folder(files: Files, below: bytes, classes: Sequence[bytes] | None) -> Labelling | None:
+    if classes is None:
+        return None
+    return Labelling(tuple(map(printable, classes)), partial(folder_labels, files, below, classes))
 
 
 def folder_labels(files: Files, below: bytes, classes: Sequence[bytes]) -> Labels:
@@ -104,8 +118,7 @@ def _image_set(
     verdicts: Verdicts,
     indices: npt.NDArray[np.intp],
     opening: Opening,
-    classes: tuple[bytes, ...] | None,
-    below: bytes = b"",
+    labelling: Labelling | None,
 ) -> ImageSet:
     files = contents.files
     keys = files.keys
@@ -122,8 +135,8 @@ def _image_set(
             [stamps, *(files.names[int(index)] for index in indices), *background_mark(opening.background)]
         ),
         background=opening.background,
-        read_labels=None if classes is None else partial(folder_labels, files, below, classes),
-        classes=None if classes is None else tuple(map(printable, classes)),
+        read_labels=None if labelling is None else labelling.read,
+        classes=None if labelling is None else labelling.classes,
         short_sides=verdicts.short_sides[indices],
         skipped=(*contents.unlisted, *(Skipped(keys[index], text) for index, text in sorted(verdicts.reasons.items()))),
         chosen=indices.astype(np.int64),

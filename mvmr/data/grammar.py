@@ -15,6 +15,7 @@ from mvmr.errors import MvmrError, nearest, unknown
 
 DEFAULT_ROOT = "data"
 _LISTS = (".txt", ".lst", ".list")
+_TABLES = (".csv", ".parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,13 @@ _ALL = (
         name="list",
         example="list:FILE",
         meaning="a path a line, relative to the list; the name of a `.txt`, `.lst` or `.list` file alone will do",
+    ),
+    Kind(
+        name="table",
+        example="table:FILE",
+        meaning="a CSV or Parquet table with the columns `file` (relative to it), `label` and perhaps `split` (train, "
+        "test, val); called otherwise: `'table:FILE?file=COLUMN&label=COLUMN'`; the name of a `.csv` or `.parquet` "
+        "file alone will do",
     ),
     Kind(name="stl10", example="stl10:ROOT", meaning="`ROOT/stl10_binary/*.bin`"),
     Kind(name="cifar10", example="cifar10:ROOT", meaning="torchvision's folder of CIFAR-10"),
@@ -81,7 +89,7 @@ _ALL = (
 KINDS = {kind.name: kind for kind in _ALL}
 STANDARD = ("stl10", "cifar10", "cifar20", "cifar100", "imagenet", "voc07")
 SAMPLES = ("sample:patches", "sample:digits")
-_NAMES = (*STANDARD, *SAMPLES, "list:", "shards:", "an address", "a folder or glob")
+_NAMES = (*STANDARD, *SAMPLES, "list:", "table:", "shards:", "an address, a folder or glob")
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,7 @@ def parse(text: str) -> Described:
         if text not in SAMPLES:
             raise unknown("sample", text, SAMPLES)
         return Described(text, KINDS[text], "")
-    if prefix in ("list", "shards") and colon:
+    if prefix in ("list", "shards", "table") and colon:
         return Described(text, KINDS[prefix], os.path.expanduser(tail))
     return Described(text, KINDS[_kind_of_path(text)], os.path.expanduser(text))
 
@@ -123,6 +131,8 @@ def _kind_of_path(text: str) -> str:
     if os.path.isdir(path) or not path:
         return "folder"
     if os.path.exists(path):
+        if path.lower().endswith(_TABLES):
+            return "table"
         return "list" if path.lower().endswith(_LISTS) else "file"
     if glob.has_magic(path):
         return "glob"
@@ -138,6 +148,6 @@ def _missing(text: str) -> MvmrError:
             return unknown("data", prefix, _NAMES)
     path = printable(os.fsencode(os.path.abspath(os.path.expanduser(text))))
     return MvmrError(
-        f"no images at {text}: {path} does not exist; give a folder of images or a quoted glob, list:FILE, "
+        f"no images at {text}: {path} does not exist; give a folder of images or a quoted glob, list:FILE, table:FILE, "
         f"shards:PATTERN, an address such as s3://bucket/photos, or one of {', '.join((*STANDARD, *SAMPLES))}"
     )

@@ -21,6 +21,7 @@ from mvmr.data.image_set import ImageSet
 from mvmr.data.opening import open_description
 from mvmr.data.readable import Content, Listed, LocalFile, Source, note_other_formats
 from mvmr.data.scan import Files, Packed, Scan, list_names, match, of_formats, printable, read_list, scan, stat_files
+from mvmr.data.table import read_table
 from mvmr.errors import MvmrError
 
 
@@ -64,6 +65,11 @@ def _file(description: Described, limits: Limits) -> Source:
 def _list(description: Described, limits: Limits) -> Source:
     path = os.fsencode(os.path.normpath(description.location))
     return _lines(description.text, read_list(path), os.path.dirname(path), limits)
+
+
+def _table(description: Described, limits: Limits) -> Source:
+    table = read_table(description.location)
+    return _files(description.text, table.folder, table.names, limits)
 
 
 def _standard_input(description: Described, limits: Limits) -> Source:
@@ -190,6 +196,7 @@ _SOURCES: dict[str, Callable[[Described, Limits], Source]] = {
     "folder": _folder,
     "glob": _glob,
     "list": _list,
+    "table": _table,
     "file": _file,
     "stdin": _standard_input,
     "shards": _shards,

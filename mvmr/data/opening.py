@@ -7,12 +7,15 @@ from dataclasses import replace
 from functools import partial
 from typing import get_args
 
+import numpy as np
+
 from mvmr.bundles.preprocess import WHITE, Background, check_background
 from mvmr.data import datasets, grammar, samples
-from mvmr.data.folder import Opening, open_files, open_folder
+from mvmr.data.folder import Labelling, Opening, open_files, open_folder, open_listed
 from mvmr.data.grammar import Described
 from mvmr.data.image_set import ImageSet, Split
 from mvmr.data.scan import Packed, match, read_list, stat_files
+from mvmr.data.table import read_table
 from mvmr.errors import MvmrError, unknown
 
 
@@ -76,10 +79,30 @@ def _list(path: str, opening: Opening) -> ImageSet:
     return open_files(stat_files(os.path.dirname(absolute), names), opening)
 
 
+def _table(location: str, opening: Opening) -> ImageSet:
+    """The images of a table, its own split where it has one; a path that leads nowhere counts as unreadable."""
+    table = read_table(location)
+    rows = np.arange(len(table.names))
+    if table.splits is not None:
+        rows = np.flatnonzero(table.splits == ("test" if opening.split == "test" else "train"))
+        if not len(rows):
+            raise MvmrError(f"data {opening.name!r}: no row of the table is in the {opening.split!r} split; add some")
+    names = Packed.of(table.names[int(row)] for row in rows)
+    files = stat_files(table.folder, names)
+    labels = table.labels
+    labelling = (
+        None if labels is None or table.classes is None else Labelling(table.classes, partial(np.take, labels, rows))
+    )
+    if table.splits is None:
+        return open_files(files, opening, labelling)
+    return open_listed(files, opening, None if opening.split == "unlabelled" else labelling)
+
+
 _SETS: dict[str, Callable[[str, Opening], ImageSet]] = {
     "folder": open_folder,
     "glob": _glob,
     "list": _list,
+    "table": _table,
     "stl10": datasets.stl10,
     "cifar10": partial(datasets.cifar, kind="cifar10"),
     "cifar20": partial(datasets.cifar, kind="cifar20"),

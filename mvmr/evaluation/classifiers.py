@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -51,7 +52,13 @@ class LinearHead:
 
 
 def linear_probe(
-    features: np.ndarray, labels: np.ndarray, classes: int, *, seed: int = 0, progress: bool = False
+    features: np.ndarray,
+    labels: np.ndarray,
+    classes: int,
+    *,
+    balanced: bool = False,
+    seed: int = 0,
+    progress: bool = False,
 ) -> LinearHead:
     """Fit a linear classifier on frozen features of the training split.
 
@@ -62,21 +69,24 @@ def linear_probe(
     Shapes:
         features: [N, D] float32, labels: [N] integers below ``classes``.
 
+    Args:
+        balanced: whether every class weighs the same, in the fit and in that choice, however many images it has.
+
     Raises:
         MvmrError: all labels are the same.
     """
     if features.size > _LARGE:
-        return adam_probe(features, labels, classes, LARGE, seed=seed, progress=progress)
-    seen = _find_classes(labels, classes)
+        return adam_probe(features, labels, classes, LARGE, balanced=balanced, seed=seed, progress=progress)
+    seen, weights = _find_classes(labels, classes), class_weights(labels, classes) if balanced else None
     scaler = StandardScaler().fit(features)
     space = _RowSpace((scaler.transform(features) / np.sqrt(features.shape[1])).astype(np.float32))
 
     def right(strength: float, fit: np.ndarray, validation: np.ndarray) -> float:
-        solver = _solve(space.rows[fit], labels[fit], strength)
-        return float((solver.predict(space.rows[validation]) == labels[validation]).sum())
+        solver = _solve(space.rows[fit], labels[fit], strength, weights)
+        return _right(solver.predict(space.rows[validation]), labels[validation], weights)
 
     strength = _choose(_STRENGTHS, right, hold_out(labels, seed))
-    solver = _solve(space.rows, labels, strength)
+    solver = _solve(space.rows, labels, strength, weights)
     coefficients, intercept = space.back(solver.coef_), solver.intercept_
     if len(solver.classes_) == 2:  # scikit-learn keeps one row for two classes
         coefficients, intercept = np.vstack([-coefficients, coefficients]) / 2, np.hstack([-intercept, intercept]) / 2
@@ -144,6 +154,7 @@ def adam_probe(
     classes: int,
     config: AdamConfig,
     *,
+    balanced: bool = False,
     seed: int = 0,
     progress: bool = False,
 ) -> LinearHead:
@@ -157,17 +168,20 @@ def adam_probe(
     Raises:
         MvmrError: all labels are the same.
     """
-    seen = _find_classes(labels, classes)
+    seen, weights = _find_classes(labels, classes), class_weights(labels, classes) if balanced else None
+    loss = partial(F.cross_entropy, weight=None if weights is None else torch.from_numpy(weights))
     mean, std = _statistics(features)
     lrs, parts = config.lrs, hold_out(labels, seed)
 
     def fit_heads(rows: np.ndarray, lrs: tuple[float, ...]) -> list[LinearHead]:
         task = replace(config, lrs=lrs)
-        return _train_heads(features, labels, classes, F.cross_entropy, rows, task, (mean, std), seed, progress)
+        return _train_heads(features, labels, classes, loss, rows, task, (mean, std), seed, progress)
 
     if len(lrs) > 1 and parts is not None:
         fit, validation = parts
-        right = [(head.predict(features[validation]) == labels[validation]).sum() for head in fit_heads(fit, lrs)]
+        right = [
+            _right(head.predict(features[validation]), labels[validation], weights) for head in fit_heads(fit, lrs)
+        ]
         lrs = (lrs[int(np.argmax(right))],)
     (head,) = fit_heads(np.arange(len(features)), lrs[:1])
     head.bias[np.setdiff1d(np.arange(classes), seen)] = _NEVER
@@ -254,6 +268,18 @@ def _find_classes(labels: np.ndarray, classes: int) -> np.ndarray:
     return seen
 
 
+def class_weights(labels: np.ndarray, classes: int) -> np.ndarray:
+    """Weights under which classes with images weigh the same, float32 [C]: N / (such classes · images of the class)."""
+    counts = np.bincount(labels, minlength=classes)
+    return (len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1))).astype(np.float32)
+
+
+def _right(predicted: np.ndarray, labels: np.ndarray, weights: np.ndarray | None) -> float:
+    """How many are right, or what these weigh."""
+    right = labels[predicted == labels]
+    return float(len(right) if weights is None else weights[right].sum())
+
+
 def _tell_apart(present: np.ndarray) -> None:
     if lacking := [c for c in range(present.shape[1]) if len(np.unique(present[:, c][present[:, c] != 0])) < 2]:
         raise MvmrError(f"class number {lacking[0]} is in none or in all of the training images: nothing to tell apart")
@@ -281,12 +307,12 @@ def _choose(
     return max(candidates, key=lambda candidate: merits[candidate])
 
 
-def _solve(x: np.ndarray, labels: np.ndarray, strength: float) -> LogisticRegression:
+def _solve(x: np.ndarray, labels: np.ndarray, strength: float, weights: np.ndarray | None = None) -> LogisticRegression:
     solver = LogisticRegression(C=strength, max_iter=_ITERATIONS)
     threads = 1 if x.size * (labels.max() + 1) < _SMALL else None
     with warnings.catch_warnings(), threadpool_limits(threads):
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return solver.fit(x, labels)
+        return solver.fit(x, labels, None if weights is None else weights[labels])
 
 
 class _RowSpace:

@@ -21,6 +21,7 @@ from mvmr.evaluation.classifiers import (
     one_vs_all,
 )
 from mvmr.evaluation.clustering import cluster, compare_clusters, silhouette
+from mvmr.evaluation.confusion import Confusion
 from mvmr.evaluation.neighbours import nearest, votes
 from mvmr.evaluation.scores import Definition, mean_average_precision, top_k
 from mvmr.representations import Representation
@@ -88,13 +89,14 @@ class Measured:
 
     Args:
         classify: gives features classes that were found without labels, where the representation has such.
+        balanced: whether the linear probe weighs each class alike, however many images it has.
     """
 
     def __init__(
         self, representation: Representation, data: Labelled, *, device: str = "cpu", progress: bool = False,
-        classify: Callable[[np.ndarray], np.ndarray] | None = None,
+        classify: Callable[[np.ndarray], np.ndarray] | None = None, balanced: bool = False,
     ) -> None:  # fmt: skip
-        self.data, self._progress, self._classify = data, progress, classify
+        self.data, self._progress, self._classify, self._balanced = data, progress, classify, balanced
         workers = 0 if data.train.native_size else usable_cores()  # arrays in memory need no help
         self.features, self.test_features = (
             represent(images, representation, device=device, workers=workers, progress=progress)
@@ -106,10 +108,17 @@ class Measured:
         """The linear probe of protocol ``linear``, or of ``voc07`` where an image has several labels."""
         if self.data.several:
             return one_vs_all(self.features, self.data.labels)
-        return linear_probe(self.features, self.data.labels, len(self.data.classes), progress=self._progress)
+        return linear_probe(
+            self.features, self.data.labels, len(self.data.classes), balanced=self._balanced, progress=self._progress
+        )
+
+    def confusion(self) -> Confusion:
+        """Which class of the test split the linear probe takes for which; of one label to an image."""
+        return Confusion.of(self.head.predict(self.test_features), self.data.test_labels, self.data.classes)
 
     def linear(self) -> Values:
-        """``top1`` and ``top5`` in percent, and the hyper-parameter that was chosen on a part of the training split."""
+        """``top1``, ``top5``, ``balanced_accuracy`` and ``macro_f1`` in percent (:mod:`mvmr.evaluation.confusion`), and
+        the hyper-parameter that was chosen on a part of the training split."""
         return self._score(self.head)
 
     def linear_paper(self) -> Values:
@@ -172,9 +181,16 @@ class Measured:
         return {"map_11point": score("voc07"), "map_area": score("area"), **head.chosen}
 
     def _score(self, head: LinearHead) -> Values:
-        logits = head.logits(self.test_features)
-        tops = {f"top{k}": top_k(logits, self.data.test_labels, k) for k in (1, 5) if k < len(self.data.classes)}
-        return tops | dict(head.chosen)
+        return classification(head.logits(self.test_features), self.data.test_labels, self.data.classes) | head.chosen
+
+
+def classification(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> Values:
+    """``top1``, ``top5`` (of more than 5 classes), ``balanced_accuracy`` and ``macro_f1`` in percent.
+
+    Shapes: logits: [N, C] floating, labels: [N] integers in [0, C).
+    """
+    tops = {f"top{k}": top_k(logits, labels, k) for k in (1, 5) if k < len(classes)}
+    return tops | Confusion.of(logits.argmax(1), labels, classes).figures()
 
 
 # By name; the first set for one label to an image, the second for several.
@@ -245,6 +261,7 @@ def _labels(images: ImageSet) -> tuple[tuple[str, ...], np.ndarray]:
     labels = images.labels
     if labels is None or images.classes is None:
         raise MvmrError(
-            f"{images.name} has no labels to measure with: put the images of each class into a folder of its own"
+            f"{images.name} has no labels to measure with: put the images of each class into a folder of its own, or "
+            "name files and labels in a table, table:labels.csv (docs/data.md)"
         )
     return images.classes, labels

@@ -30,17 +30,25 @@ class SupervisedConfig(MethodConfig):
 
 
 class Supervised(Method):
-    """Encoder and linear head; the target ``label`` is int64 [B]."""
+    """Encoder and linear head; the target ``label`` is int64 [B].
 
-    def __init__(self, encoder: nn.Module, head: nn.Linear, preprocess: Preprocess) -> None:
+    weights: of the classes, float32 [C]; None weighs every image alike
+    """
+
+    weights: Tensor | None
+
+    def __init__(
+        self, encoder: nn.Module, head: nn.Linear, preprocess: Preprocess, weights: Tensor | None = None
+    ) -> None:
         super().__init__(encoder, preprocess)
         self.head = head
+        self.register_buffer("weights", weights, persistent=False)
 
     def forward(self, views: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Step:
         h, labels = self.features(views["augmented"]), targets["label"]
         with torch.autocast(labels.device.type, enabled=False):
             logits = self.head(h.float())
-            return Step({"cross_entropy": F.cross_entropy(logits, labels)}, h, (logits, labels))
+            return Step({"cross_entropy": F.cross_entropy(logits, labels, self.weights)}, h, (logits, labels))
 
     @torch.no_grad()
     def diagnose(self, outputs: Any, generator: torch.Generator) -> dict[str, float]:

@@ -24,10 +24,9 @@ from mvmr.cores import usable_cores
 from mvmr.data import ImageSet
 from mvmr.data.image_set import digest
 from mvmr.errors import MvmrError
-from mvmr.evaluation.classifiers import LinearHead, linear_probe
+from mvmr.evaluation.classifiers import LinearHead, class_weights, linear_probe
 from mvmr.evaluation.evaluate import head_name, open_labelled, record
-from mvmr.evaluation.protocols import Labelled, Measured, Values
-from mvmr.evaluation.scores import top_k
+from mvmr.evaluation.protocols import Labelled, Measured, Values, classification
 from mvmr.methods.supervised import Supervised, SupervisedConfig
 from mvmr.models.student import Student, save_student
 from mvmr.models.table import backbone_of
@@ -59,6 +58,7 @@ class FinetuneRecipe:
 
     name: str = "custom"
     head: Literal["probe", "zero"] = "probe"  # what the classifier starts from: a linear probe of the subset, or 0
+    balanced: bool = False  # whether each class weighs the same, however many labelled images it has
     recalibrate: bool = True  # batch-norm statistics, at the end, from all training images, unlabelled
     views: AugmentationConfig = field(default_factory=AugmentationConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -105,7 +105,7 @@ def finetune(
     The other arguments: as in :func:`mvmr.training.pretraining.pretrain`.
 
     Returns:
-        The new bundle, and its figures: on the test split, in percent, ``top1``, ``top5`` (of more than 5 classes) and
+        The new bundle, and its figures: on the test split, in percent, what protocol ``linear`` gives, and
         ``top1_frozen``, the linear probe of the starting encoder on the same subset; ``images``, the subset's size.
 
     Raises:
@@ -197,7 +197,11 @@ def _finetune(plan: _Plan, run: RunFolder, fabric: Fabric, *, command: str, prog
         recalibrate, images=plan.labelled.train, preprocess=preprocess, batch_size=_RECALIBRATION_BATCH,
         workers=workers, device=fabric.device,
     )  # fmt: skip
-    learner = Supervised(student.encoder.requires_grad_(True), _head(plan, student, settle, shown), preprocess)
+    weights = torch.from_numpy(class_weights(plan.few.labels, len(plan.few.classes))) if recipe.balanced else None
+    learner = Supervised(
+        student.encoder.requires_grad_(True), _head(plan, student, settle, shown), preprocess,
+        weights,
+    )  # fmt: skip
     views = Views(images, preprocess, SupervisedConfig().views, recipe.views.policy, seed=recipe.train.seed)
     backbone = backbone_of(manifest)
     steps = train(
@@ -213,7 +217,7 @@ def _finetune(plan: _Plan, run: RunFolder, fabric: Fabric, *, command: str, prog
         bundle = save_student(run.path, learner.encoder, backbone, preprocess=preprocess, training=description)
         final = Student(learner.encoder, preprocess, dim=student.dim, name=student.name, identity=bundle.space_id)
         head = LinearHead(learner.head.weight.detach().cpu().numpy(), learner.head.bias.detach().cpu().numpy(), {})
-        values = _score(final, head, plan.few.test, len(plan.few.classes), shown)
+        values = _score(final, head, plan.few, shown)
         values |= {"images": len(images), "top1_frozen": top1_frozen}
         metrics = record(command, plan.few.test.name, f"fewshot {plan.labels}", values)
         bundles.add_head(bundle, plan.head, head.weight, head.bias, plan.few.classes, metrics)
@@ -237,17 +241,17 @@ def _head(plan: _Plan, student: Student, settle: Callable[[nn.Module], None], pr
                 student.encoder, student.preprocess, dim=student.dim, name=student.name, identity=identity
             )
             features = _features(few.train, variant, progress)
-            probe = linear_probe(features, few.labels, len(few.classes), progress=progress)
+            probe = linear_probe(
+                features, few.labels, len(few.classes), balanced=plan.recipe.balanced, progress=progress
+            )
             linear.weight.copy_(torch.from_numpy(probe.weight))
             linear.bias.copy_(torch.from_numpy(probe.bias))
     return linear
 
 
-def _score(student: Student, head: LinearHead, test: ImageSet, classes: int, progress: bool) -> Values:
-    """``top1`` and ``top5`` in percent; every test image counts."""
-    assert test.labels is not None
-    logits = head.logits(_features(test, student, progress))
-    return {f"top{k}": top_k(logits, test.labels, k) for k in (1, 5) if k < classes}
+def _score(student: Student, head: LinearHead, data: Labelled, progress: bool) -> Values:
+    """What `classification` says of the test split, of which every image counts."""
+    return classification(head.logits(_features(data.test, student, progress)), data.test_labels, data.classes)
 
 
 def _features(images: ImageSet, student: Student, progress: bool) -> np.ndarray:

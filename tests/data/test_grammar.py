@@ -38,6 +38,12 @@ def write_list(root: Path) -> str:
     return f"list:{root}/chosen"
 
 
+def write_table(root: Path) -> str:
+    write_photos(root)
+    (root / "chosen.csv").write_text("\n".join(["file", *(f"photos/{name}" for name in NAMES)]) + "\n")
+    return f"table:{root}/chosen.csv"
+
+
 def write_shards(root: Path) -> str:
     with tarfile.open(root / "s-0.tar", "w") as archive:
         archive.add(write_photos(root), "photos")
@@ -57,6 +63,7 @@ def spec_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Kind],
         "folder": lambda: write_photos(tmp_path),
         "glob": lambda: f"{write_photos(tmp_path)}/**/*.png",
         "list": lambda: write_list(tmp_path),
+        "table": lambda: write_table(tmp_path),
         "stl10": lambda: write_stl10(tmp_path),
         **dict.fromkeys(("cifar10", "cifar20", "cifar100"), lambda: write_cifar(tmp_path, monkeypatch)),
         "imagenet": lambda: write_imagenet(tmp_path),
@@ -130,7 +137,10 @@ def test_the_documentation_has_the_table() -> None:
         ("parquet:x", "unknown data 'parquet'; Known: stl10, "),
         ("stl11", "unknown data 'stl11'; did you mean 'stl10'?"),
         ("sample:patch", "unknown sample 'sample:patch'; did you mean 'sample:patches'?"),
-        ("gone/photos", "/gone/photos does not exist; give a folder of images or a quoted glob, list:FILE, shards:"),
+        (
+            "gone/photos",
+            "/gone/photos does not exist; give a folder of images or a quoted glob, list:FILE, table:FILE, shards:",
+        ),
         ("gone/*.png", "no image file matches "),
         ("list:gone", "cannot read the list "),
     ],

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,7 +57,8 @@ def photos(tmp_path: Path) -> Path:
 
 def test_evaluate_measures_and_keeps_the_figures(bundle: Bundle, photos: Path) -> None:
     figures = evaluate(bundle.path, str(photos))
-    assert figures["linear"] == {"top1": 100.0, "C": figures["linear"]["C"]}  # of three classes there is no top 5
+    right = dict.fromkeys(("top1", "balanced_accuracy", "macro_f1"), 100.0)
+    assert figures["linear"] == right | {"C": figures["linear"]["C"]}  # of three classes there is no top 5
     assert set(figures["knn"]) == {f"top1_{vote}_k{k}" for k in (1, 5, 20) for vote in ("weighted", "plain")}
     assert figures["knn"]["top1_weighted_k5"] == 100.0
     now = bundles.load(bundle.path)
@@ -91,6 +93,28 @@ def test_evaluate_takes_the_students_features_of_every_test_image(bundle: Bundle
     assert figures["linear"]["top1"] == pytest.approx(100 * (head.predict(y) == answers).mean(), abs=0.2)
     top5 = top_k_accuracy_score(answers, head.logits(y), k=5)
     assert figures["linear"]["top5"] == pytest.approx(100 * top5, abs=0.2)
+
+
+def test_what_is_taken_for_what_is_written_and_said(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, file = "sample:digits", tmp_path / "confusion.csv"
+    figures = evaluate(bundle.path, data, protocols=["linear"], confusion=file, progress=True)["linear"]
+    counts = np.loadtxt(file, delimiter=",", skiprows=1, usecols=range(1, 11))
+    assert figures["top1"] == pytest.approx(100 * counts.trace() / counts.sum(), abs=0.2)
+    assert list(counts.sum(1)) == list(np.bincount(open_images(data, "test").labels))
+    assert "taken for another most often: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"protocols": ["knn"], "confusion": "a.csv"}, "ask for that one"), ({"confusion": "/"}, "/ is a folder")],
+)
+def test_a_file_for_what_is_not_counted_is_refused(
+    bundle: Bundle, photos: Path, no_features: None, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(MvmrError, match=message):
+        evaluate(bundle.path, str(photos), **options)
 
 
 def test_probe_stores_a_head_that_predicts_as_it_was_measured(bundle: Bundle, photos: Path) -> None:

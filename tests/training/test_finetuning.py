@@ -124,7 +124,13 @@ def test_the_new_bundle_is_whole_and_says_what_it_is(
     assert again.head("colours").classes == tuple(COLOURS)
     assert again.space_id != start.space_id
     assert again.manifest.preprocessing == start.manifest.preprocessing
-    assert values.keys() == {"top1", "images", "top1_frozen"}  # of three classes there is no top 5
+    assert values.keys() == {
+        "top1",
+        "balanced_accuracy",
+        "macro_f1",
+        "images",
+        "top1_frozen",
+    }  # of three classes there is no top 5
     assert values["images"] == 12
     (record,) = again.manifest.metrics
     assert (record["protocol"], record["head"], record["values"]) == ("fewshot 50%", "colours", values)
