@@ -72,6 +72,7 @@ def bench_export(bundle: str | None, out: str | None, **options: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from mvmr.cli.commands import shorten_number
     from mvmr.evaluation.evaluate import newest_or
     from mvmr.export.bench import bench as run
 
@@ -83,7 +84,9 @@ def bench_export(bundle: str | None, out: str | None, **options: Any) -> None:
         table.add_column(column, justify="right")
     for row in result["rows"]:
         keys = ("wall_ms", "images_per_s", "times_faster", "times_less_processor")
-        table.add_row(row["engine"], str(row["threads"]), str(row["batch"]), *(f"{row[key]:.3g}" for key in keys))
+        table.add_row(
+            row["engine"], str(row["threads"]), str(row["batch"]), *(shorten_number(row[key]) for key in keys)
+        )
     Console().print(table)
     for name, why in result["not_measured"].items():
         click.echo(f"not measured: {name}: {why}", err=True)

@@ -85,10 +85,17 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 }
 
 
-def missing_extra(error: ModuleNotFoundError) -> MvmrError | None:
-    """Return the one-line error when `error` is about a package of an extra, else None (a real fault)."""
+ON_TRAIN = ("export", "app")  # extras that bring all of train
+
+
+def missing_extra(error: ModuleNotFoundError, wanted: str | None = None) -> MvmrError | None:
+    """Return the one-line error when `error` is about a package of an extra, else None (a real fault).
+
+    wanted: the extra that what was asked for needs; it is named where that brings the package, too.
+    """
     package = (error.name or "").partition(".")[0]
     for extra, packages in EXTRAS.items():
         if package in packages:
-            return MvmrError(f"this needs the package {package!r}, not installed here: pip install 'mvmr[{extra}]'")
+            name = wanted if wanted in ON_TRAIN and extra == "train" else extra
+            return MvmrError(f"this needs the package {package!r}, not installed here: pip install 'mvmr[{name}]'")
     return None

@@ -10,6 +10,7 @@ from click.core import ParameterSource
 from mvmr.progress import say_plan
 from mvmr.serve.options import ENGINE, LIMITS, MAX_FILE, limits_of
 
+EXIT_NO_IMAGE = 3  # of `mvmr embed`: it ran to its end, and every image failed
 THREADS = click.option("--threads", type=click.IntRange(1), help="Cores that embed; all when left out.")
 
 
@@ -55,6 +56,9 @@ def embed(
     click.echo(f"{summary.path}: {summary.rows} embeddings of width {summary.dim}, {summary.added} images now{rate}")
     if summary.errors:
         click.echo(f"{summary.errors} images could not be read: {summary.errors_file}", err=True)
+    if not summary.rows:
+        click.echo("error: not one image was embedded; see there why, mend it, and embed into another --out", err=True)
+        context.exit(EXIT_NO_IMAGE)
     click.echo(f"next: mvmr index {out} --out INDEX{' (after the other shards)' if piece else ''}", err=True)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 import mvmr
 from mvmr.cli.doctor import DISTRIBUTIONS
-from mvmr.errors import EXTRAS
+from mvmr.errors import EXTRAS, ON_TRAIN
 
 ROOT = Path(__file__).parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -71,6 +71,8 @@ def test_extras_agree_with_the_project_file() -> None:
         declared = {distribution(text) for text in PROJECT["project"]["optional-dependencies"][extra]}
         declared -= {"mvmr"}  # an extra may contain another
         assert {distribution(DISTRIBUTIONS.get(package, package)) for package in packages} == declared
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert {extra for extra in EXTRAS if "mvmr[train]" in extras[extra]} == set(ON_TRAIN)
 
 
 def test_constraints_pin_every_dependency_by_version_alone() -> None:

@@ -18,7 +18,7 @@ from mvmr.bundles import manifest
 from mvmr.bundles.manifest import Manifest, plain_json
 from mvmr.bundles.model_card import model_card
 from mvmr.bundles.preprocess import Preprocess
-from mvmr.errors import MvmrError, unknown
+from mvmr.errors import MvmrError, missing_extra, unknown
 from mvmr.storage import staging
 from mvmr.storage.atomic import write_json, write_text
 from mvmr.storage.lock import hold
@@ -105,9 +105,12 @@ class Bundle:
     def student(self, device: str = "cpu") -> "Student":
         """Build the student from the weights, ready to embed images (imports torch).
 
-        Raises: MvmrError when the weights don't fit the architecture, or the device is not there.
+        Raises: MvmrError when the weights don't fit the architecture, the device is not there, or torch is not.
         """
-        from mvmr.models.student import load_student
+        try:
+            from mvmr.models.student import load_student
+        except ModuleNotFoundError as error:
+            raise missing_extra(error) or error from error
 
         return load_student(self, device=device)
 

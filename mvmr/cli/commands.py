@@ -168,9 +168,13 @@ def info(bundle: str | None, as_json: bool) -> None:
     }
     for name, value in lines.items():
         click.echo(f"{name:<9} {value}")
-    for record in manifest.metrics:
-        values = ", ".join(f"{name} {value:.4g}" for name, value in record["values"].items())
-        click.echo(f"measured  {record['protocol']} on {record['data']}: {values}")
+    for line in dict.fromkeys(map(_measured, manifest.metrics)):  # a head's figures are those of the protocol
+        click.echo(f"measured  {line}")
+
+
+def _measured(record: Mapping[str, Any]) -> str:
+    values = ", ".join(f"{name} {value:.4g}" for name, value in record["values"].items())
+    return f"{record['protocol']} on {record['data']}: {values}"
 
 
 def _look_up(record: object, *keys: str) -> str:
@@ -187,7 +191,12 @@ _PERCENT = ("top", "map_11point", "map_area", "balanced_accuracy", "macro_f1")
 
 def format_figure(name: str, value: float) -> str:
     """A figure of a protocol: accuracies and precisions in percent, anything else as a number."""
-    return f"{value:.1f} %" if name.startswith(_PERCENT) else f"{value:.3g}"
+    return f"{value:.1f} %" if name.startswith(_PERCENT) else shorten_number(value)
+
+
+def shorten_number(value: float) -> str:
+    """Three digits, and a thousand or more in full: 0.0123, 46.2, 1,460."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def format_figures(values: Mapping[str, float]) -> str:

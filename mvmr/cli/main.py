@@ -56,7 +56,8 @@ class LazyGroup(click.Group):
         except MvmrError as error:
             _end(ctx, error, f"error: {error}", EXIT_ERROR)
         except ModuleNotFoundError as error:
-            if (extra := missing_extra(error)) is None:
+            entry = COMMANDS.get(ctx.invoked_subcommand or "")
+            if (extra := missing_extra(error, entry.extra if entry else None)) is None:
                 raise
             _end(ctx, error, f"error: {extra}", EXIT_ERROR)
         except (click.exceptions.Exit, click.ClickException, click.Abort):

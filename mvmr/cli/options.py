@@ -34,7 +34,12 @@ OF_PRETRAINING = ("student", "method", "small-kernel", "size")
 
 OUT = click.option("--out", metavar="FOLDER", help="Folder of the bundle; made from the data's name when left out.")
 RECIPE = click.option("--recipe", default="default", show_default=True, help="Name of a recipe, or a TOML file.")
-INIT = click.option("--init", metavar="B|FILE", help="Bundle or state-dict file the encoder starts from.")
+INIT = click.option(
+    "--init",
+    metavar="B|FILE|torchvision:TAG",
+    help="What the encoder starts from: a bundle, a state-dict file, or weights that torchvision has downloaded, such "
+    "as torchvision:IMAGENET1K_V2.",
+)
 RESUME = click.option("--resume", is_flag=True, help="Go on with the run of --out, if it is not finished.")
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace what --out holds.")
 DEVICE = click.option("--device", default="auto", show_default=True, help="cpu, cuda or auto.")

@@ -141,7 +141,10 @@ def list_names(text: bytes, name: str) -> Packed:
     if not len(names):
         raise MvmrError(f"no images in the list {name}: it has no lines; write a path on each")
     if any(b"\x00" in path for path in names):
-        raise MvmrError(f"{name} is not a list of paths: it holds zero bytes; give a text file with a path a line")
+        raise MvmrError(
+            f"{name} is not a list of paths: it holds zero bytes; give a text file with a path a line (a Parquet "
+            "file with a column of paths: table:FILE)"
+        )
     return names
 
 

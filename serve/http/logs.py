@@ -62,6 +62,7 @@ def log_to(file: int) -> Iterator[None]:
     level = root.level
     root.addHandler(handler)
     root.setLevel(logging.INFO)
+    logging.getLogger("faiss").setLevel(logging.WARNING)  # it tells which of its own builds it could not import
     try:
         yield
     finally:

@@ -98,7 +98,7 @@ class Settings:
             _check_count(name, getattr(self, name))
         for port in (self.port, self.probe_port or 0):
             if not 0 <= port <= 65535:
-                raise MvmrError(f"port {port} is none; give one from 0 to 65535")
+                raise MvmrError(f"there is no port {port}: give one from 0 (any free one) to 65535")
         for name in ("drain", "grace", "stuck_seconds"):
             _check_seconds(name, getattr(self, name))
         for origin in self.cors:

@@ -221,3 +221,10 @@ def test_a_pipe_in_a_bundle_is_not_waited_for(name, sample):
     (sample.path / name).unlink()
     os.mkfifo(sample.path / name)
     refusal(sample.path)
+
+
+def test_a_student_without_torch_is_one_line(sample, monkeypatch):
+    monkeypatch.delitem(sys.modules, "mvmr.models.student", raising=False)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(MvmrError, match=r"needs the package 'torch', not installed here: pip install 'mvmr\[train\]'"):
+        sample.student()

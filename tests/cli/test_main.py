@@ -16,10 +16,10 @@ HEAVY = ("torch", "torchvision", "numpy", "sklearn", "skimage", "open_clip", "li
 
 
 @pytest.fixture
-def boom(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
+def boom(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Make `mvmr boom` a command that raises the given exception."""
 
-    def install(error: BaseException) -> None:
+    def install(error: BaseException, extra: str | None = None) -> None:
         @click.command()
         def command() -> None:
             raise error
@@ -27,7 +27,7 @@ def boom(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
         module = ModuleType("boom_module")
         module.command = command  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "boom_module", module)
-        monkeypatch.setitem(COMMANDS, "boom", Entry("boom_module:command", "Fail."))
+        monkeypatch.setitem(COMMANDS, "boom", Entry("boom_module:command", "Fail.", extra))
 
     return install
 
@@ -37,6 +37,18 @@ def loaded_after(code: str) -> set[str]:
     program = f"import sys\n{code}\nprint(*[name for name in {HEAVY!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize(
+    ("extra", "advice"), [("train", "train"), ("export", "export"), ("app", "app"), (None, "train")]
+)
+def test_what_lacks_a_package_advises_the_extra_of_its_command(
+    boom: Callable[..., None], extra: str | None, advice: str
+) -> None:
+    boom(ModuleNotFoundError("No module named 'torch'", name="torch"), extra)
+    result = CliRunner().invoke(main, ["boom"])
+    assert result.exit_code == 1
+    assert result.stderr == f"error: this needs the package 'torch', not installed here: pip install 'mvmr[{advice}]'\n"
 
 
 def test_help_lists_every_command_and_imports_none() -> None:

@@ -183,6 +183,22 @@ def test_init_takes_the_weights_of(writer, tmp_path, plain):
         torch.testing.assert_close(encoder.state_dict()[key], value, rtol=tolerance, atol=tolerance)
 
 
+def test_init_takes_published_weights_that_are_in_the_cache(tmp_path, plain, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    url = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url
+    with pytest.raises(MvmrError, match=f"is not there; download it once: {url}"):
+        read_init(PLAIN, "torchvision:IMAGENET1K_V1")
+    (tmp_path / "checkpoints").mkdir()
+    _torchvision_pth(tmp_path, plain).rename(tmp_path / "checkpoints" / url.rpartition("/")[2])
+    for tag in ("IMAGENET1K_V1", "DEFAULT"):
+        state = read_init(PLAIN, f"torchvision:{tag}")
+        assert torch.equal(state["layer4.1.conv2.weight"], plain.state_dict()["layer4.1.conv2.weight"])
+    with pytest.raises(MvmrError, match="did you mean 'IMAGENET1K_V1'"):
+        read_init(PLAIN, "torchvision:IMAGENET1K_V9")
+    with pytest.raises(MvmrError, match="torchvision has no weights for resnet18_025"):
+        read_init(Resnet(name="resnet18_025"), "torchvision:DEFAULT")
+
+
 def test_init_from_another_architecture_names_the_keys(tmp_path, plain):
     source = _torchvision_pth(tmp_path, plain)
     with pytest.raises(MvmrError) as caught:

@@ -286,6 +286,19 @@ def test_the_command_says_what_it_made_and_what_to_run_next(bundle: Path, photos
     assert json.loads(hits.stdout)[0]["path"] == f"{photos}/05.png"
 
 
+def test_a_run_in_which_every_image_fails_has_an_exit_of_its_own(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        (tmp_path / "photos" / f"{number}.png").write_text("not an image")
+    command = ["embed", str(bundle), str(tmp_path / "photos"), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 3
+    assert done.stderr.splitlines()[-2] == f"3 images could not be read: {tmp_path}/out/errors.parquet"
+    assert done.stderr.splitlines()[-1].startswith("error: not one image was embedded")
+    assert "next:" not in done.stderr
+    assert pq.read_table(tmp_path / "out" / "errors.parquet").num_rows == 3
+
+
 def test_search_refuses_another_space_and_a_bundle_that_is_gone(bundle: Path, photos: Path, tmp_path: Path) -> None:
     from mvmr.serve.index.search import search
 
