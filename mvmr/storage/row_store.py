@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mvmr.errors import MvmrError, shorten
+from mvmr.interrupt import stop_on_signal
 from mvmr.progress import track
 from mvmr.storage.atomic import is_disk_full, sync, write_json
 from mvmr.storage.lock import hold
@@ -40,7 +41,8 @@ def cached_rows(
 
     Returns: float32 [count, width], read-only.
     Raises: MvmrError when a row is not finite, the disk is full or the folder cannot be written;
-        ValueError when the batches do not amount to `count` rows of one width.
+        ValueError when the batches do not amount to `count` rows of one width; KeyboardInterrupt, which says how far it
+        came, after Ctrl-C or SIGTERM: the batch that was begun is ended and kept.
     """
     if count < 1:
         raise MvmrError(f"{label}: there are no images to compute rows for")
@@ -123,17 +125,23 @@ class _Store:
             row_width, done = self.resume(file)
             if width is not None and width != row_width:
                 row_width, done = width, 0
-            with track(self.label, done, self.count, shown=progress) as advance:
-                for batch in batches(done) if done < self.count else ():
-                    rows = np.asarray(batch, np.float32)
-                    if not done:
-                        row_width = row_width or rows.shape[-1]
-                        self.begin(file, row_width)
-                    self.check(rows, row_width, done)
-                    file.write(np.ascontiguousarray(rows, dtype="<f4").tobytes())
-                    file.flush()
-                    done += len(rows)
-                    advance(done, "")
+            try:
+                with track(self.label, done, self.count, shown=progress) as advance, stop_on_signal() as stop:
+                    for batch in batches(done) if done < self.count else ():
+                        rows = np.asarray(batch, np.float32)
+                        if not done:
+                            row_width = row_width or rows.shape[-1]
+                            self.begin(file, row_width)
+                        self.check(rows, row_width, done)
+                        file.write(np.ascontiguousarray(rows, dtype="<f4").tobytes())
+                        file.flush()
+                        done += len(rows)
+                        advance(done, "")
+                        if stop.requested and done < self.count:
+                            raise KeyboardInterrupt
+            except KeyboardInterrupt as error:
+                left = f"{done:,} of {self.count:,} images of {self.label} are kept; type the same command to go on"
+                raise KeyboardInterrupt(left) from error
         if done != self.count:
             raise ValueError(f"{self.label}: {done} rows came where {self.count} were announced")
         sync(partial)

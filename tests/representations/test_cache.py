@@ -92,6 +92,23 @@ def test_half_a_row_of_a_partial_file_is_thrown_away(tmp_path: Path, cut: int) -
     assert np.array_equal(cached_rows(path, key=KEY, count=COUNT, batches=batches), ROWS)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_batch_and_says_how_far_it_came(tmp_path: Path, number: signal.Signals) -> None:
+    def signalled(start: int) -> Iterator[Tensor]:
+        yield ROWS[:4]
+        os.kill(os.getpid(), number)
+        yield ROWS[4:8]
+        yield from never(8)
+
+    before = signal.getsignal(number)
+    words = "8 of 10 images of CLIP of photos are kept; type the same command to go on"
+    with pytest.raises(KeyboardInterrupt, match=words):
+        cached_rows(tmp_path / "r.npy", key=KEY, count=COUNT, batches=signalled, label="CLIP of photos")
+    assert signal.getsignal(number) is before
+    rows = cached_rows(tmp_path / "r.npy", key=KEY, count=COUNT, batches=lambda start: iter([ROWS[start:]]))
+    assert np.array_equal(rows, ROWS)
+
+
 def test_a_run_stopped_after_its_last_row_only_renames(tmp_path: Path) -> None:
     path = tmp_path / "rows.npy"
     with pytest.raises(KeyboardInterrupt):
