@@ -3,37 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from importlib.resources.abc import Traversable
+from typing import Any, NamedTuple
 
 import click
+from click.types import OptionHelpExtra
+
+from mvmr.cli.shelves import SHELVES, shelf_of
 
 Command = Callable[..., None]
 Decorator = Callable[[Command], Command]
 
-# flag -> key of the recipe it changes; everything else is reached by --set
+
+class Shorthand(NamedTuple):
+    """A flag that changes one key of the recipe; everything else is reached by --set.
+
+    metavar: what a value is, None for a switch
+    unset: the value where a recipe leaves the key out; its own default, or in words what none stands for
+    """
+
+    key: str
+    text: str
+    metavar: str | None
+    unset: str
+
+
 SHORTHANDS = {
-    "student": ("student.backbone", "resnet18 (_050, _025: narrower), resnet50, or timm: and one of its models."),
-    "method": (
+    "student": Shorthand(
+        "student.backbone",
+        "resnet18 (_050, _025: narrower), resnet50, or timm: and one of its models.",
+        "NAME",
+        "resnet50",
+    ),
+    "method": Shorthand(
         "method.name",
         "How it learns: mvmr, simclr, moco, byol, simsiam, barlow, vicreg, swav, dino, isd, twist, "
         "deepcluster, deepercluster, selflabel, lejepa; from a teacher by regression, cosine, dcor, cka, rkd, seed, "
         "relational, gram, procrustes, cospress, or their combination.",
+        "NAME",
+        "mvmr",
     ),
-    "small-kernel": ("student.small_kernel", "A stem for small images: 3 x 3, stride 1, no pooling."),
-    "size": ("views.size", "Side of the images the student sees, in pixels."),
-    "epochs": ("train.epochs", "Passes over the images; 0: an encoder that has learned nothing, to compare with."),
-    "batch-size": ("train.batch_size", "Images to a batch, over all devices; the objective compares them."),
-    "accumulate": ("train.accumulate", "Batches to an optimiser step."),
-    "lr": ("train.lr", "Peak learning rate."),
-    "clip-grad": ("train.clip_grad", "Largest norm of the gradient."),
-    "precision": ("train.precision", "32-true, bf16-mixed or 16-mixed."),
-    "workers": ("train.workers", "Processes that load images."),
-    "seed": ("train.seed", "Same seed, same machine: same weights."),
+    "small-kernel": Shorthand(
+        "student.small_kernel", "A stem for small images: 3 x 3, stride 1, no pooling.", None, "false"
+    ),
+    "size": Shorthand("views.size", "Side of the images the student sees, in pixels.", "INTEGER", "the data's own"),
+    "epochs": Shorthand(
+        "train.epochs",
+        "Passes over the images; 0: an encoder that has learned nothing, to compare with.",
+        "INTEGER",
+        "100",
+    ),
+    "batch-size": Shorthand(
+        "train.batch_size", "Images to a batch, over all devices; the objective compares them.", "INTEGER", "256"
+    ),
+    "accumulate": Shorthand("train.accumulate", "Batches to an optimiser step.", "INTEGER", "1"),
+    "lr": Shorthand("train.lr", "Peak learning rate.", "FLOAT", "0.001"),
+    "clip-grad": Shorthand("train.clip_grad", "Largest norm of the gradient.", "FLOAT", "no limit"),
+    "precision": Shorthand(
+        "train.precision",
+        "32-true, bf16-mixed or 16-mixed.",
+        "NAME",
+        "bf16-mixed where the device has it",
+    ),
+    "workers": Shorthand("train.workers", "Processes that load images.", "INTEGER", "one to a usable core"),
+    "seed": Shorthand("train.seed", "Same seed, same machine: same weights.", "INTEGER", "0"),
 }
 OF_PRETRAINING = ("student", "method", "small-kernel", "size")
 
 OUT = click.option("--out", metavar="FOLDER", help="Folder of the bundle; made from the data's name when left out.")
-RECIPE = click.option("--recipe", default="default", show_default=True, help="Name of a recipe, or a TOML file.")
+RECIPE = click.option(
+    "--recipe", default="default", show_default=True, help="Name of a recipe (mvmr recipe list), or a TOML file."
+)
 INIT = click.option(
     "--init",
     metavar="B|FILE|torchvision:TAG",
@@ -69,6 +109,30 @@ def options(*decorators: Decorator) -> Decorator:
     return decorate
 
 
+class _ShorthandOption(click.Option):
+    """A flag of ``SHORTHANDS``; `--help` shows what the command's default recipe says, and only then reads it."""
+
+    def get_help_extra(self, ctx: click.Context) -> OptionHelpExtra:
+        extra = super().get_help_extra(ctx)
+        (recipe,) = (str(option.default) for option in ctx.command.params if option.name == "recipe")
+        command = str(ctx.command.name)
+        shelf = shelf_of(command if command in SHELVES else "pretrain")  # compare and ablate take its recipes
+        shorthand = SHORTHANDS[str(self.name).replace("_", "-")]
+        extra["default"] = f"{_default(shorthand, recipe, shelf)}, by recipe {recipe}"
+        return extra
+
+
+def _default(shorthand: Shorthand, recipe: str, shelf: Traversable) -> str:
+    """What a recipe that ships says of a key, from its file alone: its dataclasses need torch."""
+    from mvmr.training.shelf import read_tables
+
+    section, _, key = shorthand.key.partition(".")
+    value = read_tables(recipe, shelf).get(section, {}).get(key, "none")
+    if value == "none":
+        return shorthand.unset
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def recipe_options(*, without: tuple[str, ...] = ()) -> Decorator:
     """`--set` and a flag for each of SHORTHANDS but those in ``without``; all arrive together, as ``assign``."""
     flags = {flag: entry for flag, entry in SHORTHANDS.items() if flag not in without}
@@ -76,9 +140,9 @@ def recipe_options(*, without: tuple[str, ...] = ()) -> Decorator:
     def decorate(command: Command) -> Command:
         def run(assign: tuple[str, ...], **arguments: Any) -> None:
             assignments = []
-            for flag, (key, _) in flags.items():
+            for flag, shorthand in flags.items():
                 if value := arguments.pop(flag.replace("-", "_")):
-                    assignments.append(f"{key}={'true' if value is True else value}")
+                    assignments.append(f"{shorthand.key}={'true' if value is True else value}")
             command(assign=(*assignments, *assign), **arguments)
 
         run.__doc__, run.__name__ = command.__doc__, command.__name__
@@ -88,9 +152,9 @@ def recipe_options(*, without: tuple[str, ...] = ()) -> Decorator:
             "--set", "assign", multiple=True, metavar="KEY=VALUE", help="Change a key of the recipe: train.lr=3e-4."
         )
         # None, not False: with False click takes a missing value as no option at all, and no value may be negative
-        switch = {"small-kernel": True}
         shorthands = [
-            click.option(f"--{flag}", is_flag=switch.get(flag), help=text) for flag, (_, text) in flags.items()
+            click.option(f"--{flag}", cls=_ShorthandOption, is_flag=metavar is None or None, metavar=metavar, help=text)
+            for flag, (_, text, metavar, _) in flags.items()
         ]
         return options(change, *shorthands)(run)
 

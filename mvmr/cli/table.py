@@ -35,6 +35,7 @@ COMMANDS = {
         "mvmr.cli.commands:compare", "Train several methods on the same images and measure each.", "train"
     ),
     "ablate": Entry("mvmr.cli.commands:ablate", "Run the paper's ablations.", "train"),
+    "recipe": Entry("mvmr.cli.recipes:recipe", "List recipes, print one in full, compare two.", "train"),
     "export": Entry(
         "mvmr.export.cli:export", "Export a student to ONNX or TensorRT, verified on real images.", "export"
     ),

@@ -28,8 +28,8 @@ class BarlowConfig(MethodConfig):
     smallest_batch: ClassVar[int] = 3  # of two images all dimensions correlate with all
 
     name: Literal["barlow"] = "barlow"
-    redundancy: float = 0.005  # lambda
-    projector: tuple[int, ...] = (8192, 8192, 8192)
+    redundancy: float = 0.005  # lambda: weight of correlations between dimensions [0 or more]
+    projector: tuple[int, ...] = (8192, 8192, 8192)  # widths of its layers [outputs, 1 or more each]
 
     def __post_init__(self) -> None:
         if not self.redundancy >= 0:

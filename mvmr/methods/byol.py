@@ -25,9 +25,9 @@ class ByolConfig(MethodConfig):
     """The paper's networks; its momentum for 300 epochs (appendix), 0.996 for 1000."""
 
     name: Literal["byol"] = "byol"
-    momentum: float = 0.99  # at first; it grows to 1
-    projector: tuple[int, ...] = (4096, 256)
-    predictor: tuple[int, ...] = (4096, 256)
+    momentum: float = 0.99  # of the slow network at first; it grows to 1 [0 to 1]
+    projector: tuple[int, ...] = (4096, 256)  # widths of its layers [outputs, 1 or more each]
+    predictor: tuple[int, ...] = (4096, 256)  # widths, the last as the projector's [outputs, 1 or more each]
 
     def __post_init__(self) -> None:
         if not 0 <= self.momentum <= 1:

@@ -34,10 +34,10 @@ class DeepclusterConfig(CropsConfig):
     has_classes: ClassVar[bool] = True
 
     name: Literal["deepcluster"] = "deepcluster"
-    clusters: int = 0  # 0: 3,000, or one to ten images
-    heads: int = 3  # clusterings of the same projections, from other starts
-    temperature: float = 0.1
-    projector: tuple[int, ...] = (2048, 128)
+    clusters: int = 0  # how many; 0: 3,000, or one to ten images where that is less [0, or 2 or more]
+    heads: int = 3  # clusterings of the same projections, from other starts [1 or more]
+    temperature: float = 0.1  # of the softmax: the lower, the sharper [above 0]
+    projector: tuple[int, ...] = (2048, 128)  # widths of its layers [outputs, 1 or more each]
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -29,9 +29,9 @@ class DeeperclusterConfig(MethodConfig):
     """The paper's four clusters, which with four rotations are 16 super-classes, and its pace."""
 
     name: Literal["deepercluster"] = "deepercluster"
-    clusters: int = 4
-    subclusters: int = 0  # within each; 0: 20,000, or one to ten images
-    every: int = 3  # epochs from one clustering to the next
+    clusters: int = 4  # how many; each with each of four rotations is a super-class [2 or more]
+    subclusters: int = 0  # in a cluster; 0: 20,000, or one to ten images where that is less [0, or 2 or more]
+    every: int = 3  # from one clustering to the next [epochs, 1 or more]
 
     def __post_init__(self) -> None:
         if self.clusters < 2:

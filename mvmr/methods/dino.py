@@ -27,15 +27,15 @@ class DinoConfig(CropsConfig):
     """The paper's head, temperatures, momenta and crops; its 65,536 outputs are for ImageNet."""
 
     name: Literal["dino"] = "dino"
-    outputs: int = 4096
-    student_temperature: float = 0.1
-    teacher_temperature: float = 0.07
-    first_temperature: float = 0.04  # the teacher's at first
-    warmup: float = 0.1  # share of all steps in which it rises
-    momentum: float = 0.996  # at first; it grows to 1
-    centre_momentum: float = 0.9
-    frozen: float = 0.01  # share of all steps in which the last layer stays as it is
-    head: tuple[int, ...] = (2048, 2048, 256)  # widths before the last layer
+    outputs: int = 4096  # scores that the head gives [2 or more]
+    student_temperature: float = 0.1  # of the softmax: the lower, the sharper [above 0]
+    teacher_temperature: float = 0.07  # of the slow network's softmax, after the warm-up [above 0]
+    first_temperature: float = 0.04  # of the slow network's softmax at first [above 0]
+    warmup: float = 0.1  # at first, in which the slow network's temperature rises [share of all steps, 0 to 1]
+    momentum: float = 0.996  # of the slow network at first; it grows to 1 [0 to 1]
+    centre_momentum: float = 0.9  # of the mean that is taken off the slow network's outputs [0 to 1]
+    frozen: float = 0.01  # at first, in which the last layer stays as it is [share of all steps, 0 to 1]
+    head: tuple[int, ...] = (2048, 2048, 256)  # widths before the last layer [outputs, 1 or more each]
     local: int = 8
     global_area: tuple[float, float] | None = (0.25, 1.0)
     local_area: tuple[float, float] = (0.05, 0.25)

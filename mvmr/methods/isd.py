@@ -27,19 +27,16 @@ WEAK, STRONG = ViewSpec("weak", "crop+flip"), ViewSpec("strong")
 
 @dataclass(frozen=True, kw_only=True)
 class IsdConfig(MethodConfig):
-    """The paper's temperatures, momentum and networks for a ResNet50; its 128,000 anchors are for ImageNet.
-
-    weak: whether the slow network sees a weaker view, crops and flips alone; else both see the recipe's
-    """
+    """The paper's temperatures, momentum and networks for a ResNet50; its 128,000 anchors are for ImageNet."""
 
     name: Literal["isd"] = "isd"
-    queue: int = 4096  # anchors: what the slow network made of images of past batches
-    teacher_temperature: float = 0.01
-    student_temperature: float = 0.1
-    momentum: float = 0.99
-    weak: bool = True
-    projector: tuple[int, ...] = (4096, 512)
-    predictor: tuple[int, ...] = (4096, 512)
+    queue: int = 4096  # anchors: what the slow network made of images of past batches [rows, 2 or more]
+    teacher_temperature: float = 0.01  # of the slow network's softmax [above 0]
+    student_temperature: float = 0.1  # of the softmax: the lower, the sharper [above 0]
+    momentum: float = 0.99  # of the slow network [0 to 1]
+    weak: bool = True  # whether the slow network sees a weaker view, crops and flips alone; else both see the recipe's
+    projector: tuple[int, ...] = (4096, 512)  # widths of its layers [outputs, 1 or more each]
+    predictor: tuple[int, ...] = (4096, 512)  # widths, the last as the projector's [outputs, 1 or more each]
 
     def __post_init__(self) -> None:
         if self.queue < 2:

@@ -23,18 +23,16 @@ from mvmr.methods.parts.heads import build_projector
 
 @dataclass(frozen=True, kw_only=True)
 class LejepaConfig(CropsConfig):
-    """The paper's trade-off and slices.
-
-    spread: the paper's SIGReg on random slices, or the energy distance to a Gaussian, which needs none
-    """
+    """The paper's trade-off and slices."""
 
     name: Literal["lejepa"] = "lejepa"
-    trade: float = 0.05  # lambda: the share of the spread; the rest is the prediction's
+    trade: float = 0.05  # lambda: weight of the spread; 1 - lambda is the prediction's [0 to 1]
+    # the paper's SIGReg on random slices, or the energy distance to a Gaussian, which needs none
     spread: Literal["sigreg", "energy"] = "sigreg"
-    slices: int = 1024
+    slices: int = 1024  # directions that SIGReg draws in a step [1 or more]
     global_area: tuple[float, float] | None = (0.3, 1.0)
     local_area: tuple[float, float] = (0.05, 0.3)
-    projector: tuple[int, ...] = (2048, 2048, 128)
+    projector: tuple[int, ...] = (2048, 2048, 128)  # widths of its layers [outputs, 1 or more each]
 
     def __post_init__(self) -> None:
         super().__post_init__()

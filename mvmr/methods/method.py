@@ -45,7 +45,7 @@ class MethodConfig:
     has_classes: ClassVar[bool] = False  # whether the projector's outputs are logits of classes that it has found
     weighted: ClassVar[tuple[str, ...]] = ()  # settings that are weights by the name of a target
 
-    name: str
+    name: str  # which method it is; the other keys are its settings
 
     @property
     def views(self) -> tuple[ViewSpec, ...]:

@@ -33,12 +33,12 @@ class MocoConfig(MethodConfig):
     """
 
     name: Literal["moco"] = "moco"
-    queue: int = 4096  # rows of past batches; 0: the other images of the batch alone
-    temperature: float = 0.2
-    momentum: float = 0.99
+    queue: int = 4096  # rows of past batches; 0: the other images of the batch alone [rows, 0 or more]
+    temperature: float = 0.2  # of the softmax: the lower, the sharper [above 0]
+    momentum: float = 0.99  # of the slow network [0 to 1]
     rising: bool = False  # whether the momentum grows to 1 along a cosine
-    projector: tuple[int, ...] = (2048, 128)
-    predictor: tuple[int, ...] = ()
+    projector: tuple[int, ...] = (2048, 128)  # widths of its layers [outputs, 1 or more each]
+    predictor: tuple[int, ...] = ()  # widths, the last as the projector's; empty: none [outputs, 1 or more each]
 
     def __post_init__(self) -> None:
         if self.queue < 0:

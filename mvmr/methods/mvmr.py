@@ -30,7 +30,7 @@ class MvmrConfig(ObjectiveConfig, MethodConfig):
     weighted: ClassVar[tuple[str, ...]] = ("representations",)
 
     name: Literal["mvmr"] = "mvmr"
-    projector: tuple[int, ...] = ()  # widths; none: z = h
+    projector: tuple[int, ...] = ()  # widths of its layers; empty: z = h [outputs, 1 or more each]
 
     @property
     def views(self) -> tuple[ViewSpec, ...]:

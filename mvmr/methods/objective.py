@@ -31,15 +31,15 @@ from mvmr.methods.parts.moments import covariance_penalty, hinge
 class ObjectiveConfig:
     """Weights of the terms; the defaults are the paper's, without any representation."""
 
-    invariance: float = 1.0  # lambda
-    variance: float = 1.0  # mu
-    gamma: float = 1.0  # the standard deviation each dimension of z must reach
-    eps: float = 1e-4  # inside the square root of v(z)
-    dependence: float = 1.0  # alpha
-    representations: dict[str, float] = field(default_factory=dict)  # beta_k, by name
-    decorrelation: float = 0.0
+    invariance: float = 1.0  # lambda: weight of MSE(z, z~) [0 or more]
+    variance: float = 1.0  # mu: weight of v(z) and v(z~) [0 or more]
+    gamma: float = 1.0  # the standard deviation each dimension of z must reach [above 0]
+    eps: float = 1e-4  # inside the square root of v(z) [above 0]
+    dependence: float = 1.0  # alpha: weight of 1 - dCor of both views [0 or more]
+    representations: dict[str, float] = field(default_factory=dict)  # beta_k: weights of 1 - dCor, by name [0 or more]
+    decorrelation: float = 0.0  # weight of the squared off-diagonal covariances, VICReg's third term [0 or more]
     space: Literal["projection", "features"] = "projection"  # what the terms in z are taken on
-    estimator: Estimator = "biased"
+    estimator: Estimator = "biased"  # of dCor: biased as in the paper, or unbiased, of its square
 
     def __post_init__(self) -> None:
         weights = {"invariance": self.invariance, "variance": self.variance, "dependence": self.dependence}

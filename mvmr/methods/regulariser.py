@@ -24,8 +24,9 @@ from mvmr.representations import AUGMENTED_PIXELS
 class RegulariserConfig:
     """Weights of the representations, by name; none: the method's own loss alone."""
 
+    # weights of 1 - dCor, by name of a representation or teacher; empty: the method's loss alone [0 or more each]
     representations: dict[str, float] = field(default_factory=dict)
-    estimator: Estimator = "biased"
+    estimator: Estimator = "biased"  # of dCor: biased as in the paper, or unbiased, of its square
 
     def __post_init__(self) -> None:
         for name, weight in self.representations.items():

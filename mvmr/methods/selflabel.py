@@ -29,10 +29,10 @@ class SelflabelConfig(MethodConfig):
     has_classes: ClassVar[bool] = True
 
     name: Literal["selflabel"] = "selflabel"
-    classes: int = 0  # 0: 3,000, or one to ten images
-    heads: int = 10  # each with classes of its own
-    every: int = 1  # epochs from one labelling to the next
-    sharpness: float = 25.0  # lambda: the higher, the nearer is the solution to the optimum, and the slower
+    classes: int = 0  # in a head; 0: 3,000, or one to ten images where that is less [0, or 2 or more]
+    heads: int = 10  # classifiers, each with classes of its own [1 or more]
+    every: int = 1  # from one labelling to the next [epochs, 1 or more]
+    sharpness: float = 25.0  # lambda: the higher, the nearer is the solution to the optimum, and the slower [above 0]
 
     def __post_init__(self) -> None:
         check_classes("classes", self.classes)

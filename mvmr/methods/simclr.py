@@ -25,8 +25,8 @@ class SimclrConfig(MethodConfig):
     """The paper's projector; its temperature for small images (appendix B.9), 0.1 with thousands to a batch."""
 
     name: Literal["simclr"] = "simclr"
-    temperature: float = 0.5
-    projector: tuple[int, ...] = (2048, 128)  # widths
+    temperature: float = 0.5  # of the softmax: the lower, the sharper [above 0]
+    projector: tuple[int, ...] = (2048, 128)  # widths of its layers [outputs, 1 or more each]
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:

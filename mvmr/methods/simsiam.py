@@ -23,8 +23,8 @@ class SimsiamConfig(MethodConfig):
     """The paper's networks: a projector with a batch norm at its end, a predictor narrow in the middle."""
 
     name: Literal["simsiam"] = "simsiam"
-    projector: tuple[int, ...] = (2048, 2048, 2048)
-    predictor: tuple[int, ...] = (512, 2048)
+    projector: tuple[int, ...] = (2048, 2048, 2048)  # widths of its layers [outputs, 1 or more each]
+    predictor: tuple[int, ...] = (512, 2048)  # widths, the last as the projector's [outputs, 1 or more each]
 
     def __post_init__(self) -> None:
         check_predictor(self.projector, self.predictor)

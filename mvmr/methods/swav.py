@@ -31,13 +31,13 @@ class SwavConfig(CropsConfig):
     """The paper's temperatures, projector and crops."""
 
     name: Literal["swav"] = "swav"
-    prototypes: int = 0  # 0: 3,000, or one to ten images
-    temperature: float = 0.1
-    epsilon: float = 0.05  # of the assignments' entropy
-    iterations: int = 3  # of Sinkhorn and Knopp
-    frozen: float = 0.01  # share of all steps in which prototypes stay as they are
-    queue: int = 0  # rows of past batches that assignments take in, once there are so many; for small batches
-    projector: tuple[int, ...] = (2048, 128)
+    prototypes: int = 0  # how many; 0: 3,000, or one to ten images where that is less [0, or 2 or more]
+    temperature: float = 0.1  # of the softmax: the lower, the sharper [above 0]
+    epsilon: float = 0.05  # of the assignments: the higher, the more even they are [above 0]
+    iterations: int = 3  # passes of Sinkhorn and Knopp over the assignments [1 or more]
+    frozen: float = 0.01  # at first, in which prototypes stay as they are [share of all steps, 0 to 1]
+    queue: int = 0  # of past batches that assignments take in, once it is full; for small batches [rows, 0 or more]
+    projector: tuple[int, ...] = (2048, 128)  # widths of its layers [outputs, 1 or more each]
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -32,13 +32,14 @@ class TwistConfig(CropsConfig):
     has_classes: ClassVar[bool] = True
 
     name: Literal["twist"] = "twist"
-    classes: int = 0  # 0: 4,096, or one to ten images
-    sharpness: float = 1.0  # alpha
-    diversity: float = 1.0  # beta
-    hidden: tuple[int, ...] = (4096, 4096)  # widths between features and classes
-    momentum: float = 0.0  # of a slow network that views are to be consistent with, growing to 1; 0: with each other
-    labelling: float = 0.06  # share of all steps, the last ones, in which views learn the class of the surest one
-    confident: tuple[float, float] = (0.5, 0.6)  # share of the batch that has a label then, at first and at last
+    classes: int = 0  # how many; 0: 4,096, or one to ten images where that is less [0, or 2 or more]
+    sharpness: float = 1.0  # alpha: weight of the entropy of each view [0 or more]
+    diversity: float = 1.0  # beta: weight of the entropy of their mean [0 or more]
+    hidden: tuple[int, ...] = (4096, 4096)  # widths between features and classes [outputs, 1 or more each]
+    momentum: float = 0.0  # of a slow network to be consistent with, growing to 1; 0: with each other [0 to 1]
+    labelling: float = 0.06  # at last, in which views learn the class of the surest [share of all steps, 0 to 1]
+    # that has a label then, at its beginning and its end [share of the batch, above 0, up to 1]
+    confident: tuple[float, float] = (0.5, 0.6)
     local: int = 12
     global_area: tuple[float, float] | None = (0.4, 1.0)
     local_area: tuple[float, float] = (0.05, 0.4)

@@ -26,12 +26,12 @@ class VicregConfig(MethodConfig):
     """The paper's projector and weights; `variance` weighs the mean over both views, as its code does."""
 
     name: Literal["vicreg"] = "vicreg"
-    invariance: float = 25.0  # lambda
-    variance: float = 25.0  # mu
-    covariance: float = 1.0  # nu
-    gamma: float = 1.0  # the standard deviation that each dimension must reach
-    eps: float = 1e-4
-    projector: tuple[int, ...] = (8192, 8192, 8192)
+    invariance: float = 25.0  # lambda: weight of the views' distance [0 or more]
+    variance: float = 25.0  # mu: weight of the standard deviations' hinge [0 or more]
+    covariance: float = 1.0  # nu: weight of the covariances between dimensions [0 or more]
+    gamma: float = 1.0  # the standard deviation that each dimension must reach [above 0]
+    eps: float = 1e-4  # inside the square root of the standard deviation [above 0]
+    projector: tuple[int, ...] = (8192, 8192, 8192)  # widths of its layers [outputs, 1 or more each]
 
     def __post_init__(self) -> None:
         for name in ("invariance", "variance", "covariance"):

@@ -72,12 +72,7 @@ class Backbone(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
-    """Which backbone a student is, the `[student]` table of a recipe.
+    """Which backbone a student is, the `[student]` table of a recipe."""
 
-    backbone: resnet18, resnet18_050 or resnet18_025 (a half, a quarter of its channels), resnet50, or timm: and the
-        name of one of timm's models
-    small_kernel: of a ResNet: a stem that keeps the resolution of small images (32 to 64 px)
-    """
-
-    backbone: str = "resnet50"
-    small_kernel: bool = False
+    backbone: str = "resnet50"  # resnet18, resnet18_050, resnet18_025 (half, a quarter as wide), resnet50, timm:NAME
+    small_kernel: bool = False  # of a ResNet: a stem that keeps the resolution of small images (32 to 64 px)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric import Fabric
 from torch import nn
 from torch.optim import Optimizer
 
 from mvmr.errors import MvmrError
 from mvmr.storage.atomic import atomic, write_text
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric  # seconds, of which reading a recipe needs none
 
 NAME = "checkpoint.pt"
 METRICS = "metrics.jsonl"

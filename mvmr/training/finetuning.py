@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from mvmr.progress import say
 from mvmr.representations.cache import represent
 from mvmr.training.precision import native_precision
 from mvmr.training.pretraining import carry_out, features_of, launch, recalibrate
-from mvmr.training.recipe import read_recipe
+from mvmr.training.recipe import FinetuneRecipe, read_recipe
 from mvmr.training.runs import RunFolder, find_run
 from mvmr.training.subsets import draw, find_listed_images, parse_labels
 from mvmr.training.targets import WithRows
@@ -43,25 +43,6 @@ from mvmr.training.views import Views, make_policy
 
 _RECALIBRATION_BATCH = 256
 _SMALLEST_BATCH = 4  # batch normalisation of fewer says little
-
-
-@dataclass(frozen=True, kw_only=True)
-class AugmentationConfig:
-    """How a training view is made; its size is that of the bundle's preprocessing."""
-
-    policy: str = "crop+flip"  # a name or steps of mvmr.training.views
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneRecipe:
-    """The resolved recipe of a fine-tuning run, as it is written into the bundle."""
-
-    name: str = "custom"
-    head: Literal["probe", "zero"] = "probe"  # what the classifier starts from: a linear probe of the subset, or 0
-    balanced: bool = False  # whether each class weighs the same, however many labelled images it has
-    recalibrate: bool = True  # batch-norm statistics, at the end, from all training images, unlabelled
-    views: AugmentationConfig = field(default_factory=AugmentationConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

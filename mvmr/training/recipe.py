@@ -7,30 +7,30 @@ from dataclasses import dataclass, field
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from mvmr.bundles.preprocess import WHITE, check_background
-from mvmr.config import ONE_OF, assign, parse, read_toml
-from mvmr.errors import MvmrError, unknown
+from mvmr.config import ONE_OF, assign, parse
+from mvmr.errors import MvmrError
 from mvmr.methods.method import ORIGINAL, MethodConfig, ViewSpec
 from mvmr.methods.mvmr import MvmrConfig
 from mvmr.methods.regulariser import RegulariserConfig
 from mvmr.methods.table import CONFIGS
 from mvmr.models.backbone import StudentConfig
+from mvmr.training.shelf import is_file, names_on, read_tables
 from mvmr.training.trainer import TrainConfig
 
 T = TypeVar("T")
 _METHOD = "method.name="
-_PUBLISHED = "imagenet"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViewsConfig:
     """How the views of an image are made."""
 
-    policy: str = "paper"  # a name or steps of mvmr.training.views
-    size: int | None = None  # pixels; none: the data's own (CIFAR 32, samples 64, STL10 96), 224 for photographs
-    background: tuple[int, int, int] = WHITE  # what transparent images are laid on
+    policy: str = "paper"  # none, paper (all steps), or steps joined by +: crop, flip, jitter, grey, blur
+    size: int | None = None  # side; none: the data's (CIFAR 32, samples 64, STL10 96), else 224 [pixels, 1 or more]
+    background: tuple[int, int, int] = WHITE  # what transparent images are laid on: red, green, blue [0 to 255 each]
 
     def __post_init__(self) -> None:
         check_background(self.background)
@@ -40,7 +40,7 @@ class ViewsConfig:
 class Recipe:
     """The resolved recipe of a run, as it is written into the bundle."""
 
-    name: str = "custom"
+    name: str = "custom"  # of the recipe, as the bundle records it; a file that gives none is called by its own name
     student: StudentConfig = field(default_factory=StudentConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
     method: MethodConfig = field(default_factory=MvmrConfig, metadata={ONE_OF: CONFIGS})
@@ -68,9 +68,28 @@ class Recipe:
         return max(self.method.smallest_batch, self.objective.smallest_batch)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AugmentationConfig:
+    """How a view is made to fine-tune on; its size is that of the bundle's preprocessing."""
+
+    policy: str = "crop+flip"  # none, paper (all steps), or steps joined by +: crop, flip, jitter, grey, blur
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRecipe:
+    """The resolved recipe of a fine-tuning run, as it is written into the bundle."""
+
+    name: str = "custom"  # of the recipe, as the bundle records it; a file that gives none is called by its own name
+    head: Literal["probe", "zero"] = "probe"  # what the classifier starts from: a linear probe of the subset, or 0
+    balanced: bool = False  # whether each class weighs the same, however many labelled images it has
+    recalibrate: bool = True  # batch-norm statistics, at the end, from all training images, unlabelled
+    views: AugmentationConfig = field(default_factory=AugmentationConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
 def recipe_names(package: str) -> tuple[str, ...]:
     """Names of the recipes that ship in ``package`` (``mvmr`` to pretrain, ``mvmr.distillation`` to distil)."""
-    return _names(resources.files(package) / "recipes")
+    return names_on(resources.files(package) / "recipes")
 
 
 def load_recipe(recipe: str | Path, package: str, assignments: Sequence[str] = ()) -> Recipe:
@@ -88,20 +107,12 @@ def read_recipe(kind: type[T], recipe: str | Path, shelf: Traversable, assignmen
     Raises:
         MvmrError: no such recipe or file, or keys or values that don't fit (all of them named at once).
     """
-    if Path(recipe).suffix == ".toml":
-        if not Path(recipe).is_file():
-            raise MvmrError(f"recipe file {recipe} does not exist")
-        where, mapping = str(recipe), read_toml(Path(recipe))
-    else:
-        if recipe not in _names(shelf):
-            raise unknown("recipe", str(recipe), _names(shelf))
-        with resources.as_file(shelf / f"{recipe}.toml") as path:
-            where, mapping = f"recipe {recipe}", read_toml(path)
+    mapping = read_tables(recipe, shelf)
     settings: dict[str, Any] = assign(
-        {"name": Path(recipe).stem if Path(recipe).suffix else str(recipe), **_of_method(mapping, assignments)},
+        {"name": Path(recipe).stem if is_file(recipe) else str(recipe), **_of_method(mapping, assignments)},
         assignments,
     )
-    return parse(kind, settings, where=where)
+    return parse(kind, settings, where=str(recipe) if is_file(recipe) else f"recipe {recipe}")
 
 
 def _of_method(mapping: Mapping[str, Any], assignments: Sequence[str]) -> Mapping[str, Any]:
@@ -111,11 +122,3 @@ def _of_method(mapping: Mapping[str, Any], assignments: Sequence[str]) -> Mappin
     if not names or not isinstance(table, Mapping) or table.get("name", next(iter(CONFIGS))) == names[-1]:
         return mapping
     return {**mapping, "method": {}}
-
-
-def _names(shelf: Traversable) -> tuple[str, ...]:
-    """Names of the recipes on a shelf, and ``imagenet/NAME`` of those in its folder of published runs."""
-    found = [(file, "") for file in shelf.iterdir()]
-    if (published := shelf / _PUBLISHED).is_dir():
-        found += [(file, f"{_PUBLISHED}/") for file in published.iterdir()]
-    return tuple(sorted(folder + f.name.removesuffix(".toml") for f, folder in found if f.name.endswith(".toml")))

@@ -10,10 +10,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -25,6 +24,9 @@ from mvmr.methods.regulariser import RegulariserConfig, regularise
 from mvmr.progress import track
 from mvmr.training import checkpoint
 from mvmr.training.optimizers import build_optimizer
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric  # seconds, of which reading a recipe needs none
 
 T = TypeVar("T")
 Batch = dict[str, Tensor]
@@ -39,21 +41,21 @@ _NONE = RegulariserConfig()
 class TrainConfig:
     """How long, how fast and in which precision."""
 
-    epochs: int = 100  # 0: an encoder that has learned nothing, to compare with
-    batch_size: int = 256  # images a step takes through the method, over all devices
-    accumulate: int = 1  # batches to an optimiser step
-    optimizer: Literal["adam", "adamw", "sgd", "lars"] = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 1e-6
-    warmup_steps: int = 10  # optimiser steps of linear warm-up, then a cosine to 0
-    clip_grad: float | None = None  # largest gradient norm
-    precision: Precision | None = None  # none: bf16 where the device has it
-    channels_last: bool = True
-    seed: int = 0
-    workers: int | None = None  # processes that load images; none: one to a usable core
-    cache_gb: float = 4.0  # slow hand-crafted representations are computed once if they fit
-    checkpoint_steps: int = 500
-    log_steps: int = 10
+    epochs: int = 100  # passes over the images; 0: an encoder that has learned nothing, to compare with [0 or more]
+    batch_size: int = 256  # what a step takes through the method, over all devices [images, 1 or more]
+    accumulate: int = 1  # batches to an optimiser step [1 or more]
+    optimizer: Literal["adam", "adamw", "sgd", "lars"] = "adamw"  # the rule of the steps; sgd, lars: momentum 0.9
+    lr: float = 1e-3  # peak learning rate [above 0]
+    weight_decay: float = 1e-6  # the optimiser's pull of the weights to 0 [0 or more]
+    warmup_steps: int = 10  # of linear warm-up, then a cosine to 0 [optimiser steps, 0 or more]
+    clip_grad: float | None = None  # largest norm of the gradient; none: any [above 0]
+    precision: Precision | None = None  # of the network; none: bf16-mixed where the device has it, else 32-true
+    channels_last: bool = True  # whether the network's maps lie in memory with their channels last
+    seed: int = 0  # of the weights at the start, the order of images and their views [0 to 4294967295]
+    workers: int | None = None  # that load images; none: one to a usable core [processes, 0 or more]
+    cache_gb: float = 4.0  # slow representations are computed once if they fit into it [10^9 bytes, 0 or more]
+    checkpoint_steps: int = 500  # from one checkpoint to the next [optimiser steps, 1 or more]
+    log_steps: int = 10  # from one line of metrics.jsonl to the next [optimiser steps, 1 or more]
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulate", "checkpoint_steps", "log_steps"):

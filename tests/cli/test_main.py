@@ -66,6 +66,12 @@ def test_every_command_loads_without_torch() -> None:
     assert not loaded_after(code) & {"torch", "torchvision", "open_clip", "sklearn"}
 
 
+def test_recipes_are_listed_and_misspelt_without_torch() -> None:
+    calls = [["list"], ["show", "papr"], *([name, "--help"] for name in ("list", "show", "diff"))]
+    code = f"from click.testing import CliRunner; from mvmr.cli.main import main\nfor argv in {calls}: "
+    assert loaded_after(f"{code}CliRunner().invoke(main, ['recipe', *argv])") == set()
+
+
 def test_reading_a_bundle_needs_no_torch() -> None:
     loaded = loaded_after("import mvmr.bundles.bundle, mvmr.config, mvmr.bundles.model_card, mvmr.bundles.preprocess")
     assert not loaded - {"numpy"}

@@ -13,9 +13,10 @@ from mvmr.methods.distillers.table import DISTILLERS
 
 @dataclass(frozen=True, kw_only=True)
 class CombinationConfig(DistillerConfig):
-    """losses: weights by name of a distiller; each in its own units, or all in those of `standardise`."""
+    """Each loss has its own settings by default, and its own units unless `standardise` says one for all."""
 
     name: Literal["combination"] = "combination"
+    # weights by name of a distiller [0 or more each]
     losses: dict[str, float] = field(default_factory=lambda: {"regression": 1.0, "relational": 1.0})
 
     def __post_init__(self) -> None:

@@ -25,10 +25,10 @@ from mvmr.methods.parts.standardising import Bank
 
 @dataclass(frozen=True, kw_only=True)
 class CospressConfig(DistillerConfig):
-    """temperatures: at which the cosines are compared."""
+    """Temperatures beside what every distiller has."""
 
     name: Literal["cospress"] = "cospress"
-    temperatures: tuple[float, ...] = (0.01, 0.1, 1.0)
+    temperatures: tuple[float, ...] = (0.01, 0.1, 1.0)  # at which the cosines are compared [above 0 each]
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,10 +20,10 @@ from mvmr.methods.parts.standardising import Bank
 
 @dataclass(frozen=True, kw_only=True)
 class DcorConfig(DistillerConfig):
-    """estimator: of distance correlation, see `mvmr.methods.parts.dependence`."""
+    """The estimator of distance correlation, see `mvmr.methods.parts.dependence`."""
 
     name: Literal["dcor"] = "dcor"
-    estimator: Estimator = "unbiased"
+    estimator: Estimator = "unbiased"  # of dCor: biased as in the paper, or unbiased, of its square
 
     def loss(self, width: int, bank: Bank) -> nn.Module:
         return Dcor(self.estimator)

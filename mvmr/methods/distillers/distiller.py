@@ -23,20 +23,20 @@ from mvmr.methods.parts.standardising import Bank, How, Rows, Standard
 class DistillerConfig(MethodConfig):
     """Settings of every distiller.
 
-    teachers: weights by name; a hand-crafted representation that is computed once may stand among them
-    standardise: the units of a teacher's embeddings, see `mvmr.methods.parts.standardising.Standard`; None: `units`
-    drop: probability with which a step leaves out the teacher whose loss is smallest; after Sariyildiz et al., "UNIC:
-        universal classification models via multi-teacher distillation" (2024), section 3.3, where for every image each
-        teacher but the one of the largest loss is left out with this probability, and the weights are scaled up again
+    standardise: see `mvmr.methods.parts.standardising.Standard`; None: `units`
+    drop: after Sariyildiz et al., "UNIC: universal classification models via multi-teacher distillation" (2024),
+        section 3.3, where for every image each teacher but the one of the largest loss is left out with this
+        probability, and the weights are scaled up again
     """
 
     smallest_batch: ClassVar[int] = 4  # the unbiased estimator, in diagnoses too, is not defined below
     weighted: ClassVar[tuple[str, ...]] = ("teachers",)
     units: ClassVar[How] = "scale"
 
+    # weights by name; a hand-crafted representation that is computed once may stand among them [0 or more each]
     teachers: dict[str, float] = field(default_factory=lambda: {"teacher": 1.0})
-    standardise: How | None = None
-    drop: float = 0.0
+    standardise: How | None = None  # units of a teacher's embeddings; none: `dimension` of regression, else `scale`
+    drop: float = 0.0  # probability with which a step leaves out the teacher whose loss is smallest [0 to below 1]
 
     def __post_init__(self) -> None:
         check_weights("teachers", self.teachers)

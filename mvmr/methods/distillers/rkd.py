@@ -26,11 +26,11 @@ _GROUP = 64  # images between which angles are taken: their number grows with th
 
 @dataclass(frozen=True, kw_only=True)
 class RkdConfig(DistillerConfig):
-    """distance, angle: weights, in the paper's ratio."""
+    """The paper's ratio of the weights."""
 
     name: Literal["rkd"] = "rkd"
-    distance: float = 1.0
-    angle: float = 2.0
+    distance: float = 1.0  # weight of the distances [0 or more]
+    angle: float = 2.0  # weight of the angles, in the paper's ratio [0 or more]
 
     def __post_init__(self) -> None:
         super().__post_init__()

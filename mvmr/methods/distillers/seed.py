@@ -24,12 +24,12 @@ from mvmr.methods.parts.standardising import Bank
 
 @dataclass(frozen=True, kw_only=True)
 class SeedConfig(DistillerConfig):
-    """bank: images that an image is compared with, at most."""
+    """An even sample of the images stands for the paper's queue where there are more than `bank`."""
 
     name: Literal["seed"] = "seed"
-    bank: int = 16384
-    teacher_temperature: float = 0.05
-    student_temperature: float = 0.1
+    bank: int = 16384  # that an image is compared with, at most [images, 2 or more]
+    teacher_temperature: float = 0.05  # of the teacher's softmax: the lower, the sharper [above 0]
+    student_temperature: float = 0.1  # of the student's [above 0]
 
     def __post_init__(self) -> None:
         super().__post_init__()

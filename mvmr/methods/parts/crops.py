@@ -13,17 +13,14 @@ from mvmr.methods.method import MethodConfig, ViewSpec
 
 @dataclass(frozen=True, kw_only=True)
 class CropsConfig(MethodConfig):
-    """Settings of a method that learns from several crops: global0, global1, ..., then local0, local1, ...
+    """Settings of a method that learns from several crops: global0, global1, ..., then local0, local1, ..."""
 
-    crops, local: how many of the usual size, and how many smaller ones
-    local_scale: side of the latter, as a share of the usual one
-    global_area, local_area: of a random crop, from and to, as shares of the image; None: the policy's
-    """
-
-    crops: int = 2
-    local: int = 6
-    local_scale: float = 0.43
+    crops: int = 2  # views of the usual size [2 or more]
+    local: int = 6  # views that are smaller [0 or more]
+    local_scale: float = 0.43  # side of the smaller ones, as a share of the usual one [above 0, up to 1]
+    # of a random crop of the usual size, from and to; none: the policy's [share of the image, above 0, up to 1]
     global_area: tuple[float, float] | None = (0.14, 1.0)
+    # of a smaller one, from and to [share of the image, above 0, up to 1]
     local_area: tuple[float, float] = (0.05, 0.14)
 
     def __post_init__(self) -> None:
