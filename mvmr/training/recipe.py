@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mvmr.bundles.preprocess import WHITE, check_background
-from mvmr.config import ONE_OF, assign, parse, read_toml
+from mvmr.config import ONE_OF, assign, parse, read_toml, to_mapping
 from mvmr.errors import MvmrError, unknown
 from mvmr.methods.method import ORIGINAL, MethodConfig, ViewSpec
 from mvmr.methods.mvmr import MvmrConfig
@@ -97,20 +97,29 @@ def read_recipe(kind: type[T], recipe: str | Path, shelf: Traversable, assignmen
             raise unknown("recipe", str(recipe), _names(shelf))
         with resources.as_file(shelf / f"{recipe}.toml") as path:
             where, mapping = f"recipe {recipe}", read_toml(path)
-    settings: dict[str, Any] = assign(
-        {"name": Path(recipe).stem if Path(recipe).suffix else str(recipe), **_of_method(mapping, assignments)},
-        assignments,
-    )
-    return parse(kind, settings, where=where)
+    settings: Mapping[str, Any] = mapping
+    if issubclass(kind, Recipe):
+        settings = _with_method(mapping, assignments)
+    name = Path(recipe).stem if Path(recipe).suffix else str(recipe)
+    return parse(kind, assign({"name": name, **settings}, assignments), where=where)
 
 
-def _of_method(mapping: Mapping[str, Any], assignments: Sequence[str]) -> Mapping[str, Any]:
-    """A recipe without its settings of a method, where assignments ask for another one."""
-    names = [assignment.partition("=")[2].strip() for assignment in assignments if assignment.startswith(_METHOD)]
+def _with_method(mapping: Mapping[str, Any], assignments: Sequence[str]) -> Mapping[str, Any]:
+    """A recipe with its settings of a method, or without them where assignments ask for another one.
+
+    Tables of weights that it leaves out are there as the method has them, so that an assignment changes one of them
+    and leaves the others.
+    """
     table = mapping.get("method", {})
-    if not names or not isinstance(table, Mapping) or table.get("name", next(iter(CONFIGS))) == names[-1]:
+    if not isinstance(table, Mapping):
         return mapping
-    return {**mapping, "method": {}}
+    current = table.get("name", next(iter(CONFIGS)))
+    name = [current, *(text.partition("=")[2].strip() for text in assignments if text.startswith(_METHOD))][-1]
+    if name not in CONFIGS:
+        return mapping
+    defaults = to_mapping(CONFIGS[name]())
+    weights = {key: value for key, value in defaults.items() if isinstance(value, dict)}
+    return {**mapping, "method": {**weights, **(table if name == current else {})}}
 
 
 def _names(shelf: Traversable) -> tuple[str, ...]:
