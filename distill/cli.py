@@ -19,14 +19,14 @@ from mvmr.progress import say_plan
     required=True,
     multiple=True,
     metavar="[NAME=]SPEC",
-    help="An open_clip model such as ViT-B-16, a folder in its hub format, timm:NAME[:FILE], "
+    help="An open_clip model such as ViT-B-16 or ViT-B-16:openai, a folder in its hub format, timm:NAME[:FILE], "
     "torchvision:NAME[:WEIGHTS|FILE], onnx:FILE, python:MODULE:FACTORY or rows:FILE.parquet (docs/teachers.md). "
     "Given several times, each with a name: clip=ViT-B-16.",
 )
 @click.option(
     "--pretrained",
     metavar="TAG|FILE",
-    help="Weights of an open_clip model: one of its tags, or a file; the default is named before the start.",
+    help="Weights of open_clip models that don't say theirs: a tag, or a file; the default is named before the start.",
 )
 @click.option("--data", default="sample:patches", show_default=True, help="A folder, glob, list:FILE, or stl10:ROOT.")
 @TRAINING
@@ -39,12 +39,13 @@ def distill(
 ) -> None:  # fmt: skip
     """Distil a teacher, or several, into a small student, from unlabelled images."""
     from mvmr.distillation.distill import distill as run
-    from mvmr.distillation.teachers.clip_source import default_weights
+    from mvmr.distillation.teachers.clip_source import default_weights, split_weights
     from mvmr.distillation.teachers.table import parse_specs
 
     specs = parse_specs(teachers)
     target = out or f"runs/{'-'.join(slug(str(spec)) for spec in specs)}-{slug(data)}"
-    weights = [pretrained or default_weights(spec.what) for spec in specs if spec.kind == "open_clip"]
+    models = [split_weights(spec.what) for spec in specs if spec.kind == "open_clip"]
+    weights = [own or pretrained or default_weights(model) for model, own in models]
     plan = {"teacher": ", ".join(map(str, specs))} | ({"weights": ", ".join(weights)} if weights else {})
     say_plan(**plan, data=data, recipe=options["recipe"], out=target)
     show_result(run(teachers, data, target, pretrained=pretrained, assign=assign, progress=True, **options).path, data)

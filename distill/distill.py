@@ -10,9 +10,9 @@ import numpy as np
 
 from mvmr.bundles.bundle import Bundle
 from mvmr.data import ImageSet, open_images
-from mvmr.distillation.teachers.remembered import open_or_recall
+from mvmr.distillation.teachers.remembered import RememberedTeacher, open_or_recall
 from mvmr.distillation.teachers.stored_rows import StoredRows, describe_missing
-from mvmr.distillation.teachers.table import parse_specs
+from mvmr.distillation.teachers.table import parse_specs, share_pretrained
 from mvmr.distillation.teachers.teacher import NAME, Teacher
 from mvmr.errors import MvmrError
 from mvmr.progress import say
@@ -44,12 +44,13 @@ def distill(
     epoch (and by the next run on the same images).
 
     Args:
-        teacher: an open_clip model name, a folder in open_clip's hub format, ``timm:NAME[:FILE]``,
+        teacher: an open_clip model, ``NAME[:TAG|FILE]``, a folder in open_clip's hub format, ``timm:NAME[:FILE]``,
             ``torchvision:NAME[:WEIGHTS|FILE]``, ``onnx:FILE``, ``python:MODULE:FACTORY`` or ``rows:FILE.parquet``; or
             several, each with a name: ``["clip=ViT-B-16", "dino=timm:..."]``. What the recipe says of its ``teacher``
             holds for each that it does not name, its weights shared between them. One whose weights are gone will do
             where its embeddings of the images are in the cache.
-        pretrained: a tag of open_clip's, or a weights file; left out, `teachers.open_clip` names the default.
+        pretrained: a tag of open_clip's, or a weights file, for open_clip models that don't say theirs
+            (``ViT-B-16:openai``); left out, `clip_source.default_tag` names the default.
         max_missing: the run stops when a larger share of the images has no row in a teacher's file; the others are
             left out.
 
@@ -58,15 +59,21 @@ def distill(
     if not 0 <= max_missing <= 1:
         raise MvmrError(f"max_missing = {max_missing}: a share, from 0 to 1")
     specs = parse_specs(teacher)
+    weights = share_pretrained(specs, pretrained)
     names = [spec.name for spec in specs]
     resolved = share_weights(load_recipe(recipe, "mvmr.distillation", assign), names)
     check_recipe(resolved, names, None if resume else init)
     computing = teacher_device(device)
-    teachers = {spec.name: open_or_recall(spec, pretrained, device=computing, progress=progress) for spec in specs}
+    teachers = {
+        spec.name: open_or_recall(spec, weights[spec.name], device=computing, progress=progress) for spec in specs
+    }
     images = open_images(
         data, "unlabelled", background=resolved.views.background, max_unreadable=max_unreadable, progress=progress
     )
     images = leave_out_unknown(images, teachers, max_missing, progress=progress)
+    for teacher in teachers.values():
+        if isinstance(teacher, RememberedTeacher):
+            teacher.check(images)
     say(describe(resolved), shown=progress)
     return fit(
         images, out, resolved, teachers=teachers, init=init, resume=resume, overwrite=overwrite,
@@ -79,6 +86,8 @@ def describe(recipe: Recipe) -> str:
     method, train = recipe.method, recipe.train
     weights = [(name, weight) for field in method.weighted for name, weight in getattr(method, field).items() if weight]
     whole = method.name
+    if losses := getattr(method, "losses", None):
+        whole += f" ({', '.join(f'{weight:g} {name}' for name, weight in losses.items() if weight)})"
     if weights:
         whole += f" of {', '.join(f'{name} ({weight:g})' for name, weight in weights)}"
     if beside := [f"{name} ({weight:g})" for name, weight in recipe.objective.representations.items() if weight]:
@@ -114,18 +123,22 @@ def leave_out_unknown(
 
 
 def share_weights(recipe: Recipe, names: Sequence[str]) -> Recipe:
-    """A recipe in which the weight of `teacher` in a table is shared equally by those that the table doesn't name."""
+    """A recipe in which the weight of `teacher` in a table is shared equally by those that the table doesn't name.
+
+    A method that takes weights and is given none learns from the teachers, with weight 1.
+    """
 
     def share(weights: Mapping[str, float]) -> dict[str, float]:
-        if NAME in names or NAME not in weights:
+        if NAME not in weights:
             return dict(weights)
-        unnamed = [name for name in names if name not in weights]
+        unnamed = [name for name in names if name not in weights or name == NAME]
         named = {name: weight for name, weight in weights.items() if name != NAME}
         return named | dict.fromkeys(unnamed, weights[NAME] / max(1, len(unnamed)))
 
     method = recipe.method
+    tables = {field: share(getattr(method, field) or {NAME: 1.0}) for field in method.weighted}
     return replace(
         recipe,
-        method=replace(method, **{field: share(getattr(method, field)) for field in method.weighted}),  # type: ignore[arg-type]
+        method=replace(method, **tables),  # type: ignore[arg-type]
         objective=replace(recipe.objective, representations=share(recipe.objective.representations)),
     )

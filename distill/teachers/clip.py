@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mvmr.bundles import weights
-from mvmr.distillation.teachers.clip_source import TeacherSource, find_source
+from mvmr.distillation.teachers.clip_source import TeacherSource, find_source, split_weights
 from mvmr.distillation.teachers.teacher import NoTextTower
 
 
@@ -123,8 +123,9 @@ class ClipTeacher:
 
 
 def load(what: str, pretrained: str | Path | None = None, *, device: str | torch.device, text: bool) -> ClipTeacher:
-    """Load a model of open_clip's; see `ClipTeacher.load`."""
-    return ClipTeacher.load(what, pretrained, device=device, text=text)
+    """Load a model of open_clip's, `NAME[:TAG|FILE]` or a folder; see `ClipTeacher.load`."""
+    name, weights = split_weights(what)
+    return ClipTeacher.load(name, weights or pretrained, device=device, text=text)
 
 
 def _identity(visual: nn.Module, source: TeacherSource, preprocess: PreprocessCfg, dtype: torch.dtype) -> str:

@@ -59,6 +59,14 @@ def default_tag(name: str) -> str:
     return str(published[0])
 
 
+def split_weights(what: str) -> tuple[str, str]:
+    """Model and weights of `NAME[:TAG|FILE]`; a folder and a repository of the hub have theirs themselves ("")."""
+    if what.startswith(HF_HUB_PREFIX) or Path(what).is_dir():
+        return what, ""
+    name, _, weights = what.partition(":")
+    return name, weights
+
+
 def default_weights(name: str | Path) -> str:
     """Say which weights `find_source` takes when none are named: a folder's own, or those of `default_tag`.
 

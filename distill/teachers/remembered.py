@@ -17,11 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from mvmr import strict_json
+from mvmr.data import ImageSet
 from mvmr.distillation.teachers.clip_source import WEIGHT_SUFFIXES
 from mvmr.distillation.teachers.table import open_teacher
 from mvmr.distillation.teachers.teacher import Spec, Teacher, TeacherGone
 from mvmr.errors import MvmrError
 from mvmr.progress import say
+from mvmr.representations.cache import has_rows
 from mvmr.storage.atomic import cache_dir, write_json
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,14 @@ class RememberedTeacher:
     origin: Mapping[str, Any] = field(default_factory=dict)
     why: str
 
+    def check(self, images: ImageSet) -> None:
+        """Refuse images of which the cache does not hold every embedding.
+
+        Raises: MvmrError: that, and why the teacher can't be had.
+        """
+        if not has_rows(images, self):
+            raise MvmrError(f"{self.why}; and the cache has no embeddings by {self.name} of all of {images.name}")
+
     def prepare(self, image: Image.Image) -> Tensor:
         raise MvmrError(self.why)
 
@@ -64,7 +74,7 @@ def open_or_recall(
     except TeacherGone as error:
         if (remembered := _recall(file, str(error))) is None:
             raise
-        line = f"{error}; going on with its embeddings in the cache"
+        line = f"{error}; its embeddings in the cache will do, if they are of these images"
         say(line) if progress else logger.warning(line)
         return remembered
     with contextlib.suppress(MvmrError):  # a cache that can only be read will do

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from mvmr.distillation.teachers import clip, onnx_model, python_module, stored_rows, timm_model, torchvision_model
+from mvmr.distillation.teachers.clip_source import split_weights
 from mvmr.distillation.teachers.teacher import Spec, Teacher
 from mvmr.errors import MvmrError
+from mvmr.representations import AUGMENTED_PIXELS, HAND_CRAFTED
 
 
 class Load(Protocol):
@@ -33,13 +35,15 @@ KINDS: dict[str, Load] = {
 def parse_specs(specs: str | Path | Iterable[str | Path]) -> list[Spec]:
     """Read one spec or several, each of a name of its own.
 
-    Raises: MvmrError for a name that is none, or given twice.
+    Raises: MvmrError for a name that is none, given twice, or that of a hand-crafted representation.
     """
     texts = [specs] if isinstance(specs, str | Path) else list(specs)
     if not texts:
         raise MvmrError("no teacher is given: --teacher ViT-B-16")
     parsed = [Spec.parse(text, tuple(KINDS)) for text in texts]
     for number, spec in enumerate(parsed):
+        if spec.name in (*HAND_CRAFTED, AUGMENTED_PIXELS):
+            raise MvmrError(f"teacher {spec.name}={spec}: {spec.name!r} is what recipes call another representation")
         if spec.name in [earlier.name for earlier in parsed[:number]]:
             raise MvmrError(f"two teachers are called {spec.name}: give each a name, such as clip=ViT-B-16")
     return parsed
@@ -51,13 +55,28 @@ def open_teacher(
     """Load a teacher.
 
     Args:
-        pretrained: weights of an open_clip model: one of its tags, or a file; None takes the default tag.
+        pretrained: weights of an open_clip model whose spec says none: one of its tags, or a file; None takes the
+            default tag.
         text: also load a text tower, for zero-shot.
 
     Raises: MvmrError where it can't be had, or `pretrained` is given for another kind.
     """
     if pretrained is None:
         return KINDS[spec.kind](spec.what, device=device, text=text)
-    if spec.kind != "open_clip":
+    if not _wants_weights(spec):
         raise MvmrError(f"teacher {spec} says its weights itself; leave out --pretrained {pretrained}")
     return clip.load(spec.what, pretrained, device=device, text=text)
+
+
+def share_pretrained(specs: Sequence[Spec], pretrained: str | Path | None) -> dict[str, str | Path | None]:
+    """The weights of each teacher by its name: `pretrained` of open_clip models that say none, else None.
+
+    Raises: MvmrError where it is given and all say theirs.
+    """
+    if pretrained is not None and not any(map(_wants_weights, specs)):
+        raise MvmrError(f"every teacher says its weights itself; leave out --pretrained {pretrained}")
+    return {spec.name: pretrained if _wants_weights(spec) else None for spec in specs}
+
+
+def _wants_weights(spec: Spec) -> bool:
+    return spec.kind == "open_clip" and not split_weights(spec.what)[1]

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from mvmr.errors import MvmrError, summarise, unknown
 
 NAME = "teacher"  # of one that is given none
-_SAME = 1e-2  # relative; half precision on a GPU is nearer
+_SAME = 1e-2  # of what makes two images differ
+_ROUNDING = 1e-5  # of float32 on the CPU, over the largest value
 _STUDENT = "student"
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
@@ -114,7 +115,7 @@ def read_settings(kind: str, what: str, keys: Sequence[str]) -> tuple[str, dict[
 def identity_of(network: nn.Module, prepare: Callable[[Image.Image], Tensor], description: Mapping[str, Any]) -> str:
     """The identity of a network: of its weights, what it is described as, and what it makes of two images' pixels."""
     digest = hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode())
-    for key, tensor in sorted(network.state_dict().items()):
+    for key, tensor in sorted({**dict(network.named_buffers()), **network.state_dict()}.items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     for image in canaries():
@@ -128,8 +129,12 @@ def canaries() -> list[Image.Image]:
     return [Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)) for shape in ((64, 96, 3), (300, 200, 3))]
 
 
-def measure_width(network: Callable[[Tensor], Tensor], prepare: Callable[[Image.Image], Tensor], name: str) -> int:
+def measure_width(
+    network: Callable[[Tensor], Tensor], prepare: Callable[[Image.Image], Tensor], name: str, *, rounding: float = 2e-3
+) -> int:
     """The width of a network's embeddings, after a look at what it makes of two images, together and alone.
+
+    rounding: how far two results of one computation may be apart, over the largest value
 
     Raises: MvmrError where they are no rows of one width, [B, D], in floating point and finite, or that of an image
         hangs on the others of its batch.
@@ -160,7 +165,8 @@ def measure_width(network: Callable[[Tensor], Tensor], prepare: Callable[[Image.
         raise MvmrError(f"teacher {name} gives rows of {widths}")
     if not both.isfinite().all():
         raise MvmrError(f"teacher {name} gives values that are not finite")
-    if not torch.allclose(both[:1], alone, rtol=_SAME, atol=_SAME * float(both.abs().amax())):
+    apart, size = (both[0] - both[1]).abs().amax(), both.abs().amax()
+    if (both[0] - alone[0]).abs().amax() > _SAME * apart + rounding * size:
         raise MvmrError(
             f"teacher {name} gives an image another row when it stands beside another: is a batch norm in training "
             "mode, or a dropout on?"
@@ -184,7 +190,7 @@ class NetworkTeacher:
         self.name, self.weights, self.prepare = name, weights, prepare
         self.origin = {"kind": kind, "what": what}  # recorded in the bundle
         self._network = network.cpu().float().eval().requires_grad_(False)
-        self.dim = measure_width(self._network, prepare, name)
+        self.dim = measure_width(self._network, prepare, name, rounding=_ROUNDING)
         self.identity = identity_of(self._network, prepare, description)
         self._device = torch.device(device)
         self._network.to(self._device)

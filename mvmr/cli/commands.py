@@ -150,7 +150,7 @@ def info(bundle: str | None, as_json: bool) -> None:
         return
     training, image = manifest.training, manifest.preprocessing
     teachers = training.get("teachers")
-    entries = teachers.values() if isinstance(teachers, Mapping) else ()
+    entries = teachers.items() if isinstance(teachers, Mapping) else ()
     lines = {
         "bundle": current.path,
         "encoder": manifest.backbone + (", small kernel" if manifest.options.get("small_kernel") else ""),
@@ -159,7 +159,11 @@ def info(bundle: str | None, as_json: bool) -> None:
         f"{describe_background(image.background)}",
         "trained": f"{_look_up(training, 'method')}, recipe {_look_up(training, 'recipe', 'name')}, "
         f"{_look_up(training, 'steps')} steps",
-        "teacher": ", ".join(f"{_look_up(entry, 'name')}, weights {_look_up(entry, 'weights')}" for entry in entries)
+        "teacher": "; ".join(
+            (f"{name}: " if len(entries) > 1 else "")
+            + f"{_look_up(entry, 'name')}, weights {_look_up(entry, 'weights')}"
+            for name, entry in entries
+        )
         or "none",
         "data": f"{_look_up(training, 'data', 'name')}, {_look_up(training, 'data', 'images')} images",
         "space": current.space_id,

@@ -61,6 +61,11 @@ def cached_rows(
         raise MvmrError(f"cannot keep {label} in {path}: {reason}; free space or point MVMR_CACHE elsewhere") from error
 
 
+def is_whole(path: Path, *, key: Mapping[str, str], count: int) -> bool:
+    """Whether `cached_rows` would read all rows from `path`."""
+    return _Store(path=path, key=dict(key), count=count, label="").has_key() and path.is_file()
+
+
 def open_rows(path: Path) -> np.memmap:
     """Open a file of rows, memory-mapped and read-only, believing nothing that its header says without its size.
 

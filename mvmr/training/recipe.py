@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from mvmr.bundles.preprocess import WHITE, check_background
-from mvmr.config import ONE_OF, assign, parse
+from mvmr.config import ONE_OF, assign, parse, to_mapping
 from mvmr.errors import MvmrError
 from mvmr.methods.method import ORIGINAL, MethodConfig, ViewSpec
 from mvmr.methods.mvmr import MvmrConfig
@@ -108,17 +108,25 @@ def read_recipe(kind: type[T], recipe: str | Path, shelf: Traversable, assignmen
         MvmrError: no such recipe or file, or keys or values that don't fit (all of them named at once).
     """
     mapping = read_tables(recipe, shelf)
-    settings: dict[str, Any] = assign(
-        {"name": Path(recipe).stem if is_file(recipe) else str(recipe), **_of_method(mapping, assignments)},
-        assignments,
-    )
-    return parse(kind, settings, where=str(recipe) if is_file(recipe) else f"recipe {recipe}")
+    settings = _with_method(mapping, assignments) if issubclass(kind, Recipe) else mapping
+    name = Path(recipe).stem if is_file(recipe) else str(recipe)
+    where = str(recipe) if is_file(recipe) else f"recipe {recipe}"
+    return parse(kind, assign({"name": name, **settings}, assignments), where=where)
 
 
-def _of_method(mapping: Mapping[str, Any], assignments: Sequence[str]) -> Mapping[str, Any]:
-    """A recipe without its settings of a method, where assignments ask for another one."""
-    names = [assignment.partition("=")[2].strip() for assignment in assignments if assignment.startswith(_METHOD)]
+def _with_method(mapping: Mapping[str, Any], assignments: Sequence[str]) -> Mapping[str, Any]:
+    """A recipe with its settings of a method, or without them where assignments ask for another one.
+
+    Tables of weights that it leaves out are there as the method has them, so that an assignment changes one of them
+    and leaves the others.
+    """
     table = mapping.get("method", {})
-    if not names or not isinstance(table, Mapping) or table.get("name", next(iter(CONFIGS))) == names[-1]:
+    if not isinstance(table, Mapping):
         return mapping
-    return {**mapping, "method": {}}
+    current = table.get("name", next(iter(CONFIGS)))
+    name = [current, *(text.partition("=")[2].strip() for text in assignments if text.startswith(_METHOD))][-1]
+    if name not in CONFIGS:
+        return mapping
+    defaults = to_mapping(CONFIGS[name]())
+    weights = {key: value for key, value in defaults.items() if isinstance(value, dict)}
+    return {**mapping, "method": {**weights, **(table if name == current else {})}}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import linecache
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from torchvision import models
 import mvmr
 from mvmr.bundles import bundle as bundles
 from mvmr.distillation.teachers.recorded import recorded_teachers, teacher_of
-from mvmr.distillation.teachers.table import KINDS, open_teacher, parse_specs
+from mvmr.distillation.teachers.table import KINDS, open_teacher, parse_specs, share_pretrained
 from mvmr.distillation.teachers.teacher import NoTextTower, Spec, Teacher, canaries
 from mvmr.errors import MvmrError
 from tests.distill.small_onnx import small_onnx
@@ -91,6 +93,10 @@ class Crowd(Colours):
 
     def forward(self, images):
         return self.norm(super().forward(images)) if len(images) > 1 else super().forward(images)
+
+class FarCrowd(Crowd):
+    def forward(self, images):
+        return super().forward(images) + 1000
 
 class Endless(Colours):
     def forward(self, images):
@@ -251,6 +257,7 @@ def test_neither_has_a_text_tower(here: Path) -> None:
         ("python:my_teachers:Words", r"its preprocessing gives str, not a tensor \[C, H, W\]"),
         ("python:my_teachers:Endless", "gives values that are not finite"),
         ("python:my_teachers:Crowd", r"another row when it stands beside another: is a batch norm in training mode"),
+        ("python:my_teachers:FarCrowd", "another row when it stands beside another"),
         ("torchvision:resnet1", r"unknown torchvision model 'resnet1'; did you mean"),
         ("torchvision:resnet18:IMAGENET", r"unknown weights of torchvision's resnet18 'IMAGENET'; did you mean"),
         ("torchvision:resnet18:gone.pth", "weights file gone.pth of teacher torchvision:resnet18 does not exist"),
@@ -258,6 +265,9 @@ def test_neither_has_a_text_tower(here: Path) -> None:
         ("timm:resnet10", r"unknown timm model 'resnet10'; did you mean 'resnet10t'\?"),
         ("timm:resnet10t:gone.pth", "weights file gone.pth of teacher timm:resnet10t does not exist"),
         ("a b=ViT-B-16", "'a b' is no name"),
+        ("hog=ViT-B-16", "'hog' is what recipes call another representation"),
+        ("augmented_pixels=ViT-B-16", "is what recipes call another representation"),
+        ("ViT-B-16:opena", "unknown weights of ViT-B-16: 'opena'; did you mean 'openai'"),
     ],
 )
 def test_what_can_not_teach_is_one_line(here: Path, what: str, message: str) -> None:
@@ -271,6 +281,30 @@ def test_weights_of_another_model_name_the_keys(here: Path) -> None:
         load_teacher(f"timm:resnet18:{small_timm(here)}")
     with pytest.raises(MvmrError, match=r"as weights of torchvision:resnet18, does not fit: keys .* missing"):
         load_teacher(f"torchvision:resnet18:{small_torchvision(here)}")
+
+
+def test_another_network_of_the_same_weights_is_another_teacher(here: Path) -> None:
+    """Which pooling, and what no state dict holds, are in a module's text."""
+    spec, identities = "python:my_teachers:colours", set()
+    for change in (
+        ("mean((2, 3))", "mean((2, 3))"),
+        ("mean((2, 3))", "amax((2, 3))"),
+        (".float() / 255", ".float() / 254"),
+    ):
+        (here / "my_teachers.py").write_text(MODULE.replace(*change))
+        sys.modules.pop("my_teachers", None)
+        importlib.invalidate_caches()
+        linecache.clearcache()
+        identities.add(load_teacher(spec).identity)
+    assert len(identities) == 3
+
+
+def test_weights_given_once_are_those_of_open_clip_models_that_say_none() -> None:
+    specs = parse_specs(["clip=ViT-B-16", "old=ViT-B-32:openai", "dino=timm:resnet10t"])
+    assert share_pretrained(specs, "laion2b") == {"clip": "laion2b", "old": None, "dino": None}
+    assert set(share_pretrained(specs, None).values()) == {None}
+    with pytest.raises(MvmrError, match="every teacher says its weights itself; leave out --pretrained laion2b"):
+        share_pretrained(specs[1:], "laion2b")
 
 
 def test_weights_of_a_spec_are_not_given_twice(here: Path) -> None:
@@ -342,4 +376,6 @@ def test_the_command_takes_several(here: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "python:my_teachers:colours" in done.stderr
     info = subprocess.run([sys.executable, "-m", "mvmr", "info", "out"], capture_output=True, text=True, check=True)
-    assert "python:my_teachers:colours" in info.stdout
+    line = next(line for line in info.stdout.splitlines() if line.startswith("teacher "))
+    assert line.split(maxsplit=1)[1].startswith("clip: ")
+    assert "; mine: python:my_teachers:colours, weights its own" in line

@@ -1,4 +1,4 @@
-"""A student of several teachers: its order, its line at the start, and what evaluation, report and app say of each."""
+"""A student of several teachers: its order, its line at the start, and what evaluation and report say of each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from click.testing import CliRunner
 from PIL import Image
 
 import mvmr
-from mvmr.app.opening import open_workbench
 from mvmr.bundles import bundle as bundles
 from mvmr.bundles.bundle import Bundle
 from mvmr.cli.main import main
@@ -87,10 +86,20 @@ def test_weights_are_given_to_every_teacher_or_shared_by_the_rest() -> None:
     both = weights("method.teachers.a=2", "objective.representations.teacher=0.1")
     assert both == ({"a": 2.0, "b": 1.0}, {"a": 0.05, "b": 0.05})
     assert weights("method.teachers.a=0")[0] == {"a": 0.0, "b": 1.0}
+    assert weights("method.name=cosine", "method.teachers.a=2") == ({"a": 2.0, "b": 1.0}, {})
     by_byol = ["method.name=byol", "objective.representations.teacher=0.1"]
     line = describe(share_weights(load_recipe("default", "mvmr.distillation", by_byol), ["a", "b"]))
     assert line.startswith("learning by byol, and dependence on a (0.05), b (0.05): resnet50, ")
     assert describe(load_recipe("default", "mvmr.distillation")).startswith("learning by regression of teacher (1): ")
+    objective = share_weights(load_recipe("default", "mvmr.distillation", ["method.name=mvmr"]), ["a", "b"]).method
+    assert to_mapping(objective)["representations"] == {"a": 0.5, "b": 0.5}
+    unnamed = share_weights(load_recipe("default", "mvmr.distillation"), ["teacher", "b"])
+    assert to_mapping(unnamed)["method"]["teachers"] == {"teacher": 0.5, "b": 0.5}
+    changed = load_recipe("default", "mvmr.distillation", ["method.name=combination", "method.losses.cosine=0.5"])
+    assert to_mapping(changed)["method"]["losses"] == {"regression": 1.0, "relational": 1.0, "cosine": 0.5}
+    assert describe(changed).startswith(
+        "learning by combination (1 regression, 1 relational, 0.5 cosine) of teacher (1)"
+    )
     with pytest.raises(MvmrError, match="'student' is what tables call the student"):
         parse_specs(["student=ViT-B-16"])
 
@@ -137,16 +146,3 @@ def test_the_report_has_a_page_for_each_and_one_that_leads_to_them(
     (out / "notes.txt").touch()
     with pytest.raises(MvmrError, match=r"holds 'notes\.txt', which is no part of a report"):
         report(student.path, data, out=out, **BRIEF)
-
-
-def test_the_app_shows_the_first_and_names_the_others(
-    folder: Path, student: Bundle, capsys: pytest.CaptureFixture[str]
-) -> None:
-    gallery = str(folder / "photos")
-    bench = open_workbench(student.path, gallery=gallery, progress=True)
-    assert bench.teacher is not None
-    assert bench.teacher.teacher.name == "clip"
-    assert "also distilled from colours: --teacher colours" in " ".join(capsys.readouterr().err.split())
-    other = open_workbench(student.path, teacher="colours", gallery=gallery)
-    assert other.teacher is not None
-    assert other.teacher.teacher.name == "onnx:colours.onnx"

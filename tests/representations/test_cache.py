@@ -275,6 +275,39 @@ def test_represent_computes_again_for_other_weights_or_images() -> None:
     np.testing.assert_allclose(represent(doubled, MeanColour())[:, :3], MEANS[::-1], rtol=1e-5)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("faults", "message"),
+    [
+        ({"prepare": 4}, r"the preprocessing of mean colour failed on train/00004: RuntimeError: of image 4"),
+        ({"shape": 5}, r"the preprocessing of mean colour gives \[3, 8, 8\] for one image and \[3, 7, 8\] for another"),
+        ({"forward": 2}, r"mean colour failed on images \[2, 3, 8, 8\]: RuntimeError: of a last batch"),
+    ],
+)
+def test_code_of_a_user_that_fails_is_one_line(workers: int, faults: dict[str, int], message: str) -> None:
+    with pytest.raises(MvmrError, match=message):
+        represent(IMAGES, Faulty(faults), batch_size=3, workers=workers)
+
+
+class Faulty:
+    name, identity, plain = "mean colour", "fedcba9876543210" * 2, MeanColour()
+
+    def __init__(self, faults: dict[str, int]) -> None:
+        self.faults = faults
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        number = int(np.flatnonzero((np.asarray(image) == PIXELS).all((1, 2, 3)))[0])
+        if number == self.faults.get("prepare"):
+            raise RuntimeError(f"of image {number}")
+        tensor = self.plain.prepare(image)
+        return tensor[:, 1:] if number == self.faults.get("shape") else tensor
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        if len(batch) == self.faults.get("forward"):
+            raise RuntimeError("of a last batch")
+        return self.plain(batch)
+
+
 class Unreadable:
     keys = numbered_names("train", len(PIXELS))
 

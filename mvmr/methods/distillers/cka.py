@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -38,4 +39,6 @@ class Cka(nn.Module):
 
 def _gram(x: Tensor) -> Tensor:
     centred = centre(x)
+    norm = torch.linalg.vector_norm(centred)  # else very small features vanish in the smallest denominator allowed
+    centred = centred / torch.where(norm == 0, torch.ones_like(norm), norm)
     return (centred @ centred.T).flatten()

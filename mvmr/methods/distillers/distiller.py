@@ -16,7 +16,7 @@ from mvmr.errors import MvmrError
 from mvmr.methods.method import Method, MethodConfig, Setting, Step
 from mvmr.methods.parts.dependence import centred_distances, correlate, effective_rank, permutation_null
 from mvmr.methods.parts.gathering import gather
-from mvmr.methods.parts.standardising import Bank, How, Rows, Standard
+from mvmr.methods.parts.standardising import Bank, How, Standard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,11 @@ class DistillerConfig(MethodConfig):
         check_weights("teachers", self.teachers)
         if not 0 <= self.drop < 1:
             raise MvmrError(f"[method] drop = {self.drop}: a probability below 1")
+
+    @property
+    def how(self) -> How:
+        """The units of a teacher's embeddings."""
+        return self.standardise or self.units
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -73,6 +78,7 @@ class Distiller(Method):
     """
 
     steps: Tensor
+    salt: Tensor
 
     def __init__(self, config: DistillerConfig, encoder: nn.Module, setting: Setting) -> None:
         super().__init__(encoder, setting.preprocess)
@@ -83,9 +89,13 @@ class Distiller(Method):
         state = torch.get_rng_state()
         for name in self.names:
             torch.set_rng_state(state)
+            rows, units = setting.rows[name], {settings.how for _, settings in config.parts.values()}
+            standards = {how: Standard(rows, how) for how in sorted(units)}
             for part, (_, settings) in config.parts.items():
-                self.losses[f"{part}-{name}"] = TeacherLoss(settings, setting.width, setting.rows[name])
+                loss = settings.loss(setting.width, Bank(rows, standards[settings.how]))
+                self.losses[f"{part}-{name}"] = TeacherLoss(standards[settings.how], loss)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("salt", torch.tensor(torch.initial_seed() % 2**31))  # other seeds leave out other teachers
 
     def forward(self, views: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Step:
         h, ha = self.features(views["original"]), self.features(views["augmented"])
@@ -109,7 +119,10 @@ class Distiller(Method):
         """The weights of the teachers in this step; 0, not nothing, for one left out: every head gets a gradient."""
         weights = {name: self.config.teachers[name] for name in self.names}
         if self.training and self.config.drop and len(weights) > 1:
-            chance = torch.rand((), generator=torch.Generator().manual_seed(int(self.steps)))  # the same on all devices
+            generator = torch.Generator().manual_seed(
+                2**31 * int(self.salt) + int(self.steps)
+            )  # the same on all devices
+            chance = torch.rand((), generator=generator)
             if float(chance) < self.config.drop:
                 sums = {name: float(sum(term.detach() for term in learnt[name].values())) for name in self.names}
                 weights[min(sums, key=lambda name: sums[name])] = 0.0
@@ -135,10 +148,9 @@ class Distiller(Method):
 class TeacherLoss(nn.Module):
     """A loss for one teacher, which takes its embeddings as they are: [B, D] and [B, K] -> scalar."""
 
-    def __init__(self, config: DistillerConfig, width: int, rows: Rows) -> None:
+    def __init__(self, standard: Standard, loss: nn.Module) -> None:
         super().__init__()
-        self.standard = Standard(rows, config.standardise or config.units)
-        self.loss = config.loss(width, Bank(rows, self.standard))
+        self.standard, self.loss = standard, loss
 
     def forward(self, h: Tensor, target: Tensor) -> Tensor:
         loss: Tensor = self.loss(h, self.standard(target))

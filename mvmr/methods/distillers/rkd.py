@@ -21,6 +21,7 @@ from mvmr.methods.distillers.distiller import DistillerConfig
 from mvmr.methods.parts.relations import distances
 from mvmr.methods.parts.standardising import Bank
 
+_NEAR = 1e-3  # of the mean distance: between images nearer than that there is no direction, only rounding
 _GROUP = 64  # images between which angles are taken: their number grows with the third power
 
 
@@ -64,6 +65,10 @@ def _relative_distances(x: Tensor) -> Tensor:
 
 
 def _cosines(x: Tensor) -> Tensor:
-    """Of the angles at every image between all pairs of others, [B, D] -> [B, B, B]."""
-    directions = F.normalize(x[None, :] - x[:, None], dim=2)
+    """Of the angles at every image between all pairs of others, [B, D] -> [B, B, B]; 0 where two are the same."""
+    differences = x[None, :] - x[:, None]
+    lengths = torch.linalg.vector_norm(differences, dim=2, keepdim=True)
+    same = lengths <= _NEAR * lengths.detach().mean()
+    # filled before the division, for a gradient of 0 times infinity is none
+    directions = (differences / lengths.masked_fill(same, 1)).masked_fill(same, 0)
     return directions @ directions.transpose(1, 2)

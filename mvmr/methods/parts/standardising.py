@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 Rows = npt.NDArray[np.floating[Any]]
-How = Literal["dimension", "scale", "phi-s", "none"]
+How = Literal["dimension", "scale", "phi-s", "raw"]
 _BLOCK = 4096  # rows that are read at once
-_TINY = 1e-6  # a dimension that never varies stays 0
+_TINY = 1e-6  # of the largest deviation: a dimension that varies less is rounding, and becomes 0
 
 
 class Standard(nn.Module):
@@ -25,11 +25,11 @@ class Standard(nn.Module):
     phi-s: as ``scale``, and turned so that every dimension has variance 1; Ranzinger et al., "PHI-S: distribution
         balancing for label-free multi-teacher distillation" (2024), whose Hadamard matrix, which not every width has,
         is a product of plane rotations here
-    none: as they are
+    raw: as they are
     """
 
     mean: Tensor  # [K]
-    scale: Tensor  # [K] or [1]
+    factor: Tensor  # [K] or [1]: 1 over a deviation, 0 where there is none
     rotation: Tensor | None  # [K, K]
 
     def __init__(self, rows: Rows, how: How) -> None:
@@ -37,19 +37,20 @@ class Standard(nn.Module):
         mean, std = statistics(rows)
         one = torch.ones(1)
         rotation = None
-        if how == "none":
-            mean, scale = torch.zeros_like(mean), one
+        if how == "raw":
+            mean, factor = torch.zeros_like(mean), one
         elif how == "dimension":
-            scale = std.clamp(min=_TINY)
+            factor = torch.where(std > _TINY * std.max(), 1 / std, 0)
         else:
-            scale = one * std.square().mean().sqrt().clamp(min=_TINY)
+            spread = std.double().square().mean().sqrt().float()
+            factor = one * torch.where(spread > 0, 1 / spread, 0)
             rotation = torch.from_numpy(_balance(_covariance(rows))).float() if how == "phi-s" else None
         self.register_buffer("mean", mean)
-        self.register_buffer("scale", scale)
+        self.register_buffer("factor", factor)
         self.register_buffer("rotation", rotation)
 
     def forward(self, x: Tensor) -> Tensor:
-        centred = (x - self.mean) / self.scale
+        centred = (x - self.mean) * self.factor
         return centred if self.rotation is None else centred @ self.rotation
 
 

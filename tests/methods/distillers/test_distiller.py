@@ -29,8 +29,8 @@ def bank(name: str) -> np.ndarray:
     return np.random.default_rng(seed).normal(2, 3, (IMAGES, WIDTHS[name])).astype(np.float32)
 
 
-def build(name: str, teachers: dict[str, float], **settings: Any) -> Method:
-    torch.manual_seed(0)
+def build(name: str, teachers: dict[str, float], *, seed: int = 0, **settings: Any) -> Method:
+    torch.manual_seed(seed)
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, WIDTH))
     config = CONFIGS[name](teachers=teachers, **settings)  # type: ignore[call-arg]
     rows = {teacher: bank(teacher) for teacher in teachers}
@@ -116,6 +116,21 @@ def test_the_best_learnt_teacher_is_left_out_of_some_steps() -> None:
     method.eval()
     method.after_step(dropped.index(True), 40)
     assert values(method, teachers) == whole
+
+
+def test_another_seed_leaves_out_teachers_in_other_steps() -> None:
+    def steps_without(seed: int) -> list[bool]:
+        method = build("cosine", {"a": 1.0, "c": 1.0}, seed=seed, drop=0.5)
+        dropped = []
+        for step in range(20):
+            method.after_step(step, 20)
+            dropped.append(0 in values(method, {"a": 1.0, "c": 1.0}).values())
+        return dropped
+
+    first, again, other = steps_without(1), steps_without(1), steps_without(2)
+    assert first == again
+    assert first[1:] != other[:-1]  # nor the same, a step later
+    assert first != other
 
 
 def test_an_only_teacher_is_never_left_out() -> None:

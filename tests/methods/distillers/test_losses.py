@@ -35,7 +35,7 @@ def build(name: str, width: int = WIDTH, bank: np.ndarray | None = None, **setti
     """A loss in double precision, of a teacher whose rows are as they are."""
     torch.manual_seed(0)
     bank = rows(IMAGES, TEACHER, seed=5) if bank is None else bank
-    return config(name, **settings).loss(width, Bank(bank.astype(np.float32), Standard(bank, "none"))).double()
+    return config(name, **settings).loss(width, Bank(bank.astype(np.float32), Standard(bank, "raw"))).double()
 
 
 def example() -> tuple[np.ndarray, np.ndarray]:
@@ -133,7 +133,7 @@ def test_seed_compares_with_the_whole_bank() -> None:
 
 
 def test_seed_takes_an_even_sample_of_a_large_bank() -> None:
-    loss = config("seed", bank=4).loss(WIDTH, Bank(rows(10, TEACHER), Standard(rows(10, TEACHER), "none")))
+    loss = config("seed", bank=4).loss(WIDTH, Bank(rows(10, TEACHER), Standard(rows(10, TEACHER), "raw")))
     assert torch.is_tensor(loss.anchors)
     np.testing.assert_allclose(loss.anchors.numpy(), unit(rows(10, TEACHER)[[0, 3, 6, 9]]), rtol=1e-5)
 
@@ -230,6 +230,28 @@ def test_equal_images_leave_its_gradient_finite(name: str) -> None:
     loss.backward()
     assert features.grad is not None
     assert features.grad.isfinite().all()
+
+
+@every
+def test_images_that_only_the_student_sees_as_equal_do_not_break_out(name: str) -> None:
+    """As at the start of training, when half of a batch may have the same features."""
+    h, target = np.repeat(rows(8, 5, seed=1), 2, axis=0), rows(16, 5, seed=2)
+    loss = build(name, 5, target)
+    gradients = []
+    for features in (h, h + 1e-6 * rows(16, 5, seed=3), rows(16, 5, seed=4)):
+        x = torch.from_numpy(features).requires_grad_()
+        loss(x, torch.from_numpy(target)).backward()
+        assert x.grad is not None
+        gradients.append(float(x.grad.norm()))
+    assert max(gradients) < 20 * gradients[-1]
+
+
+@pytest.mark.parametrize("name", MAPPED_NOWHERE)
+def test_features_of_any_size_are_judged_alike(name: str) -> None:
+    h, target = rows(16, 6, seed=5), rows(16, 6, seed=2)
+    large = value(build(name, 6), h, target)
+    for size in (1e-6, 1e6):
+        assert value(build(name, 6), size * h, target) == pytest.approx(large, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 
 from mvmr.methods.parts.standardising import Bank, Standard, statistics
 
-HOWS = ("dimension", "scale", "phi-s", "none")
+HOWS = ("dimension", "scale", "phi-s", "raw")
 
 
 def rows(width: int = 12, images: int = 300, seed: int = 0) -> np.ndarray:
@@ -49,8 +49,22 @@ def test_phi_s_gives_every_dimension_variance_one_whatever_the_width(width: int)
     np.testing.assert_allclose(standardised(rows(width), "phi-s").var(0), 1, rtol=1e-3)
 
 
+@pytest.mark.parametrize("how", ["dimension", "scale", "phi-s"])
+@pytest.mark.parametrize("size", [1e-9, 1e9])
+def test_units_do_not_hang_on_the_size_of_embeddings(how: str, size: float) -> None:
+    np.testing.assert_allclose(standardised(rows() * np.float32(size), how), standardised(rows(), how), atol=1e-2)
+
+
+def test_a_dimension_that_does_not_vary_is_nothing() -> None:
+    x = rows(4)
+    x[:, 2] = 1000.1
+    y = standardised(x, "dimension")
+    assert not y[:, 2].any()
+    np.testing.assert_allclose(y[:, [0, 1, 3]].std(0), 1, rtol=1e-5)
+
+
 def test_as_they_are() -> None:
-    np.testing.assert_array_equal(standardised(rows(), "none"), rows().astype(np.float64))
+    np.testing.assert_array_equal(standardised(rows(), "raw"), rows().astype(np.float64))
 
 
 @pytest.mark.parametrize("how", HOWS)
