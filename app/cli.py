@@ -35,6 +35,10 @@ def app(
     device: str,
 ) -> None:
     """Compare BUNDLE (the newest below runs/ when left out) with its teacher, in the browser."""
+    if bundle is not None or service is None:
+        check(bundle=bundle)
+    if gallery is None or not Path(gallery).is_dir():  # a folder may hold embeddings
+        check(data=gallery)
     from mvmr.app.opening import open_workbench
     from mvmr.app.server import run
     from mvmr.serve.http.connections.listener import open_listener

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from mvmr.cli.commands import format_figures, show_result, slug
+from mvmr.cli.early import check
 from mvmr.cli.options import CONFUSION, LABELLED, MAX_UNREADABLE, TRAINING
 from mvmr.progress import say_plan
 
@@ -38,11 +39,14 @@ def distill(
     **options: Any,
 ) -> None:  # fmt: skip
     """Distil a teacher, or several, into a small student, from unlabelled images."""
-    from mvmr.distillation.distill import distill as run
-    from mvmr.distillation.teachers.clip_source import default_weights, split_weights
-    from mvmr.distillation.teachers.table import parse_specs
+    from mvmr.distillation.teachers.spec import check_names, parse_specs, split_weights
 
     specs = parse_specs(teachers)
+    check_names(specs)
+    check(data=data, recipe=options["recipe"], of="distill")
+    from mvmr.distillation.distill import distill as run
+    from mvmr.distillation.teachers.clip_source import default_weights
+
     target = out or f"runs/{'-'.join(slug(str(spec)) for spec in specs)}-{slug(data)}"
     models = [split_weights(spec.what) for spec in specs if spec.kind == "open_clip"]
     weights = [own or pretrained or default_weights(model) for model, own in models]
@@ -82,11 +86,12 @@ def evaluate(
     **options: Any,
 ) -> None:
     """Measure the frozen features of BUNDLE (the newest below runs/ when left out), and of its teacher."""
+    neighbours = _numbers(ks)
+    check(bundle=bundle, data=data)
     from mvmr.evaluation.evaluate import evaluate as run
     from mvmr.evaluation.evaluate import newest_or
 
     path, protocols = newest_or(bundle), protocol.split(",") if protocol else None
-    neighbours = _numbers(ks)
     if not table:
         if teacher or pretrained or keep_map or "zeroshot" in (protocols or ()):
             raise click.UsageError("--teacher, --pretrained, --keep-map and protocol zeroshot go with --table")
@@ -119,6 +124,7 @@ def evaluate(
 @MAX_UNREADABLE
 def report(bundle: str | None, data: str, out: str | None, **options: Any) -> None:
     """Show how faithful BUNDLE (the newest below runs/ when left out) is to its teacher or to each of them, in HTML."""
+    check(bundle=bundle, data=data)
     from mvmr.distillation.report.report import report as run
     from mvmr.evaluation.evaluate import newest_or
 

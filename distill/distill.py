@@ -11,9 +11,10 @@ import numpy as np
 from mvmr.bundles.bundle import Bundle
 from mvmr.data import ImageSet, open_images
 from mvmr.distillation.teachers.remembered import RememberedTeacher, open_or_recall
+from mvmr.distillation.teachers.spec import NAME, parse_specs
 from mvmr.distillation.teachers.stored_rows import StoredRows, describe_missing
-from mvmr.distillation.teachers.table import parse_specs, share_pretrained
-from mvmr.distillation.teachers.teacher import NAME, Teacher
+from mvmr.distillation.teachers.table import share_pretrained
+from mvmr.distillation.teachers.teacher import Teacher
 from mvmr.errors import MvmrError
 from mvmr.progress import say
 from mvmr.training.checks import check_recipe

@@ -13,8 +13,8 @@ from mvmr import __version__
 from mvmr.cores import usable_cores
 from mvmr.data import ImageSet, open_images
 from mvmr.distillation.teachers.remembered import open_or_recall
+from mvmr.distillation.teachers.spec import parse_specs
 from mvmr.distillation.teachers.stored_rows import HASH, content_hash
-from mvmr.distillation.teachers.table import parse_specs
 from mvmr.errors import MvmrError
 from mvmr.representations.cache import represent
 from mvmr.storage.atomic import atomic

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from mvmr.cli.early import check
 from mvmr.cli.options import MAX_UNREADABLE
 from mvmr.export.artifacts import ARTIFACTS
 from mvmr.export.runtimes import PROVIDERS
@@ -41,6 +42,7 @@ def _add_artifact_options(command: Callable[..., None]) -> Callable[..., None]:
 @MAX_UNREADABLE
 def export(bundle: str | None, min_batch: int, opt_batch: int, max_batch: int, **options: Any) -> None:
     """Export BUNDLE (the newest below runs/ when left out), each file verified against torch before it may be used."""
+    check(bundle=bundle)
     from mvmr.evaluation.evaluate import newest_or
     from mvmr.export.attempt import builder_of
     from mvmr.export.export import export as run
@@ -72,6 +74,7 @@ def bench_export(bundle: str | None, out: str | None, **options: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    check(bundle=bundle)
     from mvmr.cli.commands import shorten_number
     from mvmr.evaluation.evaluate import newest_or
     from mvmr.export.bench import bench as run

@@ -71,9 +71,13 @@ def _embed_by_teacher(
         given = context.get_parameter_source(str(parameter.name)) is not ParameterSource.DEFAULT
         if given and parameter.name not in ("sources", "out", "teacher", "pretrained"):
             raise click.UsageError(f"{parameter.opts[0]} is for bundles: leave it out with --teacher")
+    (images,) = sources
+    from mvmr.distillation.teachers.spec import check_names, parse_specs
+
+    check_names(parse_specs(teacher))
+    check(data=images)
     from mvmr.distillation.embedding import embed as run
 
-    (images,) = sources
     say_plan(teacher=teacher, images=images, out=out)
     count, width = run(teacher, images, out, pretrained=pretrained, progress=True)
     click.echo(f"{out}: {count} embeddings of width {width}")

@@ -81,7 +81,8 @@ def _with_text(
     bundle: Bundle | None, teacher: str | Path | None, pretrained: str | Path | None, device: str
 ) -> LoadedTeacher:
     from mvmr.distillation.teachers.recorded import teacher_of  # here, for open_clip takes seconds
-    from mvmr.distillation.teachers.table import open_teacher, parse_specs
+    from mvmr.distillation.teachers.spec import parse_specs
+    from mvmr.distillation.teachers.table import open_teacher
     from mvmr.distillation.teachers.teacher import NoTextTower
 
     def load(*, text: bool) -> Teacher:

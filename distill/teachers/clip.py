@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mvmr.bundles import weights
-from mvmr.distillation.teachers.clip_source import TeacherSource, find_source, split_weights
+from mvmr.distillation.teachers.clip_source import TeacherSource, find_source
+from mvmr.distillation.teachers.spec import split_weights
 from mvmr.distillation.teachers.teacher import NoTextTower
 
 

@@ -12,10 +12,11 @@ import huggingface_hub
 import open_clip
 from open_clip import pretrained as tags
 from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
-from open_clip.factory import HF_HUB_PREFIX, LOCAL_DIR_PREFIX
+from open_clip.factory import LOCAL_DIR_PREFIX
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
 from mvmr import strict_json
+from mvmr.distillation.teachers.spec import HUB
 from mvmr.distillation.teachers.teacher import TeacherGone
 from mvmr.errors import MvmrError, nearest, unknown
 
@@ -59,20 +60,12 @@ def default_tag(name: str) -> str:
     return str(published[0])
 
 
-def split_weights(what: str) -> tuple[str, str]:
-    """Model and weights of `NAME[:TAG|FILE]`; a folder and a repository of the hub have theirs themselves ("")."""
-    if what.startswith(HF_HUB_PREFIX) or Path(what).is_dir():
-        return what, ""
-    name, _, weights = what.partition(":")
-    return name, weights
-
-
 def default_weights(name: str | Path) -> str:
     """Say which weights `find_source` takes when none are named: a folder's own, or those of `default_tag`.
 
     Raises: MvmrError for an unknown model, or one without published weights.
     """
-    if str(name).startswith(HF_HUB_PREFIX) or Path(name).is_dir():
+    if str(name).startswith(HUB) or Path(name).is_dir():
         return "its own"
     return f"{default_tag(str(name))} (the default; another by --pretrained TAG or FILE)"
 
@@ -83,8 +76,8 @@ def find_source(name: str | Path, pretrained: str | Path | None) -> TeacherSourc
     Raises: MvmrError, as `Teacher.load` says.
     """
     text = str(name)
-    if text.startswith(HF_HUB_PREFIX):
-        folder, label = _hub_folder(text.removeprefix(HF_HUB_PREFIX)), text
+    if text.startswith(HUB):
+        folder, label = _hub_folder(text.removeprefix(HUB)), text
     elif Path(name).is_dir():
         folder, label = Path(name), Path(name).resolve().name
     else:
@@ -187,13 +180,13 @@ def _hub_folder(repository: str) -> Path:
         return config.parent
     advice = f"fetch {HF_CONFIG_NAME} and {wanted[0]} of it into one folder and give that: --teacher FOLDER"
     if _offline():
-        raise TeacherGone(f"teacher {HF_HUB_PREFIX}{repository} is not in the cache and there is no network; {advice}")
+        raise TeacherGone(f"teacher {HUB}{repository} is not in the cache and there is no network; {advice}")
     try:
         tags.download_pretrained_from_hf(repository)
         return Path(tags.download_pretrained_from_hf(repository, filename=HF_CONFIG_NAME)).parent
     except Exception as error:
         raise TeacherGone(
-            f"teacher {HF_HUB_PREFIX}{repository} could not be downloaded ({type(error).__name__}); {advice}"
+            f"teacher {HUB}{repository} could not be downloaded ({type(error).__name__}); {advice}"
         ) from error
 
 

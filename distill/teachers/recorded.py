@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mvmr.bundles.bundle import Bundle
-from mvmr.distillation.teachers.table import KINDS, open_teacher
-from mvmr.distillation.teachers.teacher import NAME, Spec, Teacher
+from mvmr.distillation.teachers.spec import KINDS, NAME, Spec
+from mvmr.distillation.teachers.table import open_teacher
+from mvmr.distillation.teachers.teacher import Teacher
 from mvmr.errors import MvmrError, unknown
 
 _KEYS = {"name", "weights", "identity"}
@@ -41,7 +42,7 @@ def teacher_of(
     """
     recorded = recorded_teachers(bundle)
     if name is not None and str(name) not in recorded:
-        return open_teacher(Spec.parse(name, tuple(KINDS)), pretrained, device=device, text=text)
+        return open_teacher(Spec.parse(name), pretrained, device=device, text=text)
     if not recorded:
         raise MvmrError(f"bundle {bundle.path} names no teacher to compare with; give one: --teacher ViT-B-16")
     if name is None and len(recorded) > 1 and NAME not in recorded:

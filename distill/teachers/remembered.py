@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from open_clip.factory import HF_HUB_PREFIX
 from PIL import Image
 from torch import Tensor
 
 from mvmr import strict_json
 from mvmr.data import ImageSet
 from mvmr.distillation.teachers.clip_source import WEIGHT_SUFFIXES
+from mvmr.distillation.teachers.spec import HUB, Spec
 from mvmr.distillation.teachers.table import open_teacher
-from mvmr.distillation.teachers.teacher import Spec, Teacher, TeacherGone
+from mvmr.distillation.teachers.teacher import Teacher, TeacherGone
 from mvmr.errors import MvmrError
 from mvmr.progress import say
 from mvmr.representations.cache import has_rows
@@ -95,7 +95,7 @@ def _place(spec: Spec) -> str:
     if spec.kind == "python":  # its module may be one of the working folder
         return f"{os.getcwd()} {spec.what}"
     if spec.kind == "open_clip":
-        return spec.what if spec.what.startswith(HF_HUB_PREFIX) else _absolute(spec.what)
+        return spec.what if spec.what.startswith(HUB) else _absolute(spec.what)
     return f"{name}{colon}{_absolute(file)}"
 
 

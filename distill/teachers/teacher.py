@@ -1,13 +1,10 @@
-"""What a teacher is: the contract that every kind keeps, and the spec by which a user names one."""
+"""What a teacher is: the contract that every kind keeps."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import parse_qsl
 
@@ -18,11 +15,8 @@ from torch import Tensor, nn
 
 from mvmr.errors import MvmrError, summarise, unknown
 
-NAME = "teacher"  # of one that is given none
 _SAME = 1e-2  # of what makes two images differ
 _ROUNDING = 1e-5  # of float32 on the CPU, over the largest value
-_STUDENT = "student"
-_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
 class Teacher(Protocol):
@@ -64,39 +58,6 @@ class TextTeacher(Teacher, Protocol):
     def zero_shot_classifier(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
         """A unit column for each class, float32 [dim, C]; `templates`: captions with {} in the place of its name."""
         ...
-
-
-@dataclass(frozen=True)
-class Spec:
-    """A teacher as a user names it, `[NAME=][KIND:]WHAT`.
-
-    name: what the recipe and reports call it; kind: a key of `mvmr.distillation.teachers.table.KINDS`
-    """
-
-    name: str
-    kind: str
-    what: str
-
-    @classmethod
-    def parse(cls, text: str | Path, kinds: Sequence[str]) -> Spec:
-        """Read a spec; without a kind it is an open_clip model, or a folder in open_clip's hub format.
-
-        Raises: MvmrError for a name that is none.
-        """
-        name, equals, model = str(text).partition("=")
-        if not equals or "/" in name or ":" in name:  # a path or a spec may hold one, too
-            name, model = NAME, str(text)
-        if not _NAME.fullmatch(name):
-            raise MvmrError(f"teacher {text}: {name!r} is no name; give letters and digits, such as clip=ViT-B-16")
-        if name == _STUDENT:
-            raise MvmrError(f"teacher {text}: {name!r} is what tables call the student; give another name")
-        kind, colon, what = model.partition(":")
-        if colon and kind in kinds:
-            return cls(name, kind, what)
-        return cls(name, kinds[0], model)
-
-    def __str__(self) -> str:
-        return self.what if self.kind == "open_clip" else f"{self.kind}:{self.what}"
 
 
 def read_settings(kind: str, what: str, keys: Sequence[str]) -> tuple[str, dict[str, str]]:

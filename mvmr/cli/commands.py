@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from mvmr.cli.early import check
 from mvmr.cli.options import (
     BALANCED,
     CONFUSION,
@@ -30,6 +31,7 @@ from mvmr.progress import say_plan
 @TRAINING
 def pretrain(data: str, out: str | None, assign: tuple[str, ...], **options: Any) -> None:
     """Train a student from unlabelled images without a teacher (self-supervised), by MV-MR or by another --method."""
+    check(data=data, recipe=options["recipe"], of="pretrain")
     from mvmr.training.pretraining import pretrain as run
 
     target = out or f"runs/pretrain-{slug(data)}"
@@ -47,6 +49,7 @@ def pretrain(data: str, out: str | None, assign: tuple[str, ...], **options: Any
 @MAX_UNREADABLE
 def probe(bundle: str | None, data: str, **options: Any) -> None:
     """Fit a linear head on frozen features and store it in BUNDLE (the newest below runs/ when left out)."""
+    check(bundle=bundle, data=data)
     from mvmr.evaluation.evaluate import newest_or
     from mvmr.evaluation.evaluate import probe as run
 
@@ -72,6 +75,7 @@ def finetune(
     bundle: str | None, data: str, labels: str, out: str | None, assign: tuple[str, ...], balanced: bool, **options: Any
 ) -> None:
     """Fine-tune the whole of BUNDLE (the newest below runs/ when left out) on few labels, into a bundle of its own."""
+    check(bundle=bundle, data=data, recipe=options["recipe"], of="finetune")
     from mvmr.evaluation.evaluate import newest_or
     from mvmr.training.finetuning import finetune as run
 
@@ -102,6 +106,7 @@ _OF_A_STUDY = options(
 @options(RECIPE, recipe_options(without=("method", "seed")), DEVICE, DEVICES, MAX_UNREADABLE)
 def compare(methods: str, data: str, out: str | None, assign: tuple[str, ...], **options: Any) -> None:
     """Train several methods on the same images, measure each and a random encoder, and write a table."""
+    check(data=data, recipe=options["recipe"], of="pretrain")
     from mvmr.comparison.methods import compare as run
 
     target = out or f"runs/compare-{slug(data)}"
@@ -119,6 +124,7 @@ def compare(methods: str, data: str, out: str | None, assign: tuple[str, ...], *
 @options(recipe_options(without=("seed",)), DEVICE, DEVICES, MAX_UNREADABLE)
 def ablate(grid: str, data: str, out: str | None, assign: tuple[str, ...], **options: Any) -> None:
     """Train and measure a grid of the paper's ablations (Tables 5 to 8), a row at a time."""
+    check(data=data, recipe=options["recipe"], of="pretrain")
     from mvmr.comparison.ablation import ablate as run
 
     target = out or f"runs/ablate-{grid}-{slug(data)}"

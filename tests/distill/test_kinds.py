@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import open_clip
 import pytest
 import skimage
 import timm
@@ -22,9 +23,11 @@ from torchvision import models
 import mvmr
 from mvmr.bundles import bundle as bundles
 from mvmr.distillation.teachers.recorded import recorded_teachers, teacher_of
-from mvmr.distillation.teachers.table import KINDS, open_teacher, parse_specs, share_pretrained
-from mvmr.distillation.teachers.teacher import NoTextTower, Spec, Teacher, canaries
+from mvmr.distillation.teachers.spec import KINDS, RESERVED, Spec, check_names, parse_specs
+from mvmr.distillation.teachers.table import open_teacher, share_pretrained
+from mvmr.distillation.teachers.teacher import NoTextTower, Teacher, canaries
 from mvmr.errors import MvmrError
+from mvmr.representations import AUGMENTED_PIXELS, HAND_CRAFTED
 from tests.distill.small_onnx import small_onnx
 from tests.distill.test_run import TINY, a_teacher, photos
 
@@ -265,8 +268,7 @@ def test_neither_has_a_text_tower(here: Path) -> None:
         ("timm:resnet10", r"unknown timm model 'resnet10'; did you mean 'resnet10t'\?"),
         ("timm:resnet10t:gone.pth", "weights file gone.pth of teacher timm:resnet10t does not exist"),
         ("a b=ViT-B-16", "'a b' is no name"),
-        ("hog=ViT-B-16", "'hog' is what recipes call another representation"),
-        ("augmented_pixels=ViT-B-16", "is what recipes call another representation"),
+        ("hog=ViT-B-16", "'hog' is what recipes and tables call something else"),
         ("ViT-B-16:opena", "unknown weights of ViT-B-16: 'opena'; did you mean 'openai'"),
     ],
 )
@@ -297,6 +299,20 @@ def test_another_network_of_the_same_weights_is_another_teacher(here: Path) -> N
         linecache.clearcache()
         identities.add(load_teacher(spec).identity)
     assert len(identities) == 3
+
+
+def test_names_that_mean_something_else_are_all_kept_from_teachers() -> None:
+    assert set(RESERVED) == {"student", *HAND_CRAFTED, AUGMENTED_PIXELS}
+
+
+def test_open_clips_models_are_known_without_open_clip() -> None:
+    from mvmr.distillation.teachers import spec
+
+    assert set(spec._open_clip_names()) == set(open_clip.list_models())
+    names = ["ViT-B/16", "ViT-B-32:openai", "hf-hub:org/repo", "/no/such/folder", "timm:never"]
+    check_names([spec.Spec.parse(name) for name in names])
+    with pytest.raises(MvmrError, match="unknown teacher 'ViT-B-61'; did you mean 'ViT-B-16'"):
+        check_names(parse_specs("ViT-B-61"))
 
 
 def test_weights_given_once_are_those_of_open_clip_models_that_say_none() -> None:

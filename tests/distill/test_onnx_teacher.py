@@ -13,7 +13,8 @@ import torch
 from onnx import TensorProto
 
 from mvmr.bundles.preprocess import Preprocess
-from mvmr.distillation.teachers.table import open_teacher, parse_specs
+from mvmr.distillation.teachers.spec import parse_specs
+from mvmr.distillation.teachers.table import open_teacher
 from mvmr.distillation.teachers.teacher import NoTextTower, Teacher, canaries
 from mvmr.errors import MvmrError
 from mvmr.export.export import export

@@ -18,7 +18,7 @@ from mvmr.config import to_mapping
 from mvmr.distillation.comparison import compare
 from mvmr.distillation.distill import describe, share_weights
 from mvmr.distillation.report.report import report
-from mvmr.distillation.teachers.table import parse_specs
+from mvmr.distillation.teachers.spec import parse_specs
 from mvmr.errors import MvmrError
 from mvmr.training.recipe import load_recipe
 from tests.distill.small_onnx import small_onnx
@@ -100,7 +100,7 @@ def test_weights_are_given_to_every_teacher_or_shared_by_the_rest() -> None:
     assert describe(changed).startswith(
         "learning by combination (1 regression, 1 relational, 0.5 cosine) of teacher (1)"
     )
-    with pytest.raises(MvmrError, match="'student' is what tables call the student"):
+    with pytest.raises(MvmrError, match="'student' is what recipes and tables call something else"):
         parse_specs(["student=ViT-B-16"])
 
 

@@ -22,8 +22,9 @@ from mvmr.cli.main import main
 from mvmr.data import open_images
 from mvmr.distillation.embedding import embed
 from mvmr.distillation.teachers.recorded import recorded_teachers, teacher_of
+from mvmr.distillation.teachers.spec import parse_specs
 from mvmr.distillation.teachers.stored_rows import StoredRows
-from mvmr.distillation.teachers.table import open_teacher, parse_specs
+from mvmr.distillation.teachers.table import open_teacher
 from mvmr.distillation.teachers.teacher import NoTextTower
 from mvmr.errors import MvmrError
 from mvmr.representations.cache import represent
