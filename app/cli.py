@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import click
 
+from mvmr.cli.early import check
+
 
 @click.command()
 @click.argument("bundle", required=False)
-@click.option("--teacher", metavar="NAME|FOLDER", help="Left out, the one that the bundle was distilled from.")
+@click.option("--teacher", metavar="NAME|FOLDER", help="Left out, all that the bundle was distilled from.")
 @click.option("--pretrained", metavar="TAG|FILE", help="Its weights; left out, as the bundle records them.")
 @click.option(
     "--gallery", metavar="IMAGES|EMBEDDINGS",
@@ -34,18 +36,16 @@ def app(
     port: int,
     device: str,
 ) -> None:
-    """Compare BUNDLE (the newest below runs/ when left out) with its teacher, in the browser."""
+    """Compare BUNDLE (the newest below runs/ when left out) with its teachers, in the browser."""
     if bundle is not None or service is None:
         check(bundle=bundle)
-    if gallery is None or not Path(gallery).is_dir():  # a folder may hold embeddings
-        check(data=gallery)
-    from mvmr.app.opening import open_workbench
+    from mvmr.app.opening import open_workbenches
     from mvmr.app.server import run
     from mvmr.serve.http.connections.listener import open_listener
 
     with open_listener(host, port) as door:
-        bench = open_workbench(
+        benches = open_workbenches(
             bundle, teacher=teacher, pretrained=pretrained, gallery=gallery, service=service, api_key=api_key,
             limit=limit, k=k, device=device, progress=True,
         )  # fmt: skip
-        run(bench, door)
+        run(benches, door)

@@ -35,11 +35,13 @@ def message(text: str, kind: str = NOTE) -> str:
 def header(bench: Workbench) -> str:
     """What is loaded, and what could not be."""
     gallery, engines = bench.gallery, bench.engines
+    home = "../" * bench.address.count("/") or "./"  # relative, for a proxy may put the app below an address of its own
     return render(
         "header",
         student=engines.name,
         teacher=None if bench.teacher is None else bench.teacher.label,
         no_teacher=bench.no_teacher,
+        pages=[(name, f"{home}{address}", name == bench.name) for name, address in bench.pages.items()],
         count=f"{len(gallery):,}",
         gallery=gallery.name,
         drawn_of=f"{gallery.available:,}" if gallery.available > len(gallery) else "",
@@ -66,7 +68,7 @@ def version(bench: Workbench) -> str:
 
 def map_source(bench: Workbench, engine: str, k: int) -> str:
     """Where the map's script finds what it draws; different after probes are fitted, for the map has a colour more."""
-    probed = int(bench.recall(("probes", engine)) is not None)
+    probed = int(bench.own.recall(("probes", engine)) is not None)
     return render("map", engine=engine, k=k, probed=probed, version=version(bench))
 
 

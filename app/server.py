@@ -1,4 +1,4 @@
-"""The app over HTTP: Gradio's page, and beside it thumbnails, maps and tables by number, never by path."""
+"""The app over HTTP: Gradio's page for each teacher, beside it thumbnails, maps and tables by number, never by path."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import os
 import socket
 import tempfile
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Annotated
+from urllib.parse import unquote, urlsplit
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import gradio as gr
 import uvicorn
-from fastapi import FastAPI, Query, Request
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from fastapi import APIRouter, FastAPI, Query, Request
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from fastapi.staticfiles import StaticFiles
 
 from mvmr.app import fragments
@@ -39,20 +40,25 @@ _MONO = ("ui-monospace", "Consolas", "monospace")
 _FOREVER = {"cache-control": "private, max-age=86400"}  # their addresses name the gallery's fingerprint
 
 
-def create_app(bench: Workbench) -> FastAPI:
-    """The app as an ASGI application."""
-    maps = Maps(bench)
+def create_app(benches: Sequence[Workbench]) -> FastAPI:
+    """The app as an ASGI application, with a page for each workbench; engines and gallery are the same for all."""
+    maps = [Maps(bench) for bench in benches]
     decoders = DecodePool(Preprocess.for_size(_LOOKED_AT), LIMITS, processes=usable_cores())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.to_thread(decoders.start)
-        threading.Thread(target=bench.warm, daemon=True).start()
+        threading.Thread(target=warm, daemon=True).start()
         yield
         await asyncio.to_thread(decoders.close)
-        bench.ending.set()
-        maps.close()
-        bench.engines.close()
+        for bench, its_maps in zip(benches, maps, strict=True):
+            bench.ending.set()
+            its_maps.close()
+        benches[0].engines.close()
+
+    def warm() -> None:
+        for bench in benches:
+            bench.warm()
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
 
@@ -60,7 +66,22 @@ def create_app(bench: Workbench) -> FastAPI:
     def refuse(request: Request, error: MvmrError) -> Response:
         return PlainTextResponse(str(error), 404)
 
-    @app.get("/thumb/{version}/{row}")
+    for bench, its_maps in reversed(list(zip(benches, maps, strict=True))):  # the first one's page answers to all else
+        path = f"/{unquote(bench.address)}".rstrip("/")
+        app.include_router(_gallery_routes(bench, its_maps), prefix=path)
+        app.include_router(_tables(bench), prefix=path)
+        app.mount(f"{path}/mvmr", StaticFiles(directory=STATIC))
+        if path:
+            _add_slash(app, path, bench.name)
+        _mount_page(app, bench, decoders, path)
+    return app
+
+
+def _gallery_routes(bench: Workbench, maps: Maps) -> APIRouter:
+    """What the page shows of the gallery: thumbnails and maps, and the script that draws the maps."""
+    router = APIRouter()
+
+    @router.get("/thumb/{version}/{row}")
     def thumb(version: str, row: int) -> Response:
         if version != fragments.version(bench):
             raise MvmrError("the gallery is another one now; load the page again")
@@ -68,7 +89,7 @@ def create_app(bench: Workbench) -> FastAPI:
             raise MvmrError(f"the gallery has no image {row}; it has {len(bench.gallery)}, counted from 0")
         return Response(bench.gallery.thumbnail(row), media_type="image/webp", headers=_FOREVER)
 
-    @app.get("/map.json")
+    @router.get("/map.json")
     def map_json(engine: str, method: str = METHODS[0], k: Annotated[int, Query(ge=1)] = bench.k) -> Response:
         content = maps.json(engine, method, k)
         return (
@@ -77,20 +98,18 @@ def create_app(bench: Workbench) -> FastAPI:
             else Response(content, media_type="application/json")
         )
 
-    @app.get("/mvmr/plotly.min.js")
+    @router.get("/mvmr/plotly.min.js")
     def plotly_js() -> Response:
         return FileResponse(str(files("plotly") / "package_data" / "plotly.min.js"), headers=_FOREVER)
 
-    app.mount("/mvmr", StaticFiles(directory=STATIC))
-    _add_tables(app, bench)
-    _mount_page(app, bench, decoders)
-    return app
+    return router
 
 
-def _add_tables(app: FastAPI, bench: Workbench) -> None:
+def _tables(bench: Workbench) -> APIRouter:
     """The tables as CSV, for download."""
+    router = APIRouter()
 
-    @app.get("/disagreements/{table}.csv")
+    @router.get("/disagreements/{table}.csv")
     def csv(table: str, engine: str, k: Annotated[int, Query(ge=1)] = bench.k) -> Response:
         from mvmr.app.tabs.disagreement_page import tables  # here, for scikit-learn takes seconds
 
@@ -98,33 +117,46 @@ def _add_tables(app: FastAPI, bench: Workbench) -> None:
         headers = {"content-disposition": f'attachment; filename="{name}"'}
         return Response(tables(bench, table, engine, k), media_type="text/csv; charset=utf-8", headers=headers)
 
-    @app.get("/figures.csv")
+    @router.get("/figures.csv")
     def figures() -> Response:
         from mvmr.app.tabs.figures_page import table_csv
 
         headers = {"content-disposition": 'attachment; filename="figures.csv"'}
         return Response(table_csv(bench), media_type="text/csv; charset=utf-8", headers=headers)
 
+    return router
 
-def _mount_page(app: FastAPI, bench: Workbench, decoders: DecodePool) -> None:
-    """Gradio's page at the root: nothing of it loaded from elsewhere, no documentation, no paths of this machine."""
+
+def _add_slash(app: FastAPI, path: str, name: str) -> None:
+    """To an address of a page without one, relative to which its pieces would not be found."""
+
+    @app.get(path)
+    def redirect() -> Response:
+        return RedirectResponse(f"{name}/")  # relative: a proxy may put the app below an address of its own
+
+
+def _mount_page(app: FastAPI, bench: Workbench, decoders: DecodePool, path: str) -> None:
+    """Gradio's page: nothing of it loaded from elsewhere, no documentation, no paths of this machine."""
     no_docs = {"docs_url": None, "redoc_url": None, "openapi_url": None}
     theme = gr.themes.Base(
         primary_hue="blue", neutral_hue="slate", font=_SYSTEM_FONTS, font_mono=_MONO, radius_size="sm"
     )  # fmt: skip
     gr.mount_gradio_app(
-        app, build(bench, decoders), path="/", theme=theme, css_paths=STATIC / "style.css",
+        app, build(bench, decoders), path=path or "/", theme=theme, css_paths=STATIC / "style.css",
         footer_links=[], run_history=False, ssr_mode=False, mcp_server=False, pwa=False, show_error=False,
         enable_monitoring=False, max_file_size=MAX_UPLOAD, allowed_paths=[], app_kwargs=no_docs,
     )  # fmt: skip
 
 
-def run(bench: Workbench, door: socket.socket) -> None:
+def run(benches: Sequence[Workbench], door: socket.socket) -> None:
     """Serve the app at an open door until Ctrl-C or SIGTERM; what visitors have uploaded is gone then."""
     with tempfile.TemporaryDirectory(prefix="mvmr-app-") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
-        server = uvicorn.Server(
-            uvicorn.Config(create_app(bench), log_level="warning", timeout_graceful_shutdown=2, server_header=False)
+        # where a proxy has put the app: Gradio would look for every page there, uvicorn puts it before the page's own
+        below = urlsplit(os.environ.pop("GRADIO_ROOT_PATH", "")).path.rstrip("/") if len(benches) > 1 else ""
+        config = uvicorn.Config(
+            create_app(benches), log_level="warning", timeout_graceful_shutdown=2, server_header=False, root_path=below
         )
+        server = uvicorn.Server(config)
         say(f"the app is at {url_of(door)} (Ctrl-C ends it)")
         server.run(sockets=[door])

@@ -81,8 +81,9 @@ class Query:
 def build(bench: Workbench, decoders: DecodePool) -> gr.Blocks:
     """Put the page together for a workbench; what visitors bring is decoded by `decoders` first."""
     usable = [(choice.label, choice.key) for choice in bench.engines.choices if choice.why is None]
+    beside = f" beside {bench.name}" if bench.name else ""
     with gr.Blocks(
-        title=f"mvmr: {bench.engines.name}", fill_width=True, analytics_enabled=False, delete_cache=(60, 60)
+        title=f"mvmr: {bench.engines.name}{beside}", fill_width=True, analytics_enabled=False, delete_cache=(60, 60)
     ) as page:
         _html(fragments.header(bench))
         query = gr.State(None, time_to_live=3600)

@@ -7,7 +7,7 @@ import shlex
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +40,33 @@ class TimedComparison:
     seconds: dict[str, float]
 
 
+class Kept:
+    """What is made once for each key, however many ask at a time."""
+
+    def __init__(self) -> None:
+        self._products: dict[tuple[object, ...], object] = {}
+        self._locks: defaultdict[tuple[object, ...], threading.Lock] = defaultdict(threading.Lock)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._products
+
+    def once(self, key: tuple[object, ...], make: Callable[[], T]) -> T:
+        """What `make` returns, made once for each key."""
+        with self._locks[key]:
+            if key not in self._products:
+                self._products[key] = make()
+            return self._products[key]  # type: ignore[return-value]
+
+    def recall(self, key: tuple[object, ...]) -> Any:
+        """What `once` has made under a key, None where it has not yet."""
+        return self._products.get(key)
+
+    def keep(self, key: tuple[object, ...], value: object) -> None:
+        """Keep what `recall` gives from now on under a key, in the place of what was."""
+        with self._locks[key]:
+            self._products[key] = value
+
+
 @dataclass(eq=False)
 class Workbench:
     """Holds nothing about its visitors; what it computes is kept, and computed once however many ask at a time.
@@ -47,6 +74,8 @@ class Workbench:
     bundle: None where a service stands in its place
     folder: where embeddings and maps are kept; teacher: None where it can't be had, then `no_teacher` says why
     k: neighbours that are compared unless a visitor asks for another number; ending: set when long work is to stop
+    name: of the teacher, where the bundle has several; pages: addresses of the pages of all, by their names
+    shared: what is kept that no teacher has a part in, the same for the workbenches of several; own: all else
     """
 
     bundle: Bundle | None
@@ -56,11 +85,16 @@ class Workbench:
     teacher: TeacherSide | None
     no_teacher: str
     k: int
+    name: str = ""
+    pages: Mapping[str, str] = field(default_factory=dict)
+    shared: Kept = field(default_factory=Kept, repr=False)
+    own: Kept = field(default_factory=Kept, repr=False)
     ending: threading.Event = field(default_factory=threading.Event, repr=False)
-    _memory: dict[tuple[object, ...], object] = field(default_factory=dict, repr=False)
-    _locks: defaultdict[tuple[object, ...], threading.Lock] = field(
-        default_factory=lambda: defaultdict(threading.Lock), repr=False
-    )
+
+    @property
+    def address(self) -> str:
+        """Of the page, below that of the app: "" or "teacher/NAME/"."""
+        return self.pages.get(self.name, "")
 
     def encoder(self, key: str) -> Encoder:
         """The teacher, or the student under an engine; raises MvmrError where it can't be had."""
@@ -79,17 +113,17 @@ class Workbench:
             if advance is not None:
                 advance(done, of)
 
-        return self.once(
+        return self._side(key).once(
             ("rows", key), lambda: self.gallery.embeddings(self.encoder(key), self.folder, hear, progress=progress)
         )
 
     def ready(self, key: str) -> bool:
         """Whether the gallery's embeddings under it are at hand."""
-        return ("rows", key) in self._memory
+        return ("rows", key) in self._side(key)
 
     def bank(self, key: str) -> Bank:
         """The gallery under it, to be searched."""
-        return self.once(("bank", key), lambda: Bank(self.rows(key)))
+        return self._side(key).once(("bank", key), lambda: Bank(self.rows(key)))
 
     def overlap(self, key: str, k: int) -> npt.NDArray[np.float64]:
         """Neighbour overlap of every image in percent, [N]; raises MvmrError without a teacher or k other images."""
@@ -97,7 +131,7 @@ class Workbench:
         self.engines.get(key)
         if not 1 <= k <= self.most:
             raise MvmrError(f"k = {k}: with this gallery give 1 to {self.most} neighbours")
-        return self.once(
+        return self.own.once(
             ("overlap", key, k),
             lambda: np.asarray(100 * neighbour_overlap(self.rows(TEACHER), self.rows(key), k), np.float64),
         )
@@ -140,18 +174,6 @@ class Workbench:
             except MvmrError as error:  # whoever asks for it will be told, too
                 logger.warning("%s", error)
 
-    def recall(self, key: tuple[object, ...]) -> Any:
-        """What `once` has made under a key, None where it has not yet."""
-        return self._memory.get(key)
-
-    def keep(self, key: tuple[object, ...], value: object) -> None:
-        """Keep what `recall` gives from now on under a key, in the place of what was."""
-        with self._locks[key]:
-            self._memory[key] = value
-
-    def once(self, key: tuple[object, ...], make: Callable[[], T]) -> T:
-        """What `make` returns, made once for each key, however many ask at a time."""
-        with self._locks[key]:
-            if key not in self._memory:
-                self._memory[key] = make()
-            return self._memory[key]  # type: ignore[return-value]
+    def _side(self, key: str) -> Kept:
+        """Where that is kept which hangs on one side alone."""
+        return self.own if key == TEACHER else self.shared

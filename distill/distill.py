@@ -72,9 +72,9 @@ def distill(
         data, "unlabelled", background=resolved.views.background, max_unreadable=max_unreadable, progress=progress
     )
     images = leave_out_unknown(images, teachers, max_missing, progress=progress)
-    for teacher in teachers.values():
-        if isinstance(teacher, RememberedTeacher):
-            teacher.check(images)
+    for opened in teachers.values():
+        if isinstance(opened, RememberedTeacher):
+            opened.check(images)
     say(describe(resolved), shown=progress)
     return fit(
         images, out, resolved, teachers=teachers, init=init, resume=resume, overwrite=overwrite,

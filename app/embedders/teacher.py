@@ -49,7 +49,9 @@ class TeacherSide(Encoder):
 def load_teacher(
     bundle: Bundle | None, teacher: str | Path | None, pretrained: str | Path | None, device: str = "cpu"
 ) -> TeacherSide:
-    """Load the teacher named, or else the one that the bundle records, with its text tower where it has one.
+    """Load the teacher named, by a spec or as a bundle of several calls it, or else the one that the bundle records.
+
+    Its text tower comes with it where it has one.
 
     One that is recorded with a file of weights that is there is not loaded before it is needed: embeddings that were
     computed before are told by the identity that the bundle records.
@@ -59,7 +61,7 @@ def load_teacher(
     if bundle is None and teacher is None:
         raise MvmrError("a service does not say what its student was distilled from; name it: --teacher ViT-B-16")
     load = once(lambda: _with_text(bundle, teacher, pretrained, device))
-    record = _read_record(bundle) if bundle is not None and teacher is None else None
+    record = _read_record(bundle, str(teacher or TEACHER)) if bundle is not None else None
     if record is None:
         loaded = load().teacher
         name, weights, identity, dim = loaded.name, loaded.weights, loaded.identity, loaded.dim
@@ -101,10 +103,10 @@ def _with_text(
     return LoadedTeacher(load(text=False), has_text=False)
 
 
-def _read_record(bundle: Bundle) -> tuple[str, str, str] | None:
-    """Name, file of weights and identity of the teacher that the bundle records; None where the file is not there."""
+def _read_record(bundle: Bundle, teacher: str) -> tuple[str, str, str] | None:
+    """Name, file of weights and identity of a teacher that the bundle records; None where the file is not there."""
     teachers = bundle.manifest.training.get("teachers")
-    record = teachers.get("teacher") if isinstance(teachers, Mapping) else None
+    record = teachers.get(teacher) if isinstance(teachers, Mapping) else None
     if not isinstance(record, Mapping) or not {"name", "weights", "identity"} <= set(record):
         return None
     name, weights, identity = (str(record[key]) for key in ("name", "weights", "identity"))

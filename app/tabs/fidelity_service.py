@@ -15,13 +15,13 @@ def fidelity(bench: Workbench, engine: str, k: int) -> Fidelity:
     Raises: MvmrError where there is no teacher, or not k other images.
     """
     overlap = bench.overlap(engine, k)  # refuses what can't be had, so that nothing is kept for it
-    probes: Probes | None = bench.recall(("probes", engine))
+    probes: Probes | None = bench.own.recall(("probes", engine))
 
     def make() -> Fidelity:
         gallery = bench.gallery
         return Fidelity.of(overlap, k, gallery.labels, gallery.classes, probes=probes)
 
-    return bench.once(("fidelity", engine, k, probes is not None), make)
+    return bench.own.once(("fidelity", engine, k, probes is not None), make)
 
 
 def fit_probes(bench: Workbench, engine: str, advance: Advance | None = None) -> Probes:
@@ -34,7 +34,7 @@ def fit_probes(bench: Workbench, engine: str, advance: Advance | None = None) ->
     def make() -> Probes:
         if gallery.labels is None:
             raise MvmrError(f"{gallery.name} has no labels (one to an image), and a probe is fitted on labels")
-        training = bench.once(
+        training = bench.shared.once(
             ("training",),
             lambda: Training.open(gallery.name, gallery.classes, background=gallery.images.background),
         )
@@ -44,6 +44,6 @@ def fit_probes(bench: Workbench, engine: str, advance: Advance | None = None) ->
             head = training.probe(bench.encoder(key), bench.folder, advance)
             return ProbeResult.of(head, bench.rows(key), labels)
 
-        return Probes(teacher=bench.once(("probe", TEACHER), lambda: ask(TEACHER)), student=ask(engine))
+        return Probes(teacher=bench.own.once(("probe", TEACHER), lambda: ask(TEACHER)), student=ask(engine))
 
-    return bench.once(("probes", engine), make)
+    return bench.own.once(("probes", engine), make)

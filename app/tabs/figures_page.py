@@ -59,13 +59,13 @@ def _measure(bench: Workbench, advance: Advance | None) -> None:
         except MvmrError as error:
             failures[key] = str(error)
     for row in _lines(bench, usable, advance, failures):
-        bench.keep(("measured", row.key), {key: row.cells[key] for key in _TAKES_LONG})
+        bench.own.keep(("measured", row.key), {key: row.cells[key] for key in _TAKES_LONG})
 
 
 def _rows(bench: Workbench) -> list[Row]:
     """The table with all that is known by now: what was measured, and accuracies, whose records are read anew."""
     rows = _lines(bench)
-    return [replace(row, cells={**row.cells, **(bench.recall(("measured", row.key)) or {})}) for row in rows]
+    return [replace(row, cells={**row.cells, **(bench.own.recall(("measured", row.key)) or {})}) for row in rows]
 
 
 def _lines(
@@ -117,14 +117,14 @@ def _parameters(bench: Workbench, key: str) -> int | None:
         return None if bench.teacher is None else bench.teacher.teacher.parameters
     if bench.bundle is None or _why(bench, key) is not None:
         return None
-    return bench.once(("parameters",), partial(student_parameters, bench.bundle))
+    return bench.shared.once(("parameters",), partial(student_parameters, bench.bundle))
 
 
 def _accuracies(bench: Workbench, key: str) -> Mapping[str, float] | None:
     """By the probes that have been fitted here; None where they have not."""
-    training: Training | None = bench.recall(("training",))
+    training: Training | None = bench.shared.recall(("training",))
     labels = bench.gallery.labels
-    if training is None or labels is None or bench.recall(("probe" if key == TEACHER else "probes", key)) is None:
+    if training is None or labels is None or bench.own.recall(("probe" if key == TEACHER else "probes", key)) is None:
         return None
     encoder = bench.encoder(key)
     head, rows = training.probe(encoder, bench.folder), training.rows(encoder, bench.folder)

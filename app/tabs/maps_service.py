@@ -74,7 +74,7 @@ class Maps:
 
     def _at_once(self, engine: str) -> Map:
         bench = self._bench
-        return bench.once(
+        return bench.own.once(
             ("map", engine),
             lambda: cached_map("pca", bench.rows(TEACHER), bench.rows(engine), self._file("pca", engine)),
         )
@@ -99,4 +99,5 @@ class Maps:
         return future.result()
 
     def _file(self, method: Method, engine: str) -> Path:
-        return self._bench.folder / f"{method}-{engine}-{self._bench.gallery.fingerprint[:16]}.npz"
+        sides = f"{engine}-{self._bench.encoder(TEACHER).identity[:16]}"
+        return self._bench.folder / f"{method}-{sides}-{self._bench.gallery.fingerprint[:16]}.npz"

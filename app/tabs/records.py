@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mvmr import strict_json
-from mvmr.app.embedders.embedder import key_of
+from mvmr.app.embedders.embedder import TEACHER, key_of
 from mvmr.bundles import bundle as bundles
 from mvmr.bundles.bundle import Bundle
 from mvmr.bundles.manifest import Manifest
@@ -39,10 +39,11 @@ class Records:
 
     def find(self, protocol: str, *, teacher: bool) -> tuple[float, str] | None:
         """Top-1 in percent from the newest record of it, and the command that made the record."""
-        label = f"{protocol}, teacher {self.teacher}" if teacher else protocol
+        own_names = {self.teacher, *(name for name, record in self._teachers().items() if self._is_this(record))}
+        labels = {f"{protocol}, teacher {own}" for own in own_names} if teacher else {protocol}
         name = "top1_weighted_k5" if protocol == "knn" else "top1"
         for record in reversed(self._now().metrics if self.bundle else ()):
-            if record["protocol"] != label or name not in record["values"] or not _same(record["data"], self.data):
+            if record["protocol"] not in labels or name not in record["values"] or not _same(record["data"], self.data):
                 continue
             if not teacher or self._is_ours(record["command"]):
                 return float(record["values"][name]), str(record["command"])
@@ -79,14 +80,21 @@ class Records:
     def _is_ours(self, command: str) -> bool:
         """Whether a record of a teacher of this name is of these weights, and not of others."""
         options = dict(re.findall(r"--(teacher|pretrained) (\S+)", command))
-        if "teacher" in options:
+        record = self._teachers().get(options.get("teacher", TEACHER))
+        if "teacher" in options and record is None:
             try:
                 weights = options.get("pretrained") or default_tag(self.teacher)
             except MvmrError:  # a folder with its own weights
                 return _same(options["teacher"], os.path.dirname(self.weights))
             return _same(weights, self.weights)
-        records = None if self.bundle is None else self.bundle.manifest.training.get("teachers")
-        record = records.get("teacher") if isinstance(records, Mapping) else None
+        return self._is_this(record)
+
+    def _teachers(self) -> Mapping[str, object]:
+        """What the bundle says of its teachers, by their names."""
+        teachers = None if self.bundle is None else self.bundle.manifest.training.get("teachers")
+        return teachers if isinstance(teachers, Mapping) else {}
+
+    def _is_this(self, record: object) -> bool:
         return isinstance(record, Mapping) and record.get("identity") == self.identity
 
 

@@ -65,7 +65,8 @@ def _sources(module: ModuleType, network: nn.Module) -> list[str]:
     classes = {type(part) for part in network.modules()}
     own = [cls for cls in classes if cls.__module__.partition(".")[0] not in _LIBRARIES]
     texts = set()
-    for item in (module, *own):
+    sources: tuple[ModuleType | type, ...] = (module, *own)
+    for item in sources:
         with contextlib.suppress(OSError, TypeError):  # typed into a notebook, or compiled
             texts.add(inspect.getsource(item))
     return sorted(texts)

@@ -127,6 +127,6 @@ def _with_method(mapping: Mapping[str, Any], assignments: Sequence[str]) -> Mapp
     name = [current, *(text.partition("=")[2].strip() for text in assignments if text.startswith(_METHOD))][-1]
     if name not in CONFIGS:
         return mapping
-    defaults = to_mapping(CONFIGS[name]())
+    defaults = to_mapping(CONFIGS[name](name=name))
     weights = {key: value for key, value in defaults.items() if isinstance(value, dict)}
     return {**mapping, "method": {**weights, **(table if name == current else {})}}

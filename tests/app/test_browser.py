@@ -19,6 +19,7 @@ from playwright.sync_api import Browser, Page, expect
 from mvmr.distillation.report.report import report
 from tests.app.apps import DATA, WAIT, Running, Visit, make_quickstart, running, visit, wait_until
 from tests.app.pictures import encoded, giant, odd_images, photograph
+from tests.app.several import make_student
 from tests.serve import serving
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -364,3 +365,20 @@ def test_a_service_takes_the_students_place(bundle: Path, browser: Browser, tmp_
         open_tab(page, "Classify")
         page.click("#classify")
         expect(page.locator("#classes .bars.student li")).to_have_count(5)
+
+
+def test_a_link_leads_to_the_page_of_the_other_teacher(browser: Browser, tmp_path: Path) -> None:
+    with running(str(make_student(tmp_path))) as app, visit(browser, app.url) as seen:
+        page = seen.page
+        expect(page.locator(".mvmr-title nav [aria-current=page]")).to_have_text("clip")
+        page.get_by_role("link", name="dino").click()
+        page.wait_for_url("**/teacher/dino/")
+        expect(page.locator(".mvmr-title nav [aria-current=page]")).to_have_text("dino")
+        page.locator("#strip .pick").first.click()
+        expect(page.locator("#result .card")).to_have_count(20)
+        expect(page.locator("#result .side.teacher h3")).to_contain_text("Teacher: dino")
+        shot(page, "several")
+        open_tab(page, "Map")
+        expect(page.locator("#map .map")).to_have_attribute("data-ready", "pca")
+        page.get_by_role("link", name="clip").click()
+        page.wait_for_url(f"{app.url}/")

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mvmr.app.opening import open_workbench
+from mvmr.app.opening import open_workbenches
 from mvmr.app.ui import Query
 from mvmr.app.uploads import open_image
 from mvmr.bundles import bundle as bundles
@@ -215,7 +215,7 @@ def test_the_app_shows_it_what_it_was_shown_before(old: bundles.Bundle, content:
         (file,) = (tmp_path / name).iterdir()
         file.rename(photos / f"{name}{file.suffix}")
     bundle = bundles.load(shutil.copytree(old.path, tmp_path / "student"))
-    bench = open_workbench(bundle.path, gallery=photos)
+    (bench,) = open_workbenches(bundle.path, gallery=photos)
     uploaded = Query(content, "upload").image(bench.gallery.images.background)
     assert isinstance(uploaded, Image.Image)
     for shown in (uploaded, bench.gallery.images.load(0)):

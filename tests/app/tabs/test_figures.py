@@ -226,6 +226,18 @@ def test_a_teacher_of_the_same_name_with_other_weights_is_another(
     assert records.find("linear", teacher=True) == ((75, command) if ours else None)
 
 
+@pytest.mark.parametrize("called", ["first", Corners.name])  # beside all of them, and alone
+def test_one_of_several_teachers_is_told_by_its_name_in_the_bundle(tmp_path: Path, called: str) -> None:
+    first = {"name": Corners.name, "weights": Corners.weights, "identity": Corners.identity}
+    teachers = {"first": first, "second": first | {"identity": "d" * 64}}
+    bundle = a_bundle(tmp_path / "student", {"teachers": teachers})
+    command = "mvmr evaluate b --data photos --protocol linear --table --teacher"
+    note(bundle, f"linear, teacher {called}", 75, command=f"{command} first")
+    note(bundle, "linear, teacher second", 60, command=f"{command} second")
+    assert records_of(bundle, "photos").find("linear", teacher=True) == (75, f"{command} first")
+    assert records_of(bundle, "photos", identity="d" * 64).find("linear", teacher=True) == (60, f"{command} second")
+
+
 def with_report(bundle: Bundle, report_: object) -> Records:
     text = report_ if isinstance(report_, str) else json.dumps(report_)
     return records_of(bundles.add_files(bundle, {"onnx/encoder.int8.json": text.encode()}), "photos")
