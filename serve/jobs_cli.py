@@ -72,10 +72,11 @@ def _embed_by_teacher(
         if given and parameter.name not in ("sources", "out", "teacher", "pretrained"):
             raise click.UsageError(f"{parameter.opts[0]} is for bundles: leave it out with --teacher")
     (images,) = sources
+    from mvmr.data import grammar
     from mvmr.distillation.teachers.spec import check_names, parse_specs
 
     check_names(parse_specs(teacher))
-    check(data=images)
+    grammar.parse(images)
     from mvmr.distillation.embedding import embed as run
 
     say_plan(teacher=teacher, images=images, out=out)

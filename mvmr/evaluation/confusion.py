@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
+import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from sklearn.metrics import confusion_matrix
@@ -44,7 +44,7 @@ class Confusion:
             for row, column in pairs
         )
 
-    def write(self, path: str | Path) -> None:
+    def write(self, path: str | os.PathLike[str]) -> None:
         """As CSV: a line for each class as labelled, a column for each as predicted."""
         with atomic(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)

@@ -181,7 +181,9 @@ class Measured:
         return {"map_11point": score("voc07"), "map_area": score("area"), **head.chosen}
 
     def _score(self, head: LinearHead) -> Values:
-        return classification(head.logits(self.test_features), self.data.test_labels, self.data.classes) | head.chosen
+        return classification(head.logits(self.test_features), self.data.test_labels, self.data.classes) | dict(
+            head.chosen
+        )
 
 
 def classification(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> Values:
