@@ -12,6 +12,7 @@ import numpy as np
 from mvmr.bundles import bundle as bundles
 from mvmr.bundles.bundle import Bundle
 from mvmr.distillation.teachers.recorded import names_to_open, teacher_of
+from mvmr.distillation.teachers.remembered import RememberedTeacher
 from mvmr.distillation.teachers.stored_rows import StoredRows
 from mvmr.distillation.teachers.teacher import NoTextTower, Teacher, TextTeacher
 from mvmr.distillation.zeroshot import SpaceMap, fit_space_map, store_map, templates_for, zero_shot_logits
@@ -68,7 +69,7 @@ def compare(
         asked = protocols is not None or keep_map
         try:
             loaded, has_text = _open(opened, named, pretrained, device, with_text or keep_map, asked=asked)
-            if isinstance(loaded, StoredRows):
+            if isinstance(loaded, StoredRows | RememberedTeacher):
                 for images in (labelled.train, labelled.test):
                     loaded.check(images)
             teachers[label] = loaded, has_text

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 
 from mvmr.bundles.bundle import Bundle
 from mvmr.data import ImageSet, open_images
+from mvmr.distillation.teachers.given import Given, read_given
 from mvmr.distillation.teachers.remembered import RememberedTeacher, open_or_recall
-from mvmr.distillation.teachers.spec import NAME, parse_specs
+from mvmr.distillation.teachers.spec import NAME, Spec
 from mvmr.distillation.teachers.stored_rows import StoredRows, describe_missing
 from mvmr.distillation.teachers.table import share_pretrained
 from mvmr.distillation.teachers.teacher import Teacher
@@ -20,10 +22,11 @@ from mvmr.progress import say
 from mvmr.training.checks import check_recipe
 from mvmr.training.pretraining import fit, teacher_device
 from mvmr.training.recipe import Recipe, load_recipe
+from mvmr.training.shorthands import Shorthands, assignments
 
 
 def distill(
-    teacher: str | Path | Sequence[str | Path],
+    teacher: Given,
     data: str,
     out: str | Path,
     *,
@@ -38,6 +41,7 @@ def distill(
     max_unreadable: float = 0.01,
     max_missing: float = 0.01,
     progress: bool = False,
+    **settings: Unpack[Shorthands],
 ) -> Bundle:
     """Distil a teacher into a student from unlabelled images, and write the student's bundle.
 
@@ -49,7 +53,9 @@ def distill(
             ``torchvision:NAME[:WEIGHTS|FILE]``, ``onnx:FILE``, ``python:MODULE:FACTORY`` or ``rows:FILE.parquet``; or
             several, each with a name: ``["clip=ViT-B-16", "dino=timm:..."]``. What the recipe says of its ``teacher``
             holds for each that it does not name, its weights shared between them. One whose weights are gone will do
-            where its embeddings of the images are in the cache.
+            where its embeddings of the images are in the cache. Or an object with all that
+            `mvmr.distillation.teachers.teacher.Teacher` has, such as ``mvmr.NetworkTeacher(network, prepare,
+            name="mine")``; or a mapping of names to specs and objects.
         pretrained: a tag of open_clip's, or a weights file, for open_clip models that don't say theirs
             (``ViT-B-16:openai``); left out, `clip_source.default_tag` names the default.
         max_missing: the run stops when a larger share of the images has no row in a teacher's file; the others are
@@ -59,14 +65,16 @@ def distill(
     """
     if not 0 <= max_missing <= 1:
         raise MvmrError(f"max_missing = {max_missing}: a share, from 0 to 1")
-    specs = parse_specs(teacher)
-    weights = share_pretrained(specs, pretrained)
-    names = [spec.name for spec in specs]
-    resolved = share_weights(load_recipe(recipe, "mvmr.distillation", assign), names)
+    given = read_given(teacher)
+    weights = share_pretrained([one for one in given.values() if isinstance(one, Spec)], pretrained)
+    names = list(given)
+    changes = (*assignments(settings), *assign)
+    resolved = share_weights(load_recipe(recipe, "mvmr.distillation", changes), names)
     check_recipe(resolved, names, None if resume else init)
     computing = teacher_device(device)
     teachers = {
-        spec.name: open_or_recall(spec, weights[spec.name], device=computing, progress=progress) for spec in specs
+        name: open_or_recall(one, weights[name], device=computing, progress=progress) if isinstance(one, Spec) else one
+        for name, one in given.items()
     }
     images = open_images(
         data, "unlabelled", background=resolved.views.background, max_unreadable=max_unreadable, progress=progress

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mvmr.data import open_images as open_images
     from mvmr.distillation.distill import distill as distill
     from mvmr.distillation.report.report import report as report
+    from mvmr.distillation.teachers.teacher import NetworkTeacher as NetworkTeacher
     from mvmr.errors import MvmrError as MvmrError
     from mvmr.evaluation.evaluate import evaluate as evaluate
     from mvmr.evaluation.evaluate import probe as probe
@@ -29,6 +30,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
     "MvmrError": "mvmr.errors",
+    "NetworkTeacher": "mvmr.distillation.teachers.teacher",
     "ablate": "mvmr.comparison.ablation",
     "compare": "mvmr.comparison.methods",
     "distance_correlation": "mvmr.methods.parts.dependence",
@@ -44,6 +46,7 @@ _HOMES = {
 
 __all__ = [
     "MvmrError",
+    "NetworkTeacher",
     "__version__",
     "ablate",
     "compare",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mvmr.app.embedders.embedder import TEACHER, Encoder, device_type, embed_in_torch, identity_of, once
 from mvmr.bundles.bundle import Bundle
+from mvmr.distillation.teachers.spec import place_of
 from mvmr.errors import MvmrError, one_line
 
 logger = logging.getLogger(__name__)
@@ -104,13 +105,17 @@ def _with_text(
 
 
 def _read_record(bundle: Bundle, teacher: str) -> tuple[str, str, str] | None:
-    """Name, file of weights and identity of a teacher that the bundle records; None where the file is not there."""
+    """Name, file of weights and identity of a teacher that the bundle records; None where no file is recorded.
+
+    The file need not be there: embeddings of the gallery that were made before are found by the identity.
+    """
     teachers = bundle.manifest.training.get("teachers")
     record = teachers.get(teacher) if isinstance(teachers, Mapping) else None
     if not isinstance(record, Mapping) or not {"name", "weights", "identity"} <= set(record):
         return None
-    name, weights, identity = (str(record[key]) for key in ("name", "weights", "identity"))
-    return (name, weights, identity) if Path(weights).is_file() else None
+    weights, _ = place_of(record, bundle.path)
+    is_path = Path(weights).is_file() or (Path(weights).suffix and len(Path(weights).parts) > 1)  # a tag is neither
+    return (str(record["name"]), weights, str(record["identity"])) if is_path else None
 
 
 def _size(name: str, weights: str) -> int | None:

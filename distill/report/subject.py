@@ -16,6 +16,7 @@ from mvmr.bundles.bundle import Bundle
 from mvmr.data import ImageSet, open_images
 from mvmr.distillation.report.images import SEED, Open, draw, open_evaluation_images
 from mvmr.distillation.teachers.recorded import recorded_teachers, teacher_of
+from mvmr.distillation.teachers.remembered import RememberedTeacher
 from mvmr.distillation.teachers.stored_rows import StoredRows
 from mvmr.distillation.teachers.teacher import Teacher
 from mvmr.errors import MvmrError
@@ -82,7 +83,7 @@ class Subject:
 
         def load() -> Teacher:
             loaded = teacher_of(bundle, teacher, pretrained, device, text=False)
-            if isinstance(loaded, StoredRows):
+            if isinstance(loaded, StoredRows | RememberedTeacher):
                 for each in (images, labelled.train, labelled.test) if labelled is not None else (images,):
                     loaded.check(each)
             return loaded

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import inspect
 import os
@@ -17,8 +16,6 @@ from torch import Tensor, nn
 
 from mvmr.distillation.teachers.teacher import NetworkTeacher, NoTextTower, TeacherGone
 from mvmr.errors import MvmrError, summarise, unknown
-
-_LIBRARIES = ("torch", "torchvision", "timm", "open_clip", "transformers")
 
 
 def load(what: str, *, device: str | torch.device, text: bool) -> NetworkTeacher:
@@ -56,20 +53,8 @@ def load(what: str, *, device: str | torch.device, text: bool) -> NetworkTeacher
     network, prepare = _parts(product, what)
     return NetworkTeacher(
         network, prepare, kind="python", what=what, name=f"python:{what}", weights="its own",
-        description={"python": what, "sources": _sources(module, network)}, device=device,
+        description={"python": what, "module": _source(module)}, device=device,
     )  # fmt: skip
-
-
-def _sources(module: ModuleType, network: nn.Module) -> list[str]:
-    """What the module and the classes of the network look like, but for those of libraries: what they compute."""
-    classes = {type(part) for part in network.modules()}
-    own = [cls for cls in classes if cls.__module__.partition(".")[0] not in _LIBRARIES]
-    texts = set()
-    sources: tuple[ModuleType | type, ...] = (module, *own)
-    for item in sources:
-        with contextlib.suppress(OSError, TypeError):  # typed into a notebook, or compiled
-            texts.add(inspect.getsource(item))
-    return sorted(texts)
 
 
 def _parts(product: Any, what: str) -> tuple[nn.Module, Callable[[Image.Image], Tensor]]:
@@ -82,3 +67,10 @@ def _parts(product: Any, what: str) -> tuple[nn.Module, Callable[[Image.Image], 
             "(module, prepare)"
         )
     return network, prepare
+
+
+def _source(module: ModuleType) -> str:
+    try:
+        return inspect.getsource(module)
+    except (OSError, TypeError):  # compiled
+        return ""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mvmr.bundles.bundle import Bundle
-from mvmr.distillation.teachers.spec import KINDS, NAME, Spec
+from mvmr.distillation.teachers.remembered import RememberedTeacher
+from mvmr.distillation.teachers.spec import CLIP, KINDS, NAME, Spec, place_of
 from mvmr.distillation.teachers.table import open_teacher
-from mvmr.distillation.teachers.teacher import Teacher
+from mvmr.distillation.teachers.teacher import OBJECT, NoTextTower, Teacher, TeacherGone
 from mvmr.errors import MvmrError, unknown
 
 _KEYS = {"name", "weights", "identity"}
@@ -52,24 +54,43 @@ def teacher_of(
 
 
 def _reopen(bundle: Bundle, record: Mapping[str, Any], device: str, text: bool) -> Teacher:
-    file = Path(record["weights"])
-    if file.suffix and len(file.parts) > 1 and not file.exists():  # a tag is neither
-        raise MvmrError(
-            f"the teacher that {bundle.path} was distilled from is not at {file} any more (looked from {Path.cwd()}); "
-            "say where: --teacher NAME|FOLDER, and --pretrained FILE"
-        )
-    kind = str(record.get("kind", "open_clip"))
-    if kind not in KINDS:
+    kind = str(record.get("kind", CLIP))
+    if kind not in (*KINDS, OBJECT):
         raise unknown(f"kind of teacher in {bundle.path}", kind, KINDS)
-    if kind != "open_clip":
-        teacher = open_teacher(Spec(NAME, kind, str(record["what"])), device=device, text=text)
-    elif (file.parent / "open_clip_config.json").is_file():  # a folder in open_clip's hub format
-        teacher = open_teacher(Spec(NAME, kind, str(file.parent)), device=device, text=text)
-    else:
-        teacher = open_teacher(Spec(NAME, kind, record["name"]), record["weights"], device=device, text=text)
+    weights, what = place_of(record, bundle.path)
+    try:
+        teacher = _open(bundle, record, kind, weights, what, device=device, text=text)
+    except TeacherGone as error:
+        if text:
+            raise NoTextTower(str(error)) from error
+        return RememberedTeacher(
+            name=str(record["name"]), weights=weights, identity=str(record["identity"]), dim=0, parameters=None,
+            why=str(error),
+        )  # fmt: skip
     if teacher.identity != record["identity"]:
         raise MvmrError(
-            f"teacher {record['name']} with weights {record['weights']} is not the one {bundle.path} was "
+            f"teacher {record['name']} with weights {weights} is not the one {bundle.path} was "
             "distilled from (other weights, or another preprocessing); give the right one: --teacher, --pretrained"
         )
     return teacher
+
+
+def _open(
+    bundle: Bundle, record: Mapping[str, Any], kind: str, weights: str, what: str, *, device: str, text: bool
+) -> Teacher:
+    file = Path(weights)
+    if kind == OBJECT:
+        raise TeacherGone(
+            f"the teacher that {bundle.path} was distilled from, {record['name']}, was an object of a program; give it "
+            "again: --teacher python:MODULE:FACTORY"
+        )
+    if file.suffix and len(file.parts) > 1 and not file.exists():  # a tag is neither
+        raise TeacherGone(
+            f"the teacher that {bundle.path} was distilled from is not at {os.path.abspath(file)} any more; say where: "
+            "--teacher NAME|FOLDER, and --pretrained FILE"
+        )
+    if kind != CLIP:
+        return open_teacher(Spec(NAME, kind, what), device=device, text=text)
+    if (file.parent / "open_clip_config.json").is_file():  # a folder in open_clip's hub format
+        return open_teacher(Spec(NAME, kind, str(file.parent)), device=device, text=text)
+    return open_teacher(Spec(NAME, kind, record["name"]), weights, device=device, text=text)

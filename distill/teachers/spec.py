@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+from mvmr.bundles.manifest import WEIGHTS
 from mvmr.errors import MvmrError, nearest, unknown
 
 NAME = "teacher"  # of one that is given none
 # The kinds, each a module beside this one with a function `load`; the first is meant where a spec names none.
+CLIP = "open_clip"
 KINDS = {
-    "open_clip": "clip",
+    CLIP: "clip",
     "timm": "timm_model",
     "torchvision": "torchvision_model",
     "onnx": "onnx_model",
@@ -55,10 +58,10 @@ class Spec:
         kind, colon, what = model.partition(":")
         if colon and kind in KINDS:
             return cls(name, kind, what)
-        return cls(name, next(iter(KINDS)), model)
+        return cls(name, CLIP, model)
 
     def __str__(self) -> str:
-        return self.what if self.kind == "open_clip" else f"{self.kind}:{self.what}"
+        return self.what if self.kind == CLIP else f"{self.kind}:{self.what}"
 
 
 def parse_specs(specs: str | Path | Iterable[str | Path]) -> list[Spec]:
@@ -82,7 +85,7 @@ def check_names(specs: Sequence[Spec]) -> None:
     Raises: MvmrError that names the nearest.
     """
     for spec in specs:
-        if spec.kind == "open_clip" and (known := _open_clip_names()):
+        if spec.kind == CLIP and (known := _open_clip_names()):
             name, _ = split_weights(spec.what)
             missing = name.replace("/", "-") not in known and not name.startswith(HUB) and not Path(name).is_dir()
             if missing and not (os.sep in name and nearest(name.replace("/", "-"), known) is None):
@@ -95,6 +98,18 @@ def split_weights(what: str) -> tuple[str, str]:
         return what, ""
     name, _, weights = what.partition(":")
     return name, weights
+
+
+def place_of(record: Mapping[str, Any], bundle: Path) -> tuple[str, str]:
+    """Weights and `what` of a teacher that a bundle records, as they are to be opened from here.
+
+    A file that lay beside the bundle is recorded from the bundle on, so that both may move together; any other by its
+    whole path. (Bundles of before record what was typed, from the folder where it was typed.)
+    """
+    weights, what = str(record["weights"]), str(record.get("what", ""))
+    if record.get("beside"):
+        weights = os.path.normpath(os.path.join(os.path.abspath(bundle), weights))
+    return weights, what.replace(WEIGHTS, weights)
 
 
 @cache

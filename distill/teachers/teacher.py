@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 
 from mvmr.errors import MvmrError, summarise, unknown
 
+OBJECT = "object"  # the kind of a teacher that a program made
+_LIBRARIES = ("torch", "torchvision", "timm", "open_clip", "transformers")
 _SAME = 1e-2  # of what makes two images differ
 _ROUNDING = 1e-5  # of float32 on the CPU, over the largest value
 
@@ -75,13 +79,25 @@ def read_settings(kind: str, what: str, keys: Sequence[str]) -> tuple[str, dict[
 
 def identity_of(network: nn.Module, prepare: Callable[[Image.Image], Tensor], description: Mapping[str, Any]) -> str:
     """The identity of a network: of its weights, what it is described as, and what it makes of two images' pixels."""
-    digest = hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode())
+    own = sources_of(network)
+    described = {**description, "classes": own} if own else description
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
     for key, tensor in sorted({**dict(network.named_buffers()), **network.state_dict()}.items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     for image in canaries():
         digest.update(prepare(image).detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def sources_of(network: nn.Module) -> list[str]:
+    """What the classes of a network look like, but for those of libraries: what it computes by its weights."""
+    sources = set()
+    for kind in {type(part) for part in network.modules()}:
+        if kind.__module__.partition(".")[0] not in _LIBRARIES:
+            with contextlib.suppress(OSError, TypeError):  # typed into a console, or compiled
+                sources.add(inspect.getsource(kind))
+    return sorted(sources)
 
 
 def canaries() -> list[Image.Image]:
@@ -138,21 +154,31 @@ def measure_width(
 class NetworkTeacher:
     """A teacher made of a torch module and its preprocessing; see `Teacher`.
 
+    Its identity is a hash of the weights, of what the network's own classes look like, and of what the preprocessing
+    makes of two images. It is put into evaluation mode and onto the device.
+
     Not an `nn.Module`, on purpose: kept as an attribute of one, it stays out of that module's parameters, checkpoints
     and `train()`.
+
+    network: prepared images [B, C, H, W] -> rows of floats [B, D]
+    prepare: an RGB image of any size -> [C, H, W], of one shape for all images
+    name: for people; weights: where they come from, for people
+    kind, what: how a bundle's reader has it again (`mvmr.distillation.teachers.spec`); an object can't be had again
+    description: what else its embeddings depend on
 
     Raises: MvmrError, as `measure_width`.
     """
 
     def __init__(
-        self, network: nn.Module, prepare: Callable[[Image.Image], Tensor], *, kind: str, what: str, name: str,
-        weights: str, description: Mapping[str, Any], device: str | torch.device,
+        self, network: nn.Module, prepare: Callable[[Image.Image], Tensor], *, name: str, weights: str = "its own",
+        kind: str = OBJECT, what: str = "", description: Mapping[str, Any] | None = None,
+        device: str | torch.device = "cpu",
     ) -> None:  # fmt: skip
         self.name, self.weights, self.prepare = name, weights, prepare
         self.origin = {"kind": kind, "what": what}  # recorded in the bundle
         self._network = network.cpu().float().eval().requires_grad_(False)
         self.dim = measure_width(self._network, prepare, name, rounding=_ROUNDING)
-        self.identity = identity_of(self._network, prepare, description)
+        self.identity = identity_of(self._network, prepare, description or {})
         self._device = torch.device(device)
         self._network.to(self._device)
 

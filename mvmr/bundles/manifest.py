@@ -16,6 +16,7 @@ from mvmr.errors import MvmrError, shorten, unknown
 SCHEMA = 2
 WIDEST = 2**20  # an embedding; what is wider is a mistake, or meant to take all memory
 NAME = "bundle.json"
+WEIGHTS = "{weights}"  # in what a teacher was called: its file, whose place is recorded beside it
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _RECORD_KEYS = {"command": str, "data": str, "protocol": str, "values": dict}
 

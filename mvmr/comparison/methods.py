@@ -6,12 +6,14 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
 from mvmr.comparison.engine import Study, carry_out
 from mvmr.comparison.grids import Row, check_free
 from mvmr.comparison.results import Result
 from mvmr.errors import MvmrError, unknown
 from mvmr.methods.table import METHODS
+from mvmr.training.shorthands import Shorthands, assignments
 
 RANDOM = Row("random encoder", ("method.name=simclr", "train.epochs=0"))
 _SECTIONS = ("student", "views", "method", "objective", "train")
@@ -23,7 +25,6 @@ def compare(
     data: str,
     out: str | os.PathLike[str],
     *,
-    epochs: int | None = None,
     seeds: int = 1,
     recipe: str | Path = "default",
     assign: Sequence[str] = (),
@@ -32,6 +33,7 @@ def compare(
     devices: int = 1,
     max_unreadable: float = 0.01,
     progress: bool = False,
+    **settings: Unpack[Shorthands],
 ) -> list[Result]:
     """Train each of several methods and measure it; see :func:`mvmr.comparison.engine.carry_out`.
 
@@ -39,20 +41,18 @@ def compare(
         methods: names separated by commas, each with settings of its own if there are any: ``"mvmr,simclr,
             lejepa spread=energy,byol objective.representations.hog=0.5"``; more may be asked for later.
         out: folder of the results; bundles are in ``out``/runs while they are needed.
-        epochs: passes over the images; left out, those of the recipe.
         seeds: every method is trained with seeds 0 to ``seeds`` - 1; more may be asked for later.
         recipe, assign: what all methods have in common: a recipe's name or file, and changes to it.
         keep: keep the bundles of all runs; otherwise each is deleted once it is measured.
-        device, devices, max_unreadable, progress: as in :func:`mvmr.pretrain`.
+        device, devices, max_unreadable, progress, settings: as in :func:`mvmr.pretrain`.
 
     Raises:
         MvmrError: an unknown method, one that is named twice, an assignment that rows decide; and as ``carry_out``.
     """
-    rows = parse_methods(methods)
+    rows, changes = parse_methods(methods), (*assignments(settings), *assign)
     check_free(
-        [RANDOM, *(Row(row.label, row.assignments[:1]) for row in rows)], assign, "a comparison", but="train.epochs"
+        [RANDOM, *(Row(row.label, row.assignments[:1]) for row in rows)], changes, "a comparison", but="train.epochs"
     )
-    changes = (*assign, *(() if epochs is None else (f"train.epochs={epochs}",)))
     study = Study(
         kind="comparison", settings={}, command=_command, rows=(RANDOM, *rows), own=("method",), recipe=recipe,
         changes=changes,

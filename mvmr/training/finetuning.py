@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from mvmr.training.precision import native_precision
 from mvmr.training.pretraining import carry_out, features_of, launch, recalibrate
 from mvmr.training.recipe import FinetuneRecipe, read_recipe
 from mvmr.training.runs import RunFolder, find_run
+from mvmr.training.shorthands import Tuning, assignments
 from mvmr.training.subsets import draw, find_listed_images, parse_labels
 from mvmr.training.targets import WithRows
 from mvmr.training.trainer import TrainConfig, train
@@ -72,6 +73,7 @@ def finetune(
     devices: int = 1,
     max_unreadable: float = 0.01,
     progress: bool = False,
+    **settings: Unpack[Tuning],
 ) -> tuple[Bundle, Values]:
     """Train a whole encoder and a linear classifier on a few labelled images, and write both as a new bundle.
 
@@ -93,6 +95,7 @@ def finetune(
         MvmrError: anything a user can mend, before training starts; or a loss that is not finite.
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM; ``resume`` goes on.
     """
+    assign = (*assignments(settings), *assign)
     plan = _plan(bundle, data, out, labels, recipe, assign, head, max_unreadable=max_unreadable, progress=progress)
     precision = native_precision(plan.recipe.train.precision, device, plan.start.manifest.preprocessing.crop)
     fabric = launch(device, devices, precision)

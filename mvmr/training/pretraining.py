@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from lightning_fabric import Fabric
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mvmr.bundles import bundle
 from mvmr.bundles.bundle import Bundle
+from mvmr.bundles.manifest import WEIGHTS
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.bundles.tensors import Normalise, channels_first
 from mvmr.config import to_mapping
@@ -36,6 +38,7 @@ from mvmr.training import checkpoint
 from mvmr.training.checks import check_recipe, check_trainable, settle, side
 from mvmr.training.recipe import Recipe, load_recipe
 from mvmr.training.runs import RunFolder, claim, find_run, give_up
+from mvmr.training.shorthands import Shorthands, assignments
 from mvmr.training.targets import Batch, Targets, WithRows
 from mvmr.training.trainer import Precision, Watch, leave_the_group, read, train
 from mvmr.training.views import Views, view_sides
@@ -56,6 +59,7 @@ def pretrain(
     devices: int = 1,
     max_unreadable: float = 0.01,
     progress: bool = False,
+    **settings: Unpack[Shorthands],
 ) -> Bundle:
     """Train a student without labels and without a teacher (self-supervised), and write its bundle.
 
@@ -70,12 +74,13 @@ def pretrain(
         device, devices: Lightning Fabric's accelerator name and number of devices (under torchrun: per node).
         max_unreadable: the run stops when a larger share of the images can't be read.
         progress: show progress on standard error.
+        settings: keys of the recipe that have a name of their own, such as ``epochs=5``; ``assign`` comes after them.
 
     Raises:
         MvmrError: anything a user can mend, from an unknown recipe to a loss that is not finite.
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM; ``resume`` goes on.
     """
-    resolved = load_recipe(recipe, "mvmr", assign)
+    resolved = load_recipe(recipe, "mvmr", (*assignments(settings), *assign))
     check_recipe(resolved, (), None if resume else init)
     images = open_images(
         data, "unlabelled", background=resolved.views.background, max_unreadable=max_unreadable, progress=progress
@@ -123,7 +128,7 @@ def fit(
         Preprocess.for_size(size, images.background),
         open_backbone(recipe.student, size),
     )
-    run = find_run(result, _describe(images, recipe, teachers, init), resume=resume, overwrite=overwrite)
+    run = find_run(result, _describe(images, recipe, teachers, init, result), resume=resume, overwrite=overwrite)
 
     def make() -> None:
         if not run.finished:
@@ -282,13 +287,13 @@ class Originals(Dataset[Tensor]):
 
 
 def _describe(
-    images: ImageSet, recipe: Recipe, teachers: Mapping[str, Pretrained], init: str | Path | None
+    images: ImageSet, recipe: Recipe, teachers: Mapping[str, Pretrained], init: str | Path | None, out: Path
 ) -> dict[str, Any]:
     return {
         "method": recipe.method.name,
         "teachers": {
-            name: {"name": teacher.name, "weights": teacher.weights, "identity": teacher.identity}
-            | dict(getattr(teacher, "origin", {}))  # how a teacher that is no CLIP is had again
+            name: {"name": teacher.name, "identity": teacher.identity}
+            | _place(teacher.weights, getattr(teacher, "origin", {}), out)
             for name, teacher in teachers.items()
         },
         "data": {"name": images.name, "split": images.split, "images": len(images), "fingerprint": images.fingerprint},
@@ -296,3 +301,16 @@ def _describe(
         "seed": recipe.train.seed,
         "recipe": to_mapping(recipe),
     }
+
+
+def _place(weights: str, origin: Mapping[str, str], out: Path) -> dict[str, Any]:
+    """How a teacher is had again: where its file lies from the bundle on, if below the bundle's own folder, or wholly.
+
+    weights: a file, or words for people; origin: kind and what was typed, of a teacher that is no CLIP
+    """
+    if not os.path.isfile(weights):
+        return {"weights": weights, **origin}
+    file, folder = Path(weights).resolve(), out.resolve()
+    beside = file.is_relative_to(folder.parent)
+    place = {"weights": os.path.relpath(file, folder) if beside else str(file)} | ({"beside": True} if beside else {})
+    return place | ({**origin, "what": origin["what"].replace(weights, WEIGHTS)} if origin else {})

@@ -21,7 +21,7 @@ from mvmr.training import checkpoint
 _DESCRIPTION = "run.json"
 # No weight depends on these.
 _FREE = frozenset(f"recipe.train.{name}" for name in ("workers", "cache_gb", "checkpoint_steps", "log_steps"))
-_FREE_OF_A_TEACHER = ("weights", "what")  # where they lie; what they are is in the teacher's identity
+_FREE_OF_A_TEACHER = ("weights", "what", "beside")  # where they lie; what they are is in the teacher's identity
 # What gets a run past a loss that is not finite. A change is noted in the run's description.
 _STEERING = frozenset(f"recipe.train.{name}" for name in ("lr", "clip_grad", "precision"))
 

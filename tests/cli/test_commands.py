@@ -142,6 +142,7 @@ def test_options_are_assignments_to_the_recipe(monkeypatch: pytest.MonkeyPatch, 
               "clip-grad": "1", "precision": "32-true", "workers": "0", "seed": "0"}  # fmt: skip
     flags = [part for name, value in values.items() for part in (f"--{name}", value)]
     monkeypatch.chdir(tmp_path)
+    Path("My Photos/2024").mkdir(parents=True)
     result = mvmr("pretrain", "--small-kernel", *flags, "--set", "train.seed=5", "--data", "My Photos/2024")
     assert isinstance(result.exception, Stop)
     assert set(call["assign"]) == {

@@ -72,7 +72,8 @@ def test_a_student_is_distilled_from_a_folder_of_images(tmp_path: Path) -> None:
     training = student.manifest.training
     assert training["method"] == "mvmr"
     loaded = ClipTeacher.load(teacher)
-    wanted = {"name": "clip", "weights": f"{teacher}/open_clip_model.safetensors", "identity": loaded.identity}
+    weights = "../clip/open_clip_model.safetensors"
+    wanted = {"name": "clip", "weights": weights, "beside": True, "identity": loaded.identity}
     assert training["teachers"] == {"teacher": wanted}
     assert training["data"]["images"] == 16
     assert training["steps"] == 4
