@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from mvmr.cli.early import check
+from mvmr.cli.threads import THREADS
 
 
 @click.command()
@@ -23,6 +24,7 @@ from mvmr.cli.early import check
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 for all.")
 @click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="0 takes a free one.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda, of teacher and torch.")
+@THREADS
 def app(
     bundle: str | None,
     teacher: str | None,

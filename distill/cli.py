@@ -10,6 +10,7 @@ import click
 from mvmr.cli.commands import format_figures, show_result, slug
 from mvmr.cli.early import check
 from mvmr.cli.options import CONFUSION, LABELLED, MAX_UNREADABLE, TRAINING
+from mvmr.cli.threads import THREADS
 from mvmr.progress import say_plan
 
 
@@ -72,6 +73,7 @@ def distill(
 @CONFUSION
 @click.option("--keep-map", is_flag=True, help="With --table: store the map to the teacher's space, for text search.")
 @click.option("--device", default="cpu", show_default=True)
+@THREADS
 @MAX_UNREADABLE
 def evaluate(
     bundle: str | None,
@@ -121,6 +123,7 @@ def evaluate(
 @click.option("--limit", default=1000, show_default=True, help="Images that are compared, at most.")
 @click.option("--permutations", default=200, show_default=True, help="Shufflings behind the permutation null.")
 @click.option("--device", default="cpu", show_default=True)
+@THREADS
 @MAX_UNREADABLE
 def report(bundle: str | None, data: str, out: str | None, **options: Any) -> None:
     """Show how faithful BUNDLE (the newest below runs/ when left out) is to its teacher or to each of them, in HTML."""

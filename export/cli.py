@@ -9,6 +9,7 @@ import click
 
 from mvmr.cli.early import check
 from mvmr.cli.options import MAX_UNREADABLE
+from mvmr.cli.threads import THREADS
 from mvmr.export.artifacts import ARTIFACTS
 from mvmr.export.runtimes import PROVIDERS
 from mvmr.progress import say_plan
@@ -40,6 +41,7 @@ def _add_artifact_options(command: Callable[..., None]) -> Callable[..., None]:
     "--provider", default="cpu", show_default=True, help=f"Where fp32 and fp16 are verified: {', '.join(PROVIDERS)}."
 )
 @MAX_UNREADABLE
+@THREADS
 def export(bundle: str | None, min_batch: int, opt_batch: int, max_batch: int, **options: Any) -> None:
     """Export BUNDLE (the newest below runs/ when left out), each file verified against torch before it may be used."""
     check(bundle=bundle)

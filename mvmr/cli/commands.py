@@ -23,6 +23,7 @@ from mvmr.cli.options import (
     options,
     recipe_options,
 )
+from mvmr.cli.threads import THREADS
 from mvmr.progress import say_plan
 
 
@@ -46,6 +47,7 @@ def pretrain(data: str, out: str | None, assign: tuple[str, ...], **options: Any
 @BALANCED
 @CONFUSION
 @click.option("--device", default="cpu", show_default=True)
+@THREADS
 @MAX_UNREADABLE
 def probe(bundle: str | None, data: str, **options: Any) -> None:
     """Fit a linear head on frozen features and store it in BUNDLE (the newest below runs/ when left out)."""
@@ -70,7 +72,9 @@ def probe(bundle: str | None, data: str, **options: Any) -> None:
 @click.option("--out", metavar="FOLDER", help="Folder of the fine-tuned bundle; made from BUNDLE's when left out.")
 @click.option("--head", help="Name of the classifier; made from the data's name when left out.")
 @BALANCED
-@options(RECIPE, recipe_options(without=(*OF_PRETRAINING, "accumulate")), RESUME, OVERWRITE, DEVICE, MAX_UNREADABLE)
+@options(
+    RECIPE, recipe_options(without=(*OF_PRETRAINING, "accumulate")), RESUME, OVERWRITE, DEVICE, THREADS, MAX_UNREADABLE
+)
 def finetune(
     bundle: str | None, data: str, labels: str, out: str | None, assign: tuple[str, ...], balanced: bool, **options: Any
 ) -> None:
@@ -103,7 +107,7 @@ _OF_A_STUDY = options(
     help="Methods to compare, each with settings of its own if you like: 'simclr,lejepa spread=energy'.",
 )
 @_OF_A_STUDY
-@options(RECIPE, recipe_options(without=("method", "seed")), DEVICE, DEVICES, MAX_UNREADABLE)
+@options(RECIPE, recipe_options(without=("method", "seed")), DEVICE, DEVICES, THREADS, MAX_UNREADABLE)
 def compare(methods: str, data: str, out: str | None, assign: tuple[str, ...], **options: Any) -> None:
     """Train several methods on the same images, measure each and a random encoder, and write a table."""
     check(data=data, recipe=options["recipe"], of="pretrain")
@@ -121,7 +125,7 @@ def compare(methods: str, data: str, out: str | None, assign: tuple[str, ...], *
 @click.option(
     "--recipe", default="paper", show_default=True, help="Name of a recipe of `mvmr pretrain`, or a TOML file."
 )
-@options(recipe_options(without=("seed",)), DEVICE, DEVICES, MAX_UNREADABLE)
+@options(recipe_options(without=("seed",)), DEVICE, DEVICES, THREADS, MAX_UNREADABLE)
 def ablate(grid: str, data: str, out: str | None, assign: tuple[str, ...], **options: Any) -> None:
     """Train and measure a grid of the paper's ablations (Tables 5 to 8), a row at a time."""
     check(data=data, recipe=options["recipe"], of="pretrain")

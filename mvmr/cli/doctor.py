@@ -22,7 +22,7 @@ from rich.text import Text
 from mvmr import __version__
 from mvmr.cli.support import Support
 from mvmr.cli.table import COMMANDS
-from mvmr.cores import usable_cores
+from mvmr.cores import busy_cores, usable_cores
 from mvmr.errors import EXTRAS
 from mvmr.storage.atomic import cache_dir
 
@@ -46,11 +46,15 @@ TEACHER_NOTE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """The computer: processor cores this process may use, memory in bytes it may fill (None: not known)."""
+    """The computer: cores this process may use, and how many of them others are busy on now; memory in bytes.
+
+    memory, memory_available: that it may fill, None where that is not known
+    """
 
     system: str
     python: str
     cores: int
+    busy: float
     memory: int | None
     memory_available: int | None
 
@@ -146,6 +150,7 @@ def _machine() -> Machine:
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
         cores=usable_cores(),
+        busy=round(busy_cores(), 1),
         memory=total,
         memory_available=available,
     )
@@ -224,7 +229,7 @@ def _show(report: Report, console: Console) -> None:
     machine, cache = report.machine, report.cache
     facts = Table("machine", "", title=f"mvmr {report.mvmr}", title_justify="left")
     facts.add_row("system", f"{machine.system}, Python {machine.python}")
-    facts.add_row("cores", str(machine.cores))
+    facts.add_row("cores", f"{machine.cores}, {machine.busy:.1f} busy with other work")
     facts.add_row("memory", f"{_gigabytes(machine.memory)}, {_gigabytes(machine.memory_available)} available")
     for device in report.devices:
         facts.add_row(device.kind.partition(",")[0], f"{device.name} ({device.kind}), {_gigabytes(device.memory)}")

@@ -5,11 +5,12 @@ Each is checked again where it is used, by the same code; so that a caller of th
 
 from __future__ import annotations
 
+from mvmr.cli.threads import note_threads
 from mvmr.errors import MvmrError
 
 
 def check(*, bundle: str | None = "", data: str | None = None, recipe: str | None = None, of: str = "") -> None:
-    """Refuse what isn't there.
+    """Refuse what isn't there; then say, if need be, that fewer threads than cores are used.
 
     Args:
         bundle: of whose manifest the shape is looked at, not the hashes; None means the newest below runs/.
@@ -31,3 +32,4 @@ def check(*, bundle: str | None = "", data: str | None = None, recipe: str | Non
             raise MvmrError(f"data {data!r} {description.kind.refusal}")
     if recipe is not None:
         read_tables(recipe, shelf_of(of))
+    note_threads()

@@ -10,6 +10,7 @@ import click
 from click.types import OptionHelpExtra
 
 from mvmr.cli.shelves import SHELVES, shelf_of
+from mvmr.cli.threads import THREADS
 
 Command = Callable[..., None]
 Decorator = Callable[[Command], Command]
@@ -161,4 +162,4 @@ def recipe_options(*, without: tuple[str, ...] = ()) -> Decorator:
     return decorate
 
 
-TRAINING = options(OUT, RECIPE, recipe_options(), INIT, RESUME, OVERWRITE, DEVICE, DEVICES, MAX_UNREADABLE)
+TRAINING = options(OUT, RECIPE, recipe_options(), INIT, RESUME, OVERWRITE, DEVICE, DEVICES, THREADS, MAX_UNREADABLE)
