@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mvmr.cli.commands import format_figures, show_result, slug
+from mvmr.cli.commands import show_result, slug
 from mvmr.cli.early import check
 from mvmr.cli.options import CONFUSION, LABELLED, MAX_UNREADABLE, TRAINING
 from mvmr.cli.threads import THREADS
@@ -92,6 +92,7 @@ def evaluate(
     check(bundle=bundle, data=data)
     from mvmr.evaluation.evaluate import evaluate as run
     from mvmr.evaluation.evaluate import newest_or
+    from mvmr.evaluation.figures import format_figures
 
     path, protocols = newest_or(bundle), protocol.split(",") if protocol else None
     if not table:

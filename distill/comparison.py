@@ -20,7 +20,7 @@ from mvmr.errors import MvmrError
 from mvmr.evaluation.evaluate import open_labelled, record
 from mvmr.evaluation.protocols import Labelled, Measured, Values, protocols_for
 from mvmr.evaluation.scores import top_k
-from mvmr.progress import say
+from mvmr.progress import is_wanted, say
 
 STUDENT, ZERO_SHOT = "student", "zeroshot"
 _BY = " by "  # before the name of one of several teachers
@@ -38,7 +38,7 @@ def compare(
     keep_map: bool = False,
     device: str = "cpu",
     max_unreadable: float = 0.01,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Comparison:
     """Measure a student and its teachers by the same protocols, and note the figures in the bundle.
 
@@ -59,6 +59,7 @@ def compare(
     Raises:
         MvmrError: as :func:`mvmr.evaluate`; or the bundle names no teacher, or its teacher can't be had.
     """
+    progress = is_wanted(progress)
     opened = bundles.load(bundle)
     background = opened.manifest.preprocessing.background
     labelled = open_labelled(data, background=background, max_unreadable=max_unreadable, progress=progress)

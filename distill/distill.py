@@ -18,7 +18,7 @@ from mvmr.distillation.teachers.stored_rows import StoredRows, describe_missing
 from mvmr.distillation.teachers.table import share_pretrained
 from mvmr.distillation.teachers.teacher import Teacher
 from mvmr.errors import MvmrError
-from mvmr.progress import say
+from mvmr.progress import is_wanted, say
 from mvmr.training.checks import check_recipe
 from mvmr.training.pretraining import fit, teacher_device
 from mvmr.training.recipe import Recipe, load_recipe
@@ -40,7 +40,7 @@ def distill(
     devices: int = 1,
     max_unreadable: float = 0.01,
     max_missing: float = 0.01,
-    progress: bool = False,
+    progress: bool | None = None,
     **settings: Unpack[Shorthands],
 ) -> Bundle:
     """Distil a teacher into a student from unlabelled images, and write the student's bundle.
@@ -63,6 +63,7 @@ def distill(
 
     The other arguments, and what is raised: as in :func:`mvmr.training.pretraining.pretrain`.
     """
+    progress = is_wanted(progress)
     if not 0 <= max_missing <= 1:
         raise MvmrError(f"max_missing = {max_missing}: a share, from 0 to 1")
     given = read_given(teacher)

@@ -16,6 +16,7 @@ from mvmr.distillation.teachers.remembered import open_or_recall
 from mvmr.distillation.teachers.spec import parse_specs
 from mvmr.distillation.teachers.stored_rows import HASH, content_hash
 from mvmr.errors import MvmrError
+from mvmr.progress import is_wanted
 from mvmr.representations.cache import represent
 from mvmr.storage.atomic import atomic
 from mvmr.training.pretraining import teacher_device
@@ -31,7 +32,7 @@ def embed(
     pretrained: str | Path | None = None,
     device: str = "auto",
     max_unreadable: float = 0.01,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> tuple[int, int]:
     """Write a teacher's embeddings of all images to a Parquet file, for ``--teacher rows:FILE``.
 
@@ -50,6 +51,7 @@ def embed(
     Raises:
         MvmrError: a teacher or images that can't be had, or ``out`` is taken or can't be written.
     """
+    progress = is_wanted(progress)
     target = Path(out)
     if target.suffix != ".parquet":
         raise MvmrError(f"embeddings of a teacher go into one file: {out} should end in .parquet")

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mvmr.cli.commands import format_figure
+from mvmr.evaluation.figures import format_figure
 
 _TITLES = {
     "pixels": "raw pixels",

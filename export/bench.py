@@ -23,7 +23,7 @@ from mvmr.cores import usable_cores
 from mvmr.errors import MvmrError, one_line
 from mvmr.export.artifacts import ARTIFACTS
 from mvmr.export.runtimes import open_artifact, provider_on
-from mvmr.progress import track
+from mvmr.progress import is_wanted, track
 from mvmr.storage.atomic import write_json
 
 Images = npt.NDArray[np.uint8]
@@ -50,7 +50,7 @@ def bench(
     compiled: bool = True,
     device: str = "cpu",
     out: str | os.PathLike[str] | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> dict[str, Any]:
     """Measure torch (eager, compiled) and every artifact of a bundle on this device, and write JSON where asked to.
 
@@ -73,6 +73,7 @@ def bench(
     Raises:
         MvmrError: the bundle has no float32 ONNX to compare with, or the device is not there.
     """
+    progress = is_wanted(progress)
     opened = bundles.load(bundle)
     if not _BASE.files(opened.manifest.files):
         raise MvmrError(f"{opened.path} has no ONNX to compare with: make it with `mvmr export {opened.path} --onnx`")

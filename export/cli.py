@@ -77,8 +77,8 @@ def bench_export(bundle: str | None, out: str | None, **options: Any) -> None:
     from rich.table import Table
 
     check(bundle=bundle)
-    from mvmr.cli.commands import shorten_number
     from mvmr.evaluation.evaluate import newest_or
+    from mvmr.evaluation.figures import shorten_number
     from mvmr.export.bench import bench as run
 
     path = newest_or(bundle)

@@ -22,6 +22,7 @@ from mvmr.export.images import IMAGES, choose_calibration_images, choose_verific
 from mvmr.export.runtimes import locate
 from mvmr.export.verification import Gates, Reference, Report
 from mvmr.models.student import Student
+from mvmr.progress import is_wanted
 
 BATCHES = (1, 8, 64)
 _PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")  # whose versions a report says
@@ -44,7 +45,7 @@ def export(
     rebuild: bool = False,
     provider: str = "cpu",
     max_unreadable: float = 0.01,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> dict[str, Report]:
     """Export a bundle's student and put each artifact into the bundle, beside a report, once it has passed its gate.
 
@@ -71,6 +72,7 @@ def export(
         MvmrError: what can't be exported, before anything is computed; or an artifact that does not pass its gate,
             which is not put in place: an earlier one stays, and the report is left beside it as ``.failed.json``.
     """
+    progress = is_wanted(progress)
     rows = choose_artifacts(formats)
     check_opset(opset)
     if dense:

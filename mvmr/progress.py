@@ -63,6 +63,13 @@ def track(
     yield line
 
 
+def is_wanted(progress: bool | None) -> bool:
+    """Whether to show progress: as asked for, and else where somebody looks on, at a terminal or in a notebook."""
+    if progress is not None:
+        return progress
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
 def say(line: str, *, shown: bool = True) -> None:
     """Write a line to standard error, like the progress itself."""
     if shown:

@@ -26,6 +26,7 @@ from mvmr.evaluation.protocols import Labelled, Measured
 from mvmr.evaluation.scores import top_k
 from mvmr.models.student import Student
 from mvmr.models.table import open_backbone
+from mvmr.progress import is_wanted
 from mvmr.representations import Representation, hand_crafted
 from mvmr.storage.atomic import write_json
 from mvmr.training.pretraining import fit, recalibrate
@@ -47,7 +48,7 @@ def quickstart(
     pretrained: str | None = None,
     seeds: int = 1,
     overwrite: bool = False,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> dict[str, Any]:
     """Run the whole path on ``sample:patches`` and compare what each representation knows.
 
@@ -65,6 +66,7 @@ def quickstart(
         The content of ``results.json``: mean over seeds and per seed; accuracies in percent, ``ms`` in milliseconds an
         image (:func:`time_representations`), ``parameters`` of the networks.
     """
+    progress = is_wanted(progress)
     folder = Path(out)
     data = Labelled.of(open_images(DATA, "train"), open_images(DATA, "test"))
     runs = []

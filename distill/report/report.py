@@ -26,6 +26,7 @@ from mvmr.distillation.teachers.recorded import names_to_open
 from mvmr.errors import MvmrError
 from mvmr.evaluation.protocols import Measured
 from mvmr.models.table import backbone_of
+from mvmr.progress import is_wanted
 from mvmr.representations import HAND_CRAFTED, hand_crafted
 from mvmr.representations.cache import represent
 from mvmr.storage.atomic import write_json
@@ -51,7 +52,7 @@ def report(
     limit: int = 1000,
     device: str = "cpu",
     max_unreadable: float = 0.01,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Figures:
     """Measure how much of its teacher a student has kept, and write ``out``/report.json and ``out``/index.html.
 
@@ -73,6 +74,7 @@ def report(
         MvmrError: a teacher that was named and can't be had, too few images for ``k``, or other files in ``out``; all
             of this before any feature is computed.
     """
+    progress = is_wanted(progress)
     folder = Path(out)
     if permutations < 1:
         raise MvmrError(f"permutations = {permutations}: give 1 or more")

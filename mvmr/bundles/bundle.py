@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mvmr import __version__
 from mvmr.bundles import manifest
+from mvmr.bundles.description import as_html
 from mvmr.bundles.manifest import Manifest, plain_json
 from mvmr.bundles.model_card import model_card
 from mvmr.bundles.preprocess import Preprocess
@@ -35,12 +36,18 @@ _RESERVED = (staging.FOLDER, manifest.NAME, CARD, ENCODER)
 _NAMES_SHOWN = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Bundle:
     """A bundle on disk and what its bundle.json said when it was loaded; make one with `load`."""
 
     path: Path
     manifest: Manifest
+
+    def __repr__(self) -> str:
+        return f"Bundle({str(self.path)!r}: {self.manifest.backbone}, {self.manifest.embedding_dim} features)"
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
 
     @property
     def heads(self) -> tuple[str, ...]:

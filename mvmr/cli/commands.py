@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -54,6 +53,7 @@ def probe(bundle: str | None, data: str, **options: Any) -> None:
     check(bundle=bundle, data=data)
     from mvmr.evaluation.evaluate import newest_or
     from mvmr.evaluation.evaluate import probe as run
+    from mvmr.evaluation.figures import format_figures
 
     current, values = run(newest_or(bundle), data, progress=True, **options)
     click.echo(f"{current.path}: heads {', '.join(current.heads)}; on the test split {format_figures(values)}")
@@ -81,6 +81,7 @@ def finetune(
     """Fine-tune the whole of BUNDLE (the newest below runs/ when left out) on few labels, into a bundle of its own."""
     check(bundle=bundle, data=data, recipe=options["recipe"], of="finetune")
     from mvmr.evaluation.evaluate import newest_or
+    from mvmr.evaluation.figures import format_figures
     from mvmr.training.finetuning import finetune as run
 
     path = newest_or(bundle)
@@ -151,71 +152,18 @@ def info(bundle: str | None, as_json: bool) -> None:
     import json
 
     from mvmr.bundles import bundle as bundles
-    from mvmr.bundles.preprocess import describe_background
+    from mvmr.bundles.description import describe, measurements
 
     current = bundles.load(bundle or bundles.newest())
-    manifest = current.manifest
     if as_json:
-        click.echo(json.dumps(manifest.to_json(), indent=2))
+        click.echo(json.dumps(current.manifest.to_json(), indent=2))
         return
-    training, image = manifest.training, manifest.preprocessing
-    teachers = training.get("teachers")
-    entries = teachers.items() if isinstance(teachers, Mapping) else ()
-    lines = {
-        "bundle": current.path,
-        "encoder": manifest.backbone + (", small kernel" if manifest.options.get("small_kernel") else ""),
-        "features": manifest.embedding_dim,
-        "images": f"{image.crop} px, resized to {image.resize} px first ({image.interpolation}), transparent ones "
-        f"{describe_background(image.background)}",
-        "trained": f"{_look_up(training, 'method')}, recipe {_look_up(training, 'recipe', 'name')}, "
-        f"{_look_up(training, 'steps')} steps",
-        "teacher": "; ".join(
-            (f"{name}: " if len(entries) > 1 else "")
-            + f"{_look_up(entry, 'name')}, weights {_look_up(entry, 'weights')}"
-            for name, entry in entries
-        )
-        or "none",
-        "data": f"{_look_up(training, 'data', 'name')}, {_look_up(training, 'data', 'images')} images",
-        "space": current.space_id,
-        "heads": ", ".join(current.heads) or "none; make one with `mvmr probe`",
-        "files": f"{len(manifest.files)}, all as they were written",
-    }
-    for name, value in lines.items():
+    for name, value in (
+        describe(current) | {"files": f"{len(current.manifest.files)}, all as they were written"}
+    ).items():
         click.echo(f"{name:<9} {value}")
-    for line in dict.fromkeys(map(_measured, manifest.metrics)):  # a head's figures are those of the protocol
+    for line in measurements(current):
         click.echo(f"measured  {line}")
-
-
-def _measured(record: Mapping[str, Any]) -> str:
-    values = ", ".join(f"{name} {value:.4g}" for name, value in record["values"].items())
-    return f"{record['protocol']} on {record['data']}: {values}"
-
-
-def _look_up(record: object, *keys: str) -> str:
-    """A value out of nested tables that a stranger may have written."""
-    for key in keys:
-        if not isinstance(record, Mapping) or key not in record:
-            return "not recorded"
-        record = record[key]
-    return str(record)
-
-
-_PERCENT = ("top", "map_11point", "map_area", "balanced_accuracy", "macro_f1")
-
-
-def format_figure(name: str, value: float) -> str:
-    """A figure of a protocol: accuracies and precisions in percent, anything else as a number."""
-    return f"{value:.1f} %" if name.startswith(_PERCENT) else shorten_number(value)
-
-
-def shorten_number(value: float) -> str:
-    """Three digits, and a thousand or more in full: 0.0123, 46.2, 1,460."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def format_figures(values: Mapping[str, float]) -> str:
-    """The figures of a protocol on one line."""
-    return ", ".join(f"{name} {format_figure(name, value)}" for name, value in values.items())
 
 
 def show_result(path: object, data: str) -> None:

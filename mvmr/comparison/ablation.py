@@ -10,6 +10,7 @@ from typing import Unpack
 from mvmr.comparison.engine import Study, carry_out
 from mvmr.comparison.grids import check_free, rows_of
 from mvmr.comparison.results import Result
+from mvmr.progress import is_wanted
 from mvmr.training.shorthands import Shorthands, assignments
 
 
@@ -26,7 +27,7 @@ def ablate(
     device: str = "auto",
     devices: int = 1,
     max_unreadable: float = 0.01,
-    progress: bool = False,
+    progress: bool | None = None,
     **settings: Unpack[Shorthands],
 ) -> list[Result]:
     """Train every row of a grid and measure it; see :func:`mvmr.comparison.engine.carry_out`.
@@ -43,6 +44,7 @@ def ablate(
     Raises:
         MvmrError: an unknown grid or row, an assignment that rows decide; and as ``carry_out``.
     """
+    progress = is_wanted(progress)
     rows, changes = rows_of(grid, only), (*assignments(settings), *assign)
     check_free([*rows_of(grid)], changes, f"grid {grid}")
     study = Study(

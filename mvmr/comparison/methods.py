@@ -13,6 +13,7 @@ from mvmr.comparison.grids import Row, check_free
 from mvmr.comparison.results import Result
 from mvmr.errors import MvmrError, unknown
 from mvmr.methods.table import METHODS
+from mvmr.progress import is_wanted
 from mvmr.training.shorthands import Shorthands, assignments
 
 RANDOM = Row("random encoder", ("method.name=simclr", "train.epochs=0"))
@@ -32,7 +33,7 @@ def compare(
     device: str = "auto",
     devices: int = 1,
     max_unreadable: float = 0.01,
-    progress: bool = False,
+    progress: bool | None = None,
     **settings: Unpack[Shorthands],
 ) -> list[Result]:
     """Train each of several methods and measure it; see :func:`mvmr.comparison.engine.carry_out`.
@@ -49,6 +50,7 @@ def compare(
     Raises:
         MvmrError: an unknown method, one that is named twice, an assignment that rows decide; and as ``carry_out``.
     """
+    progress = is_wanted(progress)
     rows, changes = parse_methods(methods), (*assignments(settings), *assign)
     check_free(
         [RANDOM, *(Row(row.label, row.assignments[:1]) for row in rows)], changes, "a comparison", but="train.epochs"

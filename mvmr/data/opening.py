@@ -17,6 +17,7 @@ from mvmr.data.image_set import ImageSet, Split
 from mvmr.data.scan import Packed, match, read_list, stat_files
 from mvmr.data.table import read_table
 from mvmr.errors import MvmrError, unknown
+from mvmr.progress import is_wanted
 
 
 def open_images(
@@ -25,7 +26,7 @@ def open_images(
     *,
     background: Background = WHITE,
     max_unreadable: float = 0.01,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> ImageSet:
     """Open images by a short description.
 
@@ -42,6 +43,7 @@ def open_images(
     Raises: MvmrError for an unknown name or split, missing files, no images, too many that cannot be read, or a kind of
         description that only `mvmr embed` takes.
     """
+    progress = is_wanted(progress)
     text = os.fspath(spec)
     if split not in get_args(Split):
         raise unknown("split", split, get_args(Split))

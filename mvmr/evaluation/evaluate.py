@@ -14,9 +14,10 @@ from mvmr.bundles.preprocess import Background
 from mvmr.data import open_images
 from mvmr.errors import MvmrError
 from mvmr.evaluation.confusion import Confusion
+from mvmr.evaluation.figures import Evaluation
 from mvmr.evaluation.own_classes import own_classes
 from mvmr.evaluation.protocols import Labelled, Measured, Values, check_protocols, protocols_for
-from mvmr.progress import say
+from mvmr.progress import is_wanted, say
 
 
 def evaluate(
@@ -28,8 +29,8 @@ def evaluate(
     confusion: str | os.PathLike[str] | None = None,
     device: str = "cpu",
     max_unreadable: float = 0.01,
-    progress: bool = False,
-) -> dict[str, Values]:
+    progress: bool | None = None,
+) -> Evaluation:
     """Measure a bundle's frozen features on labelled data and note the figures in the bundle.
 
     Args:
@@ -46,6 +47,7 @@ def evaluate(
         MvmrError: data that can't be measured with (see ``Labelled.of``), or an unknown protocol or one that does not
             fit the data; all of this before any feature is computed.
     """
+    progress = is_wanted(progress)
     check_protocols(protocols or ())
     current = bundles.load(bundle)
     background = current.manifest.preprocessing.background
@@ -55,7 +57,7 @@ def evaluate(
     measurement = Measured(
         current.student(device), labelled, device=device, progress=progress, classify=own_classes(current)
     )
-    results = {}
+    results = Evaluation()
     for name, measure in measures.items():
         results[name] = measure(measurement)
         command = f"mvmr evaluate {current.path} --data {data} --protocol {name}"
@@ -76,7 +78,7 @@ def probe(
     confusion: str | os.PathLike[str] | None = None,
     device: str = "cpu",
     max_unreadable: float = 0.01,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> tuple[Bundle, Values]:
     """Fit a linear head on frozen features and store it in the bundle.
 
@@ -88,6 +90,7 @@ def probe(
     Returns:
         The bundle as it is now, and the head's figures on the test split, as :func:`evaluate` names them.
     """
+    progress = is_wanted(progress)
     current = bundles.load(bundle)
     background = current.manifest.preprocessing.background
     labelled = open_labelled(data, background=background, max_unreadable=max_unreadable, progress=progress)

@@ -30,7 +30,7 @@ from mvmr.evaluation.protocols import Labelled, Measured, Values, classification
 from mvmr.methods.supervised import Supervised, SupervisedConfig
 from mvmr.models.student import Student, save_student
 from mvmr.models.table import backbone_of
-from mvmr.progress import say
+from mvmr.progress import is_wanted, say
 from mvmr.representations.cache import represent
 from mvmr.training.precision import native_precision
 from mvmr.training.pretraining import carry_out, features_of, launch, recalibrate
@@ -72,7 +72,7 @@ def finetune(
     device: str = "auto",
     devices: int = 1,
     max_unreadable: float = 0.01,
-    progress: bool = False,
+    progress: bool | None = None,
     **settings: Unpack[Tuning],
 ) -> tuple[Bundle, Values]:
     """Train a whole encoder and a linear classifier on a few labelled images, and write both as a new bundle.
@@ -95,6 +95,7 @@ def finetune(
         MvmrError: anything a user can mend, before training starts; or a loss that is not finite.
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM; ``resume`` goes on.
     """
+    progress = is_wanted(progress)
     assign = (*assignments(settings), *assign)
     plan = _plan(bundle, data, out, labels, recipe, assign, head, max_unreadable=max_unreadable, progress=progress)
     precision = native_precision(plan.recipe.train.precision, device, plan.start.manifest.preprocessing.crop)

@@ -30,7 +30,7 @@ from mvmr.models.backbone import Backbone
 from mvmr.models.initial import read_init
 from mvmr.models.student import save_student
 from mvmr.models.table import open_backbone
-from mvmr.progress import say
+from mvmr.progress import is_wanted, say
 from mvmr.representations import Pretrained
 from mvmr.storage.atomic import write_text
 from mvmr.storage.lock import LOCK
@@ -58,7 +58,7 @@ def pretrain(
     device: str = "auto",
     devices: int = 1,
     max_unreadable: float = 0.01,
-    progress: bool = False,
+    progress: bool | None = None,
     **settings: Unpack[Shorthands],
 ) -> Bundle:
     """Train a student without labels and without a teacher (self-supervised), and write its bundle.
@@ -80,6 +80,7 @@ def pretrain(
         MvmrError: anything a user can mend, from an unknown recipe to a loss that is not finite.
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM; ``resume`` goes on.
     """
+    progress = is_wanted(progress)
     resolved = load_recipe(recipe, "mvmr", (*assignments(settings), *assign))
     check_recipe(resolved, (), None if resume else init)
     images = open_images(
@@ -103,7 +104,7 @@ def fit(
     device: str = "auto",
     devices: int = 1,
     watch: Watch | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Bundle:
     """Train a student of ``images`` by ``recipe``; never reads a label. Arguments as in :func:`pretrain`.
 
@@ -112,6 +113,7 @@ def fit(
             original image, RGB, upright, on the background of the recipe.
         watch: called after every step with the method, the step and the number of steps; training waits for it.
     """
+    progress = is_wanted(progress)
     teachers = teachers or {}
     if images.background != recipe.views.background:
         raise MvmrError(

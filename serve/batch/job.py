@@ -22,7 +22,7 @@ from mvmr.data.readable import Item, Source, note_other_formats
 from mvmr.errors import MvmrError
 from mvmr.export.artifacts import canary
 from mvmr.interrupt import Stop, stop_on_signal
-from mvmr.progress import say, track
+from mvmr.progress import is_wanted, say, track
 from mvmr.serve.batch import columns, single_file
 from mvmr.serve.batch.parts import Parts, check, claim_folder, open_parts
 from mvmr.serve.batch.pipeline import Pipeline
@@ -64,7 +64,7 @@ def embed(
     resume: bool = False,
     part_rows: int = PART_ROWS,
     limits: Limits = LIMITS,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Summary:
     """Embed many images by an exported student.
 
@@ -88,6 +88,7 @@ def embed(
             images or settings that have changed since, a disk that is full; what is written stays good.
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM, with a message that says how to go on.
     """
+    progress = is_wanted(progress)
     target = Path(out)
     if part_rows < 1 or (threads is not None and threads < 1):
         raise MvmrError(f"part_rows = {part_rows} and threads = {threads} must be 1 or more")

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from mvmr.errors import MvmrError, one_line, shorten, unknown
-from mvmr.progress import track
+from mvmr.progress import is_wanted, track
 from mvmr.serve.batch.manifest import failure_reason
 from mvmr.serve.batch.parts import claim_folder
 from mvmr.serve.batch.stored import Stored, open_embeddings
@@ -133,7 +133,7 @@ def build(
     links: int = 32,
     ef_search: int = 128,
     overwrite: bool = False,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Index:
     """Index embeddings by their direction.
 
@@ -146,6 +146,7 @@ def build(
 
     Raises: MvmrError for embeddings that are unfinished, damaged or too few, or an `out` that is taken.
     """
+    progress = is_wanted(progress)
     if kind not in KINDS:
         raise unknown("kind", kind, KINDS)
     index_kind: Kind = next(name for name in KINDS if name == kind)

@@ -228,3 +228,14 @@ def test_a_student_without_torch_is_one_line(sample, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MvmrError, match=r"needs the package 'torch', not installed here: pip install 'mvmr\[train\]'"):
         sample.student()
+
+
+def test_a_console_shows_a_line_and_a_notebook_a_table(sample):
+    extended = bundle.add_metrics(sample, record(44.0))
+    assert repr(extended) == f"Bundle('{sample.path}': {sample.manifest.backbone}, {WIDTH} features)"
+    html = extended._repr_html_()
+    assert html.startswith("<table>")
+    assert "measured" in html
+    assert "top1 44" in html
+    strange = replace(extended.manifest, training={"method": "<script>alert(1)</script>"})
+    assert "<script>" not in replace(extended, manifest=strange)._repr_html_()
