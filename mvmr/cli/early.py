@@ -19,17 +19,20 @@ def check(*, bundle: str | None = "", data: str | None = None, recipe: str | Non
 
     Raises: MvmrError, as the library does.
     """
-    from mvmr.bundles import bundle as bundles  # here, for numpy and Pillow take longer than `--help`
-    from mvmr.cli.shelves import shelf_of
-    from mvmr.data import grammar
-    from mvmr.training.shelf import read_tables
-
+    # imported one by one, for numpy and Pillow take longer than `--help`
     if bundle != "":
+        from mvmr.bundles import bundle as bundles
+
         bundles.load(bundle or bundles.newest(), verify=False)
     if data is not None:
+        from mvmr.data import grammar
+
         description = grammar.parse(data)
         if description.kind.refusal:
             raise MvmrError(f"data {data!r} {description.kind.refusal}")
     if recipe is not None:
+        from mvmr.cli.shelves import shelf_of
+        from mvmr.training.shelf import read_tables
+
         read_tables(recipe, shelf_of(of))
     note_threads()
