@@ -72,7 +72,7 @@ def compare(
             loaded, has_text = _open(opened, named, pretrained, device, with_text or keep_map, asked=asked)
             if isinstance(loaded, StoredRows | RememberedTeacher):
                 for images in (labelled.train, labelled.test):
-                    loaded.check(images)
+                    loaded.check(images, progress=progress)
             teachers[label] = loaded, has_text
         except MvmrError as error:
             if len(names) == 1 or isinstance(error, NoTextTower):

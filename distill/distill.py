@@ -13,6 +13,7 @@ from mvmr.bundles.bundle import Bundle
 from mvmr.data import ImageSet, open_images
 from mvmr.distillation.teachers.given import Given, read_given
 from mvmr.distillation.teachers.remembered import RememberedTeacher, open_or_recall
+from mvmr.distillation.teachers.rows_file import Numbers
 from mvmr.distillation.teachers.spec import NAME, Spec
 from mvmr.distillation.teachers.stored_rows import StoredRows, describe_missing
 from mvmr.distillation.teachers.table import share_pretrained
@@ -114,22 +115,28 @@ def leave_out_unknown(
     """The images of which every teacher that is a file of embeddings has a row.
 
     Raises:
-        MvmrError: a larger share than ``max_missing`` has none, or two rows could be of one image.
+        MvmrError: a larger share than ``max_missing`` has none, in one file or in all together, or as
+            `StoredRows.numbers`.
     """
-    known = np.ones(len(images), bool)
-    for teacher in teachers.values():
-        if not isinstance(teacher, StoredRows):
-            continue
-        numbers = teacher.numbers(images)
-        known &= numbers >= 0
-        if missing := describe_missing(images, numbers):
-            if (numbers < 0).mean() > max_missing:
-                raise MvmrError(
-                    f"{teacher.weights} lacks {missing}, more than the {100 * max_missing:.3g} % allowed; embed them, "
-                    "too, or allow a larger share with max_missing (--max-missing), and they are left out"
-                )
-            say(f"{teacher.weights} lacks {missing}, which are left out", shown=progress)
-    return images if known.all() else images.subset(np.flatnonzero(known))
+    stored = [teacher for teacher in teachers.values() if isinstance(teacher, StoredRows)]
+    together = np.zeros(len(images), np.int64)
+    for teacher in stored:
+        numbers = teacher.numbers(images, progress=progress)
+        _check_missing(f"{teacher.weights} lacks", images, numbers, max_missing, progress)
+        together = np.minimum(together, numbers)
+    if len(stored) > 1:
+        _check_missing("all files together lack", images, together, max_missing, progress)
+    return images if (together >= 0).all() else images.subset(np.flatnonzero(together >= 0))
+
+
+def _check_missing(who: str, images: ImageSet, numbers: Numbers, max_missing: float, progress: bool) -> None:
+    if missing := describe_missing(images, numbers):
+        if (numbers < 0).mean() > max_missing:
+            raise MvmrError(
+                f"{who} {missing}, more than the {100 * max_missing:.3g} % allowed; embed them, too, or allow a "
+                "larger share with max_missing (--max-missing), and they are left out"
+            )
+        say(f"{who} {missing}, which are left out", shown=progress)
 
 
 def share_weights(recipe: Recipe, names: Sequence[str]) -> Recipe:

@@ -7,10 +7,12 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from mvmr.bundles.preprocess import Background
 from mvmr.progress import say_plan
 from mvmr.serve.options import ENGINE, LIMITS, MAX_FILE, limits_of
 
 EXIT_NO_IMAGE = 3  # of `mvmr embed`: it ran to its end, and every image failed
+_OF_TEACHERS = ("pretrained", "background", "max_unreadable")
 THREADS = click.option("--threads", type=click.IntRange(1), help="Cores that embed; all when left out.")
 
 
@@ -18,9 +20,17 @@ THREADS = click.option("--threads", type=click.IntRange(1), help="Cores that emb
 @click.argument("sources", nargs=-1, metavar="[BUNDLE] IMAGES")
 @click.option("--out", required=True, metavar="DIR|FILE", help="Folder of parts, FILE.parquet or FILE.npy.")
 @click.option(
-    "--teacher", metavar="SPEC", help="In BUNDLE's place, as `mvmr distill` takes it; then FILE is a rows:FILE."
+    "--teacher",
+    "teachers",
+    multiple=True,
+    metavar="SPEC",
+    help="In BUNDLE's place, as `mvmr distill` takes it; then FILE is a rows:FILE.",
 )
 @click.option("--pretrained", metavar="TAG|FILE", help="That teacher's weights.")
+@click.option(
+    "--background", metavar="R,G,B|none", help="With --teacher: what transparent images are laid on; 255,255,255."
+)
+@click.option("--max-unreadable", type=float, help="With --teacher: share of unreadable images that stops it; 0.01.")
 @ENGINE
 @THREADS
 @click.option("--head", "heads", multiple=True, metavar="all|NAME", help="Head whose best class becomes a column.")
@@ -32,8 +42,8 @@ THREADS = click.option("--threads", type=click.IntRange(1), help="Cores that emb
 @LIMITS
 @click.pass_context
 def embed(
-    context: click.Context, /, sources: tuple[str, ...], out: str, teacher: str | None, pretrained: str | None,
-    shard: str | None, **options: Any,
+    context: click.Context, /, sources: tuple[str, ...], out: str, teachers: tuple[str, ...], shard: str | None,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Embed IMAGES by BUNDLE's exported file, or by a teacher.
 
@@ -43,11 +53,13 @@ def embed(
     from mvmr.serve.batch.job import embed as run
     from mvmr.serve.batch.job import read_shard
 
-    if teacher is not None:
-        _embed_by_teacher(context, teacher, pretrained, sources, out)
+    of_teacher = {name: value for name in _OF_TEACHERS if (value := options.pop(name)) is not None}
+    if teachers:
+        _embed_by_teacher(context, teachers, sources, out, of_teacher)
         return
-    if pretrained is not None or len(sources) != 2:
-        raise click.UsageError("give BUNDLE and IMAGES, or --teacher SPEC (and its --pretrained) and IMAGES")
+    if of_teacher or len(sources) != 2:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in _OF_TEACHERS)
+        raise click.UsageError(f"give BUNDLE and IMAGES, or --teacher SPEC (and its {flags}) and IMAGES")
     bundle, images = sources
     piece = read_shard(shard) if shard else None
     say_plan(bundle=bundle, images=images, out=out)
@@ -63,15 +75,19 @@ def embed(
 
 
 def _embed_by_teacher(
-    context: click.Context, teacher: str, pretrained: str | None, sources: tuple[str, ...], out: str
+    context: click.Context, teachers: tuple[str, ...], sources: tuple[str, ...], out: str, options: dict[str, Any]
 ) -> None:
     if len(sources) != 1:
         raise click.UsageError("with --teacher give IMAGES alone: no bundle embeds them")
+    if len(teachers) != 1:
+        raise click.UsageError(f"give one --teacher, not {len(teachers)}: a file holds the embeddings of one")
     for parameter in context.command.params:
-        given = context.get_parameter_source(str(parameter.name)) is not ParameterSource.DEFAULT
-        if given and parameter.name not in ("sources", "out", "teacher", "pretrained"):
+        is_given = context.get_parameter_source(str(parameter.name)) is not ParameterSource.DEFAULT
+        if is_given and parameter.name not in ("sources", "out", "teachers", *_OF_TEACHERS):
             raise click.UsageError(f"{parameter.opts[0]} is for bundles: leave it out with --teacher")
-    (images,) = sources
+    (images,), (teacher,) = sources, teachers
+    if "background" in options:
+        options["background"] = _read_background(options["background"])
     from mvmr.data import grammar
     from mvmr.distillation.teachers.spec import check_names, parse_specs
 
@@ -80,9 +96,23 @@ def _embed_by_teacher(
     from mvmr.distillation.embedding import embed as run
 
     say_plan(teacher=teacher, images=images, out=out)
-    count, width = run(teacher, images, out, pretrained=pretrained, progress=True)
+    count, width = run(teacher, images, out, progress=True, **options)
     click.echo(f"{out}: {count} embeddings of width {width}")
-    click.echo(f"next: mvmr distill --teacher rows:{out} --data {images}", err=True)
+    background = options.get("background")
+    views = f" --set views.background=[{','.join(map(str, background))}]" if background else ""
+    click.echo(f"next: mvmr distill --teacher rows:{out} --data {images}{views}", err=True)
+
+
+def _read_background(text: str) -> Background:
+    if text == "none":
+        return None
+    try:
+        red, green, blue = map(int, text.split(","))
+    except ValueError as error:
+        raise click.BadParameter(
+            f"{text}: give three whole numbers, such as 0,0,0, or none", param_hint="--background"
+        ) from error
+    return red, green, blue
 
 
 @click.command()

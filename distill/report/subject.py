@@ -85,7 +85,7 @@ class Subject:
             loaded = teacher_of(bundle, teacher, pretrained, device, text=False)
             if isinstance(loaded, StoredRows | RememberedTeacher):
                 for each in (images, labelled.train, labelled.test) if labelled is not None else (images,):
-                    loaded.check(each)
+                    loaded.check(each, progress=progress)
             return loaded
 
         recorded = teacher is None or str(teacher) in recorded_teachers(bundle)

@@ -25,8 +25,9 @@ from PIL import Image
 from torch import Tensor
 
 from mvmr.bundles.preprocess import Preprocess
+from mvmr.distillation.teachers.onnx_parts import external_tensor
 from mvmr.distillation.teachers.teacher import NoTextTower, TeacherGone, measure_width, read_settings
-from mvmr.errors import MvmrError, one_line, unknown
+from mvmr.errors import MvmrError, one_line, shorten, unknown
 
 _KEYS = ("mean", "std", "size", "resize", "interpolation", "output")
 _KINDS = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -55,6 +56,7 @@ class OnnxTeacher:
         self.name, self.weights = f"onnx:{file.name}", str(file)
         self.origin = {"kind": "onnx", "what": what}
         content = _read(file)
+        _check_whole(content, file)
         self._session = _start(content, file, device)
         (self._input,) = self._inputs(file)
         self._kind = _KINDS[self._input.type]
@@ -127,8 +129,21 @@ def _read(file: Path) -> bytes:
         raise TeacherGone(f"teacher onnx:{file}: cannot read it: {error.strerror or error}") from error
 
 
+def _check_whole(content: bytes, file: Path) -> None:
+    try:
+        elsewhere = external_tensor(content)
+    except ValueError as error:
+        raise MvmrError(f"teacher onnx:{file} can't be run (it is no whole ONNX file: {error})") from error
+    if elsewhere is not None:
+        raise MvmrError(
+            f"teacher onnx:{file} has weights in other files ({shorten(elsewhere)!r}), whose change nobody would "
+            "notice; save it as one: onnx.save(onnx.load(FILE), NEW)"
+        )
+
+
 def _start(content: bytes, file: Path, device: torch.device) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # not its own, which is not looked into
     options.log_severity_level = _ERRORS_ONLY
     options.intra_op_num_threads = torch.get_num_threads()
     available = onnxruntime.get_available_providers()
@@ -139,8 +154,6 @@ def _start(content: bytes, file: Path, device: torch.device) -> onnxruntime.Infe
         reason = one_line(error)
         if "is not a registered function" in reason or "custom op" in reason.lower():
             reason = f"it needs an operator that onnxruntime doesn't have, and no foreign code is loaded: {reason}"
-        elif "external" in reason.lower() or "model_path" in reason:
-            reason = f"its weights are in other files; save it as one: {reason}"
         raise MvmrError(f"teacher onnx:{file} can't be run ({reason})") from error
 
 

@@ -49,7 +49,29 @@ def read(path: Path) -> dict[str, Tensor]:
 def drop_classifier(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Published weights without their classifier's, which an encoder lacks; keys that `module` has stay."""
     keys = module.state_dict().keys()
-    return {key: value for key, value in weights.items() if key in keys or not key.startswith(_CLASSIFIERS)}
+    kept = {key: value for key, value in weights.items() if key in keys or not key.startswith(_CLASSIFIERS)}
+    if kept.keys() <= keys:
+        return kept
+    classifier = _timm_keys(module) - keys
+    return {key: value for key, value in kept.items() if key not in classifier}
+
+
+def _timm_keys(module: nn.Module) -> set[str]:
+    """The keys that timm's model has as it is published; none where `module` is not one of timm's.
+
+    A dozen of its models have classifiers of other names, or several: last_linear, head_dist, aux_head.
+    """
+    published = getattr(module, "pretrained_cfg", None)
+    architecture = published.get("architecture") if isinstance(published, Mapping) else None
+    if architecture is None:
+        return set()
+    import timm  # which takes its time
+
+    if not timm.is_model(architecture):
+        return set()
+    with torch.device("meta"):
+        whole: nn.Module = timm.create_model(architecture, pretrained=False)
+    return set(whole.state_dict())
 
 
 def check_fit(module: nn.Module, weights: Mapping[str, Tensor], *, origin: str) -> None:

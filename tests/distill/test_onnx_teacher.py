@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto
+from onnx import TensorProto, helper, numpy_helper
 
 from mvmr.bundles.preprocess import Preprocess
 from mvmr.distillation.teachers.spec import parse_specs
@@ -128,6 +130,94 @@ def test_what_can_not_teach_is_one_line(tmp_path: Path, settings: dict[str, Any]
     with pytest.raises(MvmrError, match=message) as excinfo:
         open_onnx(f"{file}?{query}" if query else str(file))
     assert "\n" not in str(excinfo.value)
+
+
+def move_out(model: onnx.ModelProto, tensor: onnx.TensorProto, folder: Path) -> Path:
+    """Write the model with a tensor's values in a file beside it."""
+    folder.mkdir()
+    onnx.external_data_helper.set_external_data(tensor, "side.bin")
+    (folder / "side.bin").write_bytes(tensor.raw_data)
+    tensor.ClearField("raw_data")
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    return folder / "model.onnx"
+
+
+def initializer(model: onnx.ModelProto) -> onnx.TensorProto:
+    return next(tensor for tensor in model.graph.initializer if tensor.name == "weight")
+
+
+def below_a_branch(model: onnx.ModelProto) -> onnx.TensorProto:
+    """The same in both branches of an `If`; the weight of one of them."""
+    (product,) = (node for node in model.graph.node if node.op_type == "MatMul")
+    output = [helper.make_tensor_value_info("inner", TensorProto.FLOAT, None)]
+    weight = initializer(model)
+    branches = {
+        name: helper.make_graph(
+            [helper.make_node("MatMul", [product.input[0], "below"], ["inner"])], name, [], output,
+            [numpy_helper.from_array(numpy_helper.to_array(weight), "below")],
+        )
+        for name in ("then_branch", "else_branch")
+    }  # fmt: skip
+    model.graph.initializer.append(numpy_helper.from_array(np.array(True), "condition"))
+    product.CopyFrom(helper.make_node("If", ["condition"], list(product.output), **branches))
+    return product.attribute[0].g.initializer[0]
+
+
+def in_a_constant(model: onnx.ModelProto) -> onnx.TensorProto:
+    weight = initializer(model)
+    node = helper.make_node("Constant", [], ["weight"], value=weight)
+    model.graph.initializer.remove(weight)
+    model.graph.node.insert(0, node)
+    return model.graph.node[0].attribute[0].t
+
+
+@pytest.mark.parametrize("place", [initializer, below_a_branch, in_a_constant])
+@pytest.mark.parametrize("inside", [True, False])
+def test_weights_in_another_file_are_refused_wherever_it_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Callable[[onnx.ModelProto], onnx.TensorProto], inside: bool
+) -> None:
+    model = onnx.load(small_onnx(tmp_path / "whole.onnx"))
+    tensor = place(model)
+    onnx.save(model, tmp_path / "same.onnx")
+    assert open_onnx(str(tmp_path / "same.onnx")).dim == DIM
+    file = move_out(model, tensor, tmp_path / "parts")
+    if inside:
+        monkeypatch.chdir(file.parent)  # where onnxruntime looks for the weights of a model given as bytes
+    with pytest.raises(
+        MvmrError, match=rf"has weights in other files \('{tensor.name}'\), .*; save it as one"
+    ) as excinfo:
+        open_onnx(str(file))
+    assert "\n" not in str(excinfo.value)
+
+
+def test_no_way_of_writing_the_mark_of_another_file_gets_through(tmp_path: Path) -> None:
+    """To protobuf a padded number is the same, and of two the last counts."""
+    model = onnx.load(small_onnx(tmp_path / "whole.onnx"))
+    file = move_out(model, initializer(model), tmp_path / "parts")
+    content, mark = file.read_bytes(), b"\x70\x01"
+    tensor = initializer(model).SerializeToString()
+    assert tensor.count(mark) == content.count(mark) == 1
+    for other in (b"\xf0\x00\x01", b"\x70\x81\x00", b"\x70\x81\x80\x80\x80\x10", b"\x70\x00\x70\x01"):
+        padded = tensor.replace(mark, other)
+        assert onnx.TensorProto.FromString(padded).data_location == TensorProto.EXTERNAL
+        graph = b"\x2a" + bytes([len(padded) | 0x80, len(padded) >> 7]) + padded
+        file.write_bytes(b"\x3a" + bytes([len(graph) | 0x80, len(graph) >> 7]) + graph)
+        assert onnx.load(file, load_external_data=False).graph.initializer[0].data_location == TensorProto.EXTERNAL
+        with pytest.raises(MvmrError, match="has weights in other files"):
+            open_onnx(str(file))
+
+
+def test_a_tensor_called_as_other_files_are_is_none(tmp_path: Path) -> None:
+    file = small_onnx(tmp_path / "names.onnx", outputs=("location", "external"))
+    assert open_onnx(f"{file}?output=location").dim == DIM
+
+
+@pytest.mark.parametrize("size", [1, 50, -1])
+def test_a_file_that_was_cut_off_is_one_line(tmp_path: Path, size: int) -> None:
+    file = small_onnx(tmp_path / "cut.onnx")
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(MvmrError, match=r"cut\.onnx can't be run \(it is no whole ONNX file: "):
+        open_onnx(str(file))
 
 
 def test_a_file_that_is_missing_or_no_model_is_one_line(tmp_path: Path) -> None:

@@ -190,6 +190,7 @@ def test_copies_of_a_file_have_one_embedding(folder: Path, tmp_path: Path) -> No
         ({"path": ["a", "b", "a"], "embedding": numbered(3)}, "", r"has two rows with path 'a'; keep one"),
         ({"path": ["a", "b"], "embedding": [[1.0, float("nan")], [1.0, 2.0]]}, "", "the embedding of a is not finite"),
         ({"path": ["a", "b"], "embedding": [[1.0, None], [1.0, 2.0]]}, "", "the embedding of a is not finite"),
+        ({"path": ["a", "b"], "embedding": [[1.0, 2.0], [1e39, 2.0]]}, "", "the embedding of b is not finite"),
         ({"path": ["a", "b"], "embedding": [[1.0], [1.0, 2.0]]}, "", r"has rows of two widths, 1 and 2 \(b\)"),
         ({"path": ["a", "b"], "embedding": [[1.0], None]}, "", "has no embedding for b"),
         ({"path": ["a"], "embedding": [1.0]}, "", r"has no column of embeddings; name one"),
