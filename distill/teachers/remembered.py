@@ -46,8 +46,8 @@ class RememberedTeacher:
     origin: Mapping[str, Any] = field(default_factory=dict)
     why: str
 
-    def check(self, images: ImageSet) -> None:
-        """Refuse images of which the cache does not hold every embedding.
+    def check(self, images: ImageSet, *, progress: bool = False) -> None:
+        """Refuse images of which the cache does not hold every embedding; there is no progress to show.
 
         Raises: MvmrError: that, and why the teacher can't be had.
         """

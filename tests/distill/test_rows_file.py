@@ -14,7 +14,7 @@ from pyarrow import parquet
 from mvmr.distillation.teachers import rows_file
 from mvmr.distillation.teachers.remembered import open_or_recall
 from mvmr.distillation.teachers.rows_file import RowsFile
-from mvmr.distillation.teachers.table import parse_specs
+from mvmr.distillation.teachers.spec import parse_specs
 from mvmr.distillation.teachers.teacher import TeacherGone
 from mvmr.errors import MvmrError
 from tests.distill.test_stored_rows import numbered, write
