@@ -310,7 +310,7 @@ def _place(weights: str, origin: Mapping[str, str], out: Path) -> dict[str, Any]
 
     weights: a file, or words for people; origin: kind and what was typed, of a teacher that is no CLIP
     """
-    if not os.path.isfile(weights):
+    if os.sep not in weights and not os.path.isfile(weights):  # a path stays one where the file is gone meanwhile
         return {"weights": weights, **origin}
     file, folder = Path(weights).resolve(), out.resolve()
     beside = file.is_relative_to(folder.parent)

@@ -322,4 +322,5 @@ def test_metadata_of_a_run_name_the_file(folder: Path, tmp_path: Path) -> None:
     student = distil(f"rows:{file}", folder, tmp_path / "out")
     manifest = json.loads((student.path / "bundle.json").read_text())
     record = manifest["training"]["teachers"]["teacher"]
-    assert (record["kind"], record["what"], record["weights"]) == ("rows", str(file), str(file))
+    assert (record["kind"], record["what"], record["weights"]) == ("rows", "{weights}", "../rows.parquet")
+    assert teacher_of(student, None, None, "cpu", text=False).weights == str(file)
