@@ -68,7 +68,7 @@ def compare(teacher: Side | None, student: Side | None, k: int, *, without: int 
             Neighbour(
                 row=(row := int(rows[i])),
                 rank=i + 1,
-                cosine=float(cosines[i]),
+                cosine=min(1.0, max(-1.0, float(cosines[i]))),  # float32 makes 1.0000001 of some
                 elsewhere=ranks[opposite][row] if opposite in ranks else None,
                 shared=row in shared,
             )

@@ -20,6 +20,7 @@ from mvmr.data.image_bytes import LIMITS, Limits, Prepared, prepare
 from mvmr.errors import MvmrError, unknown
 from mvmr.export.artifacts import ARTIFACTS, DENSE, EMBEDDING, Artifact, Precision, decode_canary, report_of
 from mvmr.export.runtimes import PROVIDERS, Runner, check_provider, export_command, locate, open_artifact, run_by
+from mvmr.serve.vectors import normalized_space, unit
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -33,7 +34,8 @@ TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 3e-2, "int8": 0.1}
 class Engine:
     """A student's exported file in memory; make one with `load`.
 
-    name: of the bundle; space_id: 32 hex digits, vectors are comparable exactly when theirs are equal
+    name: of the bundle
+    space_id: of raw vectors, 32 hex digits: vectors are comparable exactly when theirs are equal; see `space_of`
     preprocess: how an image becomes what the engine takes; dim, size: width D of the embedding, side S of the images
     artifact, file: what runs, and its place in the bundle; provider: what it runs on
     heads: the bundle's linear heads, by name
@@ -106,6 +108,10 @@ class Engine:
         """What is computed in."""
         return self.artifact.precision
 
+    def space_of(self, *, normalize: bool) -> str:
+        """The space of the vectors that `embed` gives, 32 hex digits: that of normalised ones is another."""
+        return normalized_space(self.space_id) if normalize else self.space_id
+
     def __call__(self, pixels: Pixels) -> Floats:
         """Embed prepared images.
 
@@ -125,16 +131,20 @@ class Engine:
             raise MvmrError(f"{self.path / self.file} gives no dense output; {cure}")
         return outputs[DENSE]
 
-    def embed(self, images: Images, limits: Limits = LIMITS, *, dense: bool = False) -> Floats:
+    def embed(self, images: Images, limits: Limits = LIMITS, *, dense: bool = False, normalize: bool = False) -> Floats:
         """Embed images of any size: PIL images, paths, the bytes of files, or an array; each resized and cropped.
 
-        Shapes: N images, or uint8 [N, H, W, 3] RGB in [0, 255] -> float32 [N, D], not normalised.
+        Shapes: N images, or uint8 [N, H, W, 3] RGB in [0, 255] -> float32 [N, D].
         limits: of pixels and formats, for paths and bytes.
+        normalize: divide each by its length, which is 1 then, or 0 where all of it is 0; those are vectors of another
+            space, ``space_of(normalize=True)``.
         dense: give the features of each patch instead, float32 [N, h, w, C]; see `mvmr.models.student.Student.embed`.
 
         Raises: MvmrError for an image that cannot be read (naming it), an array of another type or shape, or, with
-            `dense`, a file that was exported without.
+            `dense`, `normalize` or a file that was exported without.
         """
+        if dense and normalize:
+            raise MvmrError("normalize is for embeddings, not for the features of patches; leave out one of the two")
         if isinstance(images, str | Path | bytes | Image.Image):
             raise MvmrError("embed takes several images; put the one into a list")
         if isinstance(images, np.ndarray) and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3):
@@ -146,12 +156,12 @@ class Engine:
         for start in range(0, len(images), self.at_once):
             part = images[start : start + self.at_once]
             rows.append(run(np.stack([self._prepare(image, start + i, limits) for i, image in enumerate(part)])))
-        return np.concatenate(rows)
+        return unit(np.concatenate(rows)) if normalize else np.concatenate(rows)
 
     def classify(self, embeddings: Floats, head: str) -> Floats:
         """Probabilities of a head's classes.
 
-        Shapes: float32 [N, D] -> float32 [N, C], rows sum to 1.
+        Shapes: float32 [N, D], not normalised -> float32 [N, C], rows sum to 1.
         Raises: MvmrError for an unknown head, with the nearest.
         """
         if head not in self.heads:

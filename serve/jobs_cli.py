@@ -35,6 +35,7 @@ THREADS = click.option("--threads", type=click.IntRange(1), help="Cores that emb
 @THREADS
 @click.option("--head", "heads", multiple=True, metavar="all|NAME", help="Head whose best class becomes a column.")
 @click.option("--dtype", default="float32", show_default=True, help="Of the embeddings: float32 or float16.")
+@click.option("--normalize", is_flag=True, help="Divide each embedding by its length; their space is another one then.")
 @click.option("--shard", metavar="I/N", help="Only piece I of N, from 0, for array jobs.")
 @click.option("--resume", is_flag=True, help="Go on with what a stopped run left.")
 @click.option("--part-rows", default=4096, show_default=True, type=click.IntRange(1), help="Images to a part.")

@@ -25,13 +25,13 @@ ERRORS = pa.schema([("path", pa.string()), ("code", pa.string()), ("reason", pa.
 _WORDS = pa.dictionary(pa.int32(), pa.string())
 
 
-def schema(engine: Engine, heads: Sequence[str], dtype: DType) -> pa.Schema:
+def schema(engine: Engine, heads: Sequence[str], dtype: DType, *, normalize: bool = False) -> pa.Schema:
     """The columns of an engine's embeddings.
 
-    path: string; embedding: fixed-size list of D float32 or float16, not normalised; width, height: int32, the file's
-    in pixels; sha256: string, of the file's bytes, hex; space_id: dictionary of strings; for each head its class as
-    ``<head>``, dictionary of strings, and that class's probability as ``<head>_probability``, float32. The schema's
-    metadata say space_id, mvmr's version, precision, provider and, as JSON, preprocessing.
+    path: string; embedding: fixed-size list of D float32 or float16, raw or of length 1; width, height: int32, the
+    file's in pixels; sha256: string, of the file's bytes, hex; space_id: dictionary of strings; for each head its class
+    as ``<head>``, dictionary of strings, and that class's probability as ``<head>_probability``, float32. The schema's
+    metadata say space_id, normalize (true or false), mvmr's version, precision, provider and, as JSON, preprocessing.
 
     Raises: MvmrError for an unknown head or type, or a head whose name another column has.
     """
@@ -53,7 +53,8 @@ def schema(engine: Engine, heads: Sequence[str], dtype: DType) -> pa.Schema:
     if doubled := [name for name in names if names.count(name) > 1]:
         raise MvmrError(f"two columns would be named {doubled[0]!r}: leave out the head of that name, or rename it")
     metadata = {
-        "space_id": engine.space_id,
+        "space_id": engine.space_of(normalize=normalize),
+        "normalize": json.dumps(normalize),
         "mvmr_version": __version__,
         "precision": engine.precision,
         "provider": engine.provider,
@@ -104,7 +105,7 @@ def to_table(rows: Rows, columns: pa.Schema, engine: Engine) -> pa.Table:
         "width": pa.array(sizes[:, 0]),
         "height": pa.array(sizes[:, 1]),
         "sha256": pa.array(rows.hashes, pa.string()),
-        "space_id": _words(np.zeros(count, np.int32), [engine.space_id]),
+        "space_id": _words(np.zeros(count, np.int32), [columns.metadata[b"space_id"].decode()]),
     }
     for head in (name for name in columns.names if name not in FIXED and f"{name}_probability" in columns.names):
         labels = np.concatenate(rows.labels[head]) if count else np.empty(0)

@@ -60,6 +60,7 @@ def embed(
     threads: int | None = None,
     heads: Sequence[str] = (),
     dtype: columns.DType = "float32",
+    normalize: bool = False,
     shard: tuple[int, int] | None = None,
     resume: bool = False,
     part_rows: int = PART_ROWS,
@@ -78,6 +79,8 @@ def embed(
         threads: cores that embed on a processor; None takes all.
         heads: of the bundle, whose best class and its probability become columns; ``all`` takes every one.
         dtype: of the embeddings in the output, ``float32`` or ``float16``.
+        normalize: divides each by its length, which is 1 then, or 0 where all of it is 0. The output is of another
+            embedding space than raw ones; classes of heads stay the same.
         shard: (i, n), embeds piece i of n, counted from 0, into the folder ``out/shard-<i>-of-<n>``.
         resume: goes on with what a stopped run left, and begins where there is none.
         part_rows: images to a part, the most that a death costs.
@@ -100,31 +103,33 @@ def embed(
     cores = threads or usable_cores()
     engine = Engine.load(bundle, precision=precision, provider=provider, threads=1 if provider == "cpu" else None)
     heads = tuple(engine.heads) if "all" in heads else tuple(heads)
-    schema = columns.schema(engine, heads, dtype)
+    schema = columns.schema(engine, heads, dtype, normalize=normalize)
     source: Source = open_source(os.fspath(images), limits)
     if shard is not None:
         source = source.share(*shard)
     if note := note_other_formats(source.other_formats):
         say(note, shown=progress)
-    settings = _settings(engine, heads, source, dtype, shard, part_rows, limits)
+    settings = _settings(engine, heads, source, dtype, normalize, shard, part_rows, limits)
     folder = single_file.working_folder(target)
     if (manifest := single_file.read_finished(target, settings, resume=resume)) is not None:
-        return _summary(target, manifest["rows"], manifest["errors"], engine)
+        return _summary(target, manifest["rows"], manifest["errors"], engine, normalize)
     check(folder, settings, resume=resume)
     _check_engine(engine)
     facts = {
         "mvmr_version": __version__,
         "bundle": str(engine.path.resolve()),
         "images": source.name,
-        "space_id": engine.space_id,
+        "space_id": engine.space_of(normalize=normalize),
+        "normalize": normalize,
         "dim": engine.dim,
     }
     decoders = DecodePool(engine.preprocess, limits, processes=max(cores, usable_cores()), hashed=True)
     with claim_folder(folder), decoders:
         parts = open_parts(folder, schema, settings, facts, resume=resume)
         pipeline = Pipeline(
-            engine=engine, heads=heads, part_rows=part_rows, decoders=decoders, cores=cores, distant=source.distant
-        )
+            engine=engine, heads=heads, part_rows=part_rows, decoders=decoders, cores=cores, distant=source.distant,
+            normalize=normalize,
+        )  # fmt: skip
         job = _Job(parts, pipeline, source, engine, progress)
         began = time.perf_counter()
         if not parts.finished:
@@ -133,7 +138,7 @@ def embed(
         parts.tidy()
         single_file.gather(parts, target)
     single_file.clear(target)
-    return _summary(target, parts.rows, parts.errors, engine, job.added, time.perf_counter() - began)
+    return _summary(target, parts.rows, parts.errors, engine, normalize, job.added, time.perf_counter() - began)
 
 
 @dataclass
@@ -199,6 +204,7 @@ def _settings(
     heads: Sequence[str],
     source: Source,
     dtype: str,
+    normalize: bool,
     shard: tuple[int, int] | None,
     part_rows: int,
     limits: Limits,
@@ -210,7 +216,7 @@ def _settings(
     }
     return {
         "images": source.fingerprint,
-        "space_id": engine.space_id,
+        "space_id": engine.space_of(normalize=normalize),
         "exported file": files.get(engine.file, ""),
         "precision": engine.precision,
         "provider": engine.provider,
@@ -219,6 +225,8 @@ def _settings(
         "shard": f"{shard[0]}/{shard[1]}" if shard else None,
         "part_rows": part_rows,
         "limits": json.loads(limits.to_json()),
+        # not named where it is off, so that runs that were begun before it existed go on
+        **({"normalize": True} if normalize else {}),
     }
 
 
@@ -241,8 +249,11 @@ def _check_engine(engine: Engine) -> None:
         )
 
 
-def _summary(target: Path, rows: int, errors: int, engine: Engine, added: int = 0, seconds: float = 0.0) -> Summary:
-    return Summary(target, single_file.errors_file(target), rows, errors, added, seconds, engine.dim, engine.space_id)
+def _summary(
+    target: Path, rows: int, errors: int, engine: Engine, normalize: bool, added: int = 0, seconds: float = 0.0
+) -> Summary:
+    errors_file, space = single_file.errors_file(target), engine.space_of(normalize=normalize)
+    return Summary(target, errors_file, rows, errors, added, seconds, engine.dim, space)
 
 
 def read_shard(text: str) -> tuple[int, int]:

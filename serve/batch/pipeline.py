@@ -22,6 +22,7 @@ from mvmr.serve.batch.columns import Rows
 from mvmr.serve.decoding.decoder import Outcome
 from mvmr.serve.decoding.pool import DecodePool
 from mvmr.serve.engine import Engine
+from mvmr.serve.vectors import unit
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -67,7 +68,8 @@ class Pipeline:
     Batches never reach over the end of a part of `part_rows` images, so that which images share a batch does not depend
     on where a run was stopped.
 
-    heads: whose best class and its probability are wanted; cores: batches embedded at a time on a processor
+    heads: whose best class and its probability are wanted, of the raw embedding; normalize: whether rows get length 1
+    cores: batches embedded at a time on a processor
     """
 
     engine: Engine
@@ -76,6 +78,7 @@ class Pipeline:
     decoders: DecodePool
     cores: int
     distant: bool = False
+    normalize: bool = False
 
     def run(self, items: Iterable[Item]) -> Generator[EmbeddedBatch, None, None]:
         """Embed images, the first of which begins a part; in order, with bounded memory.
@@ -140,7 +143,7 @@ class Pipeline:
             rows.sizes.append((image.outcome.width, image.outcome.height))
         if pixels:
             embeddings = self.engine(np.stack(pixels))
-            rows.embeddings.append(embeddings)
+            rows.embeddings.append(unit(embeddings) if self.normalize else embeddings)
             for head in self.heads:
                 probabilities = self.engine.classify(embeddings, head)
                 rows.labels[head] = [probabilities.argmax(axis=1)]

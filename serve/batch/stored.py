@@ -141,7 +141,7 @@ def _open_shards(folder: Path, shards: Sequence[Path]) -> Stored:
     for piece in pieces:
         if (piece.space_id, piece.dim) != (first.space_id, first.dim):
             message = f"{first.path.name} is of space {first.space_id[:12]}, {piece.path.name} of {piece.space_id[:12]}"
-            raise MvmrError(f"{folder} mixes embedding spaces: {message}; embed all shards by one bundle")
+            raise MvmrError(f"{folder} mixes embedding spaces: {message}; embed all shards by one bundle, alike")
     files = tuple(file for piece in pieces for file in piece.files)
     count = sum(piece.count for piece in pieces)
     return Stored(folder, files, count, first.dim, first.space_id, first.bundle, first.precision)

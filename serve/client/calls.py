@@ -21,12 +21,14 @@ Errors = Literal["raise", "return"]
 Entry = TypeVar("Entry")
 T = TypeVar("T")
 
+_OFF = 1e-3  # that the length of a normalised vector may be from 1
+
 
 @dataclass(frozen=True, eq=False)
 class Embeddings:
-    """vectors: float32 [N, D], not normalised, rows of NaN for the images in `errors`.
+    """vectors: float32 [N, D], normalised where that was asked for; rows of NaN for the images in `errors`.
 
-    space_id: vectors are comparable exactly when theirs are equal
+    space_id: vectors are comparable exactly when theirs are equal; that of normalised ones is another than of raw ones
     """
 
     vectors: npt.NDArray[np.float32]
@@ -87,16 +89,19 @@ class Calls:
             if getattr(self, name) < least:
                 raise MvmrError(f"{name} = {getattr(self, name)} of a client must be at least {least}")
 
-    def embed(self, images: Images, errors: Errors) -> Work[Embeddings]:
+    def embed(self, images: Images, normalize: bool, errors: Errors) -> Work[Embeddings]:
         """The images' embeddings."""
-        ask = Ask("/v1/embed", accept=wire.FLOAT32)
-        results = yield from self._collect(ask, images, errors, lambda outcome: outcome["embedding"])
+        ask = Ask("/v1/embed", {"normalize": "true"} if normalize else {}, accept=wire.FLOAT32)
+        space = "normalized_space_id" if normalize else "space_id"
+        results = yield from self._collect(ask, images, errors, lambda outcome: outcome["embedding"], space)
         dim = next((row.size for row in results.shown.values()), None)
         if dim is None:  # there is no image, or none that can be embedded
             dim = (yield from self.models())[0]["dim"]
         vectors = np.full((results.count, dim), np.nan, np.float32)
         for index, row in results.shown.items():
             vectors[index] = row
+        if normalize:
+            self._check_lengths(vectors)
         return Embeddings(vectors, results.space, tuple(results.errors))
 
     def classify(self, images: Images, head: str | None, top_k: int, errors: Errors) -> Work[Ranked[Label]]:
@@ -134,7 +139,10 @@ class Calls:
         rows = tuple(results.shown.get(index, ()) for index in range(results.count))
         return Ranked(rows, results.space, tuple(results.errors))
 
-    def _collect(self, ask: Ask, images: Images, errors: Errors, show: Callable[[Any], T]) -> Work[_Results[T]]:
+    def _collect(
+        self, ask: Ask, images: Images, errors: Errors, show: Callable[[Any], T], space: str = "space_id"
+    ) -> Work[_Results[T]]:
+        """space: what the service calls the embedding space of the answers where it says what is served."""
         if errors not in ("raise", "return"):
             raise unknown("value of errors", errors, ("raise", "return"))
         results = _Results[T]()
@@ -158,13 +166,25 @@ class Calls:
             results.errors += failures
             results.count += len(part)
         if not results.space:  # nothing was sent
-            results.space = (yield from self.models())[0]["space_id"]
+            model = (yield from self.models())[0]
+            if space not in model:
+                raise self._too_old()
+            results.space = model[space]
         return results
 
     def _check_space(self, before: str, now: str) -> None:
         if before and now != before:
             reason = f"its embedding space changed from {before[:12]} to {now[:12]} during this call"
             raise MvmrError(f"{self.url}: {reason}: another bundle has been deployed; make the call again")
+
+    def _check_lengths(self, vectors: npt.NDArray[np.float32]) -> None:
+        """Refuse vectors of a service from before there was `normalize`, which passes over what it doesn't know."""
+        lengths = np.linalg.norm(vectors, axis=1)
+        if np.any((lengths != 0) & (np.abs(lengths - 1) > _OFF)):  # not for NaN
+            raise self._too_old()
+
+    def _too_old(self) -> MvmrError:
+        return MvmrError(f"{self.url} doesn't know how to normalise; upgrade it, or leave normalize out")
 
     @contextmanager
     def _as_promised(self) -> Iterator[None]:

@@ -40,14 +40,16 @@ class Client:
         self._calls = Calls(_printable_url(url), retries, max_items, max_bytes)
         self._http = httpx2.Client(base_url=url, headers=_headers(api_key), timeout=timeout)
 
-    def embed(self, images: Images, *, errors: Errors = "raise") -> Embeddings:
+    def embed(self, images: Images, *, normalize: bool = False, errors: Errors = "raise") -> Embeddings:
         """Embed any number of images: paths, bytes of files, PIL images, or arrays uint8 [H, W, 3] RGB in [0, 255].
 
         Shapes: N images, or uint8 [N, H, W, 3] -> vectors float32 [N, D], in their order.
+        normalize: divide each vector by its length, which is 1 then, or 0 where all of it is 0; those are vectors of
+            another embedding space.
         errors: ``raise`` MvmrError for the first image that can't be embedded, or ``return`` them all.
         Raises: MvmrError, also when another bundle is deployed meanwhile, whose vectors can't be compared.
         """
-        return self._run(self._calls.embed(images, errors))
+        return self._run(self._calls.embed(images, normalize, errors))
 
     def classify(
         self, images: Images, *, head: str | None = None, top_k: int = 5, errors: Errors = "raise"
@@ -100,9 +102,9 @@ class AsyncClient:
         self._calls = Calls(_printable_url(url), retries, max_items, max_bytes)
         self._http = httpx2.AsyncClient(base_url=url, headers=_headers(api_key), timeout=timeout)
 
-    async def embed(self, images: Images, *, errors: Errors = "raise") -> Embeddings:
+    async def embed(self, images: Images, *, normalize: bool = False, errors: Errors = "raise") -> Embeddings:
         """As `Client.embed`."""
-        return await self._run(self._calls.embed(images, errors))
+        return await self._run(self._calls.embed(images, normalize, errors))
 
     async def classify(
         self, images: Images, *, head: str | None = None, top_k: int = 5, errors: Errors = "raise"

@@ -17,6 +17,7 @@ from mvmr.serve.http.service import Service
 from mvmr.serve.shares import owner_of
 
 CLIENT = "mvmr.client"  # in the scope: whose the request is
+SPACE_ID = "mvmr.space"  # in the scope: the embedding space that the answer is about, where it is not the engine's own
 # Asked by machines that have no key: probes, and Prometheus.
 _OPEN = re.compile(r"/healthz|/readyz|/metrics|/v2/health/(live|ready)|/v2/models/[^/]+(/versions/1)?/ready")
 
@@ -39,7 +40,7 @@ class Edge:
             await self._app(scope, receive, send)
             return
         began, status, refused_at = time.perf_counter(), 500, None
-        space = (wire.SPACE.encode(), self._service.engine.space_id.encode())
+        own_space = self._service.engine.space_id
         headers = dict(scope["headers"])
         if scope["method"] == "HEAD":  # uvicorn leaves the body of the answer out
             scope = {**scope, "method": "GET"}
@@ -48,7 +49,8 @@ class Edge:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                more = [*message.get("headers", ()), space]
+                space = scope.get(SPACE_ID, own_space)
+                more = [*message.get("headers", ()), (wire.SPACE.encode(), space.encode())]
                 # who waited to be told to send the body may not send it after a refusal
                 if self._service.draining or (status >= 400 and b"expect" in headers):
                     more.append((b"connection", b"close"))

@@ -21,7 +21,7 @@ from mvmr.serve.engine import Engine
 from mvmr.serve.http.admission import Edge
 from mvmr.serve.http.fetch import Remote
 from mvmr.serve.http.problems import Problem
-from mvmr.serve.http.routes import embeddings, inference, status
+from mvmr.serve.http.routes import embeddings, inference, query, status
 from mvmr.serve.http.service import Service
 from mvmr.serve.http.settings import Settings
 
@@ -37,7 +37,7 @@ def create_app(engine: Engine, settings: Settings, index: Index | None = None) -
     Raises: MvmrError for an index of another embedding space than the engine's.
     """
     if index is not None:
-        index.check_space(engine.space_id, engine.name)
+        index.check_space(engine.space_of(normalize=embeddings.normalizes(engine, index)), engine.name)
     service = Service(engine, settings)
 
     @asynccontextmanager
@@ -73,6 +73,7 @@ def _application(service: Service, routers: Sequence[APIRouter], lifespan: Any =
     # No pages of documentation: FastAPI's load their scripts from elsewhere.
     app = FastAPI(title="mvmr", version=__version__, lifespan=lifespan, openapi_url=None, redirect_slashes=False)
     app.state.service = service
+    app.router.route_class = query.Route
     _answer_problems(app, service)
     for router in routers:
         app.include_router(router)

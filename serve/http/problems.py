@@ -36,6 +36,10 @@ PROBLEMS: dict[str, tuple[int, str]] = {
 }
 
 
+INFERENCE_PROTOCOL, OPENAI = ("/v2",), ("/v1/embeddings", "/v1/models")  # how the paths of others' protocols begin
+OF_OTHERS = INFERENCE_PROTOCOL + OPENAI
+
+
 class Problem(Exception):
     """A request that can't be served; raised anywhere below an endpoint, answered in one place.
 
@@ -56,9 +60,9 @@ class Problem(Exception):
         status, title = PROBLEMS[self.name]
         kind = f"{wire.PROBLEM_TYPE}{self.name}"
         document = {"type": kind, "title": title, "status": status, "detail": self.detail, **self.more}
-        if path.startswith("/v2"):  # the Open Inference Protocol
+        if path.startswith(INFERENCE_PROTOCOL):
             document["error"] = self.detail
-        elif path.startswith(("/v1/embeddings", "/v1/models")):  # OpenAI
+        elif path.startswith(OPENAI):
             document["error"] = {"message": self.detail, "type": kind, "code": self.name}
         return Response(orjson.dumps(document), status, {"content-type": wire.PROBLEM, **self.headers})
 

@@ -55,6 +55,9 @@ class Input(BaseModel):
         return [self.input] if isinstance(self.input, str) else self.input
 
 
+Inputs = TypeVar("Inputs", bound=Input)
+
+
 async def read_body(request: Request, *, most: int, flag: str, seconds: float, take: Take) -> bytes:
     """Read the whole body; `take` hears of every piece, and may refuse it.
 
@@ -87,19 +90,22 @@ async def read_body(request: Request, *, most: int, flag: str, seconds: float, t
     return b"".join(parts)
 
 
-async def images(request: Request, body: bytes, *, most: int, remote: Remote, take: Take, client: str) -> list[Payload]:
+async def images(
+    request: Request, body: bytes, model: type[Inputs], *, most: int, remote: Remote, take: Take, client: str
+) -> tuple[list[Payload], Inputs | None]:
     """The images of a body, by its content type; each is there or has its own reason why not.
 
+    model: what JSON is read into; it comes second, None for a body that is no JSON.
     Raises: Problem for a body of another type, not well-formed, without images, or with more than `most`.
     """
     kind = request.headers.get("content-type", RAW).partition(";")[0].strip().lower()
     if kind == wire.JSON:
-        inputs = await offload(parse, Input, body, size=len(body), client=client)
-        return await from_texts(inputs.texts, most=most, remote=remote, take=take, client=client)
+        inputs = await offload(parse, model, body, size=len(body), client=client)
+        return await from_texts(inputs.texts, most=most, remote=remote, take=take, client=client), inputs
     if kind == MULTIPART:
-        return await _multipart(request, body, most)
+        return await _multipart(request, body, most), None
     if kind == RAW or kind.startswith("image/"):
-        return [body]
+        return [body], None
     raise Problem(
         "wrong-type", f"content-type {kind!r} is not read here; send {wire.JSON}, {MULTIPART}, image/* or {RAW}"
     )

@@ -19,6 +19,7 @@ from mvmr.serve.batch.stored import Stored, open_embeddings
 from mvmr.serve.engine import Floats
 from mvmr.serve.index.faiss_kinds import FILES, KINDS, Kind, Options, Searcher, choose_numbers, read, recall, write
 from mvmr.serve.index.folder import DESCRIPTION, PATHS, SCHEMA, Description, check_files, fingerprints, read_paths
+from mvmr.serve.vectors import normalized_space, unit
 from mvmr.storage import staging
 from mvmr.storage.atomic import sync
 from mvmr.storage.lock import LOCK
@@ -109,13 +110,23 @@ class Index:
         if not len(vectors):
             return []
         scores, rows = self.searcher(unit(vectors), min(k, len(self)), probes, ef_search)
+        scores = scores.clip(-1, 1)  # float32 makes 1.0000001 of some
         return [
             [Hit(self.paths[row].as_py(), score, row) for score, row in zip(*neighbours, strict=True) if row >= 0]
             for neighbours in zip(scores.tolist(), rows.tolist(), strict=True)
         ]
 
     def check_space(self, space_id: str, whose: object) -> None:
-        """Refuse vectors of another embedding space, whose cosines with these mean nothing; raises MvmrError."""
+        """Refuse vectors of another embedding space, which are not to be mixed with these; raises MvmrError.
+
+        Normalised vectors are of another space than raw ones: see `mvmr.serve.engine.Engine.space_of`.
+        """
+        if normalized_space(space_id) == self.space_id:
+            reason = f"{whose} gives raw vectors and the index {self.path} holds normalised ones of the same student"
+            raise MvmrError(f"{reason}; embed with normalize")
+        if space_id == normalized_space(self.space_id):
+            reason = f"{whose} gives normalised vectors and the index {self.path} holds raw ones of the same student"
+            raise MvmrError(f"{reason}; embed without normalize")
         if space_id != self.space_id:
             raise MvmrError(
                 f"{whose} gives vectors of another embedding space ({space_id[:12]}) than the index {self.path} holds "
@@ -170,13 +181,6 @@ def build(
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return Index.load(target)
-
-
-def unit(vectors: Floats) -> Floats:
-    """Vectors of length 1, float32 [n, D], of finite ones of any length; a vector of zeros stays one."""
-    largest = np.abs(vectors).max(axis=1, keepdims=True, initial=0)  # whose square may be more than float32 holds
-    scaled = (vectors / np.where(largest > 0, largest, 1)).astype(np.float32, copy=False)
-    return np.ascontiguousarray(scaled / np.maximum(np.linalg.norm(scaled, axis=1, keepdims=True), 1), np.float32)
 
 
 def _write(folder: Path, stored: Stored, kind: Kind, numbers: dict[str, int], progress: bool) -> None:

@@ -10,6 +10,7 @@ from mvmr.errors import MvmrError
 from mvmr.export.runtimes import check_provider, run_by
 from mvmr.serve.engine import Engine
 from mvmr.serve.index.index import Hit, Index
+from mvmr.serve.vectors import normalized_space
 
 
 def search(
@@ -38,11 +39,15 @@ def search(
         raise MvmrError(f"the index {opened.path} does not know which bundle made it; give it by --bundle")
     if bundle is None and not Path(source).is_dir():
         raise MvmrError(f"{source}, the bundle that made the index {opened.path}, is not there; give it by --bundle")
-    opened.check_space(bundles.load(source, verify=False).space_id, source)
+    space = bundles.load(source, verify=False).space_id
+    normalize = opened.space_id == normalized_space(space)  # as the indexed ones were
+    if not normalize:
+        opened.check_space(space, source)
     engine = Engine.load(
         source, precision=precision or _same_precision(source, opened, provider), provider=provider, threads=threads
     )
-    return opened.search(engine.embed([Path(image)]), k, probes=probes, ef_search=ef_search)[0]
+    vectors = engine.embed([Path(image)], normalize=normalize)
+    return opened.search(vectors, k, probes=probes, ef_search=ef_search)[0]
 
 
 def _same_precision(bundle: str | os.PathLike[str], index: Index, provider: str) -> str | None:

@@ -75,3 +75,11 @@ def test_class_names_are_read_from_commas_and_lines() -> None:
 def test_the_best_classes_come_first_and_equal_ones_in_their_order() -> None:
     guesses = best(np.array([0.1, 0.4, 0.1, 0.4], np.float32), ("a", "b", "c", "d"), 3)
     assert [guess.name for guess in guesses] == ["b", "d", "a"]
+
+
+def test_no_cosine_leaves_its_range() -> None:
+    rows = np.concatenate([TEACHER, -TEACHER])
+    sides = [Side(Bank(rows), row) for row in rows]
+    cosines = [neighbour.cosine for side in sides for neighbour in compare(None, side, len(rows)).student or ()]
+    assert (min(cosines), max(cosines)) == (-1, 1)
+    assert max(float(side.bank.search(side.query[None], 1)[0].max()) for side in sides) > 1  # what is cut off

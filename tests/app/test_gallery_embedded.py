@@ -112,6 +112,16 @@ def test_embeddings_of_another_kind_are_not_taken_for_these(
     assert "newer" in caplog.text
 
 
+@pytest.mark.slow
+def test_normalised_embeddings_are_not_taken_for_raw_ones(bundle_folder: Path, tmp_path: Path) -> None:
+    photos = pictures(tmp_path / "photos", 5)
+    embed(bundle_folder, photos, out=tmp_path / "out.parquet", normalize=True)
+    gallery = Gallery.open(str(tmp_path / "out.parquet"))
+    encoder = Engines(bundles.load(bundle_folder)).get("onnx-fp32")
+    embeddings = gallery.embeddings(encoder, tmp_path / "rows")
+    np.testing.assert_allclose(embeddings, encoder.embed([gallery.load(number) for number in range(5)]), atol=1e-6)
+
+
 ODD = [
     "plain.png",
     "sp ace.png",

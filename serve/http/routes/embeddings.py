@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -19,14 +20,23 @@ from mvmr.serve import wire
 from mvmr.serve.engine import Engine
 from mvmr.serve.http import request_body
 from mvmr.serve.http.problems import Problem
-from mvmr.serve.http.routes import openapi
-from mvmr.serve.http.routes.exchange import check_model, client_of, json_answer, receive, service_of
+from mvmr.serve.http.routes import openapi, query
+from mvmr.serve.http.routes.exchange import (
+    check_model,
+    client_of,
+    declare_space,
+    json_answer,
+    receive,
+    service_of,
+)
 from mvmr.serve.http.service import EmbeddedImage, Outcome, Service
+from mvmr.serve.vectors import unit
 
 if TYPE_CHECKING:
     from mvmr.serve.index import Index
 
-router = APIRouter()
+router = APIRouter(route_class=query.Route)
+_NORMALIZE = "Divide each embedding by its length; they are of another embedding space then."
 
 
 class EmbeddingsRequest(request_body.Input):
@@ -36,11 +46,22 @@ class EmbeddingsRequest(request_body.Input):
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, ge=1, description="Refused unless it is the model's own.")
     user: str | None = None
+    normalize: bool = Field(False, description=f"{_NORMALIZE} Not among OpenAI's.")
+
+
+_IN_BODY = EmbeddingsRequest.model_fields.keys() - {"user"}
+
+
+class EmbedRequest(request_body.Input):
+    """The JSON of `/v1/embed`."""
+
+    normalize: bool = Field(False, description=f"{_NORMALIZE} As in the query.")
 
 
 @router.post("/v1/embeddings", responses=openapi.OBJECT | openapi.POSTED, openapi_extra=openapi.body(EmbeddingsRequest))
 async def embeddings(request: Request) -> Response:
     """OpenAI's endpoint: images in base64 or as data URLs for `input`."""
+    query.refuse_misplaced(request, _IN_BODY, "the JSON of the body")
     service, client = service_of(request), client_of(request)
     async with receive(request) as (body, take):
         parsed = await request_body.offload(request_body.parse, EmbeddingsRequest, body, size=len(body), client=client)
@@ -50,26 +71,29 @@ async def embeddings(request: Request) -> Response:
             raise Problem("invalid", f"{reason}; leave dimensions out")
         most, remote = service.settings.max_items, request.app.state.remote
         payloads = await request_body.from_texts(parsed.texts, most=most, remote=remote, take=take, client=client)
-        outcomes = await _embed(request, payloads)
+        outcomes = await _embed(request, payloads, normalize=parsed.normalize)
         usage = {"prompt_tokens": len(outcomes), "total_tokens": len(outcomes)}
         data = [_openai(number, outcome, parsed.encoding_format) for number, outcome in enumerate(outcomes)]
         return json_answer({"object": "list", "model": service.engine.name, "data": data, "usage": usage})
 
 
-@router.post("/v1/embed", responses=openapi.VECTORS | openapi.POSTED, openapi_extra=openapi.images(request_body.Input))
-async def embed(request: Request) -> Response:
+@router.post("/v1/embed", responses=openapi.VECTORS | openapi.POSTED, openapi_extra=openapi.images(EmbedRequest))
+async def embed(request: Request, normalize: bool = Query(False, description=_NORMALIZE)) -> Response:
     """Embed the raw bytes of one image, multipart files, or JSON; binary float32 or float16 by `Accept`."""
     service = service_of(request)
     async with receive(request) as (body, take):
         kind = _choose_kind(request.headers.get("accept", "*/*"))
-        outcomes = await _embed(request, await _images(request, body, take))
+        payloads, parsed = await _images(request, body, take, EmbedRequest)
+        normalize = normalize or (parsed is not None and parsed.normalize)
+        outcomes = await _embed(request, payloads, normalize=normalize)
         if kind != wire.JSON:
             return _binary(outcomes, service.engine, kind)
         vectors = [
             {"embedding": image.embedding, "width": image.width, "height": image.height}
             for image in _embedded_images(outcomes)
         ]
-        return json_answer({**_origin(service), "dim": service.engine.dim, "results": _results(outcomes, vectors)})
+        origin = _origin(service, normalize=normalize)
+        return json_answer({**origin, "dim": service.engine.dim, "results": _results(outcomes, vectors)})
 
 
 @router.post(
@@ -81,7 +105,8 @@ async def classify(request: Request, head: str | None = Query(None), top_k: int 
     async with receive(request) as (body, take):
         engine = service.engine  # one for the whole request: its heads may be replaced meanwhile
         name = _choose_head(engine, head)
-        outcomes = await _embed(request, await _images(request, body, take))
+        payloads, _ = await _images(request, body, take, request_body.Input)
+        outcomes = await _embed(request, payloads)
         labels = [{"labels": _labels(image, engine, name, top_k)} for image in _embedded_images(outcomes)]
         return json_answer({**_origin(service), "head": name, "results": _results(outcomes, labels)})
 
@@ -94,22 +119,34 @@ async def search(request: Request, k: int = Query(10, ge=1, le=1000)) -> Respons
         index: Index | None = request.app.state.index
         if index is None:
             raise Problem("no-index", "this service was started without one; start it with --index")
-        outcomes = await _embed(request, await _images(request, body, take))
+        payloads, _ = await _images(request, body, take, request_body.Input)
+        normalize = normalizes(service.engine, index)
+        outcomes = await _embed(request, payloads, normalize=normalize)
         rows = np.stack([image.embedding for image in _embedded_images(outcomes)])
         neighbours = await asyncio.to_thread(index.search, rows, k)
         hits = [{"hits": [{"path": hit.path, "score": hit.score} for hit in nearest]} for nearest in neighbours]
-        return json_answer({**_origin(service), "results": _results(outcomes, hits)})
+        return json_answer({**_origin(service, normalize=normalize), "results": _results(outcomes, hits)})
 
 
-async def _images(request: Request, body: bytes, take: request_body.Take) -> list[request_body.Payload]:
+def normalizes(engine: Engine, index: Index) -> bool:
+    """Whether an index holds normalised vectors of the engine, so that those to search for are normalised, too."""
+    return index.space_id == engine.space_of(normalize=True)
+
+
+async def _images(
+    request: Request, body: bytes, take: request_body.Take, model: type[request_body.Inputs]
+) -> tuple[list[request_body.Payload], request_body.Inputs | None]:
     most = service_of(request).settings.max_items
     remote, client = request.app.state.remote, client_of(request)
-    return await request_body.images(request, body, most=most, remote=remote, take=take, client=client)
+    return await request_body.images(request, body, model, most=most, remote=remote, take=take, client=client)
 
 
-async def _embed(request: Request, payloads: Sequence[request_body.Payload]) -> list[Outcome]:
+async def _embed(
+    request: Request, payloads: Sequence[request_body.Payload], *, normalize: bool = False
+) -> list[Outcome]:
     """Raises Problem when not one of the images can be embedded."""
     service = service_of(request)
+    declare_space(request, service.engine.space_of(normalize=normalize))
     outcomes = await service.embed(payloads, client_of(request))
     failures = [
         _failure(number, outcome) for number, outcome in enumerate(outcomes) if not isinstance(outcome, EmbeddedImage)
@@ -118,7 +155,13 @@ async def _embed(request: Request, payloads: Sequence[request_body.Payload]) -> 
         service.metrics.errors.labels(failure["error"]["code"]).inc()
     if len(failures) == len(outcomes):
         raise Problem("bad-image", f"image 0: {failures[0]['error']['reason']}", errors=failures)
-    return outcomes
+    return [_normalize(outcome) for outcome in outcomes] if normalize else outcomes
+
+
+def _normalize(outcome: Outcome) -> Outcome:
+    if not isinstance(outcome, EmbeddedImage):
+        return outcome
+    return replace(outcome, embedding=unit(outcome.embedding[None])[0])
 
 
 def _embedded_images(outcomes: Sequence[Outcome]) -> list[EmbeddedImage]:
@@ -192,5 +235,5 @@ def _choose_head(engine: Engine, name: str | None) -> str:
     return name
 
 
-def _origin(service: Service) -> dict[str, str]:
-    return {"model": service.engine.name, "space_id": service.engine.space_id}
+def _origin(service: Service, *, normalize: bool = False) -> dict[str, str]:
+    return {"model": service.engine.name, "space_id": service.engine.space_of(normalize=normalize)}

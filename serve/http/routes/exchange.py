@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from mvmr.serve import wire
 from mvmr.serve.http import request_body
-from mvmr.serve.http.admission import CLIENT
+from mvmr.serve.http.admission import CLIENT, SPACE_ID
 from mvmr.serve.http.problems import Problem
 from mvmr.serve.http.service import Service
 
@@ -30,6 +30,11 @@ def client_of(request: Request) -> str:
     """Who sent a request, as the edge has found out."""
     client: str = request.scope[CLIENT]
     return client
+
+
+def declare_space(request: Request, space_id: str) -> None:
+    """Have the answer's header name another embedding space than the engine's own, whatever the answer will be."""
+    request.scope[SPACE_ID] = space_id
 
 
 def json_answer(value: Mapping[str, Any]) -> Response:

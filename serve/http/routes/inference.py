@@ -10,12 +10,13 @@ from starlette.responses import Response
 
 from mvmr.serve import wire
 from mvmr.serve.http import request_body
-from mvmr.serve.http.routes import openapi
+from mvmr.serve.http.routes import openapi, query
 from mvmr.serve.http.routes import protocol_v2 as protocol
-from mvmr.serve.http.routes.exchange import check_model, client_of, json_answer, receive, service_of
+from mvmr.serve.http.routes.exchange import check_model, client_of, declare_space, json_answer, receive, service_of
 from mvmr.serve.http.routes.status import readyz
 
-router = APIRouter(prefix="/v2")
+router = APIRouter(prefix="/v2", route_class=query.Route)
+_IN_BODY = ("inputs", "outputs", "parameters", "normalize", "binary_data_output")
 _INFER: dict[str, Any] = {
     "responses": openapi.VECTORS | openapi.POSTED,
     "openapi_extra": openapi.body(protocol.InferRequest),
@@ -50,6 +51,7 @@ async def infer(name: str, request: Request) -> Response:
     """Embed prepared images, uint8 [N, S, S, 3]; tensors in JSON or in binary."""
     service = service_of(request)
     check_model(service, name)
+    query.refuse_misplaced(request, _IN_BODY, "the JSON of the body, as the protocol has it, or in its parameters")
 
     async with receive(request) as (body, _):
         engine = service.engine
@@ -64,5 +66,6 @@ async def infer(name: str, request: Request) -> Response:
             client=client_of(request),
         )
         request_body.check_count(len(pixels), service.settings.max_items)
+        declare_space(request, engine.space_of(normalize=infer_request.parameters.normalize))
         content, headers = protocol.answer(infer_request, engine, await service.infer(pixels, client_of(request)))
         return Response(content, headers=headers)

@@ -21,6 +21,7 @@ from mvmr.serve import wire
 from mvmr.serve.engine import Engine
 from mvmr.serve.http.problems import Problem
 from mvmr.serve.http.request_body import RAW, parse
+from mvmr.serve.vectors import unit
 
 _VALUES = 1_000_000  # in JSON: six images of 224 pixels
 _SLICE = 2**16  # values made into numbers while nothing else is done
@@ -61,9 +62,10 @@ class WantedOutput(_Part):
 
 
 class InferParameters(_Part):
-    """binary_data_output: whether all values are wanted after the JSON."""
+    """binary_data_output: whether all values are wanted after the JSON; normalize: embeddings of length 1."""
 
     binary_data_output: bool = False
+    normalize: bool = False
 
 
 class InferRequest(_Part):
@@ -132,7 +134,7 @@ def answer(request: InferRequest, engine: Engine, embeddings: Floats) -> tuple[b
     names = list(choices) or [output["name"] for output in model(engine)["outputs"]]
     outputs, raw = [], []
     for name in names:
-        values = _output(name, engine, embeddings)
+        values = _output(name, engine, embeddings, request.parameters.normalize)
         output: dict[str, Any] = {"name": name, "datatype": "FP32", "shape": list(values.shape)}
         choice = choices.get(name)
         if request.parameters.binary_data_output if choice is None else choice:
@@ -184,9 +186,9 @@ def _flatten(data: list[Any], shape: list[int]) -> list[Any]:
     return data
 
 
-def _output(name: str, engine: Engine, embeddings: Floats) -> Floats:
+def _output(name: str, engine: Engine, embeddings: Floats, normalize: bool) -> Floats:
     if name == EMBEDDING:
-        return embeddings
+        return unit(embeddings) if normalize else embeddings
     head = engine.heads[name.removeprefix(LOGITS)]
     logits: Floats = embeddings @ head.weight.T + head.bias
     return logits

@@ -10,14 +10,14 @@ from starlette.responses import Response
 
 from mvmr.serve.http import metrics
 from mvmr.serve.http.problems import Problem
-from mvmr.serve.http.routes import openapi
+from mvmr.serve.http.routes import openapi, query
 from mvmr.serve.http.routes.exchange import check_model, json_answer, service_of
 
-router = APIRouter()
-probes = APIRouter()  # on the probes' own port, too
+router = APIRouter(route_class=query.Route)
+probes = APIRouter(route_class=query.Route)  # on the probes' own port, too
 
 
-@probes.get("/healthz", responses=openapi.HEALTH)
+@probes.get("/healthz", responses=openapi.HEALTH | openapi.problems(422))
 @probes.get("/v2/health/live", responses=openapi.HEALTH)
 async def healthz(request: Request) -> Response:
     """Whether the process runs, and its event loop turns."""
@@ -27,7 +27,7 @@ async def healthz(request: Request) -> Response:
     return json_answer({"status": "ok"})
 
 
-@probes.get("/readyz", responses=openapi.READY)
+@probes.get("/readyz", responses=openapi.READY | openapi.problems(422))
 @probes.get("/v2/health/ready", responses=openapi.READY)
 async def readyz(request: Request) -> Response:
     """Whether it does what was verified: a canary is decoded and embedded, and must come back as exported."""
@@ -36,7 +36,7 @@ async def readyz(request: Request) -> Response:
     return json_answer({"status": "ready"})
 
 
-@probes.get("/metrics", responses=openapi.TEXT)
+@probes.get("/metrics", responses=openapi.TEXT | openapi.problems(422))
 async def prometheus(request: Request) -> Response:
     """Counters for Prometheus."""
     service_of(request).look()  # whether it is ready is among them, as of the last look
@@ -65,6 +65,7 @@ def _model(request: Request) -> dict[str, Any]:
         "owned_by": "mvmr",
         "dim": engine.dim,
         "space_id": engine.space_id,
+        "normalized_space_id": engine.space_of(normalize=True),
         "preprocessing": engine.preprocess.to_dict(),
         "precision": engine.precision,
         "engine": f"{engine.artifact.runtime} {engine.provider}",

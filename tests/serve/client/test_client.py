@@ -20,6 +20,7 @@ from mvmr.serve.client import AsyncClient, Client, Embeddings, ImageError
 from mvmr.serve.client import client as module
 from tests.serve import serving
 from tests.serve.client.clients import ITEMS, KEY, PHOTOGRAPHS, both, refusal
+from tests.serve.test_vectors import normalize_by_hand
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +148,23 @@ def test_there_is_an_answer_without_any_embedding(kind: Any, service: serving.Ru
         assert [error.code for error in embeddings.errors] == ["empty", "not-an-image"]
         assert all(error.reason for error in embeddings.errors)
         assert client.classify([], head="animals").rows == ()
+
+
+@both
+def test_vectors_are_normalised_when_asked_and_of_a_space_of_their_own(kind: Any, service: serving.Running) -> None:
+    pictures = [serving.photograph(name) for name in PHOTOGRAPHS]
+    with kind(service.url, max_items=ITEMS) as client:
+        (model,) = client.models()
+        raw, unit_vectors = client.embed(pictures), client.embed(pictures, normalize=True)
+        partial = client.embed([pictures[0], b"x"], normalize=True, errors="return")
+        none = [client.embed(images, normalize=True, errors="return") for images in ([], [b"x"])]
+    np.testing.assert_allclose(unit_vectors.vectors, normalize_by_hand(expected_embeddings(*pictures)), atol=1e-6)
+    np.testing.assert_array_equal(partial.vectors[0], unit_vectors.vectors[0])
+    assert np.isnan(partial.vectors[1]).all()
+    assert raw.space_id == model["space_id"]
+    assert {unit_vectors.space_id, partial.space_id, *(embeddings.space_id for embeddings in none)} == {
+        model["normalized_space_id"]
+    }
 
 
 @both

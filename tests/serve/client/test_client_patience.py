@@ -233,3 +233,23 @@ def test_neighbours_are_read(kind: Any) -> None:
     with script.running() as url, kind(f"{url}/behind/a/path") as client:
         assert client.search([b"x"], k=2).rows == ((Hit("a.jpg", 0.75), Hit("b.jpg", 0.5)),)
     assert script.calls[0][:2] == ("POST", "/behind/a/path/v1/search?k=2")
+
+
+@both
+def test_a_service_from_before_there_was_normalize_is_not_believed(kind: Any) -> None:
+    script = Scripted(vectors([3, 4]))
+    with script.running() as url, kind(url) as client:
+        message = refusal(client.embed, [b"x"], normalize=True)
+    assert message == f"{url} doesn't know how to normalise; upgrade it, or leave normalize out"
+    assert script.calls[0][:2] == ("POST", "/v1/embed?normalize=true")
+    models = json.dumps({"data": [{"space_id": "a" * 32, "dim": 2}]}).encode()
+    with Scripted((200, {}, models)).running() as url, kind(url) as client:
+        assert client.embed([]).space_id == "a" * 32
+        assert "doesn't know how to normalise" in refusal(client.embed, [], normalize=True)
+
+
+@both
+def test_raw_and_normalised_vectors_are_not_mixed_in_a_call(kind: Any) -> None:
+    script = Scripted(vectors([1, 0]), vectors([0, 1], space="b" * 32))
+    with script.running() as url, kind(url, max_items=1) as client:
+        assert "its embedding space changed from" in refusal(client.embed, [b"x", b"y"], normalize=True)

@@ -13,6 +13,7 @@ from mvmr.errors import MvmrError
 from mvmr.serve.batch.stored import open_embeddings
 from mvmr.serve.index import faiss_kinds
 from mvmr.serve.index.index import Index, build
+from mvmr.serve.vectors import normalized_space, unit
 from tests.serve.index.indexes import (
     DIM,
     OTHER,
@@ -65,6 +66,17 @@ def test_a_vector_of_zeros_is_near_to_nothing(tmp_path: Path) -> None:
     scores = {hit.row: hit.score for hit in index.search(vectors[:1], 20)[0]}
     assert scores[3] == 0
     assert max(scores, key=lambda row: scores[row]) == 0
+
+
+@pytest.mark.parametrize("kind", ["exact", "hnsw"])
+def test_no_cosine_leaves_its_range(tmp_path: Path, kind: str) -> None:
+    vectors = make_clusters(300)
+    index = build(folder(tmp_path / "out", vectors), tmp_path / "index", kind=kind)
+    both = np.concatenate([vectors, -vectors])
+    scores = [hit.score for hits in index.search(both, 300, ef_search=300) for hit in hits]
+    assert (min(scores), max(scores)) == (-1, 1)
+    scores_as_computed, _ = index.searcher(unit(both), 300)
+    assert scores_as_computed.max() > 1  # what is cut off
 
 
 @pytest.mark.slow
@@ -168,6 +180,22 @@ def test_queries_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         index.search(np.full((1, DIM), np.nan, np.float32), 3)
     with pytest.raises(MvmrError, match="k = 0"):
         index.search(np.ones((1, DIM), np.float32), 0)
+
+
+def test_raw_and_normalised_vectors_of_a_student_are_not_mixed(tmp_path: Path) -> None:
+    vectors, space = make_clusters(50), normalized_space(SPACE)
+    raw = build(folder(tmp_path / "raw", vectors), tmp_path / "raw-index")
+    unit_index = build(folder(tmp_path / "unit", unit(vectors), space=space), tmp_path / "unit-index")
+    unit_index.check_space(space, "runs/mine")
+    with pytest.raises(MvmrError, match=r"runs/mine gives raw vectors and the index .* holds normalised ones of the"):
+        unit_index.check_space(SPACE, "runs/mine")
+    with pytest.raises(MvmrError, match=r"runs/mine gives normalised vectors and the index .* holds raw ones of the"):
+        raw.check_space(space, "runs/mine")
+    with pytest.raises(MvmrError, match="of another embedding space"):
+        raw.check_space(normalized_space(OTHER), "runs/x")
+    for number, (rows, name) in enumerate([(vectors, SPACE), (unit(vectors), space)]):
+        folder(tmp_path / "mixed" / f"shard-0000{number}-of-00002", rows, space=name)
+    assert "mixes embedding spaces" in refusal(tmp_path / "mixed", tmp_path / "mixed-index")
 
 
 def test_what_stands_at_out_is_replaced_only_when_asked_and_only_an_index(tmp_path: Path) -> None:

@@ -131,6 +131,8 @@ PRODUCED: dict[str, list[Ask]] = {
         asking("POST", INFER, **as_json({"inputs": [tensor(pixels(1), data=[0] * 1_000_001)]})),
         asking("POST", "/v1/classify?top_k=0", **ONE_JPEG),
         asking("POST", "/v1/search?k=x", **ONE_JPEG),
+        asking("POST", "/v1/embed?normalise=true", **ONE_JPEG),
+        asking("POST", "/v1/embeddings?normalize=true", **as_json({"model": "student", "input": ["a"]})),
         asking("POST", "/v1/embed", data={"file": "text"}, files=files(jpeg())),
         asking("POST", "/v1/embed", content="--b--\r\n", headers={"content-type": "multipart/form-data; boundary=b"}),
     ],
