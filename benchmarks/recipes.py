@@ -63,7 +63,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 @click.option("--test", is_flag=True, help="Train on the whole training split, and read the test split.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--threads", default=1, show_default=True)
-@click.option("--table", is_flag=True, help="Print what has been measured, as Markdown, and stop.")
+@click.option("--table", is_flag=True, help="Print what has been measured, of --only or of all, as Markdown.")
 def main(
     kind: str, sets: str, teachers: str | None, seeds: tuple[int, ...], only: tuple[str, ...], size: int,
     student: str, test: bool, device: str, threads: int, table: bool,
@@ -71,7 +71,7 @@ def main(
     """Run the trials of KIND that have not been run yet, and append their results."""
     split, chosen = "test" if test else "validation", sets.split(",")
     if table:
-        print_tables(kind, size, split, student)
+        print_tables(kind, size, split, student, only)
         return
     torch.set_num_threads(threads)
     try:
@@ -176,14 +176,17 @@ Run = tuple[str, int]  # device and seed
 Runs = dict[str, dict[Run, dict[str, Any]]]  # trial -> run -> result
 
 
-def print_tables(kind: str, size: int, split: str, student: str) -> None:
+def print_tables(kind: str, size: int, split: str, student: str, only: Sequence[str] = ()) -> None:
     """What each trial gains over the baseline, then the same set by set for those that have run on every set.
+
+    only: these trials and the baseline; all, left out
 
     Gains are taken run by run, on the same device and seed; a set with its teacher counts once, however often it ran.
     """
     everything: dict[tuple[str, str], Runs] = defaultdict(lambda: defaultdict(dict))
     for record in read():
-        if (record["kind"], record["size"], record["split"], record["student"]) == (kind, size, split, student):
+        is_of = (record["kind"], record["size"], record["split"], record["student"]) == (kind, size, split, student)
+        if is_of and (not only or record["trial"] in (*only, BASELINE[kind])):
             run = record["device"], record["seed"]
             everything[record["set"], record["teacher"]][record["trial"]][run] = record
     combos = {name: runs for name, runs in everything.items() if "+" not in name[1]}
