@@ -21,14 +21,7 @@ from mvmr.serve.engine import Engine
 from mvmr.serve.http import request_body
 from mvmr.serve.http.problems import Problem
 from mvmr.serve.http.routes import openapi, query
-from mvmr.serve.http.routes.exchange import (
-    check_model,
-    client_of,
-    declare_space,
-    json_answer,
-    receive,
-    service_of,
-)
+from mvmr.serve.http.routes.exchange import check_model, client_of, declare_space, json_answer, receive, service_of
 from mvmr.serve.http.service import EmbeddedImage, Outcome, Service
 from mvmr.serve.vectors import unit
 

@@ -33,7 +33,7 @@ def client_of(request: Request) -> str:
 
 
 def declare_space(request: Request, space_id: str) -> None:
-    """Have the answer's header name another embedding space than the engine's own, whatever the answer will be."""
+    """Have the answer's header name this embedding space, be the answer a problem or not; without, the engine's own."""
     request.scope[SPACE_ID] = space_id
 
 
