@@ -6,7 +6,7 @@ BIN := .venv/bin
 UV := $(BIN)/python -m uv pip
 PINNED := --constraint constraints.txt --build-constraint constraints.txt
 
-.PHONY: quickstart app test test-fast lint format house constraints gpu-wheels clean
+.PHONY: quickstart app test test-fast lint format house constraints dist dist-check gpu-wheels clean
 .DELETE_ON_ERROR:
 
 quickstart: .venv/.train
@@ -47,6 +47,18 @@ constraints: .venv/.uv
 	@echo '# The versions that continuous integration runs and `make` installs. Renewed by `make constraints`.' > $@.new
 	$(UV) compile pyproject.toml --extra all --extra gpu --python $(BIN)/python --no-annotate --no-header >> $@.new
 	mv $@.new $@.txt
+
+# The archive of the source, and the wheel that is built from it, in dist/; their metadata and files are looked at.
+dist: .venv/.dev
+	rm -rf dist
+	$(BIN)/python -m uv build --quiet --python $(BIN)/python --build-constraint constraints.txt --out-dir dist
+	@rm -f dist/.gitignore
+	$(BIN)/python .ci/check_dist.py dist
+
+# The wheel in new environments: bare, [train], [export], [app]. torch is gigabytes, so what the wheel requires is
+# links to packages of .venv, and nothing else is there; FULL=1 installs it all anew.
+dist-check: dist
+	$(BIN)/python .ci/check_dist.py dist --install $(if $(FULL),--full)
 
 # For benchmarks/gpu.sh on a machine without a network, whose torch is there already, and torchvision perhaps.
 GPU_PYTHON ?= 3.12

@@ -85,8 +85,13 @@ def test_constraints_pin_every_dependency_by_version_alone() -> None:
     assert wanted <= {pin.partition("==")[0] for pin in pins}
 
 
-def test_the_changelog_knows_this_version() -> None:
-    assert f"## {mvmr.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+def test_what_the_pages_say_to_install_exists() -> None:
+    extras = set(PROJECT["project"]["optional-dependencies"])
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for paragraph in path.read_text(encoding="utf-8").split("\n\n"):
+            assert set(re.findall(r"mvmr\[(\w+)\]", paragraph)) <= extras, path.name
+            if re.search(r"pip install (-U )?mvmr\b", paragraph):
+                assert "once released" in " ".join(paragraph.split()), f"{path.name}: no index has it yet"
 
 
 def test_the_wheel_holds_one_import_name_and_the_recipes(tmp_path: Path) -> None:
