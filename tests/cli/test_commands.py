@@ -68,7 +68,8 @@ def test_finetune_and_report_read_it(bundle_copy: Path, photos: Path, tmp_path: 
         "--device", "cpu", "--out", tmp_path / "tuned", "--head", "colours", *BROKEN,
     )  # fmt: skip
     assert tuned.exit_code == 0, tuned.output
-    assert re.search(r"tuned: heads colours; on the test split top1 [\d.]+ %, images \d+, top1_frozen", tuned.stdout)
+    figures = r"top1 [\d.]+ %, balanced_accuracy [\d.]+ %, macro_f1 [\d.]+ %, images \d+, top1_frozen"
+    assert re.search(rf"tuned: heads colours; on the test split {figures}", tuned.stdout)
     assert (bundle_copy / "bundle.json").read_bytes() == before
     reported = mvmr("report", bundle_copy, "--data", photos, "--k", "3", "--out", tmp_path / "report", *BROKEN)
     assert reported.exit_code == 0, reported.output
