@@ -43,10 +43,7 @@ def serve(
     **options: Any,
 ) -> None:
     """Serve embeddings of BUNDLE (the newest below runs/ when left out) over HTTP, by its exported file."""
-    from mvmr.bundles.bundle import load, newest
-
-    path = bundle or newest()
-    load(path, verify=False)  # before the service's libraries, which take a second
+    from mvmr.bundles.bundle import newest
     from mvmr.serve.http.logs import log_to
     from mvmr.serve.http.run import serve as run
     from mvmr.serve.http.settings import Settings, read_keys
@@ -63,4 +60,4 @@ def serve(
         **options,
     )
     with log_to(_STDERR):
-        run(path, settings=settings, index=index, **for_the_engine)
+        run(bundle or newest(), settings=settings, index=index, **for_the_engine)

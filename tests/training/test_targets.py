@@ -108,7 +108,7 @@ def test_neither_teacher_nor_its_weights_are_in_the_checkpoint(
     with pytest.raises(SystemExit):
         fit(images, tmp_path / "out", with_teacher, teachers={"teacher": Network()}, device="cpu")
     state = torch.load(tmp_path / "out.partial" / "checkpoint.pt", weights_only=True)
-    assert {key.split(".")[0] for key in state["learner"]} == {"encoder", "losses", "steps"}
+    assert {key.split(".")[0] for key in state["learner"]} == {"encoder", "losses", "steps", "salt"}
     beside = {key for key in state["learner"] if key.startswith("losses")}
-    regression = ("loss.linear.weight", "loss.linear.bias", "standard.mean", "standard.scale")
+    regression = ("loss.linear.weight", "loss.linear.bias", "standard.mean", "standard.factor")
     assert beside == {f"losses.regression-teacher.{name}" for name in regression}
