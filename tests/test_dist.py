@@ -1,6 +1,5 @@
 """What `make dist` gives: an archive of all that git holds, and the wheel built from it, which runs in a bare place."""
 
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -10,17 +9,14 @@ from types import ModuleType
 
 import pytest
 
+from tests.scripts import load_script
+
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def check_dist() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("check_dist", ROOT / ".ci" / "check_dist.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / ".ci" / "check_dist.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """What GitHub and pre-commit run: it can be read, it exists, and it may do no more than it must."""
 
-import importlib.util
 import os
 import re
 import shlex
@@ -14,6 +13,7 @@ import pytest
 import yaml
 
 import mvmr
+from tests.scripts import load_script
 
 ROOT = Path(__file__).parent.parent
 WORKFLOWS = ROOT / ".github" / "workflows"
@@ -53,12 +53,7 @@ def targets() -> dict[str, list[str]]:
 
 @pytest.fixture
 def check_release() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("check_release", ROOT / ".ci" / "check_release.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / ".ci" / "check_release.py")
 
 
 def test_version_and_changelog_agree(check_release: ModuleType) -> None:

@@ -11,6 +11,7 @@ from click.types import OptionHelpExtra
 
 from mvmr.cli.shelves import SHELVES, shelf_of
 from mvmr.cli.threads import THREADS
+from mvmr.training.shorthands import KEYS, assignments
 
 Command = Callable[..., None]
 Decorator = Callable[[Command], Command]
@@ -23,51 +24,43 @@ class Shorthand(NamedTuple):
     unset: the value where a recipe leaves the key out; its own default, or in words what none stands for
     """
 
-    key: str
     text: str
     metavar: str | None
     unset: str
 
 
+# By flag; which key each changes is in `mvmr.training.shorthands.KEYS`.
 SHORTHANDS = {
     "student": Shorthand(
-        "student.backbone",
         "resnet18 (_050, _025: narrower), resnet50, or timm: and one of its models.",
         "NAME",
         "resnet50",
     ),
     "method": Shorthand(
-        "method.name",
         "How it learns: mvmr, simclr, moco, byol, simsiam, barlow, vicreg, swav, dino, isd, twist, "
         "deepcluster, deepercluster, selflabel, lejepa; from a teacher by regression, cosine, dcor, cka, rkd, seed, "
         "relational, gram, procrustes, cospress, or their combination.",
         "NAME",
         "mvmr",
     ),
-    "small-kernel": Shorthand(
-        "student.small_kernel", "A stem for small images: 3 x 3, stride 1, no pooling.", None, "false"
-    ),
-    "size": Shorthand("views.size", "Side of the images the student sees, in pixels.", "INTEGER", "the data's own"),
+    "small-kernel": Shorthand("A stem for small images: 3 x 3, stride 1, no pooling.", None, "false"),
+    "size": Shorthand("Side of the images the student sees, in pixels.", "INTEGER", "the data's own"),
     "epochs": Shorthand(
-        "train.epochs",
         "Passes over the images; 0: an encoder that has learned nothing, to compare with.",
         "INTEGER",
         "100",
     ),
-    "batch-size": Shorthand(
-        "train.batch_size", "Images to a batch, over all devices; the objective compares them.", "INTEGER", "256"
-    ),
-    "accumulate": Shorthand("train.accumulate", "Batches to an optimiser step.", "INTEGER", "1"),
-    "lr": Shorthand("train.lr", "Peak learning rate.", "FLOAT", "0.001"),
-    "clip-grad": Shorthand("train.clip_grad", "Largest norm of the gradient.", "FLOAT", "no limit"),
+    "batch-size": Shorthand("Images to a batch, over all devices; the objective compares them.", "INTEGER", "256"),
+    "accumulate": Shorthand("Batches to an optimiser step.", "INTEGER", "1"),
+    "lr": Shorthand("Peak learning rate.", "FLOAT", "0.001"),
+    "clip-grad": Shorthand("Largest norm of the gradient.", "FLOAT", "no limit"),
     "precision": Shorthand(
-        "train.precision",
         "32-true, bf16-mixed or 16-mixed.",
         "NAME",
         "bf16-mixed where the device has it",
     ),
-    "workers": Shorthand("train.workers", "Processes that load images.", "INTEGER", "one to a usable core"),
-    "seed": Shorthand("train.seed", "Same seed, same machine: same weights.", "INTEGER", "0"),
+    "workers": Shorthand("Processes that load images.", "INTEGER", "one to a usable core"),
+    "seed": Shorthand("Same seed, machine and --threads: same weights.", "INTEGER", "0"),
 }
 OF_PRETRAINING = ("student", "method", "small-kernel", "size")
 
@@ -118,19 +111,18 @@ class _ShorthandOption(click.Option):
         (recipe,) = (str(option.default) for option in ctx.command.params if option.name == "recipe")
         command = str(ctx.command.name)
         shelf = shelf_of(command if command in SHELVES else "pretrain")  # compare and ablate take its recipes
-        shorthand = SHORTHANDS[str(self.name).replace("_", "-")]
-        extra["default"] = f"{_default(shorthand, recipe, shelf)}, by recipe {recipe}"
+        extra["default"] = f"{_default(str(self.name), recipe, shelf)}, by recipe {recipe}"
         return extra
 
 
-def _default(shorthand: Shorthand, recipe: str, shelf: Traversable) -> str:
-    """What a recipe that ships says of a key, from its file alone: its dataclasses need torch."""
+def _default(name: str, recipe: str, shelf: Traversable) -> str:
+    """What a recipe that ships says of an argument's key, from its file alone: its dataclasses need torch."""
     from mvmr.training.shelf import read_tables
 
-    section, _, key = shorthand.key.partition(".")
+    section, _, key = KEYS[name].partition(".")
     value = read_tables(recipe, shelf).get(section, {}).get(key, "none")
     if value == "none":
-        return shorthand.unset
+        return SHORTHANDS[name.replace("_", "-")].unset
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -140,11 +132,9 @@ def recipe_options(*, without: tuple[str, ...] = ()) -> Decorator:
 
     def decorate(command: Command) -> Command:
         def run(assign: tuple[str, ...], **arguments: Any) -> None:
-            assignments = []
-            for flag, shorthand in flags.items():
-                if value := arguments.pop(flag.replace("-", "_")):
-                    assignments.append(f"{shorthand.key}={'true' if value is True else value}")
-            command(assign=(*assignments, *assign), **arguments)
+            values = {name: arguments.pop(name) for name in (flag.replace("-", "_") for flag in flags)}
+            chosen = {name: value for name, value in values.items() if value}
+            command(assign=(*assignments(chosen), *assign), **arguments)
 
         run.__doc__, run.__name__ = command.__doc__, command.__name__
         if hasattr(command, "__click_params__"):  # of the options below this one
@@ -155,7 +145,7 @@ def recipe_options(*, without: tuple[str, ...] = ()) -> Decorator:
         # None, not False: with False click takes a missing value as no option at all, and no value may be negative
         shorthands = [
             click.option(f"--{flag}", cls=_ShorthandOption, is_flag=metavar is None or None, metavar=metavar, help=text)
-            for flag, (_, text, metavar, _) in flags.items()
+            for flag, (text, metavar, _) in flags.items()
         ]
         return options(change, *shorthands)(run)
 

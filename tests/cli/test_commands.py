@@ -14,6 +14,7 @@ from mvmr.bundles import bundle as bundles
 from mvmr.cli.commands import slug
 from mvmr.cli.options import SHORTHANDS
 from mvmr.training import pretraining
+from mvmr.training.shorthands import KEYS
 from tests.cli.commands import BROKEN, STEPS, mvmr, refusal, steps
 from tests.making import write_bundle
 
@@ -148,7 +149,7 @@ def test_options_are_assignments_to_the_recipe(monkeypatch: pytest.MonkeyPatch, 
     assert isinstance(result.exception, Stop)
     assert set(call["assign"]) == {
         "student.small_kernel=true",
-        *(f"{SHORTHANDS[name][0]}={value}" for name, value in values.items()),
+        *(f"{KEYS[name.replace('-', '_')]}={value}" for name, value in values.items()),
         "train.seed=5",
     }
     assert call["assign"][-1] == "train.seed=5"  # what is said most exactly comes last, and wins

@@ -16,6 +16,7 @@ from mvmr.config import parse, to_mapping
 from mvmr.distillation.cli import distill
 from mvmr.training.recipe import FinetuneRecipe, Recipe, read_recipe
 from mvmr.training.shelf import names_on
+from mvmr.training.shorthands import KEYS, Shorthands
 from tests.cli.commands import mvmr, refusal
 
 SHIPPED = [(command, name) for command in SHELVES for name in names_on(shelf_of(command))]
@@ -179,11 +180,17 @@ def test_help_says_the_defaults_of_the_recipe(command: click.Command, of: str, r
     assert len(flags) >= 7
     for option in flags:
         shorthand = SHORTHANDS[option.opts[0].removeprefix("--")]
-        section, _, key = shorthand.key.partition(".")
+        name = KEYS[option.opts[0].removeprefix("--").replace("-", "_")]
+        section, _, key = name.partition(".")
         value = resolved[section][key]
         words = shorthand.unset if value is None else value if isinstance(value, str) else spell(value)
-        assert option.get_help_extra(context).get("default") == f"{words}, by recipe {recipe}", shorthand.key
-        assert (value is None) <= (" " in shorthand.unset), f"{shorthand.key}: none is no word for a reader"
+        assert option.get_help_extra(context).get("default") == f"{words}, by recipe {recipe}", name
+        assert (value is None) <= (" " in shorthand.unset), f"{name}: none is no word for a reader"
+
+
+def test_every_argument_of_the_library_has_its_flag() -> None:
+    assert [flag.replace("-", "_") for flag in SHORTHANDS] == list(KEYS)
+    assert Shorthands.__annotations__.keys() == KEYS.keys()
 
 
 def test_help_says_what_a_value_is_and_its_default() -> None:

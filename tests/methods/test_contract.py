@@ -210,7 +210,7 @@ def test_an_unknown_method_names_the_nearest_and_an_unknown_setting_its_key() ->
 
 @every
 def test_the_help_and_the_docs_tell_of_it(name: str) -> None:
-    assert name in SHORTHANDS["method"][1]
+    assert name in SHORTHANDS["method"].text
     pages = Path(__file__).parents[2] / "docs"
     docs = "".join((pages / page).read_text() for page in ("methods.md", "distillers.md"))
     assert name == "mvmr" or f"\n## `{name}`\n" in docs

@@ -1,7 +1,6 @@
 """docs/settings.md has every key that a recipe may say, as the source has it, and what it means."""
 
 import dataclasses
-import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +13,7 @@ from mvmr.methods.table import CONFIGS
 from mvmr.models.backbone import StudentConfig
 from mvmr.training.recipe import AugmentationConfig, FinetuneRecipe, Recipe, ViewsConfig
 from mvmr.training.trainer import TrainConfig
+from tests.scripts import load_script
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "settings.py"
 CLASSES = [
@@ -24,12 +24,7 @@ CLASSES = [
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_settings", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def test_the_page_is_as_the_source_is(script: ModuleType) -> None:
